@@ -1,0 +1,34 @@
+"""Embedding tables for JAX: the public names."""
+
+import importlib as _importlib
+from typing import TYPE_CHECKING as _TYPE_CHECKING
+
+from ._lookup import lookup as lookup
+from ._lookup import renormalize as renormalize
+from ._table import Table as Table
+from ._table import resize as resize
+
+if _TYPE_CHECKING:
+    from .brainstate import Embedding as Embedding
+
+__version__ = "0.1.0"
+
+# Names that need a framework or a heavy library, and the module that each comes from. A module is its own name.
+_LAZY = {
+    "Embedding": "embax.brainstate",
+    "Vectors": "embax.vectors",
+    "brainstate": "embax.brainstate",
+    "train": "embax.train",
+    "vectors": "embax.vectors",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'embax' has no attribute {name!r}")
+    module = _importlib.import_module(_LAZY[name])
+    return module if _LAZY[name] == f"embax.{name}" else getattr(module, name)
+
+
+def __dir__() -> list[str]:
+    return sorted({name for name in globals() if not name.startswith("_")} | set(_LAZY))

@@ -1,0 +1,192 @@
+"""Lookup and renormalize: gather rows by id, clip their norm, and give each id its gradient."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, DTypeLike, Int, Shaped
+
+from . import _ids
+from ._table import Table
+
+
+def lookup(table: Table, ids: Any, dtype: DTypeLike | None = None) -> Shaped[Array, "*batch_dim"]:
+    """Read one row of the table for each id.
+
+    `out[b] = clip(weight[ids[b]], max_norm)`
+
+    Works under every JAX transformation, and on any mesh: the output is sharded as the ids are. Work and temporary
+    memory follow the number of ids, not of rows. A rule that the table does not have compiles to nothing.
+
+    Args:
+      table: The table to read.
+      ids: Row numbers in `[-rows, rows)`, negative ones from the end: an array of any integer dtype and any shape, a
+        nested list or a scalar. `table.out_of_range` says what others read. A 64-bit array given to `jax.jit` without
+        `jax_enable_x64` is narrowed by JAX before it comes here.
+      dtype: The dtype of the output; the rows are cast, never the table. Default: the table's.
+
+    Returns:
+      The rows, `(*ids.shape, *dim)`.
+
+    Raises:
+      TypeError: If the ids are not of an integer dtype.
+      IndexError: If a concrete id has no row and `table.out_of_range` is `"error"`.
+
+    Example:
+      >>> import embax, jax.numpy as jnp
+      >>> table = embax.Table(jnp.arange(6.0).reshape(3, 2))
+      >>> embax.lookup(table, [2, -1])
+      Array([[4., 5.],
+             [4., 5.]], dtype=float32)
+    """
+    ids = _ids.prepare("embax.lookup", ids, table)
+    return _read(table, ids, None if dtype is None else jnp.dtype(dtype))
+
+
+def renormalize(table: Table, ids: Any) -> Table:
+    """Write back the clipped norm of the rows that the ids name.
+
+    Afterwards those rows are stored as `lookup` reads them. Only they are touched: where the table is donated, time and
+    memory follow the number of ids. The gradient passes straight through, as it does in `lookup`.
+
+    Args:
+      table: The table to renormalise; it is not changed. Without `max_norm`, or frozen, it is returned as it is.
+      ids: Row numbers, as in `lookup`. Those without a row, and the padding row, are left alone.
+
+    Returns:
+      A table with the same rules.
+
+    Raises:
+      TypeError: If the ids are not of an integer dtype.
+      IndexError: If a concrete id has no row and `table.out_of_range` is `"error"`.
+
+    Example:
+      >>> import embax, jax.numpy as jnp
+      >>> table = embax.Table(jnp.asarray([[3.0, 4.0], [6.0, 8.0]]), max_norm=1.0)
+      >>> embax.renormalize(table, [0]).weight
+      Array([[0.6, 0.8],
+             [6. , 8. ]], dtype=float32)
+    """
+    ids = _ids.prepare("embax.renormalize", ids, table)
+    if table.max_norm is None or table.freeze:
+        return table
+    return dataclasses.replace(table, weight=_write_clipped(table, ids))
+
+
+@functools.partial(jax.jit, static_argnums=2, inline=True)
+def _read(table: Table, ids: _ids.Ids, dtype: np.dtype | None) -> Shaped[Array, "*batch_dim"]:
+    resolved = _ids.resolve(ids, table.rows, table.out_of_range)
+    rows = _clip(table, resolved, _gather(table, resolved))
+    return rows if dtype is None else rows.astype(dtype)
+
+
+def _gather(table: Table, ids: Int[Array, "*batch"]) -> Shaped[Array, "*batch_dim"]:
+    if not jnp.issubdtype(table.dtype, jnp.inexact):
+        return _take(table.weight, ids, 0)
+    if table.freeze:
+        table = dataclasses.replace(table, weight=jax.lax.stop_gradient(table.weight))
+    return _gather_with_rules(table, ids)
+
+
+@jax.custom_jvp
+def _gather_with_rules(table: Table, ids: Int[Array, "*batch"]) -> Shaped[Array, "*batch_dim"]:
+    # np.nan, not a fresh float("nan"): NaN differs from itself, so a new object would compile every eager call anew.
+    return _take(table.weight, ids, 0 if table.out_of_range == "zero" else np.nan)
+
+
+@_gather_with_rules.defjvp
+def _gather_with_rules_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
+    table, ids = primals
+    # The transpose of this gather adds up duplicates, so it runs in float32: 4096 bfloat16 ones would sum to 256. The
+    # cast of the whole tangent is fused into the gather.
+    tangent = tangents[0].weight.astype(_accumulator(table.dtype))
+    tangent = gradient_rules(table, ids, _take(tangent, ids, 0))
+    return _gather_with_rules(table, ids), tangent.astype(table.dtype)
+
+
+def gradient_rules(
+    table: Table, ids: Int[Array, "*batch"], rows: Shaped[Array, "*batch_dim"]
+) -> Shaped[Array, "*batch_dim"]:
+    """Apply to row tangents what the rules say of gradients: a diagonal linear map, so its transpose is itself.
+
+    Args:
+      table: The table whose rules they are.
+      ids: Row numbers as `_ids.resolve` gives them.
+      rows: A tangent or cotangent of each row that was read.
+
+    Returns:
+      The same with the padding row at zero (by selection: 0 * NaN is NaN) and duplicates divided by their number.
+    """
+    if table.scale_grad_by_freq:
+        rows = rows / _over_rows(_ids.counts(ids), rows).astype(rows.dtype)
+    if table.padding_idx is not None:
+        rows = jnp.where(_over_rows(ids == table.padding_idx, rows), jnp.zeros((), rows.dtype), rows)
+    return rows
+
+
+def _clip(table: Table, ids: Int[Array, "*batch"], rows: Shaped[Array, "*batch_dim"]) -> Shaped[Array, "*batch_dim"]:
+    """Clip rows to the table's norm, the padding row excepted."""
+    if table.max_norm is None:
+        return rows
+    axes = tuple(range(ids.ndim, rows.ndim))
+    clipped = _clip_norm(rows, axes, table.max_norm, table.norm_type)
+    if table.padding_idx is None:
+        return clipped
+    return jnp.where(_over_rows(ids == table.padding_idx, rows), rows, clipped)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2, 3))
+def _clip_norm(rows: Array, axes: tuple[int, ...], max_norm: float, norm_type: float) -> Array:
+    wide = rows.astype(_accumulator(rows.dtype))
+    magnitude = jnp.abs(wide)
+    # Taken out of the sum, so that no power of a large or small entry leaves the range of float32.
+    largest = jnp.max(magnitude, axis=axes, keepdims=True, initial=0)
+    if np.isinf(norm_type):
+        norm = largest
+    else:
+        relative = magnitude / jnp.where(largest > 0, largest, 1)
+        norm = largest * jnp.sum(relative**norm_type, axis=axes, keepdims=True) ** (1 / norm_type)
+    clipped = wide * (max_norm / norm).astype(wide.dtype)
+    return jnp.where(norm > max_norm, clipped, wide).astype(rows.dtype)
+
+
+@_clip_norm.defjvp
+def _clip_norm_jvp(axes: Any, max_norm: Any, norm_type: Any, primals: Any, tangents: Any) -> tuple[Array, Array]:
+    return _clip_norm(*primals, axes, max_norm, norm_type), *tangents
+
+
+@jax.custom_jvp
+def _renormalized(table: Table, ids: _ids.Ids) -> Shaped[Array, "rows *dim"]:
+    ids = _ids.on_every_device(_ids.resolve(ids, table.rows, table.out_of_range))
+    # Duplicates write one and the same value, and the padding row its own.
+    rows = _clip(table, ids, _take(table.weight, ids, 0))
+    return table.weight.at[ids].set(rows, mode="drop", wrap_negative_indices=False)
+
+
+@_renormalized.defjvp
+def _renormalized_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
+    return _renormalized(*primals), tangents[0].weight
+
+
+_write_clipped = jax.jit(_renormalized)
+
+
+def _take(weight: Shaped[Array, "rows *dim"], ids: Int[Array, "*batch"], fill: float) -> Shaped[Array, "*batch_dim"]:
+    """Gather rows; `fill` where an id has none."""
+    if weight.shape[0] == 0:  # XLA has no gather from nothing
+        return jnp.full((*ids.shape, *weight.shape[1:]), fill, weight.dtype)
+    sharding = _ids.explicit_sharding(ids, trailing=weight.ndim - 1)
+    return weight.at[ids].get(mode="fill", fill_value=fill, wrap_negative_indices=False, out_sharding=sharding)
+
+
+def _over_rows(values: Shaped[Array, "*batch"], rows: Shaped[Array, "*batch_dim"]) -> Shaped[Array, "*batch_ones"]:
+    """Give values of each id trailing axes of size 1, to broadcast against its row."""
+    return jnp.expand_dims(values, tuple(range(values.ndim, rows.ndim)))
+
+
+def _accumulator(dtype: np.dtype) -> np.dtype:
+    """The dtype in which norms and sums of such rows are computed: at least float32."""
+    return dtype if jnp.finfo(dtype).bits >= 32 else np.dtype(np.float32)

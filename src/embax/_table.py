@@ -1,0 +1,235 @@
+"""Table: a weight and the rules by which it is read."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, DTypeLike, Key, Shaped
+
+from . import _check
+
+OutOfRange = Literal["error", "clip", "nan", "zero"]
+Initializer = Callable[[Key[Array, ""], tuple[int, ...], Any], Array]
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Table:
+    """A weight and the rules by which it is read.
+
+    A pytree whose one leaf is `weight`. The rules are static: they are compared by value, and a change of one compiles
+    anew. Everything else is a function of tables and ids: `lookup`, `renormalize`, `resize`.
+
+    Args:
+      weight: One row an id, `(rows, *dim)`, of any dtype; NumPy arrays and nested lists become JAX arrays.
+      padding_idx: The row, in `[-rows, rows)`, that never gets a gradient and is never renormalised. Its value stays as
+        it is; `Table.create` makes it zero. Kept as a number in `[0, rows)`. Default: none.
+      max_norm: Rows are read clipped to this norm over all trailing axes, in units of the weight. Default: no limit.
+      norm_type: The p of that norm, above 0 or infinity, dimensionless.
+      scale_grad_by_freq: Divide the gradient of a row by the number of times its id occurs in the lookup call.
+      freeze: The weight gets no gradient.
+      out_of_range: What an id without a row reads. `"error"`: an IndexError where the ids are concrete, NaN (integer
+        tables: 0) where they are traced, and an exact error under `jax.experimental.checkify.checkify` with its
+        `index_checks`. `"clip"`: the nearest row. `"nan"`: NaN (integer tables: 0). `"zero"`: 0.
+
+    Raises:
+      TypeError: If an argument is of the wrong type, or `max_norm` is given for an integer table.
+      ValueError: If an argument is outside its range, or the weight is a scalar.
+
+    Example:
+      >>> import embax, jax.numpy as jnp
+      >>> table = embax.Table(jnp.ones((4, 2)), padding_idx=-1)
+      >>> table
+      Table(float32[4,2], padding_idx=3)
+      >>> embax.lookup(table, [0, 3]).shape
+      (2, 2)
+    """
+
+    weight: Shaped[Array, "rows *dim"]
+    _: dataclasses.KW_ONLY
+    padding_idx: int | None = None
+    max_norm: float | None = None
+    norm_type: float = 2.0
+    scale_grad_by_freq: bool = False
+    freeze: bool = False
+    out_of_range: OutOfRange = "error"
+
+    def __post_init__(self):
+        weight = self.weight
+        if isinstance(weight, np.ndarray) or not (hasattr(weight, "shape") and hasattr(weight, "dtype")):
+            weight = jnp.asarray(weight)
+        if weight.ndim < 1:
+            raise ValueError("`embax.Table(weight=...)` must have an axis of rows, got a scalar. Pass (rows, *dim).")
+        padding_idx, max_norm = self.padding_idx, self.max_norm
+        if padding_idx is not None:
+            padding_idx = _check.row("embax.Table(padding_idx=...)", padding_idx, weight.shape[0])
+        if max_norm is not None:
+            max_norm = _check.positive("embax.Table(max_norm=...)", max_norm)
+            if not jnp.issubdtype(weight.dtype, jnp.inexact):
+                raise TypeError(
+                    f"`embax.Table(max_norm=...)` must be None for a table of integers, got {max_norm} for "
+                    f"{weight.dtype}. Cast the weight to a float dtype."
+                )
+        checked = {
+            "weight": weight,
+            "padding_idx": padding_idx,
+            "max_norm": max_norm,
+            "norm_type": _check.positive("embax.Table(norm_type=...)", self.norm_type),
+            "scale_grad_by_freq": _check.flag("embax.Table(scale_grad_by_freq=...)", self.scale_grad_by_freq),
+            "freeze": _check.flag("embax.Table(freeze=...)", self.freeze),
+            "out_of_range": _check.choice("embax.Table(out_of_range=...)", self.out_of_range, OutOfRange),
+        }
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
+
+    @classmethod
+    def create(
+        cls,
+        key: Key[Array, ""],
+        rows: int,
+        dim: int | Sequence[int],
+        *,
+        init: Initializer | None = None,
+        dtype: DTypeLike = jnp.float32,
+        **rules: Any,
+    ) -> "Table":
+        """Make a table of fresh rows; the padding row is zero.
+
+        Args:
+          key: A JAX random key.
+          rows: The number of rows, 0 or more.
+          dim: The size of a row, or the sizes of its axes.
+          init: Called as `init(key, (rows, *dim), dtype)`, as `jax.nn.initializers` are. Default: normal with the
+            standard deviation `1 / sqrt(dim)`, so that rows have a norm near 1.
+          dtype: The dtype of the weight.
+          **rules: The rules of `Table`, by name.
+
+        Returns:
+          The table.
+
+        Raises:
+          TypeError: If a size is not a whole number, or a rule is unknown or of the wrong type.
+          ValueError: If a size is negative, `init` gives another shape, or a rule is outside its range.
+
+        Example:
+          >>> import embax, jax
+          >>> embax.Table.create(jax.random.key(0), rows=10_000, dim=64, padding_idx=0)
+          Table(float32[10000,64], padding_idx=0)
+        """
+        rows = _check.size("embax.Table.create(rows=...)", rows)
+        axes = tuple(dim) if isinstance(dim, Sequence) else (dim,)
+        axes = tuple(_check.size("embax.Table.create(dim=...)", axis) for axis in axes)
+        table = cls(_fresh_rows("embax.Table.create", key, rows, axes, init, dtype), **rules)
+        if table.padding_idx is None:
+            return table
+        return dataclasses.replace(table, weight=table.weight.at[table.padding_idx].set(0))
+
+    @property
+    def rows(self) -> int:
+        """The number of rows."""
+        return self.weight.shape[0]
+
+    @property
+    def dim(self) -> tuple[int, ...]:
+        """The sizes of a row's axes."""
+        return tuple(self.weight.shape[1:])
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The dtype of the weight."""
+        return self.weight.dtype
+
+    def __repr__(self) -> str:
+        weight = self.weight
+        if hasattr(weight, "shape") and hasattr(weight, "dtype"):
+            weight = f"{weight.dtype}[{','.join(map(str, weight.shape))}]"
+        fields = dataclasses.fields(self)[1:]
+        rules = [f", {f.name}={value!r}" for f in fields if (value := getattr(self, f.name)) != f.default]
+        return f"Table({weight}{''.join(rules)})"
+
+
+_RULES = tuple(field.name for field in dataclasses.fields(Table)[1:])
+
+
+def _flatten(table: Table) -> tuple[tuple[Any], tuple[Any, ...]]:
+    return (table.weight,), tuple(getattr(table, name) for name in _RULES)
+
+
+def _flatten_with_keys(table: Table) -> tuple[tuple[Any], tuple[Any, ...]]:
+    (weight,), rules = _flatten(table)
+    return ((jax.tree_util.GetAttrKey("weight"), weight),), rules
+
+
+def _unflatten(rules: tuple[Any, ...], children: Iterable[Any]) -> Table:
+    # Past __init__ and its checks: JAX and Equinox rebuild pytrees with None, bools and shapes in place of arrays.
+    table = object.__new__(Table)
+    (weight,) = children
+    object.__setattr__(table, "weight", weight)
+    for name, rule in zip(_RULES, rules, strict=True):
+        object.__setattr__(table, name, rule)
+    return table
+
+
+jax.tree_util.register_pytree_with_keys(Table, _flatten_with_keys, _unflatten, _flatten)
+
+
+def _fresh_rows(
+    call: str, key: Key[Array, ""], rows: int, dim: tuple[int, ...], init: Initializer | None, dtype: DTypeLike
+) -> Shaped[Array, "rows *dim"]:
+    if init is None:
+        if not jnp.issubdtype(dtype, jnp.inexact):
+            raise TypeError(
+                f"`{call}(init=...)` must be given for a table of integers, got None for {jnp.dtype(dtype)}. "
+                "Pass init(key, shape, dtype)."
+            )
+        init = jax.nn.initializers.normal(stddev=1 / math.sqrt(max(1, math.prod(dim))))
+    weight = init(key, (rows, *dim), dtype)
+    if weight.shape != (rows, *dim):
+        raise ValueError(
+            f"`{call}(init=...)` must give the shape it is asked for, {(rows, *dim)}, got {weight.shape}. "
+            "Use its `shape` argument."
+        )
+    return weight
+
+
+def resize(table: Table, rows: int, key: Key[Array, ""] | None = None, *, init: Initializer | None = None) -> Table:
+    """Return the table with another number of rows: grown with fresh rows, or cut.
+
+    The rows that both have keep their values and their ids; the rules stay as they are.
+
+    Args:
+      table: The table to resize; it is not changed.
+      rows: The new number of rows, 0 or more.
+      key: A JAX random key for the fresh rows. Needed where the table grows.
+      init: How fresh rows are made, as in `Table.create`.
+
+    Returns:
+      A new table of `rows` rows.
+
+    Raises:
+      TypeError: If `rows` is not a whole number, or the table grows without a key.
+      ValueError: If `rows` is negative, or the padding row would be cut off.
+
+    Example:
+      >>> import embax, jax
+      >>> table = embax.Table.create(jax.random.key(0), rows=10, dim=4)
+      >>> embax.resize(table, 12, jax.random.key(1))
+      Table(float32[12,4])
+      >>> embax.resize(table, 8)
+      Table(float32[8,4])
+    """
+    rows = _check.size("embax.resize(rows=...)", rows)
+    if table.padding_idx is not None and rows <= table.padding_idx:
+        raise ValueError(
+            f"`embax.resize(rows=...)` must keep the padding row {table.padding_idx}, got {rows}. "
+            "Cut less, or drop the rule first with dataclasses.replace(table, padding_idx=None)."
+        )
+    if rows <= table.rows:
+        return dataclasses.replace(table, weight=table.weight[:rows])
+    if key is None:
+        raise TypeError("`embax.resize(key=...)` must be a JAX random key where the table grows, got None. Pass one.")
+    fresh = _fresh_rows("embax.resize", key, rows - table.rows, table.dim, init, table.dtype)
+    return dataclasses.replace(table, weight=jnp.concatenate([table.weight, fresh.astype(table.dtype)]))
