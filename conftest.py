@@ -12,5 +12,5 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 pytest_collect_file = (
     Sybil(parsers=[PythonCodeBlockParser()], patterns=["*.md"])
-    + Sybil(parsers=[DocTestParser()], patterns=["src/**/*.py"], document_types={".py": PythonDocStringDocument})
+    + Sybil(path="src", parsers=[DocTestParser()], patterns=["*.py"], document_types={".py": PythonDocStringDocument})
 ).pytest()

@@ -7,18 +7,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, reshard
-from jaxtyping import Array, Int
+from jaxtyping import Array, Int, Shaped
 
 from ._table import OutOfRange, Table
 
 Ids = Int[Array, "*batch"] | Int[np.ndarray, "*batch"]
 
 
-def prepare(call: str, ids: Any, table: Table) -> Ids:
+def prepare(argument: str, ids: Any, table: Table) -> Ids:
     """Check ids that a caller gave; concrete ones by value, too.
 
     Args:
-      call: The public function, for the messages.
+      argument: The call and its argument for the messages, as in `embax.lookup(ids=...)`.
       ids: An array, nested list or scalar of integers.
       table: The table that they shall be read from.
 
@@ -32,18 +32,16 @@ def prepare(call: str, ids: Any, table: Table) -> Ids:
     """
     ids = _as_array(ids)
     if not jnp.issubdtype(ids.dtype, jnp.integer):
-        raise TypeError(
-            f"`{call}(ids=...)` must be of an integer dtype, got {ids.dtype}. Cast them, as in ids.astype(int)."
-        )
+        raise TypeError(f"`{argument}` must be of an integer dtype, got {ids.dtype}. Cast them, as in ids.astype(int).")
     if table.out_of_range == "clip" and table.rows == 0 and ids.size:
         raise ValueError(
-            f"`{call}(ids=...)` must be empty for a table without rows, got {ids.size} ids and out_of_range='clip', "
+            f"`{argument}` must be empty for a table without rows, got {ids.size} ids and out_of_range='clip', "
             "which has no row to clip to. Resize the table first."
         )
     if isinstance(ids, Tracer):
         return ids
     if table.out_of_range == "error" and (isinstance(ids, np.ndarray) or ids.is_fully_addressable):
-        _raise_if_out_of_range(call, np.asarray(ids), table.rows)
+        _raise_if_out_of_range(argument, np.asarray(ids), table.rows)
     return _narrow(ids, table.rows, np) if isinstance(ids, np.ndarray) else ids
 
 
@@ -67,24 +65,24 @@ def resolve(ids: Ids, rows: int, out_of_range: OutOfRange) -> Int[Array, "*batch
     return jnp.clip(ids, 0, max(rows - 1, 0)) if out_of_range == "clip" else ids
 
 
-def counts(ids: Int[Array, "*batch"]) -> Int[Array, "*batch"]:
-    """Count how often each id occurs among the ids, in time and memory that follow their number.
+def occurrences(ids: Int[Array, "*batch"]) -> tuple[Int[Array, " ids"], Int[Array, " ids"]]:
+    """Say where each id occurs first and how often it occurs, in time and memory that follow the number of ids.
 
     Args:
       ids: Row numbers.
 
     Returns:
-      One int32 count, 1 or more, for each position.
+      For each of the flattened ids: the position of its first occurrence among them, and their number, 1 or more. Both
+      int32, and on every device.
     """
-    sharding = explicit_sharding(ids)
     flat = jnp.ravel(on_every_device(ids))
-    ordered = jnp.sort(flat)
-    count = jnp.searchsorted(ordered, flat, side="right") - jnp.searchsorted(ordered, flat, side="left")
-    count = count.astype(jnp.int32).reshape(ids.shape)
-    return count if sharding is None else reshard(count, sharding)
+    order = jnp.argsort(flat)  # stable
+    ordered = flat[order]
+    start, end = (jnp.searchsorted(ordered, flat, side=side) for side in ("left", "right"))
+    return order[start].astype(jnp.int32), (end - start).astype(jnp.int32)
 
 
-def explicit_sharding(ids: Int[Array, "*batch"], trailing: int = 0) -> NamedSharding | None:
+def explicit_sharding(ids: Shaped[Array, "*batch"], trailing: int = 0) -> NamedSharding | None:
     """Say how rows are laid out on a mesh with explicit axes: as their ids, the trailing axes not sharded.
 
     Args:
@@ -100,9 +98,9 @@ def explicit_sharding(ids: Int[Array, "*batch"], trailing: int = 0) -> NamedShar
     return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec, *[None] * trailing))
 
 
-def on_every_device(ids: Int[Array, "*batch"]) -> Int[Array, "*batch"]:
-    """Replicate ids over the explicit axes of a mesh, for what depends on all ids of a call."""
-    return ids if explicit_sharding(ids) is None else reshard(ids, PartitionSpec())
+def on_every_device(array: Shaped[Array, "*batch"]) -> Shaped[Array, "*batch"]:
+    """Replicate an array over the explicit axes of a mesh, for what depends on all ids of a call."""
+    return array if explicit_sharding(array) is None else reshard(array, PartitionSpec())
 
 
 def _as_array(ids: Any) -> Ids:
@@ -137,12 +135,12 @@ def _index_dtype(rows: int) -> np.dtype:
     return np.dtype(np.int64)
 
 
-def _raise_if_out_of_range(call: str, ids: np.ndarray, rows: int) -> None:
+def _raise_if_out_of_range(argument: str, ids: np.ndarray, rows: int) -> None:
     if not ids.size or (int(ids.min()) >= -rows and int(ids.max()) < rows):
         return
     bad = ids >= rows if ids.dtype.kind == "u" else (ids < -rows) | (ids >= rows)
     position = tuple(int(i) for i in np.argwhere(bad)[0])
     raise IndexError(
-        f"`{call}(ids=...)` must be in [{-rows}, {rows}), the table having {rows} rows, got {int(ids[position])} at "
+        f"`{argument}` must be in [{-rows}, {rows}), the table having {rows} rows, got {int(ids[position])} at "
         f"position {position}. Correct the ids, or choose what they read: out_of_range='clip', 'nan' or 'zero'."
     )

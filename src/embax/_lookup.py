@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import reshard
 from jaxtyping import Array, DTypeLike, Int, Shaped
 
 from . import _ids
@@ -42,8 +43,8 @@ def lookup(table: Table, ids: Any, dtype: DTypeLike | None = None) -> Shaped[Arr
       Array([[4., 5.],
              [4., 5.]], dtype=float32)
     """
-    ids = _ids.prepare("embax.lookup", ids, table)
-    return _read(table, ids, None if dtype is None else jnp.dtype(dtype))
+    ids = _ids.prepare("embax.lookup(ids=...)", ids, table)
+    return read(table, ids, None if dtype is None else jnp.dtype(dtype))
 
 
 def renormalize(table: Table, ids: Any) -> Table:
@@ -70,14 +71,15 @@ def renormalize(table: Table, ids: Any) -> Table:
       Array([[0.6, 0.8],
              [6. , 8. ]], dtype=float32)
     """
-    ids = _ids.prepare("embax.renormalize", ids, table)
+    ids = _ids.prepare("embax.renormalize(ids=...)", ids, table)
     if table.max_norm is None or table.freeze:
         return table
-    return dataclasses.replace(table, weight=_write_clipped(table, ids))
+    return dataclasses.replace(table, weight=_clipped_table(table, ids))
 
 
 @functools.partial(jax.jit, static_argnums=2, inline=True)
-def _read(table: Table, ids: _ids.Ids, dtype: np.dtype | None) -> Shaped[Array, "*batch_dim"]:
+def read(table: Table, ids: _ids.Ids, dtype: np.dtype | None) -> Shaped[Array, "*batch_dim"]:
+    """`lookup` of ids that `_ids.prepare` has checked."""
     resolved = _ids.resolve(ids, table.rows, table.out_of_range)
     rows = _clip(table, resolved, _gather(table, resolved))
     return rows if dtype is None else rows.astype(dtype)
@@ -110,21 +112,33 @@ def _gather_with_rules_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
 def gradient_rules(
     table: Table, ids: Int[Array, "*batch"], rows: Shaped[Array, "*batch_dim"]
 ) -> Shaped[Array, "*batch_dim"]:
-    """Apply to row tangents what the rules say of gradients: a diagonal linear map, so its transpose is itself.
+    """Apply to row tangents what the rules say of gradients: a linear map, whose transpose is the gradient's.
 
     Args:
       table: The table whose rules they are.
       ids: Row numbers as `_ids.resolve` gives them.
-      rows: A tangent or cotangent of each row that was read.
+      rows: The tangent of each row that was read.
 
     Returns:
       The same with the padding row at zero (by selection: 0 * NaN is NaN) and duplicates divided by their number.
     """
     if table.scale_grad_by_freq:
-        rows = rows / _over_rows(_ids.counts(ids), rows).astype(rows.dtype)
+        rows = _divided_by_frequency(ids, rows)
     if table.padding_idx is not None:
         rows = jnp.where(_over_rows(ids == table.padding_idx, rows), jnp.zeros((), rows.dtype), rows)
     return rows
+
+
+def _divided_by_frequency(ids: Int[Array, "*batch"], rows: Shaped[Array, "*batch_dim"]) -> Shaped[Array, "*batch_dim"]:
+    # All occurrences take the row of the first one. In the transpose they are summed there before the division: 70,000
+    # ones are 70,000 / 70,000, where the float32 sum of their quotients is 1.0006.
+    first, count = _ids.occurrences(ids)
+    flat = jnp.reshape(_ids.on_every_device(rows), (ids.size, *rows.shape[ids.ndim :]))
+    flat = flat / _over_rows(count, flat).astype(rows.dtype)
+    first = jnp.reshape(first, ids.shape)
+    if (sharding := _ids.explicit_sharding(ids)) is not None:
+        first = reshard(first, sharding)
+    return _take(flat, first, 0)
 
 
 def _clip(table: Table, ids: Int[Array, "*batch"], rows: Shaped[Array, "*batch_dim"]) -> Shaped[Array, "*batch_dim"]:
@@ -171,7 +185,7 @@ def _renormalized_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
     return _renormalized(*primals), tangents[0].weight
 
 
-_write_clipped = jax.jit(_renormalized)
+_clipped_table = jax.jit(_renormalized)
 
 
 def _take(weight: Shaped[Array, "rows *dim"], ids: Int[Array, "*batch"], fill: float) -> Shaped[Array, "*batch_dim"]:

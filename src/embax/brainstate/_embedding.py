@@ -1,0 +1,340 @@
+"""Embedding: the drop-in layer, a weight in a brainstate State read by the core's lookup."""
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, Self
+
+import brainstate
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jax.custom_batching import custom_vmap
+from jaxtyping import Array, DTypeLike, Shaped
+
+from .. import _check, _ids
+from .._lookup import read, renormalize
+from .._table import OutOfRange, Table
+from ._weight import in_unit, initial_weight, split_unit, with_unit, zero_row
+
+
+class Embedding(brainstate.nn.Module):
+    """A lookup table of vectors, with the interface of `brainstate.nn.Embedding`.
+
+    `embedding(indices)` reads one row of `weight` for each index, by the rules of `embax.lookup`. The rules are
+    attributes and may be changed between calls.
+
+    With `max_norm`, the rows that are read are also stored clipped: eagerly and under brainstate's own transformations
+    (`jit`, `grad`, `for_loop`, `cond`, `vmap`, `vmap2`, ...). Where only raw JAX transformations are active nothing can
+    be stored, and the output alone is clipped. A raw transformation *inside* a brainstate one cannot be told from it:
+    pass `write_back=False` there and call `renormalize` outside. Storing copies the table once, except under
+    `embax.brainstate.jit`, where it costs the rows that are read. A frozen table is never written.
+
+    Args:
+      num_embeddings: The number of rows, 0 or more.
+      embedding_size: The size of a row, or the sizes of its axes.
+      embedding_init: `init(shape)` as brainstate's initialisers, or `init(key, shape, dtype)` as JAX's, told apart by a
+        first parameter named `key`; or an array, NumPy array, nested list, number or brainunit Quantity that broadcasts
+        to `(num_embeddings, *embedding_size)`. Default: `brainstate.nn.init.LecunUniform()`.
+      padding_idx: A row in `[0, num_embeddings)` that starts at zero, never gets a gradient and is never renormalised.
+      max_norm: Rows are read clipped to this norm: a number in the unit of the table, or a Quantity. Default: no limit.
+      norm_type: The p of that norm, above 0 or infinity, dimensionless.
+      scale_grad_by_freq: Divide the gradient of a row by the number of times it is read in the call.
+      freeze: The weight gets no gradient and is never written.
+      name: The name of the module.
+      param_type: What holds the weight: `brainstate.ParamState`, another State, or `brainstate.FakeState`, which no
+        transformation sees.
+      out_of_range: What an index without a row reads: `"error"`, `"clip"`, `"nan"` or `"zero"`, as in `embax.Table`.
+      dtype: The dtype of the output. Default: the weight's.
+      write_back: With `max_norm`, whether a call stores the rows that it clips.
+
+    Raises:
+      TypeError: If an argument is of the wrong type, or `max_norm` is given for a table of integers.
+      ValueError: If an argument is outside its range, or `embedding_init` gives another shape.
+
+    Example:
+      >>> import brainstate, embax, jax.numpy as jnp
+      >>> embedding = embax.Embedding(num_embeddings=10, embedding_size=3)
+      >>> embedding.weight.value.shape
+      (10, 3)
+
+      Indices of any shape, from the end where they are negative:
+
+      >>> embedding(jnp.array([1, 3, -1])).shape
+      (3, 3)
+      >>> embedding(jnp.array([[1, 2, 3, 4], [5, 6, 7, 8]])).shape
+      (2, 4, 3)
+
+      A padding row is zero and gets no gradient:
+
+      >>> embedding = embax.Embedding(10, 3, padding_idx=0)
+      >>> indices = jnp.array([0, 2, 0, 5])
+      >>> embedding(indices)[0]
+      Array([0., 0., 0.], dtype=float32)
+      >>> loss = lambda: embedding(indices).sum()
+      >>> brainstate.transform.grad(loss, embedding.weight)()[jnp.array([0, 2])]
+      Array([[0., 0., 0.],
+             [1., 1., 1.]], dtype=float32)
+
+      A limit to the norm holds for what is read and, after that, for what is stored:
+
+      >>> embedding = embax.Embedding(2, 2, embedding_init=jnp.array([[3.0, 4.0], [6.0, 8.0]]), max_norm=1.0)
+      >>> embedding(0)
+      Array([0.6, 0.8], dtype=float32)
+      >>> embedding.weight.value
+      Array([[0.6, 0.8],
+             [6. , 8. ]], dtype=float32)
+    """
+
+    __module__ = "embax.brainstate"
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_size: int | Sequence[int],
+        embedding_init: Callable[..., Any] | Any = brainstate.nn.init.LecunUniform(),  # noqa: B008 (it has no state)
+        padding_idx: int | None = None,
+        max_norm: Any = None,
+        norm_type: float = 2.0,
+        scale_grad_by_freq: bool = False,
+        freeze: bool = False,
+        name: str | None = None,
+        param_type: Callable[[Any], Any] = brainstate.ParamState,
+        *,
+        out_of_range: OutOfRange = "error",
+        dtype: DTypeLike | None = None,
+        write_back: bool = True,
+    ):
+        super().__init__(name=name)  # pyright: ignore[reportCallIssue] (brainstate hides it from type checkers)
+        self.num_embeddings = _check.size("embax.Embedding(num_embeddings=...)", num_embeddings)
+        self.embedding_size = _sizes(embedding_size)
+        self.out_size = self.embedding_size
+        self.padding_idx = _padding_row(padding_idx, self.num_embeddings)
+        self.max_norm = max_norm
+        self.norm_type = norm_type
+        self.scale_grad_by_freq = bool(scale_grad_by_freq)
+        self.freeze = bool(freeze)
+        self.out_of_range: OutOfRange = out_of_range
+        self.dtype = None if dtype is None else jnp.dtype(dtype)
+        self.write_back = bool(write_back)
+        weight = initial_weight(embedding_init, (self.num_embeddings, *self.embedding_size))
+        if self.padding_idx is not None:
+            weight = zero_row(weight, self.padding_idx)
+        self._table(*split_unit(weight))  # its checks are those of the rules
+        self.weight = param_type(weight)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        embeddings: Any,
+        padding_idx: int | None = None,
+        max_norm: Any = None,
+        norm_type: float = 2.0,
+        scale_grad_by_freq: bool = False,
+        freeze: bool = True,
+        name: str | None = None,
+        param_type: Callable[[Any], Any] = brainstate.ParamState,
+        **options: Any,
+    ) -> Self:
+        """Make a layer of vectors that exist, frozen unless told otherwise.
+
+        Args:
+          embeddings: The weight, `(rows, *dim)`: an array, NumPy array, nested list or Quantity. Its dtype and its
+            padding row are kept as they are.
+          padding_idx: As in the constructor, but that the row keeps its values.
+          max_norm: As in the constructor.
+          norm_type: As in the constructor.
+          scale_grad_by_freq: As in the constructor.
+          freeze: As in the constructor.
+          name: As in the constructor.
+          param_type: As in the constructor.
+          **options: `out_of_range`, `dtype` and `write_back`, and what the constructor of a subclass takes besides.
+
+        Returns:
+          The layer.
+
+        Raises:
+          TypeError: As the constructor, and for an option that it does not have.
+          ValueError: As the constructor, and for fewer than 2 axes.
+
+        Example:
+          >>> import brainstate, embax, jax.numpy as jnp
+          >>> vectors = jnp.array([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0], [7.0, 8.0, 9.0]])
+          >>> embedding = embax.Embedding.from_pretrained(vectors)
+          >>> embedding(jnp.array([1]))
+          Array([[4., 5., 6.]], dtype=float32)
+          >>> embedding = embax.Embedding.from_pretrained(vectors, param_type=brainstate.FakeState)
+          >>> list(embedding.states())
+          []
+        """
+        mantissa, unit = split_unit(embeddings)
+        weight = jnp.asarray(mantissa)
+        if weight.ndim < 2:
+            raise ValueError(
+                "`embax.Embedding.from_pretrained(embeddings=...)` must have 2 axes or more, (rows, *dim), got shape "
+                f"{weight.shape}. Reshape it."
+            )
+        weight = with_unit(weight, unit)
+        layer = cls(
+            num_embeddings=weight.shape[0],
+            embedding_size=weight.shape[1:],
+            embedding_init=weight,
+            padding_idx=padding_idx,
+            max_norm=max_norm,
+            norm_type=norm_type,
+            scale_grad_by_freq=scale_grad_by_freq,
+            freeze=freeze,
+            name=name,
+            param_type=param_type,
+            **options,
+        )
+        if padding_idx is not None:
+            layer.weight.value = weight  # with the padding row that the constructor has made zero
+        return layer
+
+    def update(self, indices: Any) -> Shaped[Array, "*batch_dim"]:
+        """Read one row for each index; calling the layer does the same.
+
+        Args:
+          indices: Row numbers in `[-num_embeddings, num_embeddings)`: an array of any integer dtype and any shape, a
+            nested list or a scalar.
+
+        Returns:
+          The rows, `(*indices.shape, *embedding_size)`, in the unit of the table.
+
+        Raises:
+          TypeError: If the indices are not of an integer dtype.
+          IndexError: If a concrete index has no row and `out_of_range` is `"error"`.
+
+        Example:
+          >>> import embax
+          >>> embax.Embedding(10, 3).update([[0, 1], [2, 3]]).shape
+          (2, 2, 3)
+        """
+        weight, unit = split_unit(self.weight.value)
+        table = self._table(weight, unit)
+        ids = _ids.prepare("embax.Embedding.update(indices=...)", indices, table)
+        rows = read(table, ids, self.dtype)
+        if self.write_back and self._may_store(table, ids):
+            self._store(table, ids, unit)
+        return with_unit(rows, unit)
+
+    def renormalize(self, indices: Any) -> None:
+        """Store the rows of these indices clipped to `max_norm`, as `embax.renormalize` does.
+
+        For a layer with `write_back=False`; nothing happens without `max_norm`, or where the table is frozen.
+
+        Args:
+          indices: Row numbers, as in `update`.
+
+        Raises:
+          TypeError: If the indices are not of an integer dtype.
+          IndexError: If a concrete index has no row and `out_of_range` is `"error"`.
+          brainstate.TraceContextError: Inside a raw JAX transformation, where no state can be written.
+
+        Example:
+          >>> import embax, jax.numpy as jnp
+          >>> embedding = embax.Embedding(
+          ...     2, 2, embedding_init=jnp.array([[3.0, 4.0], [6.0, 8.0]]), max_norm=1.0, write_back=False
+          ... )
+          >>> rows = embedding([0, 1])
+          >>> embedding.renormalize([0])
+          >>> embedding.weight.value
+          Array([[0.6, 0.8],
+                 [6. , 8. ]], dtype=float32)
+        """
+        weight, unit = split_unit(self.weight.value)
+        table = self._table(weight, unit)
+        self._store(table, _ids.prepare("embax.Embedding.renormalize(indices=...)", indices, table), unit)
+
+    def _table(self, weight: Any, unit: Any) -> Table:
+        return Table(
+            weight,
+            padding_idx=self.padding_idx,
+            max_norm=in_unit(self.max_norm, unit),
+            norm_type=self.norm_type,
+            scale_grad_by_freq=self.scale_grad_by_freq,
+            freeze=self.freeze,
+            out_of_range=self.out_of_range,
+        )
+
+    def _may_store(self, table: Table, ids: Any) -> bool:
+        if table.max_norm is None or table.freeze:
+            return False
+        tracers = [leaf for leaf in (table.weight, ids) if isinstance(leaf, Tracer)]
+        if not tracers:
+            return True
+        if not isinstance(self.weight, brainstate.State):  # no transformation carries its value out
+            return False
+        try:
+            self.weight.check_valid_trace(str)  # a state of the present trace ends with it
+        except brainstate.TraceContextError:
+            return _inside_brainstate_transform(tracers[0])
+        return True
+
+    def _store(self, table: Table, ids: Any, unit: Any) -> None:
+        if table.max_norm is not None and not table.freeze:
+            self.weight.value = with_unit(_clipped_table(table, ids), unit)
+
+
+# brainstate has no public question for 'is one of your transformations active?', but the setter of a state from outside
+# of all traces refuses a tracer where none is. At this level no transformation records what happens to the probe.
+with jax.ensure_compile_time_eval():
+    _PROBE = brainstate.State(0)
+_PROBE.stack_level = sys.maxsize
+
+
+def _inside_brainstate_transform(tracer: Tracer) -> bool:
+    try:
+        _PROBE.value = tracer
+    except brainstate.TraceContextError:
+        return False
+    _PROBE.value = 0
+    return True
+
+
+@jax.custom_jvp
+def _renormalized(table: Table, ids: Array) -> Array:
+    return _renormalized_for_all_lanes(table, ids)
+
+
+@_renormalized.defjvp
+def _renormalized_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
+    # As in the core. JAX cannot split the derivative of a custom_vmap into primal and tangent, so it is said out here.
+    return _renormalized(*primals), tangents[0].weight
+
+
+_clipped_table = jax.jit(_renormalized)
+
+
+@custom_vmap
+def _renormalized_for_all_lanes(table: Table, ids: Array) -> Array:
+    return renormalize(table, ids).weight
+
+
+@_renormalized_for_all_lanes.def_vmap
+def _renormalized_by_lanes(axis_size: int, batched: Any, table: Table, ids: Array) -> tuple[Array, bool]:
+    """One weight that all lanes read stays one weight: it is renormalised for the ids of all lanes together."""
+    table_batched, ids_batched = batched
+    if not table_batched.weight:
+        return _renormalized_for_all_lanes(table, ids), False
+    lanes = jax.vmap(renormalize, in_axes=(0, 0 if ids_batched else None), axis_size=axis_size)
+    return lanes(table, ids).weight, True
+
+
+def _sizes(embedding_size: Any) -> tuple[int, ...]:
+    sizes = np.ravel(np.asarray(embedding_size)).tolist()
+    if not sizes:
+        raise ValueError("`embax.Embedding(embedding_size=...)` must have an axis or more, got none. Pass an int.")
+    return tuple(_check.size("embax.Embedding(embedding_size=...)", size) for size in sizes)
+
+
+def _padding_row(padding_idx: Any, rows: int) -> int | None:
+    if padding_idx is None:
+        return None
+    padding_idx = _check.integer("embax.Embedding(padding_idx=...)", padding_idx)
+    if not 0 <= padding_idx < rows:
+        raise ValueError(
+            f"`embax.Embedding(padding_idx=...)` must be in [0, {rows}), got {padding_idx}. Name a row from the start."
+        )
+    return padding_idx

@@ -1,0 +1,115 @@
+"""Initial weights as brainstate knows them: initialisers of two kinds, arrays, quantities with a unit."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import brainstate
+import brainunit
+import jax.numpy as jnp
+import numpy as np
+
+Weight = Any  # a jax.Array, or a brainunit.Quantity of one
+
+
+def initial_weight(init: Any, shape: tuple[int, ...]) -> Weight:
+    """Make the weight that a layer starts with.
+
+    Args:
+      init: `init(shape)` as brainstate's initialisers, `init(key, shape, dtype)` as JAX's, told apart by a first
+        parameter named `key`; or an array, NumPy array, Quantity, State, nested list or number to broadcast. What has
+        no dtype of its own gets brainstate's float dtype.
+      shape: `(rows, *dim)`.
+
+    Returns:
+      An array of that shape, or a Quantity of one.
+
+    Raises:
+      TypeError: If the values are not numbers.
+      ValueError: If there are none, or their shape does not broadcast to `shape`.
+    """
+    value = _call(init, shape) if callable(init) else init
+    value = value.value if isinstance(value, brainstate.State) else value
+    if value is None:
+        raise ValueError(
+            "`embax.Embedding(embedding_init=...)` must be an initialiser or an array, got None. "
+            "Leave it out for LecunUniform()."
+        )
+    mantissa, unit = split_unit(value)
+    if not hasattr(mantissa, "dtype"):
+        mantissa = np.asarray(mantissa)
+        if mantissa.dtype.kind in "iuf":
+            mantissa = mantissa.astype(brainstate.environ.dftype())
+    if not jnp.issubdtype(mantissa.dtype, jnp.number):
+        raise TypeError(
+            f"`embax.Embedding(embedding_init=...)` must give numbers, got {mantissa.dtype} from {init!r}. "
+            "Pass an initialiser (not its class), or an array."
+        )
+    try:
+        weight = jnp.broadcast_to(jnp.asarray(mantissa), shape)
+    except ValueError:
+        raise ValueError(
+            f"`embax.Embedding(embedding_init=...)` must give a shape that broadcasts to {shape}, got "
+            f"{tuple(mantissa.shape)}. Pass (num_embeddings, *embedding_size)."
+        ) from None
+    return with_unit(weight, unit)
+
+
+def split_unit(value: Any) -> tuple[Any, brainunit.Unit | None]:
+    """Take a value apart into its numbers and its unit; None where it is not a Quantity."""
+    return (value.mantissa, value.unit) if isinstance(value, brainunit.Quantity) else (value, None)
+
+
+def with_unit(value: Any, unit: brainunit.Unit | None) -> Any:
+    """Put numbers and their unit together again."""
+    return value if unit is None else brainunit.Quantity(value, unit=unit)
+
+
+def in_unit(value: Any, unit: brainunit.Unit | None) -> Any:
+    """Give the number of units that a value is: a plain number already is one, a Quantity is converted.
+
+    Args:
+      value: A number, a Quantity or None.
+      unit: The unit of the table; None for a plain one.
+
+    Returns:
+      A number, or None.
+
+    Raises:
+      brainunit.UnitMismatchError: If the value is a Quantity of another dimension.
+    """
+    return value.to_decimal(unit or brainunit.UNITLESS) if isinstance(value, brainunit.Quantity) else value
+
+
+def _call(init: Callable[..., Any], shape: tuple[int, ...]) -> Any:
+    # Initialisers divide by the fans. A table without elements has none, so it is cut out of a larger one.
+    full = tuple(max(1, size) for size in shape)
+    if _takes_key(init):
+        value = init(brainstate.random.split_key(), full, brainstate.environ.dftype())
+    else:
+        value = init(full)
+    if full == shape or np.shape(split_unit(value)[0]) != full:
+        return value
+    return value[tuple(slice(size) for size in shape)]
+
+
+def _takes_key(init: Callable[..., Any]) -> bool:
+    try:
+        parameters = inspect.signature(init).parameters
+    except (TypeError, ValueError):  # a callable from C that does not tell
+        return False
+    return next(iter(parameters), None) == "key"
+
+
+def zero_row(weight: Weight, row: int) -> Weight:
+    """Set one row to zero, in the weight's unit.
+
+    Args:
+      weight: `(rows, *dim)`.
+      row: The row.
+
+    Returns:
+      A new weight.
+    """
+    mantissa, unit = split_unit(weight)
+    return with_unit(mantissa.at[row].set(0), unit)
