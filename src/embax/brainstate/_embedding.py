@@ -84,6 +84,18 @@ class Embedding(brainstate.nn.Module):
       >>> embedding.weight.value
       Array([[0.6, 0.8],
              [6. , 8. ]], dtype=float32)
+
+      Vectors that exist, frozen, in a state or in none:
+
+      >>> vectors = jnp.array([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
+      >>> embedding = embax.Embedding.from_pretrained(vectors)
+      >>> embedding(jnp.array([1]))
+      Array([[4., 5., 6.]], dtype=float32)
+      >>> list(embedding.states())
+      [('weight',)]
+      >>> embedding = embax.Embedding.from_pretrained(vectors, param_type=brainstate.FakeState)
+      >>> list(embedding.states())
+      []
     """
 
     __module__ = "embax.brainstate"
@@ -158,14 +170,11 @@ class Embedding(brainstate.nn.Module):
           ValueError: As the constructor, and for fewer than 2 axes.
 
         Example:
-          >>> import brainstate, embax, jax.numpy as jnp
-          >>> vectors = jnp.array([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0], [7.0, 8.0, 9.0]])
-          >>> embedding = embax.Embedding.from_pretrained(vectors)
-          >>> embedding(jnp.array([1]))
-          Array([[4., 5., 6.]], dtype=float32)
-          >>> embedding = embax.Embedding.from_pretrained(vectors, param_type=brainstate.FakeState)
-          >>> list(embedding.states())
-          []
+          >>> import embax, numpy as np
+          >>> embedding = embax.Embedding.from_pretrained(np.eye(3), padding_idx=0, out_of_range="clip")
+          >>> embedding([0, 7])
+          Array([[1., 0., 0.],
+                 [0., 0., 1.]], dtype=float32)
         """
         mantissa, unit = split_unit(embeddings)
         weight = jnp.asarray(mantissa)
