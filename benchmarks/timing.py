@@ -35,7 +35,8 @@ def compare(title: str, ways: dict[str, Callable[[], Any]], rounds: int = 200, w
     table = Table("", "median", "10 % to 90 %", "ratio", title=title, title_justify="left")
     for name, values in times.items():
         low, *_, high = statistics.quantiles(values, n=10)
-        table.add_row(escape(name), _time(medians[name]), f"{_time(low)} to {_time(high)}", f"{medians[name] / first:.3f}")
+        spread, ratio = f"{_time(low)} to {_time(high)}", f"{medians[name] / first:.3f}"
+        table.add_row(escape(name), _time(medians[name]), spread, ratio)
     Console().print(table)
     return medians
 
