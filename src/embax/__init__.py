@@ -18,6 +18,7 @@ _LAZY = {
     "Embedding": "embax.brainstate",
     "Vectors": "embax.vectors",
     "brainstate": "embax.brainstate",
+    "files": "embax.files",
     "train": "embax.train",
     "vectors": "embax.vectors",
 }

@@ -65,6 +65,8 @@ def positive(argument: str, value: Any) -> float:
       ValueError: If it is zero, negative or NaN.
     """
     try:
+        if isinstance(value, str | bytes | bool | np.bool_):  # float("3") and float(True) are numbers, too
+            raise TypeError
         number = float(value)
     except (TypeError, ValueError):
         raise TypeError(f"`{argument}` must be a positive number, got {value!r}. Pass a float.") from None

@@ -100,7 +100,9 @@ def explicit_sharding(ids: Shaped[Array, "*batch"], trailing: int = 0) -> NamedS
 
 def on_every_device(array: Shaped[Array, "*batch"]) -> Shaped[Array, "*batch"]:
     """Replicate an array over the explicit axes of a mesh, for what depends on all ids of a call."""
-    return array if explicit_sharding(array) is None else reshard(array, PartitionSpec())
+    sharding = explicit_sharding(array)
+    # A NamedSharding, since a bare PartitionSpec needs `jax.set_mesh`.
+    return array if sharding is None else reshard(array, NamedSharding(sharding.mesh, PartitionSpec()))
 
 
 def _as_array(ids: Any) -> Ids:

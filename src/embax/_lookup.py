@@ -155,16 +155,20 @@ def _clip(table: Table, ids: Int[Array, "*batch"], rows: Shaped[Array, "*batch_d
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2, 3))
 def _clip_norm(rows: Array, axes: tuple[int, ...], max_norm: float, norm_type: float) -> Array:
     wide = rows.astype(_accumulator(rows.dtype))
-    magnitude = jnp.abs(wide)
-    # Taken out of the sum, so that no power of a large or small entry leaves the range of float32.
-    largest = jnp.max(magnitude, axis=axes, keepdims=True, initial=0)
+    largest = jnp.max(jnp.abs(wide), axis=axes, keepdims=True, initial=0)
+    # XLA divides by multiplying with the reciprocal, and flushes that of a number above 2**126 to zero. So huge rows
+    # are brought into range first, by a power of two, which is exact.
+    scale = jnp.where(largest > 2.0**64, 2.0**-64, 1.0).astype(largest.dtype)
+    scaled, largest = wide * scale.astype(wide.dtype), largest * scale
     if np.isinf(norm_type):
         norm = largest
     else:
-        relative = magnitude / jnp.where(largest > 0, largest, 1)
+        # The largest is taken out of the sum, so that no power of a large or small entry leaves the range of float32.
+        relative = jnp.abs(scaled) / jnp.where(largest > 0, largest, 1)
         norm = largest * jnp.sum(relative**norm_type, axis=axes, keepdims=True) ** (1 / norm_type)
-    clipped = wide * (max_norm / norm).astype(wide.dtype)
-    return jnp.where(norm > max_norm, clipped, wide).astype(rows.dtype)
+    longer = norm > max_norm * scale
+    factor = max_norm / jnp.where(longer, norm, 1)  # never by zero, for checkify and debug_nans
+    return jnp.where(longer, scaled * factor.astype(wide.dtype), wide).astype(rows.dtype)
 
 
 @_clip_norm.defjvp
@@ -177,7 +181,8 @@ def _renormalized(table: Table, ids: _ids.Ids) -> Shaped[Array, "rows *dim"]:
     ids = _ids.on_every_device(_ids.resolve(ids, table.rows, table.out_of_range))
     # Duplicates write one and the same value, and the padding row its own.
     rows = _clip(table, ids, _take(table.weight, ids, 0))
-    return table.weight.at[ids].set(rows, mode="drop", wrap_negative_indices=False)
+    sharding = _ids.explicit_sharding(table.weight)
+    return table.weight.at[ids].set(rows, mode="drop", wrap_negative_indices=False, out_sharding=sharding)
 
 
 @_renormalized.defjvp

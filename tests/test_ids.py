@@ -1,0 +1,200 @@
+"""Ids: every integer dtype and container, what is no id, and what an id without a row gets."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import checkify
+
+from embax import Table, _ids, lookup, renormalize
+
+TABLE = Table(jnp.arange(1000.0)[:, None])
+DTYPES = ["int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"]
+
+
+def read(ids, table=TABLE):
+    """The numbers of the rows that are read, the row being its own number."""
+    return np.asarray(lookup(table, ids))[..., 0]
+
+
+@pytest.mark.parametrize("dtype", ["int2", "int4", "uint2", "uint4", *DTYPES])
+def test_numpy_ids_of_every_dtype(dtype):
+    ids = np.array([0, 1], jnp.dtype(dtype))
+    np.testing.assert_array_equal(read(ids), [0, 1])
+    if not dtype.startswith("u"):
+        np.testing.assert_array_equal(read(-ids), [0, 999])
+
+
+@pytest.mark.parametrize("call", [read, jax.jit(lambda ids: lookup(TABLE, ids)[:, 0])], ids=["direct", "jit"])
+@pytest.mark.parametrize("dtype", ["int2", "int4", "uint2", "uint4", *DTYPES])
+def test_jax_ids_of_every_dtype(dtype, call):
+    with jax.enable_x64("64" in dtype):
+        ids = jnp.array([0, 1], dtype)
+        assert ids.dtype == dtype
+        np.testing.assert_array_equal(call(ids), [0, 1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_extreme_ids_of_every_dtype_wrap_as_in_numpy_or_are_out_of_range(dtype):
+    info = np.iinfo(dtype)
+    ids = np.array([info.max, info.min], dtype)
+    expected = [float(i % 1000) if -1000 <= i < 1000 else np.nan for i in (info.max, info.min)]
+    table = Table(TABLE.weight, out_of_range="nan")
+    np.testing.assert_array_equal(read(ids, table), expected)
+    with jax.enable_x64(True):
+        np.testing.assert_array_equal(jax.jit(lookup)(table, jnp.asarray(ids))[:, 0], expected)
+        np.testing.assert_array_equal(jax.jit(lookup)(Table(TABLE.weight, out_of_range="zero"), ids)[:, 0],
+                                      np.nan_to_num(expected))  # fmt: skip
+        clipped = jax.jit(lookup)(Table(TABLE.weight, out_of_range="clip"), ids)[:, 0]
+    np.testing.assert_array_equal(clipped, np.arange(1000)[np.clip(ids.astype(object), -1000, 999).astype(int)])
+
+
+@pytest.mark.parametrize(
+    ("ids", "expected"),
+    [
+        (3, 3.0),
+        (-1, 999.0),
+        (np.int8(-1), 999.0),
+        (np.array(3, np.uint8), 3.0),
+        (jnp.array(3), 3.0),
+        ([1, 2], [1.0, 2.0]),
+        ((1, -1), [1.0, 999.0]),
+        ([[1], [2]], [[1.0], [2.0]]),
+        ([np.int16(1), 2], [1.0, 2.0]),
+        ([jnp.array(1), jnp.array(2)], [1.0, 2.0]),
+        (range(3), [0.0, 1.0, 2.0]),
+        ([], []),
+        ((), []),
+        ([[], []], [[], []]),
+        (np.zeros((2, 0), np.uint8), [[], []]),
+        (np.array([[1, 2], [3, 4]])[:, ::-1].T, [[2.0, 4.0], [1.0, 3.0]]),
+    ],
+    ids=repr,
+)
+def test_ids_in_every_container(ids, expected):
+    np.testing.assert_array_equal(read(ids), np.asarray(expected))
+    assert read(ids).shape == np.shape(expected)
+
+
+def test_ids_are_not_changed():
+    ids = np.array([-1, 2, 2**40])
+    lookup(Table(jnp.ones((3, 1)), out_of_range="clip"), ids)
+    np.testing.assert_array_equal(ids, [-1, 2, 2**40])
+
+
+NO_IDS = [True, 1.0, 1j, "1", b"1", None, [True], [1.5], [None], {1, 2}, np.zeros(0), np.array(["a"]), 2**64]
+
+
+@pytest.mark.parametrize("function", [lookup, renormalize])
+@pytest.mark.parametrize("ids", NO_IDS, ids=repr)
+def test_what_is_no_integer_is_a_type_error(ids, function):
+    name = np.asarray(ids).dtype.name.replace("str32", "<U1").replace("bytes8", r"\|S1")
+    with pytest.raises(
+        TypeError, match=rf"`embax\.{function.__name__}\(ids=\.\.\.\)` must be of an integer dtype, got {name}"
+    ):
+        function(TABLE, ids)
+
+
+@pytest.mark.parametrize("ids", [jnp.array(True), jnp.array([1.0]), jax.random.key(0)], ids=["bool", "float", "key"])
+def test_what_is_no_integer_is_a_type_error_under_jit(ids):
+    for call in lookup, jax.jit(lookup):
+        with pytest.raises(TypeError, match=r"must be of an integer dtype, got (bool|float32|key<fry>)\. Cast them"):
+            call(TABLE, ids)
+
+
+BAD = [
+    (1000, 1000, ()),
+    ([0, -1001], -1001, (1,)),
+    ([[0, 1], [2, 1000]], 1000, (1, 1)),
+    ([5000, -5000], 5000, (0,)),
+    (np.array([0, 2**32 - 1], np.uint32), 2**32 - 1, (1,)),
+    (np.array([2**64 - 1], np.uint64), 2**64 - 1, (0,)),
+    (np.array([2**32 + 1, 0]), 2**32 + 1, (0,)),
+    (np.array([[-(2**63)]]), -(2**63), (0, 0)),
+    (jnp.array([0, 0, 1000]), 1000, (2,)),
+    (jnp.array(2**32 - 1, jnp.uint32), 2**32 - 1, ()),
+]
+
+
+@pytest.mark.parametrize("function", [lookup, renormalize])
+@pytest.mark.parametrize(("ids", "bad", "position"), BAD, ids=[str(bad) for _, bad, _ in BAD])
+def test_a_concrete_bad_id_is_an_index_error(ids, bad, position, function):
+    with pytest.raises(IndexError) as info:
+        function(TABLE, ids)
+    assert str(info.value) == (
+        f"`embax.{function.__name__}(ids=...)` must be in [-1000, 1000), the table having 1000 rows, got {bad} "
+        f"at position {position}. Correct the ids, or choose what they read: out_of_range='clip', 'nan' or 'zero'."
+    )
+
+
+def test_a_concrete_bad_id_is_an_index_error_inside_a_transformation_too():
+    with pytest.raises(IndexError, match=r"got 7 at position \(0,\)"):
+        jax.jit(lambda table: lookup(table, [7]))(Table(jnp.ones((3, 1))))
+    with pytest.raises(IndexError, match=r"got 7 at position \(1,\)"):
+        jax.grad(lambda table: lookup(table, np.array([0, 7])).sum())(Table(jnp.ones((3, 1))))
+
+
+@pytest.mark.parametrize(("rows", "bad"), [(0, 0), (0, -1), (1, 1), (1, -2)])
+def test_a_bad_id_of_a_small_table_is_an_index_error(rows, bad):
+    with pytest.raises(IndexError, match=rf"in \[{-rows}, {rows}\), the table having {rows} rows, got {bad} at"):
+        lookup(Table(jnp.ones((rows, 2))), [bad])
+
+
+def test_concrete_ids_in_range_of_every_policy_read_alike():
+    for policy in "error", "clip", "nan", "zero":
+        np.testing.assert_array_equal(
+            read([0, -1000, 999, -1], Table(TABLE.weight, out_of_range=policy)), [0, 0, 999, 999]
+        )
+
+
+def checked(function, *args):
+    """The message of checkify's index checks, None where there is no error."""
+    return jax.jit(checkify.checkify(function, errors=checkify.index_checks))(*args)[0].get()
+
+
+def gradient(table, ids):
+    return jax.grad(lambda table: lookup(table, ids).sum())(table).weight
+
+
+@pytest.mark.parametrize("function", [lookup, gradient, renormalize])
+@pytest.mark.parametrize(("ids", "bad"), [([0, 4], 4), ([-5, 1], -5), ([2**31 - 1, 0], 2**31 - 1)])
+def test_checkify_names_a_traced_bad_id(ids, bad, function):
+    table = Table(jnp.ones((4, 2)), max_norm=1.0)
+    assert f"index {bad} is out of bounds for axis 0 with size 4" in checked(function, table, jnp.array(ids))
+    assert checked(function, table, jnp.array([0, -4, 3])) is None
+
+
+def test_checkify_with_all_checks_finds_nothing_in_good_ids():
+    table = Table(jnp.array([[0.0, 0.0], [3.0, 4.0], [1.0, 1.0]]), max_norm=1.0, padding_idx=2, scale_grad_by_freq=True)
+    for function in lookup, gradient, renormalize:
+        call = jax.jit(checkify.checkify(function, errors=checkify.all_checks))
+        assert call(table, jnp.array([0, 1, 1, -1]))[0].get() is None
+
+
+def test_checkify_finds_nothing_in_clipped_ids():
+    for function in lookup, gradient:
+        assert checked(function, Table(jnp.ones((4, 2)), out_of_range="clip"), jnp.array([9, -9])) is None
+
+
+def test_64_bit_ids_into_more_rows_than_int32_counts():
+    rows = 2**31 + 5
+    with jax.enable_x64(True):
+        ids = jnp.array([-1, 0, rows, -rows - 1, 2**31], jnp.int64)
+        np.testing.assert_array_equal(_ids.resolve(ids, rows, "nan"), [rows - 1, 0, rows, -rows - 1, 2**31])
+        np.testing.assert_array_equal(_ids.resolve(ids, rows, "clip"), [rows - 1, 0, rows - 1, 0, 2**31])
+
+
+def test_more_rows_than_int32_counts_need_x64():
+    table = Table(jax.ShapeDtypeStruct((2**31, 1), jnp.float32))
+    with pytest.raises(ValueError, match="more than 2147483647 rows must be read with 64-bit ids, got 2147483648 rows"):
+        jax.eval_shape(lookup, table, jax.ShapeDtypeStruct((2,), jnp.int32))
+    with jax.enable_x64(True):
+        assert jax.eval_shape(lookup, table, jax.ShapeDtypeStruct((2,), jnp.int64)).shape == (2, 1)
+
+
+@pytest.mark.parametrize("ids", [[], [3], [3, 1, 3, 3, -9, 1]], ids=repr)
+def test_occurrences_names_the_first_and_the_number(ids):
+    first, count = _ids.occurrences(jnp.array(ids, jnp.int32))
+    np.testing.assert_array_equal(first, [ids.index(i) for i in ids])
+    np.testing.assert_array_equal(count, [ids.count(i) for i in ids])
+    assert first.dtype == count.dtype == jnp.int32

@@ -1,0 +1,34 @@
+"""What `import embax` loads, and its lazy names."""
+
+import subprocess
+import sys
+
+import pytest
+
+import embax
+
+FOREIGN = "optax brainstate brainunit flax equinox safetensors rich typer".split()
+
+
+def modules_after(code):
+    """The foreign libraries that a fresh interpreter has loaded after this code."""
+    script = f"{code}\nimport sys\nprint(*(name for name in {FOREIGN} if name in sys.modules))"
+    return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()
+
+
+def test_import_loads_neither_a_framework_nor_optax():
+    assert modules_after("import embax, jax; embax.lookup(embax.Table(jax.numpy.ones((2, 2))), [0])") == []
+
+
+def test_lazy_names_load_their_library():
+    assert "brainstate" in modules_after("import embax; embax.Embedding")
+
+
+def test_unknown_names_are_an_attribute_error():
+    with pytest.raises(AttributeError, match="module 'embax' has no attribute 'Embeding'"):
+        embax.Embeding  # noqa: B018
+
+
+def test_dir_lists_the_public_names():
+    assert {"Table", "lookup", "renormalize", "resize", "Embedding"} <= set(dir(embax))
+    assert not [name for name in dir(embax) if name.startswith("_")]

@@ -1,0 +1,215 @@
+"""Lookup and its gradient against the reference: every rule with every shape of ids, dtypes, and sums of lookups."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+from cases import IDS, MAIN_RULES, RULES, WEIGHT, cotangent
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import embax
+from embax import Table, lookup
+
+POLICIES = ["error", "clip", "nan", "zero"]
+RTOL = 2e-6  # float32
+
+
+@jax.jit
+def read_and_pull_back(table, ids, cotangents):
+    out, pull = jax.vjp(lambda table: lookup(table, ids), table)
+    return out, pull(cotangents)[0].weight
+
+
+def assert_as_reference(weight, ids, **rules):
+    cotangents = cotangent(ids, weight)
+    out, gradient = read_and_pull_back(Table(weight, **rules), jnp.asarray(ids), cotangents)
+    assert out.shape == cotangents.shape
+    assert out.dtype == gradient.dtype == jnp.float32
+    np.testing.assert_allclose(out, reference.lookup(weight, ids, **rules), rtol=RTOL)  # float32
+    expected = reference.gradient(weight, ids, cotangents, **rules)
+    np.testing.assert_allclose(gradient, expected, rtol=RTOL, atol=1e-6)  # float32
+
+
+@pytest.mark.parametrize("rules", RULES.values(), ids=RULES)
+def test_lookup_and_gradient_of_each_rule(rules):
+    assert_as_reference(WEIGHT, IDS["matrix"], **rules)
+
+
+@pytest.mark.parametrize("ids", IDS.values(), ids=IDS)
+@pytest.mark.parametrize("rules", [{}, RULES["all"]], ids=["none", "all"])
+def test_lookup_and_gradient_of_each_shape(rules, ids):
+    assert_as_reference(WEIGHT, ids, **rules)
+
+
+@pytest.mark.parametrize("rules", MAIN_RULES.values(), ids=MAIN_RULES)
+def test_lookup_called_directly(rules):
+    ids, table = IDS["negative"], Table(WEIGHT, **rules)
+    cotangents = cotangent(ids)
+    out = lookup(table, ids)
+    assert isinstance(out, jax.Array)
+    np.testing.assert_allclose(out, reference.lookup(WEIGHT, ids, **rules), rtol=RTOL)  # float32
+    gradient = jax.grad(lambda table: (lookup(table, ids) * cotangents).sum())(table)
+    assert isinstance(gradient, Table)
+    expected = reference.gradient(WEIGHT, ids, cotangents, **rules)
+    np.testing.assert_allclose(gradient.weight, expected, rtol=RTOL, atol=1e-6)  # float32
+
+
+@pytest.mark.parametrize("dim", [(), (0,), (1,), (2, 0), (2, 3)], ids=str)
+@pytest.mark.parametrize("rules", [{}, RULES["all"]], ids=["none", "all"])
+def test_lookup_of_rows_of_any_shape(dim, rules):
+    weight = np.random.default_rng(2).normal(scale=2, size=(5, *dim)).astype(np.float32)
+    assert_as_reference(weight, np.array([[0, 2, -1], [4, 4, 2]]), **rules)
+
+
+def test_lookup_clips_over_all_trailing_axes():
+    weight = np.full((1, 2, 2), 2.0, np.float32)  # a norm of 4
+    np.testing.assert_allclose(lookup(Table(weight, max_norm=1.0), [0]), np.full((1, 2, 2), 0.5), rtol=2e-7)  # float32
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("rules", [{}, RULES["all"]], ids=["none", "all"])
+def test_lookup_forward_and_gradient_agree_on_the_row_of_a_bad_id(rules, policy):
+    ids = np.array([[0, 7, -8, 6], [7, 2**31 - 1, -(2**31), -7]])
+    assert_as_reference(WEIGHT, ids, out_of_range=policy, **rules)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_lookup_in_a_table_of_one_row(policy):
+    weight = np.array([[1.0, 2.0]], np.float32)
+    assert_as_reference(weight, np.array([0, -1, 1, -2, 5]), out_of_range=policy, scale_grad_by_freq=True)
+
+
+@pytest.mark.parametrize("policy", ["error", "nan", "zero"])
+def test_lookup_in_a_table_of_no_rows(policy):
+    weight, rules = np.zeros((0, 2), np.float32), {"max_norm": 1.0, "scale_grad_by_freq": True}
+    assert_as_reference(weight, np.array([0, -1]), out_of_range=policy, **rules)
+    assert_as_reference(weight, np.zeros((3, 0), int), out_of_range=policy, **rules)
+
+
+def test_lookup_in_a_table_of_no_rows_clips_to_nothing():
+    table = Table(jnp.zeros((0, 2)), out_of_range="clip")
+    assert lookup(table, []).shape == (0, 2)
+    for call in lookup, jax.jit(lookup):
+        with pytest.raises(
+            ValueError, match=r"must be empty for a table without rows, got 1 ids and out_of_range='clip'"
+        ):
+            call(table, jnp.array([0]))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "policy"), [*(("int32", policy) for policy in POLICIES), ("uint8", "nan"), ("bool", "error")]
+)
+def test_lookup_in_an_integer_table(dtype, policy):
+    weight = jnp.asarray([[1, 0], [1, 1], [0, 1]], dtype)
+    out = jax.jit(lookup)(Table(weight, out_of_range=policy, padding_idx=0, freeze=True), jnp.array([1, -1, 3, -4]))
+    bad = [weight[2], weight[0]] if policy == "clip" else jnp.zeros((2, 2), dtype)
+    assert out.dtype == dtype
+    np.testing.assert_array_equal(out, jnp.stack([weight[1], weight[2], *bad]))
+
+
+def test_lookup_in_a_complex_table():
+    weight = jnp.array([[3 + 4j, 0], [0.5j, 0]])
+    table = Table(weight, max_norm=1.0, scale_grad_by_freq=True, padding_idx=1)
+    np.testing.assert_allclose(lookup(table, [0, 1]), [[0.6 + 0.8j, 0], [0.5j, 0]], rtol=2e-7)  # complex64
+    tangent = Table(jnp.array([[1 + 1j, 2j], [1, 1]]))
+    _, pushed = jax.jvp(
+        lambda table: lookup(table, [0, 0, 1]), (table,), (dataclasses.replace(table, weight=tangent.weight),)
+    )
+    np.testing.assert_array_equal(pushed, [[0.5 + 0.5j, 1j], [0.5 + 0.5j, 1j], [0, 0]])
+    assert np.isnan(jax.jit(lookup)(table, jnp.array(2))).all()
+
+
+@pytest.mark.parametrize(
+    ("stored", "read"),
+    [
+        ("float32", "bfloat16"),
+        ("float16", "float32"),
+        ("bfloat16", "float16"),
+        ("int8", "float32"),
+        ("float32", "int32"),
+    ],
+)
+def test_lookup_casts_the_rows_to_dtype(stored, read):
+    weight = jnp.arange(6).reshape(3, 2).astype(stored)
+    out = lookup(Table(weight), [2, 0], dtype=read)
+    assert out.dtype == read
+    np.testing.assert_array_equal(out, np.array([[4, 5], [0, 1]]).astype(jnp.dtype(read)))
+    assert lookup(Table(weight), [2, 0]).dtype == stored
+
+
+def test_lookup_clips_before_it_casts():
+    table = Table(jnp.array([[3e30, 4e30]]), max_norm=1.0)  # inf in float16
+    np.testing.assert_array_equal(lookup(table, [0], jnp.float16), np.array([[0.6, 0.8]], np.float16))
+
+
+def test_lookup_gradient_is_of_the_tables_dtype_whatever_is_read():
+    table = Table(jnp.ones((3, 2), jnp.bfloat16))
+    gradient = jax.grad(lambda table: lookup(table, [0, 0, 1], jnp.float32).sum())(table).weight
+    assert gradient.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(gradient, np.array([[2, 2], [1, 1], [0, 0]], jnp.bfloat16))
+
+
+@pytest.mark.parametrize("rules", [{}, RULES["all"]], ids=["none", "all"])
+def test_lookups_of_one_table_add_up_their_gradients(rules):
+    first, second = np.array([0, 2, 2]), np.array([[2, -1], [0, 4]])
+    cotangents = cotangent(first), cotangent(second)
+
+    def loss(table):
+        return (lookup(table, first) * cotangents[0]).sum() + (lookup(table, second) * cotangents[1]).sum()
+
+    pairs = zip((first, second), cotangents, strict=True)
+    expected = sum(reference.gradient(WEIGHT, ids, cotangents, **rules) for ids, cotangents in pairs)
+    gradient = jax.jit(jax.grad(loss))(Table(WEIGHT, **rules)).weight
+    np.testing.assert_allclose(gradient, expected, rtol=RTOL, atol=1e-6)  # float32
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf], ids=str)
+@pytest.mark.parametrize("rules", [{}, RULES["frequency"], RULES["norm_2"]], ids=["none", "frequency", "norm"])
+def test_padding_gradient_is_zero_under_a_bad_cotangent(rules, bad):
+    cotangents = np.ones((4, 3), np.float32)
+    cotangents[[1, 3]] = bad
+    _, gradient = read_and_pull_back(Table(WEIGHT, padding_idx=-1, **rules), jnp.array([0, 6, 0, -1]), cotangents)
+    np.testing.assert_array_equal(gradient[6], [0, 0, 0])
+    np.testing.assert_array_equal(gradient[0], [1, 1, 1] if "scale_grad_by_freq" in rules else [2, 2, 2])
+
+
+def test_gradient_of_a_bad_id_is_dropped_with_its_bad_cotangent():
+    cotangents = np.array([[1, 1, 1], [np.nan, np.inf, np.nan]], np.float32)
+    _, gradient = read_and_pull_back(Table(WEIGHT, out_of_range="nan"), jnp.array([0, 7]), cotangents)
+    np.testing.assert_array_equal(gradient, np.eye(7, 1) * np.ones(3))
+
+
+def test_freeze_has_no_gradient_under_a_bad_cotangent():
+    _, gradient = read_and_pull_back(Table(WEIGHT, freeze=True), jnp.array([0]), np.full((1, 3), np.nan, np.float32))
+    np.testing.assert_array_equal(gradient, np.zeros_like(WEIGHT))
+
+
+def test_frequency_counts_after_wrapping_and_leaves_bad_ids_out():
+    ids = jnp.array([-1, 6, 6, 7, -8, 0])  # row 6 three times, row 0 once
+    for policy in "nan", "zero":
+        table = Table(WEIGHT, scale_grad_by_freq=True, out_of_range=policy)
+        _, gradient = read_and_pull_back(table, ids, np.full((6, 3), 3.0, np.float32))
+        np.testing.assert_array_equal(gradient[:, 0], [3, 0, 0, 0, 0, 0, 3])
+
+
+# Integers up to 1000, so that float32 sums are exact in any order.
+exact_cotangents = st.lists(st.integers(-1000, 1000), min_size=15, max_size=15)
+any_ids = st.lists(st.integers(-9, 9) | st.integers(-(2**31), 2**31 - 1), min_size=5, max_size=5)
+any_floats = st.floats(width=32, allow_nan=False, allow_infinity=False, allow_subnormal=False)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@given(ids=any_ids, weight=st.lists(any_floats, min_size=21, max_size=21), cotangents=exact_cotangents)
+@settings(max_examples=40, deadline=None, derandomize=True)
+def test_lookup_of_drawn_values(policy, ids, weight, cotangents):
+    rules = {"padding_idx": 3, "max_norm": 2.0, "scale_grad_by_freq": True, "out_of_range": policy}
+    weight = np.array(weight, np.float32).reshape(7, 3)
+    cotangents = np.array(cotangents, np.float32).reshape(5, 3)
+    out, gradient = read_and_pull_back(embax.Table(weight, **rules), jnp.array(ids), cotangents)
+    # float32; what is below its smallest normal number may become zero
+    np.testing.assert_allclose(out, reference.lookup(weight, ids, **rules), rtol=RTOL, atol=2e-38)
+    np.testing.assert_allclose(gradient, reference.gradient(weight, ids, cotangents, **rules), rtol=1e-6)  # float32

@@ -1,0 +1,101 @@
+"""The clipped norm: exact to the dtype from the smallest to the largest rows, and its gradient straight through."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+
+from embax import Table, lookup, renormalize
+
+# What a row of this dtype may be off by: float32 is three roundings; the narrow ones are computed in float32.
+RTOL = {"float32": 4e-7, "bfloat16": 2.0**-8, "float16": 2.0**-11}
+
+
+def read(row, **rules):
+    """The row as it is read, and as it is stored after `renormalize`."""
+    table = Table(row[None], **rules)
+    return lookup(table, [0])[0], renormalize(table, [0]).weight[0]
+
+
+@pytest.mark.parametrize("norm_type", [0.5, 1, 2, 3, np.inf])
+@pytest.mark.parametrize(
+    ("dtype", "row"),
+    [
+        ("bfloat16", [300, 400]),
+        ("bfloat16", [3e38, -3e38]),
+        ("float16", [300, 400]),
+        ("float16", [65504, -65504]),
+        ("float32", [3e8, 4e8]),
+        ("float32", [1e30, -2e30]),
+        ("float32", [3e38, 1e38]),
+        ("float32", [3.4e38, 3.4e38]),
+        ("float32", [2.0, 1e-30]),
+    ],
+    ids=str,
+)
+def test_max_norm_of_large_rows(dtype, row, norm_type):
+    row = jnp.array(row, dtype)
+    expected = reference.clip(np.asarray(row, np.float64), 1.0, norm_type)
+    for clipped in read(row, max_norm=1.0, norm_type=norm_type):
+        assert clipped.dtype == dtype
+        np.testing.assert_allclose(np.asarray(clipped, np.float64), expected, rtol=RTOL[dtype])
+
+
+def test_max_norm_of_300_400_is_the_nearest_of_the_dtype():
+    for dtype in jnp.bfloat16, jnp.float16:
+        for clipped in read(jnp.array([300, 400], dtype), max_norm=1.0):
+            np.testing.assert_array_equal(clipped, jnp.array([0.6, 0.8], dtype))
+
+
+@pytest.mark.parametrize("norm_type", [0.5, 1, 2, 3, np.inf])
+@pytest.mark.parametrize(("row", "max_norm"), [([3e-30, 4e-30], 1e-30), ([3e-37, 4e-37], 1e-36), ([2e-37, 0], 1e-37)])
+def test_max_norm_of_tiny_rows(row, max_norm, norm_type):
+    row = jnp.array(row)
+    expected = reference.clip(np.asarray(row, np.float64), max_norm, norm_type)
+    for clipped in read(row, max_norm=max_norm, norm_type=norm_type):
+        np.testing.assert_allclose(clipped, expected, rtol=RTOL["float32"])
+
+
+def test_max_norm_in_float64():
+    with jax.enable_x64(True):
+        row = jnp.array([3e307, -4e307])
+        for clipped in read(row, max_norm=1.0):
+            np.testing.assert_allclose(clipped, [0.6, -0.8], rtol=1e-15)  # float64
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_max_norm_leaves_shorter_rows_bit_for_bit(dtype):
+    for row in [0.0, -0.0], [0.25, 0.5], [1.0, 0.0], [6e-8, 0.1]:
+        row = jnp.array(row, dtype)
+        for max_norm in 1.0, np.inf:
+            for clipped in read(row, max_norm=max_norm):
+                np.testing.assert_array_equal(clipped, row)
+                np.testing.assert_array_equal(np.signbit(clipped), np.signbit(row))
+
+
+def test_max_norm_leaves_rows_without_a_norm():
+    for row in [np.nan, 1.0], [np.inf, 1.0]:
+        for clipped in read(jnp.array(row), max_norm=1.0):
+            np.testing.assert_array_equal(clipped, row)
+
+
+def test_max_norm_of_zeros_is_quiet_under_debug_nans():
+    with jax.debug_nans(True):
+        for clipped in read(jnp.zeros(2), max_norm=1.0):
+            np.testing.assert_array_equal(clipped, [0, 0])
+
+
+def test_max_norm_leaves_the_padding_row():
+    table = Table(jnp.full((2, 2), 9.0), max_norm=1.0, padding_idx=-1)
+    np.testing.assert_allclose(lookup(table, [0, 1, -1]), [[0.5**0.5] * 2, [9, 9], [9, 9]], rtol=2e-7)  # float32
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("row", [[300, 400], [0, 0], [0.1, 0.1]], ids=str)
+def test_max_norm_passes_the_gradient_straight_through(dtype, row):
+    table = Table(jnp.array([row], dtype), max_norm=1.0)
+    gradient = jax.grad(lambda table: (lookup(table, [0, 0])[1] * jnp.array([2, 3], dtype)).sum())(table)
+    np.testing.assert_array_equal(gradient.weight, jnp.array([[2, 3]], dtype))
+    _, tangent = jax.jvp(lambda table: lookup(table, [0]), (table,), (gradient,))
+    np.testing.assert_array_equal(tangent, jnp.array([[2, 3]], dtype))
