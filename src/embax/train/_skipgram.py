@@ -1,0 +1,239 @@
+"""Skip-gram with negative sampling: a corpus to vectors, by a jitted step over two tables."""
+
+import dataclasses
+import functools
+import math
+import time
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float32, Int, Int32, Int64, Key, UInt32
+
+from .. import _check
+from .._lookup import lookup
+from .._table import Table
+from ..vectors import Vectors
+from ._corpus import encode
+from ._windows import batches
+
+# The most that a row moves in a step, in units of its mean gradient. The logistic loss has a curvature of at most
+# |row|^2 / 4, and rows stay shorter than about 3, so that 0.8 keeps clear of the edge of stability at 2 / curvature.
+_LARGEST_MOVE = 0.8
+# The learning rate falls to this part of itself; word2vec.c has the same.
+_LAST_RATE = 1e-4
+
+
+class Progress(NamedTuple):
+    """How far training has come."""
+
+    epoch: int  # the one under way, from 1
+    epochs: int
+    words: int  # so far, of all epochs, before subsampling
+    total_words: int  # of all epochs
+    loss: Array  # () float32, in nats a pair; to read it is to wait for the device
+    seconds: float  # since the first step began, compilation included
+
+    @property
+    def words_per_second(self) -> float:
+        """The mean speed so far."""
+        return self.words / max(self.seconds, 1e-9)
+
+    @property
+    def seconds_left(self) -> float:
+        """The time that the rest will take at the mean speed so far."""
+        return (self.total_words - self.words) / max(self.words_per_second, 1e-9)
+
+
+class State(NamedTuple):
+    """What a step changes."""
+
+    inputs: Table  # (rows, dim) float32, the vectors that are kept
+    outputs: Table  # (rows, dim) float32, what they are compared with
+    key: Key[Array, ""]  # draws the negatives
+
+
+def skipgram(
+    sequences: Iterable[Iterable[str]],
+    *,
+    dim: int = 100,
+    window: int = 5,
+    negative: int = 5,
+    epochs: int = 5,
+    min_count: int = 5,
+    sample: float = 1e-3,
+    learning_rate: float = 0.025,
+    seed: int = 0,
+    progress: Callable[[Progress], None] | None = None,
+) -> Vectors:
+    """Learn word vectors by skip-gram with negative sampling.
+
+    `loss = -sum_(centre, context) [log s(v_context . u_centre) + sum_k log s(-v_context . u_noise_k)]`, `s` being the
+    logistic function, `v` the vectors that are returned.
+
+    The noise words of a centre are shared by the words of its window (Ji et al.). A step descends the summed gradient
+    of up to 1024 centres. As it stands that would diverge for rows that occur in hundreds of them, so no row moves
+    further than 0.8 times its mean gradient. The same seed gives the same vectors on the same machine.
+
+    Args:
+      sequences: The words of each sequence, such as `embax.train.tokenize` gives; read once. No window reaches from one
+        into another.
+      dim: The size of a vector.
+      window: The most words on either side of a centre that are its context; each centre draws its own width up to it.
+      negative: Noise words for each centre, drawn by the 0.75th power of their frequency.
+      epochs: Passes over the corpus.
+      min_count: Words that occur less often are left out.
+      sample: The frequency, as a part of all words, above which words are left out at random, the more the more
+        frequent; in [0, 1], and 0 keeps all.
+      learning_rate: The size of the first step, as word2vec counts it: what the gradient of one pair is multiplied by.
+        It falls linearly to a ten-thousandth. In (0, 1].
+      seed: Any number from 0 up; the start of all that is random.
+      progress: Called after each few steps. It need not read `Progress.loss` each time.
+
+    Returns:
+      The vectors, by falling count and then by spelling.
+
+    Raises:
+      CorpusError: If no word occurs `min_count` times; a ValueError.
+      TypeError: If an argument is of the wrong type.
+      ValueError: If an argument is outside its range.
+
+    Example:
+      >>> import embax.train
+      >>> text = "the king holds the crown. the queen wears the crown. the dog eats the bone. " * 20
+      >>> embax.train.skipgram(embax.train.tokenize([text]), dim=8, epochs=1)
+      Vectors(9 tokens, dim=8)
+
+    References:
+      Mikolov et al., Distributed representations of words and phrases and their compositionality, 2013,
+      https://arxiv.org/abs/1310.4546, equations 4 and 5.
+      Ji et al., Parallelizing word2vec in shared and distributed memory, 2016, https://arxiv.org/abs/1604.04661.
+    """
+    call = "embax.train.skipgram"
+    sizes = {"dim": dim, "window": window, "negative": negative, "epochs": epochs, "min_count": min_count}
+    dim, window, negative, epochs, min_count = (
+        _at_least_one(f"{call}({name}=...)", value) for name, value in sizes.items()
+    )
+    learning_rate = _at_most_one(f"{call}(learning_rate=...)", learning_rate)
+    # Above a frequency that no word has, nothing is left out.
+    sample = _at_most_one(f"{call}(sample=...)", sample) if sample != 0 else math.inf
+    rng = np.random.default_rng(_check.size(f"{call}(seed=...)", seed))
+    corpus = encode(sequences, min_count)
+
+    rows = len(corpus.tokens)
+    state = _start(jax.random.key(int(rng.integers(2**31))), rows, dim)
+    noise = _noise(corpus.counts)
+    total = epochs * int(corpus.counts.sum())
+    began, words, loss_before = time.monotonic(), 0, None
+    for windows in batches(corpus, window, epochs, sample, rng):
+        rate = learning_rate * max(_LAST_RATE, 1 - words / total)
+        state, loss = _train(state, noise, windows.centres, windows.contexts, jnp.float32(rate), negative)
+        words = windows.words
+        # One call is prepared while the one before it runs, and no more: else they would pile up in memory.
+        jax.block_until_ready(loss_before)
+        loss_before = loss
+        if progress is not None:
+            progress(Progress(windows.epoch, epochs, words, total, loss, time.monotonic() - began))
+    return Vectors(corpus.tokens, np.asarray(state.inputs.weight), corpus.counts)
+
+
+@functools.partial(jax.jit, static_argnames="negative", donate_argnames="state")
+def _train(
+    state: State,
+    noise: UInt32[Array, " rows"],
+    centres: Int32[Array, "steps batch"],
+    contexts: Int32[Array, "steps batch slots"],
+    rate: Float32[Array, ""],
+    negative: int,
+) -> tuple[State, Float32[Array, ""]]:
+    """Run one step after the other; return also their mean loss."""
+
+    def step(state: State, batch: tuple[Array, Array]) -> tuple[State, tuple[Array, Array]]:
+        key, key_now = jax.random.split(state.key)
+        targets = _targets(key_now, noise, batch[0], negative)
+        loss, gradient = jax.value_and_grad(_loss)((state.inputs, state.outputs), targets, batch[1])
+        slots = _exists(batch[1], state.inputs)
+        pairs = jnp.sum(slots, axis=1)
+        inputs = _descend(state.inputs, gradient[0], batch[1], slots, rate)
+        outputs = _descend(state.outputs, gradient[1], targets, jnp.broadcast_to(pairs[:, None], targets.shape), rate)
+        return State(inputs, outputs, key), (loss, jnp.sum(pairs))
+
+    state, (losses, pairs) = jax.lax.scan(step, state, (centres, contexts))
+    return state, jnp.sum(losses) / jnp.maximum(jnp.sum(pairs), 1).astype(jnp.float32)
+
+
+def _loss(
+    tables: tuple[Table, Table], targets: Int32[Array, "batch targets"], contexts: Int32[Array, "batch slots"]
+) -> Float32[Array, ""]:
+    """Sum `-log s(v . u)` over the pairs of the corpus, which come first among the targets, and `-log s(-v . u)`."""
+    inputs, outputs = tables
+    logits = jnp.einsum("bsd,btd->bst", lookup(inputs, contexts), lookup(outputs, targets))
+    # 1 for the centre, -1 for noise.
+    sign = jnp.where(jnp.arange(targets.shape[1]) == 0, jnp.float32(1), jnp.float32(-1))
+    terms = -jax.nn.log_sigmoid(sign[None, None, :] * logits)
+    real = _exists(contexts, inputs)[:, :, None] & _exists(targets, outputs)[:, None, :]
+    return jnp.sum(jnp.where(real, terms, jnp.float32(0)))
+
+
+def _targets(
+    key: Key[Array, ""], noise: UInt32[Array, " rows"], centres: Int32[Array, " batch"], negative: int
+) -> Int32[Array, "batch targets"]:
+    """Put noise words behind each centre; one that happens to be the centre itself is no row at all."""
+    rows = noise.shape[0]
+    drawn = jax.random.bits(key, (centres.shape[0], negative), jnp.uint32)
+    words = jnp.searchsorted(noise[:-1], drawn, side="right").astype(jnp.int32)
+    words = jnp.where((words == centres[:, None]) | (centres[:, None] == rows), jnp.int32(rows), words)
+    return jnp.concatenate([centres[:, None], words], axis=1)
+
+
+def _descend(
+    table: Table,
+    gradient: Table,
+    ids: Int32[Array, "batch slots"],
+    uses: Int[Array, "batch slots"],
+    rate: Float32[Array, ""],
+) -> Table:
+    """Take a step down the gradient, its length limited for rows that were used often."""
+    total = jnp.zeros(table.rows, jnp.float32).at[ids].add(uses.astype(jnp.float32), mode="drop")
+    rates = jnp.minimum(rate, _LARGEST_MOVE / jnp.maximum(total, 1))
+    return dataclasses.replace(table, weight=table.weight - rates[:, None] * gradient.weight)
+
+
+def _exists(ids: Int32[Array, "*batch"], table: Table) -> Bool[Array, "*batch"]:
+    """Tell rows from the number that stands for none."""
+    return ids < table.rows
+
+
+def _start(key: Key[Array, ""], rows: int, dim: int) -> State:
+    """Start as word2vec does: small random inputs, outputs of zero."""
+    key_inputs, key = jax.random.split(key)
+
+    def small(key: Key[Array, ""], shape: tuple[int, ...], dtype: Any) -> Array:
+        return jax.random.uniform(key, shape, dtype, -0.5 / dim, 0.5 / dim)
+
+    # An id without a row reads zero and trains nothing, so that padding needs no mask but in the loss.
+    inputs = Table.create(key_inputs, rows, dim, init=small, out_of_range="zero")
+    return State(inputs, Table(jnp.zeros((rows, dim), jnp.float32), out_of_range="zero"), key)
+
+
+def _noise(counts: Int64[np.ndarray, " rows"]) -> UInt32[Array, " rows"]:
+    """Cut the range of uint32 into one piece a row, as long as the 0.75th power of its count asks."""
+    weights = counts**0.75
+    ends = np.cumsum(weights) / weights.sum() * 2.0**32
+    return jnp.asarray(np.minimum(np.round(ends), 2.0**32 - 1).astype(np.uint32))
+
+
+def _at_least_one(argument: str, value: Any) -> int:
+    number = _check.integer(argument, value)
+    if not 1 <= number < 2**31:
+        raise ValueError(f"`{argument}` must be at least 1 and below 2**31, got {number}. Pass a number between them.")
+    return number
+
+
+def _at_most_one(argument: str, value: Any) -> float:
+    number = _check.positive(argument, value)
+    if number > 1:
+        raise ValueError(f"`{argument}` must be at most 1, got {number}. Pass a number in (0, 1].")
+    return number

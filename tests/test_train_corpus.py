@@ -1,0 +1,96 @@
+import itertools
+import unicodedata
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from embax import train
+from embax.train._corpus import BREAK, encode
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", []),
+        (" \n\n -- ... !", []),
+        ("To be, or not to be--that's", ["to", "be", "or", "not", "to", "be", "that's"]),
+        ("'Tis the dogs' _day_", ["tis", "the", "dogs", "day"]),
+        ("in 1984 B2B a_b", ["in", "1984", "b2b", "a", "b"]),
+        ("Don\u2019t DON'T", ["don't", "don't"]),
+        ("Caf\u00e9 CAFE\u0301", ["caf\u00e9", "caf\u00e9"]),
+        ("\ufeffstart", ["start"]),
+        ("हिन्दी में", ["हिन्दी", "में"]),  # vowel signs and viramas are combining marks
+        ("Привет, мир", ["привет", "мир"]),
+        ("İstanbul", ["i\u0307stanbul"]),
+    ],
+)
+def test_tokenize_finds_lower_cased_words(text, words):
+    assert list(train.tokenize([text])) == ([words] if words else [])
+
+
+def test_tokenize_ends_a_sequence_at_a_blank_line():
+    text = "one\ntwo\n\n\nthree\r\n \t\r\nfour\n"
+    assert list(train.tokenize([text])) == [["one", "two"], ["three"], ["four"]]
+
+
+@settings(deadline=None)
+@given(st.text(alphabet="ab\u00e9'\u2019 \n_", max_size=60), st.lists(st.integers(0, 60), max_size=5))
+def test_tokenize_does_not_depend_on_where_the_text_is_cut(text, cuts):
+    text = unicodedata.normalize("NFC", text)
+    ends = [0, *sorted(cuts), len(text)]
+    pieces = [text[first:last] for first, last in itertools.pairwise(ends)]
+    assert list(train.tokenize(pieces)) == list(train.tokenize([text]))
+
+
+@pytest.mark.parametrize("space", [" ", "\n"])
+def test_tokenize_cuts_an_endless_paragraph_between_words(space):
+    words = [f"word{number}" for number in range(300_000)]
+    text = space.join(words)
+    pieces = [text[first : first + 1000] for first in range(0, len(text), 1000)]
+    sequences = list(train.tokenize(pieces))
+    assert 2 <= len(sequences) <= 5
+    assert [word for sequence in sequences for word in sequence] == words
+
+
+def test_tokenize_does_not_hold_a_word_without_an_end():
+    sequences = train.tokenize("x" * 1000 for _ in range(5000))
+    assert max(len(word) for words in sequences for word in words) < 2_000_000
+
+
+def test_encode_orders_by_count_and_then_by_spelling():
+    corpus = encode([["b", "a", "c", "rare"], ["c", "c", "a", "b"]], min_count=2)
+    assert corpus.tokens == ["c", "a", "b"]
+    np.testing.assert_array_equal(corpus.counts, [3, 2, 2])
+    np.testing.assert_array_equal(corpus.ids, [2, 1, 0, BREAK, 0, 0, 1, 2, BREAK])
+    assert corpus.ids.dtype == np.int32
+
+
+@settings(deadline=None)
+@given(st.lists(st.lists(st.sampled_from("abcdefg"), max_size=8), max_size=8), st.integers(1, 4))
+def test_encode_keeps_exactly_the_words_that_occur_often_enough(sequences, min_count):
+    words = [word for sequence in sequences for word in sequence]
+    kept = [[word for word in sequence if words.count(word) >= min_count] for sequence in sequences]
+    if not any(kept):
+        with pytest.raises(train.CorpusError):
+            encode(sequences, min_count)
+        return
+    corpus = encode(sequences, min_count)
+    decoded = [[]]
+    for row in corpus.ids.tolist():
+        decoded.append([]) if row == BREAK else decoded[-1].append(corpus.tokens[row])
+    assert decoded[:-1] == kept
+    assert corpus.counts.tolist() == [words.count(token) for token in corpus.tokens]
+
+
+def test_encode_says_why_a_corpus_is_empty():
+    with pytest.raises(train.CorpusError, match=r"must have words to learn: it holds no words\."):
+        encode([], 1)
+    with pytest.raises(train.CorpusError, match=r"none of its 3 words occurs 5 times, .* 'a' with 2"):
+        encode([["a", "b"], ["a"]], 5)
+
+
+def test_encode_refuses_a_string_for_a_sequence():
+    with pytest.raises(TypeError, match="got the string 'to be'"):
+        encode(["to be"], 1)
