@@ -10,7 +10,7 @@ demo: $(VENV)/package
 	$(BIN)/embax neighbors build/shakespeare.safetensors king love sword rome -k 10
 
 test: $(VENV)/dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check

@@ -256,7 +256,11 @@ def test_table_is_a_pytree_of_one_leaf():
     assert rules_of(table) == RULES
 
 
-@pytest.mark.parametrize("leaf", [None, True, 0, "spec", jax.ShapeDtypeStruct((4, 2), jnp.float32), object()], ids=repr)
+@pytest.mark.parametrize(
+    "leaf",
+    [None, True, 0, "spec", jax.ShapeDtypeStruct((4, 2), jnp.float32), object()],
+    ids=lambda leaf: type(leaf).__name__,
+)
 def test_table_is_rebuilt_with_any_leaf(leaf):
     table = jax.tree.map(lambda _: leaf, Table(WEIGHT, **RULES))
     assert table.weight is leaf
