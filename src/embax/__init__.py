@@ -3,8 +3,14 @@
 import importlib as _importlib
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 
+from ._grad import DenseGradientWarning as DenseGradientWarning
+from ._grad import grad as grad
+from ._grad import value_and_grad as value_and_grad
 from ._lookup import lookup as lookup
 from ._lookup import renormalize as renormalize
+from ._rows import RowGrad as RowGrad
+from ._rows import apply_updates as apply_updates
+from ._rows import global_norm as global_norm
 from ._table import Table as Table
 from ._table import resize as resize
 
@@ -19,6 +25,7 @@ _LAZY = {
     "Vectors": "embax.vectors",
     "brainstate": "embax.brainstate",
     "files": "embax.files",
+    "optim": "embax.optim",
     "train": "embax.train",
     "vectors": "embax.vectors",
 }

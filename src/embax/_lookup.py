@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,8 +11,9 @@ import numpy as np
 from jax.sharding import reshard
 from jaxtyping import Array, DTypeLike, Int, Shaped
 
-from . import _ids
-from ._table import Table
+from . import _ids, _tape
+from ._dedupe import accumulator
+from ._table import Table, with_weight
 
 
 def lookup(table: Table, ids: Any, dtype: DTypeLike | None = None) -> Shaped[Array, "*batch_dim"]:
@@ -74,15 +76,57 @@ def renormalize(table: Table, ids: Any) -> Table:
     ids = _ids.prepare("embax.renormalize(ids=...)", ids, table)
     if table.max_norm is None or table.freeze:
         return table
-    return dataclasses.replace(table, weight=_clipped_table(table, ids))
+    return dataclasses.replace(table, weight=clipped_weight(table, ids, _clipped_table))
+
+
+def read(table: Table, ids: _ids.Ids, dtype: np.dtype | None) -> Shaped[Array, "*batch_dim"]:
+    """`lookup` of ids that `_ids.prepare` has checked."""
+    found = _tape.find(table.weight)
+    return _read(table, ids, dtype) if found is None else _read_on_tape(*found, table, ids, dtype)
+
+
+def clipped_weight(
+    table: Table, ids: _ids.Ids, clip: Callable[[Table, _ids.Ids], Array]
+) -> Shaped[Array, "rows *dim"]:
+    """Return what `clip(table, ids)`, a way to clip stored rows, makes of the weight; tapes see through it."""
+    found = _tape.find(table.weight)
+    if found is None:
+        return clip(table, ids)
+    tape, number, weight = found
+    return tape.replace(table.weight, number, clip(dataclasses.replace(table, weight=weight), ids))
 
 
 @functools.partial(jax.jit, static_argnums=2, inline=True)
-def read(table: Table, ids: _ids.Ids, dtype: np.dtype | None) -> Shaped[Array, "*batch_dim"]:
-    """`lookup` of ids that `_ids.prepare` has checked."""
+def _read(table: Table, ids: _ids.Ids, dtype: np.dtype | None) -> Shaped[Array, "*batch_dim"]:
     resolved = _ids.resolve(ids, table.rows, table.out_of_range)
     rows = _clip(table, resolved, _gather(table, resolved))
     return rows if dtype is None else rows.astype(dtype)
+
+
+def _read_on_tape(
+    tape: _tape.Tape, number: int, weight: Array, table: Table, ids: _ids.Ids, dtype: np.dtype | None
+) -> Shaped[Array, "*batch_dim"]:
+    """Read rows of which a tape takes the gradient: that of the rows becomes that of the tap."""
+    table = dataclasses.replace(table, weight=weight)
+    rows = _read(table, ids, None)
+    ids = _ids.resolve(ids, table.rows, table.out_of_range)
+    tap = tape.add(_tape.Lookup(number, ids, rows.shape, rows.dtype))
+    if tap is not None:
+        rules = with_weight(table, None)
+        rows = _tapped(rules, ids, rows, tap)
+    return rows if dtype is None else rows.astype(dtype)
+
+
+@jax.custom_jvp
+def _tapped(rules: Table, ids: Int[Array, "*batch"], rows: Array, tap: Array) -> Shaped[Array, "*batch_dim"]:
+    return rows
+
+
+@_tapped.defjvp
+def _tapped_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
+    rules, ids, rows, _ = primals
+    tangent = gradient_rules(rules, ids, tangents[3].astype(accumulator(rows.dtype)))
+    return rows, tangents[2] + tangent.astype(rows.dtype)
 
 
 def _gather(table: Table, ids: Int[Array, "*batch"]) -> Shaped[Array, "*batch_dim"]:
@@ -104,7 +148,7 @@ def _gather_with_rules_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
     table, ids = primals
     # The transpose of this gather adds up duplicates, so it runs in float32: 4096 bfloat16 ones would sum to 256. The
     # cast of the whole tangent is fused into the gather.
-    tangent = tangents[0].weight.astype(_accumulator(table.dtype))
+    tangent = tangents[0].weight.astype(accumulator(table.dtype))
     tangent = gradient_rules(table, ids, _take(tangent, ids, 0))
     return _gather_with_rules(table, ids), tangent.astype(table.dtype)
 
@@ -154,7 +198,7 @@ def _clip(table: Table, ids: Int[Array, "*batch"], rows: Shaped[Array, "*batch_d
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2, 3))
 def _clip_norm(rows: Array, axes: tuple[int, ...], max_norm: float, norm_type: float) -> Array:
-    wide = rows.astype(_accumulator(rows.dtype))
+    wide = rows.astype(accumulator(rows.dtype))
     largest = jnp.max(jnp.abs(wide), axis=axes, keepdims=True, initial=0)
     # XLA divides by multiplying with the reciprocal, and flushes that of a number above 2**126 to zero. So huge rows
     # are brought into range first, by a power of two, which is exact.
@@ -204,8 +248,3 @@ def _take(weight: Shaped[Array, "rows *dim"], ids: Int[Array, "*batch"], fill: f
 def _over_rows(values: Shaped[Array, "*batch"], rows: Shaped[Array, "*batch_dim"]) -> Shaped[Array, "*batch_ones"]:
     """Give values of each id trailing axes of size 1, to broadcast against its row."""
     return jnp.expand_dims(values, tuple(range(values.ndim, rows.ndim)))
-
-
-def _accumulator(dtype: np.dtype) -> np.dtype:
-    """The dtype in which norms and sums of such rows are computed: at least float32."""
-    return dtype if jnp.finfo(dtype).bits >= 32 else np.dtype(np.float32)

@@ -176,6 +176,11 @@ def _unflatten(rules: tuple[Any, ...], children: Iterable[Any]) -> Table:
 jax.tree_util.register_pytree_with_keys(Table, _flatten_with_keys, _unflatten, _flatten)
 
 
+def with_weight(table: Table, weight: Any) -> Table:
+    """The same rules for any leaf, unchecked: other rows, a gradient, None."""
+    return _unflatten(_flatten(table)[1], (weight,))
+
+
 def _fresh_rows(
     call: str, key: Key[Array, ""], rows: int, dim: tuple[int, ...], init: Initializer | None, dtype: DTypeLike
 ) -> Shaped[Array, "rows *dim"]:

@@ -13,7 +13,7 @@ from jax.custom_batching import custom_vmap
 from jaxtyping import Array, DTypeLike, Shaped
 
 from .. import _check, _ids
-from .._lookup import read, renormalize
+from .._lookup import clipped_weight, read, renormalize
 from .._table import OutOfRange, Table
 from ._weight import in_unit, initial_weight, split_unit, with_unit, zero_row
 
@@ -283,7 +283,7 @@ class Embedding(brainstate.nn.Module):
 
     def _store(self, table: Table, ids: Any, unit: Any) -> None:
         if table.max_norm is not None and not table.freeze:
-            self.weight.value = with_unit(_clipped_table(table, ids), unit)
+            self.weight.value = with_unit(clipped_weight(table, ids, _clipped_table), unit)
 
 
 # brainstate has no public question for 'is one of your transformations active?', but the setter of a state from outside

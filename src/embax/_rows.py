@@ -1,0 +1,302 @@
+"""RowGrad: the gradient, or the update, of the rows of a table that were read; and how it is applied."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jaxtyping import Array, Float, Float32, Int, Key, Shaped
+
+from . import _check, _dedupe
+from ._table import Table
+
+# Ids are held as random keys of this implementation: two words of 32 bits.
+_KEYS = "threefry2x32"
+
+
+class RowGrad:
+    """The gradient of a table, held as the rows that were read and nothing else.
+
+    `dense[r] = sum of values[i] over all i with ids[i] == r`
+
+    A pytree of static length: an id may occur many times, and `rows` stands where there is none. Made by
+    `embax.value_and_grad`, taken by the optimizers of `embax.optim` and by `embax.apply_updates`. `g1 + g2` puts two
+    together, `c * g` scales one.
+
+    Arithmetic that does not know it would move rows, such as `jax.tree.map(jnp.add, g1, g2)`, which would add up ids.
+    So the leaf that holds the ids has the dtype of a random key, for which JAX refuses arithmetic with a TypeError, and
+    a leaf of zeros, as `optax.tree.zeros_like` makes it, means that there are no ids.
+
+    Args:
+      ids: Row numbers in `[0, rows)`, or `rows` for none, `(length,)`, of any integer dtype.
+      values: One floating-point value an id, `(length, *dim)`.
+      rows: The number of rows of the table.
+
+    Raises:
+      TypeError: If the ids are not of an integer dtype, or the values not of a floating-point one.
+      ValueError: If the shapes do not fit, or a concrete id is outside of `[0, rows]`. A traced one outside counts as
+        none.
+
+    Example:
+      >>> import embax, jax.numpy as jnp
+      >>> g = embax.RowGrad([4, 1, 4], jnp.ones((3, 2)), rows=1_000)
+      >>> g
+      RowGrad(3 ids of 1000 rows, float32[3,2])
+      >>> (g + 2 * g).deduplicated().values[:3, 0]
+      Array([3., 6., 0.], dtype=float32)
+      >>> g.to_dense().shape
+      (1000, 2)
+    """
+
+    __slots__ = ("_keys", "rows", "values")
+    __array_ufunc__ = None  # so that a NumPy scalar leaves `c * g` to us
+    _keys: Key[Array, " length"]
+    values: Float[Array, "length *dim"]
+    rows: int
+
+    def __init__(self, ids: Any, values: Any, rows: int):
+        rows = _check.size("embax.RowGrad(rows=...)", rows)
+        ids = ids if hasattr(ids, "dtype") else np.asarray(ids, np.int32 if len(ids) == 0 else None)
+        values = jnp.asarray(values)
+        if not jnp.issubdtype(ids.dtype, jnp.integer):
+            raise TypeError(f"`embax.RowGrad(ids=...)` must be of an integer dtype, got {ids.dtype}. Cast them.")
+        if not jnp.issubdtype(values.dtype, jnp.inexact):
+            raise TypeError(f"`embax.RowGrad(values=...)` must be of a float dtype, got {values.dtype}. Cast them.")
+        if ids.ndim != 1 or values.shape[:1] != ids.shape:
+            raise ValueError(
+                "`embax.RowGrad(ids=..., values=...)` must be of the shapes (length,) and (length, *dim), got "
+                f"{ids.shape} and {values.shape}. Flatten the ids, and give one value for each."
+            )
+        if not isinstance(ids, Tracer):
+            bad = np.asarray((ids < 0) | (ids > rows))
+            if bad.any():
+                position = int(bad.argmax())
+                raise ValueError(
+                    f"`embax.RowGrad(ids=...)` must be in [0, {rows}], {rows} for none, got {int(ids[position])} at "
+                    f"position {position}. Wrap negative ids, and leave out those without a row."
+                )
+        _fill(self, _encode(jnp.asarray(ids), rows), values, rows)
+
+    @property
+    def ids(self) -> Int[Array, " length"]:
+        """Row numbers, `rows` where there is none."""
+        return _decode(self._keys, self.rows)
+
+    @property
+    def dim(self) -> tuple[int, ...]:
+        """The sizes of a row's axes."""
+        return tuple(self.values.shape[1:])
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The dtype of the values."""
+        return self.values.dtype
+
+    def to_dense(self) -> Float[Array, "rows *dim"]:
+        """Return the gradient as an array of all rows; duplicates are summed in float32 or wider."""
+        wide = self.values.astype(_dedupe.accumulator(self.dtype))
+        dense = jnp.zeros((self.rows, *self.dim), wide.dtype)
+        return dense.at[self.ids].add(wide, mode="drop").astype(self.dtype)
+
+    def deduplicated(self) -> "RowGrad":
+        """Return the same gradient with each id once, in rising order, of the same length; sums as in `to_dense`."""
+        _, ids, values = _dedupe.combine(None, self.ids, self.values, self.rows)
+        return row_grad(ids, values, self.rows)
+
+    def __add__(self, other: Any) -> "RowGrad":
+        if not isinstance(other, RowGrad):
+            return NotImplemented
+        if (self.rows, self.dim, self.dtype) != (other.rows, other.dim, other.dtype):
+            raise ValueError(
+                "`RowGrad + RowGrad` must be of tables of the same rows, dim and dtype, got "
+                f"{self!r} and {other!r}. Add gradients of one table only."
+            )
+        return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), self, other)
+
+    def __mul__(self, factor: Any) -> "RowGrad":
+        if isinstance(factor, RowGrad) or not hasattr(factor, "shape") and not isinstance(factor, int | float):
+            return NotImplemented
+        if jnp.ndim(factor):
+            raise ValueError(
+                f"`factor * RowGrad` must have a scalar factor, got shape {jnp.shape(factor)}. "
+                "Scale `values` for a factor an id."
+            )
+        values = self.values * jnp.asarray(factor, self.dtype)
+        return _fill(object.__new__(RowGrad), self._keys, values, self.rows)
+
+    __rmul__ = __mul__
+
+    def __repr__(self) -> str:
+        values = self.values
+        if not (hasattr(values, "shape") and hasattr(values, "dtype")):
+            return f"RowGrad(of {self.rows} rows, {values!r})"
+        shape = ",".join(map(str, values.shape))
+        return f"RowGrad({math.prod(self._keys.shape)} ids of {self.rows} rows, {values.dtype}[{shape}])"
+
+
+def row_grad(ids: Int[Array, " length"], values: Shaped[Array, "length *dim"], rows: int) -> RowGrad:
+    """`RowGrad` without its checks; any id outside of `[0, rows)` means none."""
+    return _fill(object.__new__(RowGrad), _encode(ids, rows), values, rows)
+
+
+def no_rows(rows: int, dim: tuple[int, ...], dtype: Any) -> RowGrad:
+    """The gradient of a table of which no row was read."""
+    return row_grad(jnp.zeros(0, jnp.int32), jnp.zeros((0, *dim), dtype), rows)
+
+
+def _fill(gradient: RowGrad, keys: Any, values: Any, rows: int) -> RowGrad:
+    gradient._keys, gradient.values, gradient.rows = keys, values, rows
+    return gradient
+
+
+jax.tree_util.register_pytree_with_keys(
+    RowGrad,
+    lambda gradient: (
+        ((jax.tree_util.GetAttrKey("ids"), gradient._keys), (jax.tree_util.GetAttrKey("values"), gradient.values)),
+        gradient.rows,
+    ),
+    # JAX rebuilds pytrees with None, bools and shapes in place of arrays.
+    lambda rows, leaves: _fill(object.__new__(RowGrad), *leaves, rows),
+    lambda gradient: ((gradient._keys, gradient.values), gradient.rows),
+)
+
+
+def _encode(ids: Int[Array, " length"], rows: int) -> Key[Array, " length"]:
+    """Hold ids as keys: their number from 1, and 0 for none."""
+    valid = (ids >= 0) & (ids < rows)
+    numbers = jnp.where(valid, ids, -1) + 1
+    high = jnp.zeros_like(ids) if numbers.dtype.itemsize <= 4 else numbers >> 32
+    words = jnp.stack([high.astype(jnp.uint32), numbers.astype(jnp.uint32)], axis=-1)
+    return jax.random.wrap_key_data(words, impl=_KEYS)
+
+
+def _decode(keys: Key[Array, " length"], rows: int) -> Int[Array, " length"]:
+    words = jax.random.key_data(keys)
+    numbers = words[..., 1].astype(jnp.int32)
+    if rows > np.iinfo(np.int32).max:
+        numbers = (words[..., 0].astype(jnp.int64) << 32) | words[..., 1].astype(jnp.int64)
+    return jnp.where(numbers == 0, rows, numbers - 1)
+
+
+def is_table_leaf(node: Any) -> bool:
+    """Say whether a node of a mixed tree is a table, or the gradient of one."""
+    return isinstance(node, Table | RowGrad)
+
+
+def is_trained(table: Table) -> bool:
+    """Say whether a table has a gradient at all: one of floats that is not frozen."""
+    return not table.freeze and table.weight is not None and jnp.issubdtype(table.dtype, jnp.inexact)
+
+
+def global_norm(tree: Any) -> Float32[Array, ""]:
+    """Return the Euclidean norm of all gradients in a tree, RowGrads among them, as if they were dense.
+
+    Args:
+      tree: A pytree of arrays, Tables and RowGrads.
+
+    Returns:
+      A scalar, in float32 or wider.
+
+    Example:
+      >>> import embax, jax.numpy as jnp
+      >>> g = embax.RowGrad([4, 4], jnp.ones((2, 2)), rows=1_000)
+      >>> embax.global_norm({"table": g, "bias": jnp.ones(1)})
+      Array(3., dtype=float32)
+    """
+    leaves = jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, RowGrad))
+    return norm_of_distinct([leaf.deduplicated().values if isinstance(leaf, RowGrad) else leaf for leaf in leaves])
+
+
+def norm_of_distinct(leaves: list[Any]) -> Float32[Array, ""]:
+    """The Euclidean norm of arrays in which nothing occurs twice."""
+    squares = [jnp.square(jnp.abs(leaf.astype(_dedupe.accumulator(leaf.dtype)))).sum() for leaf in leaves]
+    return jnp.sqrt(sum(squares, start=jnp.zeros((), jnp.float32)))
+
+
+def apply_updates(params: Any, updates: Any) -> Any:
+    """Add updates to parameters, those of a table's rows to these rows only.
+
+    As `optax.apply_updates`, for trees in which a Table may stand wherever a parameter does. Where the parameters are
+    donated, the work follows the number of ids, not of rows. Padding rows and frozen tables stay as they are.
+
+    Args:
+      params: A pytree of arrays and Tables.
+      updates: The same pytree, with a RowGrad, or a Table whose weight is a dense update, for each Table; None leaves a
+        parameter as it is. Duplicate ids of one RowGrad add up, in float32 or wider.
+
+    Returns:
+      The new parameters, in their own dtypes.
+
+    Raises:
+      TypeError: If the update of a Table is neither.
+      ValueError: If the structures differ, or a RowGrad does not fit its table.
+
+    Example:
+      >>> import embax, jax.numpy as jnp
+      >>> params = {"table": embax.Table(jnp.zeros((3, 2)))}
+      >>> embax.apply_updates(params, {"table": embax.RowGrad([1], jnp.ones((1, 2)), rows=3)})["table"].weight
+      Array([[0., 0.],
+             [1., 1.],
+             [0., 0.]], dtype=float32)
+    """
+    leaves, structure = jax.tree.flatten(params, is_leaf=lambda node: node is None or isinstance(node, Table))
+    return structure.unflatten(map(_apply, leaves, structure.flatten_up_to(updates)))
+
+
+def _apply(param: Any, update: Any) -> Any:
+    if param is None or update is None:
+        return param
+    if not isinstance(param, Table):
+        return jnp.asarray(param + update).astype(jnp.asarray(param).dtype)
+    update = checked_update("embax.apply_updates", param, update)
+    if not is_trained(param):
+        return param
+    if isinstance(update, Table):
+        return dataclasses.replace(param, weight=_apply(param.weight, without_padding(param, update.weight)))
+    ids, values = trained_ids(param, update.ids), update.values
+    if jnp.finfo(param.dtype).bits < 32:  # else the sum would be rounded after each duplicate
+        _, ids, values = _dedupe.combine(None, ids, values.astype(jnp.float32), param.rows)
+    weight = param.weight.at[ids].add(values.astype(param.dtype), mode="drop")
+    return dataclasses.replace(param, weight=weight)
+
+
+def trained_ids(table: Table, ids: Int[Array, " length"]) -> Int[Array, " length"]:
+    """Leave out the padding row."""
+    return ids if table.padding_idx is None else jnp.where(ids == table.padding_idx, table.rows, ids)
+
+
+def without_padding(table: Table, values: Shaped[Array, "rows *dim"]) -> Shaped[Array, "rows *dim"]:
+    """Set the padding row of a dense gradient or update to zero."""
+    return values if table.padding_idx is None else values.at[table.padding_idx].set(0)
+
+
+def checked_update(call: str, table: Table, update: Any) -> "RowGrad | Table":
+    """Return the gradient or update of a table, if it is one and fits.
+
+    Args:
+      call: The call for the messages.
+      table: The table.
+      update: What the caller gave for it.
+
+    Returns:
+      The same.
+
+    Raises:
+      TypeError: If it is neither a RowGrad nor a Table.
+      ValueError: If it is of a table of another shape.
+    """
+    if not isinstance(update, RowGrad | Table):
+        raise TypeError(
+            f"`{call}(updates=...)` must have a RowGrad or a Table where the parameters have a Table, got "
+            f"{type(update).__name__}. Differentiate with embax.value_and_grad or embax.grad."
+        )
+    if isinstance(update, RowGrad):
+        fits = (update.rows, update.dim) == (table.rows, table.dim)
+    else:
+        fits = update.weight is None or update.weight.shape == table.weight.shape
+    if not fits:
+        raise ValueError(f"`{call}(updates=...)` must fit the table {table!r}, got {update!r}. Pass its own gradient.")
+    return update

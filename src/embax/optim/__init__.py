@@ -1,0 +1,7 @@
+"""Optimizers over trees in which a Table may stand wherever a parameter does."""
+
+from ._clip import clip_by_global_norm as clip_by_global_norm
+from ._lift import LiftState as LiftState
+from ._lift import lift as lift
+from ._rowwise import rowwise_adagrad as rowwise_adagrad
+from ._rowwise import rowwise_adam as rowwise_adam

@@ -1,0 +1,69 @@
+"""Clipping by the norm of all gradients, those of tables among them."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from .. import _check, _dedupe
+from .._rows import RowGrad, is_trained, norm_of_distinct
+from .._table import Table
+
+
+class ClipByGlobalNormState(NamedTuple):
+    """What the norm of gradients with duplicates needs."""
+
+    slots: tuple[_dedupe.Slots, ...]  # int32 (rows,) for each trained table, or None where duplicates are sorted
+
+
+def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
+    """Scale all gradients down, where their common norm is above a limit.
+
+    `g -> g * min(1, max_norm / norm)`, `norm` being `embax.global_norm` of all gradients. As
+    `optax.clip_by_global_norm`, for trees in which a RowGrad may stand; chain it before a lifted transformation.
+
+    Args:
+      max_norm: The largest norm that is left as it is, in units of the gradient.
+
+    Returns:
+      The transformation. Its state holds scratch space of 4 bytes a row, where duplicates are summed by slots.
+
+    Raises:
+      TypeError: If the limit is not a number.
+      ValueError: If it is not positive.
+
+    Example:
+      >>> import embax, optax
+      >>> tx = optax.chain(embax.optim.clip_by_global_norm(1.0), embax.optim.lift(optax.adam(1e-3)))
+    """
+    max_norm = _check.positive("embax.optim.clip_by_global_norm(max_norm=...)", max_norm)
+
+    def init(params: Any) -> ClipByGlobalNormState:
+        leaves = jax.tree.leaves(params, is_leaf=lambda node: isinstance(node, Table))
+        tables = [leaf for leaf in leaves if isinstance(leaf, Table) and is_trained(leaf)]
+        return ClipByGlobalNormState(tuple(_dedupe.scratch(table.rows) for table in tables))
+
+    def update(
+        updates: Any, state: ClipByGlobalNormState, params: Any = None
+    ) -> tuple[Any, ClipByGlobalNormState]:
+        leaves, structure = jax.tree.flatten(updates, is_leaf=lambda node: isinstance(node, RowGrad | Table))
+        slots, distinct, number = list(state.slots), [], 0
+        for leaf in leaves:
+            if isinstance(leaf, RowGrad) and leaf.values.shape[0]:
+                slots[number], _, values = _dedupe.combine(slots[number], leaf.ids, leaf.values, leaf.rows)
+                distinct.append(values)
+            elif isinstance(leaf, Table):
+                distinct.extend(jax.tree.leaves(leaf))
+            elif not isinstance(leaf, RowGrad):
+                distinct.append(leaf)
+            number += isinstance(leaf, RowGrad | Table)
+        norm = norm_of_distinct(distinct)
+        factor = jnp.where(norm > max_norm, max_norm / jnp.where(norm > 0, norm, 1), 1)
+        clipped = [
+            factor * leaf if isinstance(leaf, RowGrad) else jax.tree.map(lambda x: x * factor.astype(x.dtype), leaf)
+            for leaf in leaves
+        ]
+        return structure.unflatten(clipped), ClipByGlobalNormState(tuple(slots))
+
+    return optax.GradientTransformation(init, update)

@@ -1,0 +1,164 @@
+"""Row-wise Adagrad and Adam: one second moment for each row of a table."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Float32, Int32
+
+from .. import _check
+from .._dedupe import accumulator
+from .._table import Table, with_weight
+from ._lift import lift
+
+
+class RowwiseAdagradState(NamedTuple):
+    """What row-wise Adagrad remembers."""
+
+    sum_of_squares: Any  # float32, (rows,) for a Table, else as the parameter
+
+
+class RowwiseAdamState(NamedTuple):
+    """What row-wise Adam remembers."""
+
+    count: Int32[Array, ""]  # steps so far
+    mean: Any  # as the parameters
+    mean_square: Any  # float32, (rows,) for a Table, else as the parameter
+
+
+def rowwise_adagrad(
+    learning_rate: optax.ScalarOrSchedule, initial_accumulator: float = 0.0, eps: float = 1e-8
+) -> optax.GradientTransformationExtraArgs:
+    """Adagrad with one accumulator for each row of a table, already lifted.
+
+    `a[r] += mean(g[r]**2); w[r] -= learning_rate * g[r] / (sqrt(a[r]) + eps)`, `g[r]` being the sum of the row's
+    gradients. The state of a table is 4 bytes a row instead of 4 a number. An ordinary leaf has an accumulator for each
+    number: plain Adagrad.
+
+    Args:
+      learning_rate: The step size, or a schedule of it.
+      initial_accumulator: Where the accumulators start, 0 or more.
+      eps: What is added to the root, 0 or more.
+
+    Returns:
+      A transformation over mixed trees, as `lift` makes it. It gives the same result as dense training.
+
+    Raises:
+      ValueError: If an argument is negative.
+
+    Example:
+      >>> import embax, jax.numpy as jnp
+      >>> params = {"table": embax.Table(jnp.zeros((1_000, 4)))}
+      >>> tx = embax.optim.rowwise_adagrad(0.1)
+      >>> state = tx.init(params)
+      >>> gradient = {"table": embax.RowGrad([7], jnp.full((1, 4), 2.0), rows=1_000)}
+      >>> updates, state = tx.update(gradient, state, params)
+      >>> updates["table"].values
+      Array([[-0.1, -0.1, -0.1, -0.1]], dtype=float32)
+
+    References:
+      Gupta, Bengio, Weston, Training highly multiclass classifiers, 2014,
+      https://jmlr.org/papers/v15/gupta14a.html, section 5.2. FBGEMM's EXACT_ROWWISE_ADAGRAD is the same.
+    """
+    call = "embax.optim.rowwise_adagrad"
+    start = _not_negative(f"{call}(initial_accumulator=...)", initial_accumulator)
+    eps = _not_negative(f"{call}(eps=...)", eps)
+
+    def init(params: Any) -> RowwiseAdagradState:
+        return RowwiseAdagradState(_map(lambda leaf: jnp.full(_second_moment(leaf)[0], start, _second_moment(leaf)[1]), params))
+
+    def update(updates: Any, state: RowwiseAdagradState, params: Any = None) -> tuple[Any, RowwiseAdagradState]:
+        sums = _map(lambda g, a: a + _square(g), updates, state.sum_of_squares)
+        # Without any gradient so far there is nothing to divide by.
+        scaled = _map(lambda g, a: _scale(g, jnp.where(a > 0, 1 / (jnp.sqrt(jnp.where(a > 0, a, 1)) + eps), 0)), updates, sums)
+        return scaled, RowwiseAdagradState(sums)
+
+    return lift(optax.chain(optax.GradientTransformation(init, update), optax.scale_by_learning_rate(learning_rate)))
+
+
+def rowwise_adam(
+    learning_rate: optax.ScalarOrSchedule, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8
+) -> optax.GradientTransformationExtraArgs:
+    """Adam with one second moment for each row of a table, already lifted.
+
+    `m[r] = b1 m[r] + (1 - b1) g[r]; v[r] = b2 v[r] + (1 - b2) mean(g[r]**2);
+    w[r] -= learning_rate * m[r] / (1 - b1**t) / (sqrt(v[r] / (1 - b2**t)) + eps)`
+
+    for the rows that were read, `t` counting all steps; see `lift` for how that differs from dense training. An
+    ordinary leaf has a second moment for each number: plain Adam.
+
+    Args:
+      learning_rate: The step size, or a schedule of it.
+      b1: The decay of the first moment, in [0, 1).
+      b2: The decay of the second moment, in [0, 1).
+      eps: What is added to the root, 0 or more.
+
+    Returns:
+      A transformation over mixed trees, as `lift` makes it.
+
+    Raises:
+      ValueError: If an argument is outside of its range.
+
+    Example:
+      >>> import embax, jax.numpy as jnp
+      >>> params = {"table": embax.Table(jnp.zeros((1_000, 4)))}
+      >>> state = embax.optim.rowwise_adam(1e-3).init(params)
+
+    References:
+      Kingma, Ba, Adam: a method for stochastic optimization, 2015, https://arxiv.org/abs/1412.6980, algorithm 1.
+      The mean over a row stands in FBGEMM's PARTIAL_ROWWISE_ADAM, too.
+    """
+    call = "embax.optim.rowwise_adam"
+    eps = _not_negative(f"{call}(eps=...)", eps)
+    for name, value in {"b1": b1, "b2": b2}.items():
+        if _not_negative(f"{call}({name}=...)", value) >= 1:
+            raise ValueError(f"`{call}({name}=...)` must be in [0, 1), got {value}. Pass a number below 1.")
+
+    def init(params: Any) -> RowwiseAdamState:
+        mean_square = _map(lambda leaf: jnp.zeros(*_second_moment(leaf)), params)
+        return RowwiseAdamState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.zeros_like, params), mean_square)
+
+    def update(updates: Any, state: RowwiseAdamState, params: Any = None) -> tuple[Any, RowwiseAdamState]:
+        count = optax.safe_increment(state.count)
+        mean = jax.tree.map(lambda g, m: b1 * m + (1 - b1) * g, updates, state.mean)
+        mean_square = _map(lambda g, v: b2 * v + (1 - b2) * _square(g), updates, state.mean_square)
+        first, second = (1 - decay ** count.astype(jnp.float32) for decay in (b1, b2))
+        scaled = _map(lambda m, v: _scale(m, 1 / (first * (jnp.sqrt(v / second) + eps))), mean, mean_square)
+        return scaled, RowwiseAdamState(count, mean, mean_square)
+
+    return lift(optax.chain(optax.GradientTransformation(init, update), optax.scale_by_learning_rate(learning_rate)))
+
+
+def _map(function: Callable[..., Any], tree: Any, *others: Any) -> Any:
+    """Map over a tree with Tables for leaves, of which those without a weight have nothing in the other trees."""
+
+    def of_leaf(leaf: Any, *rest: Any) -> Any:
+        return None if isinstance(leaf, Table) and leaf.weight is None else function(leaf, *rest)
+
+    return jax.tree.map(of_leaf, tree, *others, is_leaf=lambda node: isinstance(node, Table))
+
+
+def _second_moment(leaf: Any) -> tuple[tuple[int, ...], Any]:
+    """The shape and dtype of a second moment."""
+    return (leaf.shape, accumulator(leaf.dtype)) if not isinstance(leaf, Table) else ((leaf.rows,), accumulator(leaf.dtype))
+
+
+def _square(gradient: Any) -> Float32[Array, "..."]:
+    """The square of a gradient; of a table's, the mean over each row."""
+    values = gradient.weight if isinstance(gradient, Table) else gradient
+    squares = jnp.square(jnp.abs(values.astype(accumulator(values.dtype))))
+    return squares.mean(axis=tuple(range(1, squares.ndim))) if isinstance(gradient, Table) else squares
+
+
+def _scale(leaf: Any, factor: Float32[Array, "..."]) -> Any:
+    """Multiply a leaf by a factor for each number, a table by one for each row."""
+    if not isinstance(leaf, Table):
+        return (leaf * factor).astype(leaf.dtype)
+    factor = jnp.expand_dims(factor, tuple(range(1, leaf.weight.ndim)))
+    return with_weight(leaf, (leaf.weight.astype(factor.dtype) * factor).astype(leaf.dtype))
+
+
+def _not_negative(argument: str, value: Float) -> float:
+    return 0.0 if value == 0 else _check.positive(argument, value)
