@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint format bench clean
+.PHONY: demo test lint format bench bench-peers clean
 
 demo: $(VENV)/package
 	$(BIN)/embax train examples/data/shakespeare.txt.xz -o build/shakespeare.safetensors
@@ -23,9 +23,20 @@ format: $(VENV)/dev
 
 bench: $(VENV)/dev
 	$(BIN)/python benchmarks/lookup.py
+	$(BIN)/python benchmarks/row_sparse.py --figure docs/step_time.png
+
+bench-peers: $(VENV)/dev $(VENV)-peers/done
+	$(BIN)/python benchmarks/row_sparse.py --peers $(VENV)-peers/bin/python
 
 clean:
 	rm -rf build dist .venv .venv-*
+
+# Of torch and FBGEMM, these two versions load together. FBGEMM asks for more than it needs here.
+$(VENV)-peers/done:
+	$(PYTHON) -m venv $(VENV)-peers
+	$(VENV)-peers/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 numpy
+	$(VENV)-peers/bin/python -m pip install --quiet --disable-pip-version-check --no-deps fbgemm-gpu-cpu==1.8.0
+	touch $@
 
 $(VENV)/package: pyproject.toml
 	$(PYTHON) -m venv $(VENV)

@@ -7,10 +7,32 @@ from sybil.parsers.markdown import PythonCodeBlockParser
 from sybil.parsers.rest import DocTestParser
 
 jax.config.update("jax_num_cpu_devices", 4)
-jax.config.update("jax_numpy_dtype_promotion", "strict")
-jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def _promote(dtypes: str, ranks: str) -> None:
+    jax.config.update("jax_numpy_dtype_promotion", dtypes)
+    jax.config.update("jax_numpy_rank_promotion", ranks)
+
+
+def _strict(namespace=None):
+    _promote("strict", "raise")
+
+
+def _as_users_have_it(namespace):
+    """Examples run under the defaults of JAX, which optax relies on, too."""
+    _promote("standard", "allow")
+
+
+_strict()
+_SETTINGS = {"setup": _as_users_have_it, "teardown": _strict}
 
 pytest_collect_file = (
-    Sybil(parsers=[PythonCodeBlockParser()], patterns=["*.md"])
-    + Sybil(path="src", parsers=[DocTestParser()], patterns=["*.py"], document_types={".py": PythonDocStringDocument})
+    Sybil(parsers=[PythonCodeBlockParser()], patterns=["*.md"], **_SETTINGS)
+    + Sybil(
+        path="src",
+        parsers=[DocTestParser()],
+        patterns=["*.py"],
+        document_types={".py": PythonDocStringDocument},
+        **_SETTINGS,
+    )
 ).pytest()

@@ -1,6 +1,9 @@
 """The tables of cases that several tests share: rules and ids for a small table."""
 
+import jax
 import numpy as np
+
+from embax import RowGrad, Table
 
 ROWS = 7
 WEIGHT = np.random.default_rng(0).normal(scale=2, size=(ROWS, 3)).astype(np.float32)
@@ -41,3 +44,19 @@ def cotangent(ids, weight=WEIGHT, seed=1):
     """A cotangent of the lookup of these ids."""
     shape = (*np.shape(ids), *weight.shape[1:])
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def assert_same_gradient(actual, expected, **tolerance):
+    """Two gradients of one tree are the same, whether a table's is held as rows or as a Table."""
+
+    def dense(leaf):
+        return leaf.to_dense() if isinstance(leaf, RowGrad) else leaf.weight if isinstance(leaf, Table) else leaf
+
+    def is_of_table(leaf):
+        return isinstance(leaf, RowGrad | Table)
+
+    actual, expected = (jax.tree.map(dense, tree, is_leaf=is_of_table) for tree in (actual, expected))
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    for one, other in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        assert one.dtype == other.dtype
+        np.testing.assert_allclose(np.asarray(one, np.float64), np.asarray(other, np.float64), **tolerance)

@@ -3,11 +3,19 @@
 import importlib as _importlib
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 
+from ._bag import embedding_bag as embedding_bag
+from ._collection import Collection as Collection
+from ._collection import Feature as Feature
+from ._collection import restack as restack
+from ._collection import unstack as unstack
+from ._compositional import CompositionalTable as CompositionalTable
 from ._grad import DenseGradientWarning as DenseGradientWarning
 from ._grad import grad as grad
 from ._grad import value_and_grad as value_and_grad
+from ._hash import hash_ids as hash_ids
 from ._lookup import lookup as lookup
 from ._lookup import renormalize as renormalize
+from ._ragged import Ragged as Ragged
 from ._rows import RowGrad as RowGrad
 from ._rows import apply_updates as apply_updates
 from ._rows import global_norm as global_norm
@@ -16,12 +24,14 @@ from ._table import resize as resize
 
 if _TYPE_CHECKING:
     from .brainstate import Embedding as Embedding
+    from .brainstate import EmbeddingBag as EmbeddingBag
 
 __version__ = "0.1.0"
 
 # Names that need a framework or a heavy library, and the module that each comes from. A module is its own name.
 _LAZY = {
     "Embedding": "embax.brainstate",
+    "EmbeddingBag": "embax.brainstate",
     "Vectors": "embax.vectors",
     "brainstate": "embax.brainstate",
     "files": "embax.files",

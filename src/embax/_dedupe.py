@@ -1,9 +1,11 @@
 """Distinct ids: sum the values that belong to one row, by slots or by sort."""
 
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int, Int32, Shaped
+from jaxtyping import Array, Bool, Int, Int32, PyTree, Shaped
 
 Slots = Int32[Array, " rows"] | None
 
@@ -26,27 +28,51 @@ def scratch(rows: int) -> Slots:
     return jnp.zeros(rows, jnp.int32) if jax.default_backend() == "cpu" else None
 
 
+class Distinct(NamedTuple):
+    """Values summed by row."""
+
+    ids: Int[Array, " ids"]  # the distinct row numbers in some order, then `rows` in the places that are left over
+    values: Any  # (ids, *dim), the sum of each, in the dtype of the values; 0 in the places left over
+    number: Int32[Array, ""]  # how many places are not left over
+
+
 def combine(
-    slots: Slots, ids: Int[Array, " ids"], values: Shaped[Array, "ids *dim"], rows: int
-) -> tuple[Slots, Int[Array, " ids"], Shaped[Array, "ids *dim"]]:
+    slots: Slots, ids: Int[Array, " ids"], values: PyTree[Shaped[Array, "ids ..."]], rows: int
+) -> tuple[Slots, Distinct]:
     """Sum the values of each row, in float32 or wider.
 
     Args:
       slots: What `scratch` gives, or this function gave before; None to sort.
       ids: Row numbers in `[0, rows)`, and `rows` where there is no row.
-      values: One value an id.
+      values: One value an id, or a pytree of them.
       rows: The number of rows of the table.
 
     Returns:
-      The slots for the next call; distinct row numbers in some order, with `rows` in the places that are left over; and
-      the sum of each, in the dtype of the values, 0 in the places that are left over.
+      The slots for the next call, and the sums.
     """
-    wide = values.astype(accumulator(values.dtype))
     if slots is None:
-        distinct, summed = _by_sort(ids, wide, rows)
+        order = jnp.argsort(ids)  # stable, so that sums are the same each time
+        ids, values = ids[order], jax.tree.map(lambda x: x[order], values)
+        starts = jnp.concatenate([jnp.ones_like(ids[:1], bool), ids[1:] != ids[:-1]]) & (ids < rows)
+        places = _numbered(starts)
     else:
-        slots, distinct, summed = _by_slots(slots, ids, wide, rows)
-    return slots, distinct, summed.astype(values.dtype)
+        position = jnp.arange(ids.shape[0], dtype=jnp.int32)
+        slots = slots.at[ids].set(position, mode="drop", wrap_negative_indices=False)
+        # An id without a row gets a position behind the last one.
+        owner = slots.at[ids].get(mode="fill", fill_value=ids.shape[0], wrap_negative_indices=False)
+        starts = owner == position
+        places = _numbered(starts).at[owner].get(mode="fill", fill_value=0)
+    # Ids without a row go nowhere.
+    places = jnp.where(ids < rows, places, ids.shape[0])
+    sorted_ = slots is None
+    distinct = jnp.full_like(ids, rows).at[places].set(ids, mode="drop", indices_are_sorted=sorted_)
+
+    def total(values: Shaped[Array, "ids *dim"]) -> Shaped[Array, "ids *dim"]:
+        wide = values.astype(accumulator(values.dtype))
+        summed = jnp.zeros_like(wide).at[places].add(wide, mode="drop", indices_are_sorted=sorted_)
+        return summed.astype(values.dtype)
+
+    return slots, Distinct(distinct, jax.tree.map(total, values), jnp.sum(starts, dtype=jnp.int32))
 
 
 def accumulator(dtype: np.dtype) -> np.dtype:
@@ -54,26 +80,6 @@ def accumulator(dtype: np.dtype) -> np.dtype:
     return dtype if jnp.finfo(dtype).bits >= 32 else np.dtype(np.float32)
 
 
-def _by_slots(
-    slots: Int32[Array, " rows"], ids: Int[Array, " ids"], values: Shaped[Array, "ids *dim"], rows: int
-) -> tuple[Int32[Array, " rows"], Int[Array, " ids"], Shaped[Array, "ids *dim"]]:
-    position = jnp.arange(ids.shape[0], dtype=jnp.int32)
-    slots = slots.at[ids].set(position, mode="drop", wrap_negative_indices=False)
-    # An id without a row gets a place behind the last one.
-    owner = slots.at[ids].get(mode="fill", fill_value=ids.shape[0], wrap_negative_indices=False)
-    summed = jnp.zeros_like(values).at[owner].add(values, mode="drop", wrap_negative_indices=False)
-    return slots, jnp.where(owner == position, ids, rows), summed
-
-
-def _by_sort(
-    ids: Int[Array, " ids"], values: Shaped[Array, "ids *dim"], rows: int
-) -> tuple[Int[Array, " ids"], Shaped[Array, "ids *dim"]]:
-    order = jnp.argsort(ids)  # stable, so that sums are the same each time
-    ordered = ids[order]
-    starts = jnp.concatenate([jnp.ones_like(ordered[:1], bool), ordered[1:] != ordered[:-1]])
-    segment = jnp.cumsum(starts.astype(jnp.int32)) - 1
-    distinct = jnp.full_like(ids, rows).at[segment].set(ordered, mode="drop", indices_are_sorted=True)
-    # Ids without a row sort to the end; what belongs to them is left out.
-    segment = jnp.where(ordered < rows, segment, ids.shape[0])
-    summed = jnp.zeros_like(values).at[segment].add(values[order], mode="drop", indices_are_sorted=True)
-    return distinct, summed
+def _numbered(starts: Bool[Array, " ids"]) -> Int32[Array, " ids"]:
+    """Number the places at which something starts, from 0 on, and give the others the number before."""
+    return jnp.cumsum(starts.astype(jnp.int32)) - 1

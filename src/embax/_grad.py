@@ -3,16 +3,16 @@
 import functools
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+from jax.core import Tracer
 from jax.extend.core import jaxpr_as_fun
-from jaxtyping import Array
+from jaxtyping import Array, Shaped
 
-from . import _check, _tape
-from ._rows import RowGrad, is_trained, no_rows, row_grad, trained_ids
+from . import _check, _ids, _tape
+from ._rows import RowGrad, is_trained, no_rows, row_grad
 from ._table import Table, with_weight
 
 OnDense = Literal["error", "warn", "allow"]
@@ -37,10 +37,10 @@ def value_and_grad(
     was looked up. Time and memory follow the number of ids, not of rows. A table that is frozen, of integers or not
     read gets a RowGrad of length 0.
 
-    That needs `embax.lookup` to be called where `fun` itself runs. Of a table whose weight is used in any other way, the
-    gradient is dense and comes as a Table with the gradient for its weight: where the loss computes with the weight (a
-    cast, a slice, a sum over it), or looks up inside of `jit`, `scan`, `while_loop`, `cond`, `vmap`, `checkpoint` or
-    another derivative. It is the whole gradient, lookups included, and a warning says what to move: the
+    That needs `embax.lookup` to be called where `fun` itself runs. Of a table whose weight is used in any other way,
+    the gradient is dense, and comes as a Table with the gradient for its weight: where the loss computes with the
+    weight (a cast, a slice, a sum over it), or looks up inside of `jit`, `scan`, `while_loop`, `cond`, `vmap`,
+    `checkpoint` or another derivative. It is the whole gradient, lookups included, and a warning says what to move: the
     lookup out of the inner transformation, `jit` around the outermost function.
 
     `fun` is traced twice before it is differentiated, so that it has to be as pure as under `jax.jit`, and its control
@@ -67,6 +67,7 @@ def value_and_grad(
       >>> params = {"table": embax.Table.create(jax.random.key(0), rows=1_000, dim=4), "scale": jnp.ones(4)}
       >>> def loss(params, ids):
       ...     return (embax.lookup(params["table"], ids) * params["scale"]).sum()
+      ...
       >>> value, gradient = embax.value_and_grad(loss)(params, [3, 5, 3])
       >>> gradient["table"]
       RowGrad(3 ids of 1000 rows, float32[3,4])
@@ -74,36 +75,14 @@ def value_and_grad(
       (4,)
     """
     on_dense = _check.choice("embax.value_and_grad(on_dense=...)", on_dense, OnDense)
-    plain = jax.value_and_grad(fun, argnums, has_aux, holomorphic, allow_int)
+    options = _Options("embax.value_and_grad", argnums, has_aux, holomorphic, allow_int, on_dense)
+    plain = jax.value_and_grad(fun, argnums, has_aux, holomorphic, allow_int)  # which checks them
 
     @functools.wraps(fun)
     def value_and_gradient(*args: Any, **kwargs: Any) -> Any:
-        numbers = (argnums,) if isinstance(argnums, int) else tuple(argnums)
-        if not all(-len(args) <= number < len(args) for number in numbers):
+        if not options.fit(args):
             return plain(*args, **kwargs)  # which says what is wrong
-        nodes, structure = jax.tree.flatten_with_path(
-            [args[number] for number in numbers], is_leaf=lambda node: isinstance(node, Table)
-        )
-        leaves = [leaf for _, leaf in nodes]
-        trained = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Table) and is_trained(leaf)]
-
-        def run(leaves: Sequence[Any]) -> Any:
-            full = list(args)
-            for number, value in zip(numbers, structure.unflatten(leaves), strict=True):
-                full[number] = value
-            return fun(*full, **kwargs)
-
-        lookups, dense = _find_lookups(run, leaves, trained)
-        for i, reason in dense.items():
-            path = nodes[i][0]
-            name = f"argument {numbers[path[0].idx]}{jax.tree_util.keystr(path[1:])}"
-            report_dense(on_dense, name, leaves[i], reason)
-        sparse = [i for i in trained if i not in dense]
-        lookups = [x._replace(table=sparse.index(trained[x.table])) for x in lookups if trained[x.table] in sparse]
-        options = {"holomorphic": holomorphic, "allow_int": allow_int}
-        out, gradients = _differentiate(run, leaves, sparse, lookups, has_aux, options)
-        gradient = structure.unflatten(gradients)
-        return out, gradient[0] if isinstance(argnums, int) else tuple(gradient)
+        return _evaluate(fun, options, args, kwargs)
 
     return value_and_gradient
 
@@ -140,24 +119,79 @@ def grad(
       >>> embax.grad(lambda table: embax.lookup(table, [3, 5]).sum())(table)
       RowGrad(2 ids of 1000 rows, float32[2,4])
     """
-    both = value_and_grad(fun, argnums, has_aux, holomorphic, allow_int, on_dense=on_dense)
+    on_dense = _check.choice("embax.grad(on_dense=...)", on_dense, OnDense)
+    options = _Options("embax.grad", argnums, has_aux, holomorphic, allow_int, on_dense)
+    plain = jax.grad(fun, argnums, has_aux, holomorphic, allow_int)
 
     @functools.wraps(fun)
     def gradient(*args: Any, **kwargs: Any) -> Any:
-        out, gradient = both(*args, **kwargs)
+        if not options.fit(args):
+            return plain(*args, **kwargs)
+        out, gradient = _evaluate(fun, options, args, kwargs)
         return (gradient, out[1]) if has_aux else gradient
 
     return gradient
 
 
-def report_dense(on_dense: OnDense, name: str, table: Table, reason: str) -> None:
+class _Options(NamedTuple):
+    """The arguments of `value_and_grad`, besides the function."""
+
+    call: str  # for messages
+    argnums: int | Sequence[int]
+    has_aux: bool
+    holomorphic: bool
+    allow_int: bool
+    on_dense: OnDense
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """The positions of the arguments."""
+        return tuple(self.argnums) if isinstance(self.argnums, Sequence) else (self.argnums,)
+
+    def fit(self, args: Sequence[Any]) -> bool:
+        """Say whether there are such arguments."""
+        return all(-len(args) <= number < len(args) for number in self.numbers)
+
+
+def _evaluate(fun: Callable[..., Any], options: _Options, args: Sequence[Any], kwargs: Any) -> tuple[Any, Any]:
+    """Return what a function returns, and its gradient."""
+    numbers = options.numbers
+    nodes, structure = jax.tree.flatten_with_path(
+        [args[number] for number in numbers], is_leaf=lambda node: isinstance(node, Table)
+    )
+    leaves = [leaf for _, leaf in nodes]
+    trained = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Table) and is_trained(leaf)]
+
+    def run(leaves: Sequence[Any]) -> Any:
+        full = list(args)
+        for number, value in zip(numbers, structure.unflatten(leaves), strict=True):
+            full[number] = value
+        return fun(*full, **kwargs)
+
+    lookups, dense = _find_lookups(run, leaves, trained)
+    for i, reason in dense.items():
+        path = nodes[i][0]
+        name = f"argument {numbers[path[0].idx]}{jax.tree_util.keystr(path[1:])}"
+        report_dense(options.call, options.on_dense, name, leaves[i], reason, stacklevel=4)
+    sparse = [i for i in trained if i not in dense]
+    lookups = [x._replace(table=sparse.index(trained[x.table])) for x in lookups if trained[x.table] in sparse]
+    out, gradients = _differentiate(run, leaves, sparse, lookups, options)
+    gradient = structure.unflatten(gradients)
+    return out, tuple(gradient) if isinstance(options.argnums, Sequence) else gradient[0]
+
+
+def report_dense(
+    call: str, on_dense: OnDense, name: str, table: Table, reason: str, stacklevel: int = 3
+) -> None:
     """Say that the gradient of a table is dense, as `on_dense` asks.
 
     Args:
+      call: The call for the message.
       on_dense: As in `value_and_grad`.
       name: The table's name.
       table: The table.
       reason: A primitive that uses the weight, or an empty string for a lookup in an inner transformation.
+      stacklevel: That of the user's code, as in `warnings.warn`.
 
     Raises:
       ValueError: If it is `"error"`.
@@ -170,12 +204,12 @@ def report_dense(on_dense: OnDense, name: str, table: Table, reason: str) -> Non
     else:
         why = f"by `{reason}`, which is no lookup. Compute with rows that embax.lookup reads"
     message = (
-        f"`embax.value_and_grad`: the gradient of {name}, {table!r}, is dense, {table.rows} rows, since the loss uses "
+        f"`{call}`: the gradient of {name}, {table!r}, is dense, {table.rows} rows, since the loss uses "
         f"its weight {why}, or expect it with on_dense='allow'."
     )
     if on_dense == "error":
         raise ValueError(message)
-    warnings.warn(message, DenseGradientWarning, stacklevel=3)
+    warnings.warn(message, DenseGradientWarning, stacklevel=stacklevel)
 
 
 # Primitives that hold a function of their own; the jaxpr of an inner derivative is part of the loss's.
@@ -190,20 +224,24 @@ def _find_lookups(
     """Run a loss on stand-ins for the weights of its trained tables.
 
     Returns:
-      Its lookups; and the leaves that are tables whose weight it uses otherwise, with a reason for `report_dense`.
+      Its lookups, with the type of their ids in place of these; and the leaves that are tables whose weight it uses
+      otherwise, with a reason for `report_dense`.
     """
     weights = [leaves[i].weight for i in trained]
-    tapes: list[_tape.Tape] = []
+    lookups: list[_tape.Lookup] = []
+    hidden: set[int] = set()
 
     def on_tape(stand_ins: Sequence[Any]) -> None:
         with _tape.recording(_tape.Tape(stand_ins, weights)) as tape:
             run(_with_weights(leaves, trained, stand_ins))
-        tapes.append(tape)
+        # No tracer may outlive its trace.
+        lookups.extend(lookup._replace(ids=jax.typeof(lookup.ids)) for lookup in tape.lookups)
+        hidden.update(tape.hidden)
 
     jaxpr = jax.make_jaxpr(on_tape)(weights).jaxpr
     used = _tape.other_uses(jaxpr, jaxpr.invars)
-    reasons = {trained[k]: "" if k in tapes[0].hidden else name for k, name in used.items()}
-    return tapes[0].lookups, reasons
+    reasons = {trained[k]: "" if k in hidden else name for k, name in used.items()}
+    return lookups, reasons
 
 
 def _differentiate(
@@ -211,8 +249,7 @@ def _differentiate(
     leaves: Sequence[Any],
     sparse: Sequence[int],
     lookups: Sequence[_tape.Lookup],
-    has_aux: bool,
-    options: dict[str, bool],
+    options: _Options,
 ) -> tuple[Any, list[Any]]:
     """Differentiate a loss for a tap on each of its lookups, and for its other leaves.
 
@@ -225,49 +262,64 @@ def _differentiate(
     weights = [leaves[i].weight for i in sparse]
     constant = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Table) and not is_trained(leaf)]
     others = [None if i in (*sparse, *constant) else leaf for i, leaf in enumerate(leaves)]
-    taps = [jnp.zeros(lookup.shape, lookup.dtype) for lookup in lookups]
+    taps = [tap_of(lookup, weights[lookup.table]) for lookup in lookups]
     outputs: list[Any] = []
 
     def with_taps(others: Sequence[Any], taps: Sequence[Array], stand_ins: Sequence[Any]) -> Any:
         filled = [leaf if other is None else other for leaf, other in zip(leaves, others, strict=True)]
         with _tape.recording(_tape.Tape(stand_ins, weights, taps)) as tape:
             out = run(_with_weights(filled, sparse, stand_ins))
-        if len(tape.lookups) != len(lookups):
-            raise _impure(f"{len(tape.lookups)} lookups in the second run and {len(lookups)} in the first")
-        # Only arrays can leave a jaxpr. An auxiliary output may be anything.
+        if [lookup.table for lookup in tape.lookups] != [lookup.table for lookup in lookups]:
+            raise impure(options.call, "other lookups in its second run")
         parts, structure = jax.tree.flatten(out)
-        arrays = [_is_array(part) for part in parts]
-        outputs.append((structure, arrays, [None if is_array else part for part, is_array in zip(parts, arrays)]))
-        return [part for part, is_array in zip(parts, arrays) if is_array], [lookup.ids for lookup in tape.lookups]
+        # A stand-in that is returned holds what `renormalize` has made of its table.
+        parts = [part if (found := tape.find(part)) is None else found[1] for part in parts]
+        # What is no tracer, an auxiliary output may be anything, has no part in the jaxpr.
+        traced = [isinstance(part, Tracer) for part in parts]
+        rest = [None if is_traced else part for part, is_traced in zip(parts, traced, strict=True)]
+        outputs.append((structure, traced, rest))
+        parts = [part for part, is_traced in zip(parts, traced, strict=True) if is_traced]
+        return parts, [lookup.ids for lookup in tape.lookups]
 
-    traced = jax.make_jaxpr(with_taps)(others, taps, weights)
-    stand_ins = traced.jaxpr.invars[len(traced.jaxpr.invars) - len(weights) :]
-    if _tape.other_uses(traced.jaxpr, stand_ins):
-        raise _impure("another use of a table's weight in the second run")
-    structure, arrays, parts = outputs[0]
-    evaluate = jaxpr_as_fun(traced)
+    closed = jax.make_jaxpr(with_taps)(others, taps, weights)
+    stand_ins = closed.jaxpr.invars[len(closed.jaxpr.invars) - len(weights) :]
+    if _tape.other_uses(closed.jaxpr, stand_ins):
+        raise impure(options.call, "another use of a table's weight in the second run")
+    structure, traced, rest = outputs[0]
+    evaluate = jaxpr_as_fun(closed)
 
     def loss(others: Sequence[Any], taps: Sequence[Array]) -> Any:
         values = iter(evaluate(*jax.tree.leaves((others, taps, weights))))
-        out = structure.unflatten([next(values) if is_array else part for part, is_array in zip(parts, arrays)])
+        full = [next(values) if is_traced else part for part, is_traced in zip(rest, traced, strict=True)]
+        out = structure.unflatten(full)
         ids = list(values)
-        if not has_aux:
+        if not options.has_aux:
             return out, (out, ids)
-        if not isinstance(out, tuple) or len(out) != 2:
+        if not isinstance(out, tuple | list) or len(out) != 2:
             raise TypeError(
-                "`embax.value_and_grad(has_aux=True)` must be of a function that returns a pair, a scalar and anything "
+                f"`{options.call}(has_aux=True)` must be of a function that returns a pair, a scalar and anything "
                 f"else, got {type(out).__name__}. Return both, or leave has_aux out."
             )
-        return out[0], (out, ids)
+        return out[0], (tuple(out), ids)
 
-    (_, (out, ids)), (gradients, cotangents) = jax.value_and_grad(loss, (0, 1), has_aux=True, **options)(others, taps)
-    ids = [_after(out[0] if has_aux else out, x) for x in ids]
+    differentiated = jax.value_and_grad(
+        loss, (0, 1), has_aux=True, holomorphic=options.holomorphic, allow_int=options.allow_int
+    )
+    (_, (out, ids)), (gradients, cotangents) = differentiated(others, taps)
+    ids = [after_loss(out[0] if options.has_aux else out, x) for x in ids]
     for i in constant:
         gradients[i] = _none_read(leaves[i])
     for k, i in enumerate(sparse):
         of_table = [n for n, lookup in enumerate(lookups) if lookup.table == k]
-        gradients[i] = _gathered(leaves[i], [ids[n] for n in of_table], [cotangents[n] for n in of_table])
+        gradients[i] = gathered(leaves[i], [ids[n] for n in of_table], [cotangents[n] for n in of_table])
     return out, gradients
+
+
+def tap_of(lookup: _tape.Lookup, weight: Array) -> Shaped[Array, "*batch_dim"]:
+    """Zeros that vary over the axes of a `shard_map` as the rows do, lest their gradient is summed over these."""
+    tap = jnp.zeros(lookup.shape, lookup.dtype)
+    axes = lookup.ids.manual_axis_type.varying | jax.typeof(weight).manual_axis_type.varying
+    return jax.lax.pcast(tap, tuple(axes), to="varying") if axes else tap
 
 
 def _with_weights(leaves: Sequence[Any], tables: Sequence[int], weights: Sequence[Any]) -> list[Any]:
@@ -283,16 +335,17 @@ def _none_read(table: Table) -> Any:
     return no_rows(table.rows, table.dim, table.dtype if jnp.issubdtype(table.dtype, jnp.inexact) else jnp.float32)
 
 
-def _gathered(table: Table, ids: Sequence[Array], cotangents: Sequence[Array]) -> RowGrad:
+def gathered(table: Table, ids: Sequence[Array], cotangents: Sequence[Array]) -> RowGrad:
     """Put the gradients of a table's lookups together."""
     if not ids:
         return _none_read(table)
+    ids, cotangents = ([_ids.on_every_device(x) for x in arrays] for arrays in (ids, cotangents))
     flat_ids = jnp.concatenate([jnp.ravel(x) for x in ids])
-    values = jnp.concatenate([jnp.reshape(x, (-1, *table.dim)) for x in cotangents])
-    return row_grad(trained_ids(table, flat_ids), values, table.rows)
+    values = jnp.concatenate([jnp.reshape(x, (n.size, *table.dim)) for x, n in zip(cotangents, ids, strict=True)])
+    return row_grad(flat_ids, values, table.rows)
 
 
-def _after(value: Array, ids: Array) -> Array:
+def after_loss(value: Array, ids: Array) -> Array:
     """Make ids depend on the loss, so that the rows are read before a donated table is written in their place.
 
     Where the gradient of the rows does not depend on them, as in a sum, XLA would be free to write first, and copy the
@@ -303,12 +356,9 @@ def _after(value: Array, ids: Array) -> Array:
     return ids + jax.lax.shift_right_logical(jax.lax.population_count(bits), jnp.int32(6)).astype(ids.dtype)
 
 
-def _is_array(part: Any) -> bool:
-    return isinstance(part, jax.Array | np.ndarray | np.generic | bool | int | float | complex)
-
-
-def _impure(seen: str) -> RuntimeError:
+def impure(call: str, seen: str) -> RuntimeError:
+    """The error for a function that does something else when it is traced again."""
     return RuntimeError(
-        "`embax.value_and_grad(fun=...)` must be of a function that does the same each time it is traced, got "
+        f"`{call}(fun=...)` must be of a function that does the same each time it is traced, got "
         f"{seen}. Make it depend on nothing but its arguments."
     )

@@ -7,20 +7,21 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, reshard
-from jaxtyping import Array, Int, Shaped
+from jaxtyping import Array, Bool, Int, Shaped
 
-from ._table import OutOfRange, Table
+from ._table import OutOfRange, PaddingRows, Table
 
 Ids = Int[Array, "*batch"] | Int[np.ndarray, "*batch"]
 
 
-def prepare(argument: str, ids: Any, table: Table) -> Ids:
+def prepare(argument: str, ids: Any, table: Table, used: int | None = None) -> Ids:
     """Check ids that a caller gave; concrete ones by value, too.
 
     Args:
       argument: The call and its argument for the messages, as in `embax.lookup(ids=...)`.
       ids: An array, nested list or scalar of integers.
       table: The table that they shall be read from.
+      used: How many of the ids, from the first one on, are to have a row. Default: all.
 
     Returns:
       The ids as an array. Those from the host fit in the index dtype, so that JAX cannot narrow them to other rows.
@@ -41,8 +42,8 @@ def prepare(argument: str, ids: Any, table: Table) -> Ids:
     if isinstance(ids, Tracer):
         return ids
     if table.out_of_range == "error" and (isinstance(ids, np.ndarray) or ids.is_fully_addressable):
-        _raise_if_out_of_range(argument, np.asarray(ids), table.rows)
-    return _narrow(ids, table.rows, np) if isinstance(ids, np.ndarray) else ids
+        _raise_if_out_of_range(argument, np.asarray(ids)[:used] if used is not None else np.asarray(ids), table.rows)
+    return narrow(ids, table.rows, np) if isinstance(ids, np.ndarray) else ids
 
 
 def resolve(ids: Ids, rows: int, out_of_range: OutOfRange) -> Int[Array, "*batch"]:
@@ -60,9 +61,30 @@ def resolve(ids: Ids, rows: int, out_of_range: OutOfRange) -> Int[Array, "*batch
     Returns:
       Row numbers of the same shape, in the index dtype.
     """
-    ids = _narrow(jnp.asarray(ids), rows, jnp)
+    ids = narrow(jnp.asarray(ids), rows, jnp)
     ids = jnp.where((ids < 0) & (ids >= -rows), ids + rows, ids)
     return jnp.clip(ids, 0, max(rows - 1, 0)) if out_of_range == "clip" else ids
+
+
+def padding_rows(padding_idx: PaddingRows) -> tuple[int, ...]:
+    """List the padding rows of a table."""
+    return () if padding_idx is None else padding_idx if isinstance(padding_idx, tuple) else (padding_idx,)
+
+
+def is_padding(ids: Int[Array, "*batch"], padding_idx: PaddingRows) -> Bool[Array, "*batch"]:
+    """Tell which row numbers are padding."""
+    rows = padding_rows(padding_idx)
+    if len(rows) <= 1:
+        return ids == rows[0] if rows else jnp.zeros(ids.shape, bool)
+    known = jnp.asarray(rows, ids.dtype)
+    return known[jnp.clip(jnp.searchsorted(known, ids), 0, len(rows) - 1)] == ids
+
+
+def trained(ids: Int[Array, "*batch"], table: Table) -> Int[Array, "*batch"]:
+    """Leave out padding: its row numbers become that of no row."""
+    if table.padding_idx is None:
+        return ids
+    return jnp.where(is_padding(ids, table.padding_idx), table.rows, ids)
 
 
 def occurrences(ids: Int[Array, "*batch"]) -> tuple[Int[Array, " ids"], Int[Array, " ids"]]:
@@ -115,18 +137,19 @@ def _as_array(ids: Any) -> Ids:
     return array.astype(np.int32) if isinstance(ids, list | tuple) and array.size == 0 else array
 
 
-def _narrow(ids: Any, rows: int, xp: Any) -> Any:
+def narrow(ids: Any, rows: int, xp: Any) -> Any:
     """Bring ids of any width to the index dtype, all ids without a row staying without one."""
-    index = _index_dtype(rows)
+    index = index_dtype(rows)
     info = jnp.iinfo(ids.dtype)
-    if info.bits < 32 or ids.dtype == index:
+    if info.bits < jnp.iinfo(index).bits or ids.dtype == index:
         return ids.astype(index)
     if info.min == 0:
         return xp.minimum(ids, xp.asarray(rows, ids.dtype)).astype(index)
     return xp.clip(ids, xp.asarray(-rows - 1, ids.dtype), xp.asarray(rows, ids.dtype)).astype(index)
 
 
-def _index_dtype(rows: int) -> np.dtype:
+def index_dtype(rows: int) -> np.dtype:
+    """The dtype of row numbers; ValueError where JAX has none that is wide enough."""
     if rows <= np.iinfo(np.int32).max:
         return np.dtype(np.int32)
     if jax.dtypes.canonicalize_dtype(np.int64) != np.int64:

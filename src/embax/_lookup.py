@@ -82,12 +82,10 @@ def renormalize(table: Table, ids: Any) -> Table:
 def read(table: Table, ids: _ids.Ids, dtype: np.dtype | None) -> Shaped[Array, "*batch_dim"]:
     """`lookup` of ids that `_ids.prepare` has checked."""
     found = _tape.find(table.weight)
-    return _read(table, ids, dtype) if found is None else _read_on_tape(*found, table, ids, dtype)
+    return read_untaped(table, ids, dtype) if found is None else _read_on_tape(*found, table, ids, dtype)
 
 
-def clipped_weight(
-    table: Table, ids: _ids.Ids, clip: Callable[[Table, _ids.Ids], Array]
-) -> Shaped[Array, "rows *dim"]:
+def clipped_weight(table: Table, ids: _ids.Ids, clip: Callable[[Table, _ids.Ids], Array]) -> Shaped[Array, "rows *dim"]:
     """Return what `clip(table, ids)`, a way to clip stored rows, makes of the weight; tapes see through it."""
     found = _tape.find(table.weight)
     if found is None:
@@ -97,7 +95,8 @@ def clipped_weight(
 
 
 @functools.partial(jax.jit, static_argnums=2, inline=True)
-def _read(table: Table, ids: _ids.Ids, dtype: np.dtype | None) -> Shaped[Array, "*batch_dim"]:
+def read_untaped(table: Table, ids: _ids.Ids, dtype: np.dtype | None) -> Shaped[Array, "*batch_dim"]:
+    """`read` of a weight that no tape has to know of."""
     resolved = _ids.resolve(ids, table.rows, table.out_of_range)
     rows = _clip(table, resolved, _gather(table, resolved))
     return rows if dtype is None else rows.astype(dtype)
@@ -108,9 +107,11 @@ def _read_on_tape(
 ) -> Shaped[Array, "*batch_dim"]:
     """Read rows of which a tape takes the gradient: that of the rows becomes that of the tap."""
     table = dataclasses.replace(table, weight=weight)
-    rows = _read(table, ids, None)
+    if table.freeze:  # where the weight itself is trained: another table may share it
+        return read_untaped(table, ids, dtype)
+    rows = read_untaped(table, ids, None)
     ids = _ids.resolve(ids, table.rows, table.out_of_range)
-    tap = tape.add(_tape.Lookup(number, ids, rows.shape, rows.dtype))
+    tap = tape.add(_tape.Lookup(number, _ids.trained(ids, table), rows.shape, rows.dtype))
     if tap is not None:
         rules = with_weight(table, None)
         rows = _tapped(rules, ids, rows, tap)
@@ -169,7 +170,7 @@ def gradient_rules(
     if table.scale_grad_by_freq:
         rows = _divided_by_frequency(ids, rows)
     if table.padding_idx is not None:
-        rows = jnp.where(_over_rows(ids == table.padding_idx, rows), jnp.zeros((), rows.dtype), rows)
+        rows = jnp.where(_over_rows(_ids.is_padding(ids, table.padding_idx), rows), jnp.zeros((), rows.dtype), rows)
     return rows
 
 
@@ -193,7 +194,7 @@ def _clip(table: Table, ids: Int[Array, "*batch"], rows: Shaped[Array, "*batch_d
     clipped = _clip_norm(rows, axes, table.max_norm, table.norm_type)
     if table.padding_idx is None:
         return clipped
-    return jnp.where(_over_rows(ids == table.padding_idx, rows), rows, clipped)
+    return jnp.where(_over_rows(_ids.is_padding(ids, table.padding_idx), rows), rows, clipped)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2, 3))

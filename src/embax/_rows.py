@@ -10,7 +10,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Float, Float32, Int, Key, Shaped
 
-from . import _check, _dedupe
+from . import _check, _dedupe, _ids
 from ._table import Table
 
 # Ids are held as random keys of this implementation: two words of 32 bits.
@@ -71,7 +71,8 @@ class RowGrad:
                 f"{ids.shape} and {values.shape}. Flatten the ids, and give one value for each."
             )
         if not isinstance(ids, Tracer):
-            bad = np.asarray((ids < 0) | (ids > rows))
+            ids = np.asarray(ids)  # compares small integers with large ones, too
+            bad = (ids < 0) | (ids > rows)
             if bad.any():
                 position = int(bad.argmax())
                 raise ValueError(
@@ -103,8 +104,8 @@ class RowGrad:
 
     def deduplicated(self) -> "RowGrad":
         """Return the same gradient with each id once, in rising order, of the same length; sums as in `to_dense`."""
-        _, ids, values = _dedupe.combine(None, self.ids, self.values, self.rows)
-        return row_grad(ids, values, self.rows)
+        _, distinct = _dedupe.combine(None, self.ids, self.values, self.rows)
+        return row_grad(distinct.ids, distinct.values, self.rows)
 
     def __add__(self, other: Any) -> "RowGrad":
         if not isinstance(other, RowGrad):
@@ -117,7 +118,7 @@ class RowGrad:
         return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), self, other)
 
     def __mul__(self, factor: Any) -> "RowGrad":
-        if isinstance(factor, RowGrad) or not hasattr(factor, "shape") and not isinstance(factor, int | float):
+        if isinstance(factor, RowGrad) or (not hasattr(factor, "shape") and not isinstance(factor, int | float)):
             return NotImplemented
         if jnp.ndim(factor):
             raise ValueError(
@@ -159,13 +160,14 @@ jax.tree_util.register_pytree_with_keys(
         gradient.rows,
     ),
     # JAX rebuilds pytrees with None, bools and shapes in place of arrays.
-    lambda rows, leaves: _fill(object.__new__(RowGrad), *leaves, rows),
+    lambda rows, leaves: _fill(object.__new__(RowGrad), *leaves, rows),  # pyright: ignore[reportCallIssue]
     lambda gradient: ((gradient._keys, gradient.values), gradient.rows),
 )
 
 
 def _encode(ids: Int[Array, " length"], rows: int) -> Key[Array, " length"]:
     """Hold ids as keys: their number from 1, and 0 for none."""
+    ids = _ids.narrow(ids, rows, jnp)
     valid = (ids >= 0) & (ids < rows)
     numbers = jnp.where(valid, ids, -1) + 1
     high = jnp.zeros_like(ids) if numbers.dtype.itemsize <= 4 else numbers >> 32
@@ -175,7 +177,8 @@ def _encode(ids: Int[Array, " length"], rows: int) -> Key[Array, " length"]:
 
 def _decode(keys: Key[Array, " length"], rows: int) -> Int[Array, " length"]:
     words = jax.random.key_data(keys)
-    numbers = words[..., 1].astype(jnp.int32)
+    # Of keys that are not ours, the high word may be anything.
+    numbers = jnp.where(words[..., 0] == 0, words[..., 1], 0).astype(jnp.int32)
     if rows > np.iinfo(np.int32).max:
         numbers = (words[..., 0].astype(jnp.int64) << 32) | words[..., 1].astype(jnp.int64)
     return jnp.where(numbers == 0, rows, numbers - 1)
@@ -255,22 +258,21 @@ def _apply(param: Any, update: Any) -> Any:
     if not is_trained(param):
         return param
     if isinstance(update, Table):
-        return dataclasses.replace(param, weight=_apply(param.weight, without_padding(param, update.weight)))
-    ids, values = trained_ids(param, update.ids), update.values
+        weight = _apply(param.weight, update.weight)
+        if param.padding_idx is not None:  # not by adding 0, which makes 0.0 of -0.0
+            padding = np.asarray(param.padding_idx)
+            weight = weight.at[padding].set(param.weight[padding])
+        return dataclasses.replace(param, weight=weight)
+    ids, values = _ids.trained(update.ids, param), update.values
     if jnp.finfo(param.dtype).bits < 32:  # else the sum would be rounded after each duplicate
-        _, ids, values = _dedupe.combine(None, ids, values.astype(jnp.float32), param.rows)
+        _, (ids, values, _) = _dedupe.combine(None, ids, values.astype(jnp.float32), param.rows)
     weight = param.weight.at[ids].add(values.astype(param.dtype), mode="drop")
     return dataclasses.replace(param, weight=weight)
 
 
-def trained_ids(table: Table, ids: Int[Array, " length"]) -> Int[Array, " length"]:
-    """Leave out the padding row."""
-    return ids if table.padding_idx is None else jnp.where(ids == table.padding_idx, table.rows, ids)
-
-
 def without_padding(table: Table, values: Shaped[Array, "rows *dim"]) -> Shaped[Array, "rows *dim"]:
     """Set the padding row of a dense gradient or update to zero."""
-    return values if table.padding_idx is None else values.at[table.padding_idx].set(0)
+    return values if table.padding_idx is None else values.at[np.asarray(table.padding_idx)].set(0)
 
 
 def checked_update(call: str, table: Table, update: Any) -> "RowGrad | Table":

@@ -12,6 +12,7 @@ from jaxtyping import Array, DTypeLike, Key, Shaped
 
 from . import _check
 
+PaddingRows = int | tuple[int, ...] | None
 OutOfRange = Literal["error", "clip", "nan", "zero"]
 Initializer = Callable[[Key[Array, ""], tuple[int, ...], Any], Array]
 
@@ -25,8 +26,8 @@ class Table:
 
     Args:
       weight: One row an id, `(rows, *dim)`, of any dtype; NumPy arrays and nested lists become JAX arrays.
-      padding_idx: The row, in `[-rows, rows)`, that never gets a gradient and is never renormalised. Its value stays as
-        it is; `Table.create` makes it zero. Kept as a number in `[0, rows)`. Default: none.
+      padding_idx: The row, in `[-rows, rows)`, that never gets a gradient and is never renormalised, or a tuple of such
+        rows. Its value stays as it is; `Table.create` makes it zero. Kept as a number in `[0, rows)`. Default: none.
       max_norm: Rows are read clipped to this norm over all trailing axes, in units of the weight. Default: no limit.
       norm_type: The p of that norm, above 0 or infinity, dimensionless.
       scale_grad_by_freq: Divide the gradient of a row by the number of times its id occurs in the lookup call.
@@ -50,7 +51,7 @@ class Table:
 
     weight: Shaped[Array, "rows *dim"]
     _: dataclasses.KW_ONLY
-    padding_idx: int | None = None
+    padding_idx: PaddingRows = None
     max_norm: float | None = None
     norm_type: float = 2.0
     scale_grad_by_freq: bool = False
@@ -64,7 +65,10 @@ class Table:
         if weight.ndim < 1:
             raise ValueError("`embax.Table(weight=...)` must have an axis of rows, got a scalar. Pass (rows, *dim).")
         padding_idx, max_norm = self.padding_idx, self.max_norm
-        if padding_idx is not None:
+        if isinstance(padding_idx, tuple):
+            rows = {_check.row("embax.Table(padding_idx=...)", row, weight.shape[0]) for row in padding_idx}
+            padding_idx = tuple(sorted(rows)) if len(rows) > 1 else rows.pop() if rows else None
+        elif padding_idx is not None:
             padding_idx = _check.row("embax.Table(padding_idx=...)", padding_idx, weight.shape[0])
         if max_norm is not None:
             max_norm = _check.positive("embax.Table(max_norm=...)", max_norm)
@@ -125,7 +129,7 @@ class Table:
         table = cls(_fresh_rows("embax.Table.create", key, rows, axes, init, dtype), **rules)
         if table.padding_idx is None:
             return table
-        return dataclasses.replace(table, weight=table.weight.at[table.padding_idx].set(0))
+        return dataclasses.replace(table, weight=table.weight.at[np.asarray(table.padding_idx)].set(0))
 
     @property
     def rows(self) -> int:
@@ -227,7 +231,7 @@ def resize(table: Table, rows: int, key: Key[Array, ""] | None = None, *, init: 
       Table(float32[8,4])
     """
     rows = _check.size("embax.resize(rows=...)", rows)
-    if table.padding_idx is not None and rows <= table.padding_idx:
+    if table.padding_idx is not None and rows <= np.max(table.padding_idx):
         raise ValueError(
             f"`embax.resize(rows=...)` must keep the padding row {table.padding_idx}, got {rows}. "
             "Cut less, or drop the rule first with dataclasses.replace(table, padding_idx=None)."

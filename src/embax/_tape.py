@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from jax.extend.core import get_opaque_trace_state
-from jaxtyping import Array, Int, Shaped
+from jaxtyping import Array, Shaped
 
 _ALIAS = "embax_alias"
 
@@ -17,7 +17,7 @@ class Lookup(NamedTuple):
     """One lookup call that a tape has seen."""
 
     table: int  # which of the tape's weights it reads
-    ids: Int[Array, "*batch"]  # row numbers as `_ids.resolve` gives them
+    ids: Any  # row numbers without padding, or their type once the run is over
     shape: tuple[int, ...]  # of the rows, (*batch, *dim)
     dtype: np.dtype  # of the weight
 
@@ -46,6 +46,7 @@ class Tape:
         self._taps = taps
         self._trace = _present_trace()
         self.lookups: list[Lookup] = []
+        self.found: set[int] = set()  # tables that were asked for in this trace
         self.hidden: set[int] = set()  # tables of which a lookup in another trace was seen
 
     def find(self, weight: Any) -> tuple[int, Any] | None:
@@ -57,6 +58,7 @@ class Tape:
         if self._trace != _present_trace():
             self.hidden.add(table)
             return None
+        self.found.add(table)
         return table, instead
 
     def add(self, lookup: Lookup) -> Any:
@@ -81,9 +83,9 @@ class Tape:
           weight: The new values.
 
         Returns:
-          The new stand-in.
+          The new stand-in. In a run with taps it is the new values themselves, so that they may leave the run.
         """
-        alias = jax.jit(_alias)(stand_in)
+        alias = jax.jit(_alias)(stand_in) if self._taps is None else weight
         self._known[id(alias)] = (alias, table, weight)
         return alias
 

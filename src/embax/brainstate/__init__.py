@@ -1,5 +1,8 @@
-"""The layer for brainstate: Embedding, and a jit that updates its table in place."""
+"""The layer for brainstate: Embedding, its row-sparse training, and a jit that updates its table in place."""
 
 from . import _interop as _interop  # registers the conversions to other frameworks
+from ._bag import EmbeddingBag as EmbeddingBag
 from ._embedding import Embedding as Embedding
+from ._grad import grad as grad
 from ._jit import jit as jit
+from ._optimizer import Optimizer as Optimizer

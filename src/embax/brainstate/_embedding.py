@@ -15,6 +15,7 @@ from jaxtyping import Array, DTypeLike, Shaped
 from .. import _check, _ids
 from .._lookup import clipped_weight, read, renormalize
 from .._table import OutOfRange, Table
+from ._layers import link
 from ._weight import in_unit, initial_weight, split_unit, with_unit, zero_row
 
 
@@ -135,6 +136,11 @@ class Embedding(brainstate.nn.Module):
         self._table(*split_unit(weight))  # its checks are those of the rules
         self.weight = param_type(weight)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "weight":  # also of a copy, and where layers are tied
+            link(value, self)
+
     @classmethod
     def from_pretrained(
         cls,
@@ -176,18 +182,9 @@ class Embedding(brainstate.nn.Module):
           Array([[1., 0., 0.],
                  [0., 0., 1.]], dtype=float32)
         """
-        mantissa, unit = split_unit(embeddings)
-        weight = jnp.asarray(mantissa)
-        if weight.ndim < 2:
-            raise ValueError(
-                "`embax.Embedding.from_pretrained(embeddings=...)` must have 2 axes or more, (rows, *dim), got shape "
-                f"{weight.shape}. Reshape it."
-            )
-        weight = with_unit(weight, unit)
-        layer = cls(
-            num_embeddings=weight.shape[0],
-            embedding_size=weight.shape[1:],
-            embedding_init=weight,
+        return cls._of_weight(
+            embeddings,
+            "embedding_size",
             padding_idx=padding_idx,
             max_norm=max_norm,
             norm_type=norm_type,
@@ -197,7 +194,20 @@ class Embedding(brainstate.nn.Module):
             param_type=param_type,
             **options,
         )
-        if padding_idx is not None:
+
+    @classmethod
+    def _of_weight(cls, embeddings: Any, size: str, **options: Any) -> Self:
+        """Make a layer of a weight; `size` is what its constructor calls the size of a row."""
+        mantissa, unit = split_unit(embeddings)
+        weight = jnp.asarray(mantissa)
+        if weight.ndim < 2:
+            raise ValueError(
+                f"`embax.{cls.__name__}.from_pretrained(embeddings=...)` must have 2 axes or more, (rows, *dim), got "
+                f"shape {weight.shape}. Reshape it."
+            )
+        weight = with_unit(weight, unit)
+        layer = cls(num_embeddings=weight.shape[0], embedding_init=weight, **{size: weight.shape[1:]}, **options)
+        if layer.padding_idx is not None:
             layer.weight.value = weight  # with the padding row that the constructor has made zero
         return layer
 

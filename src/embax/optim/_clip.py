@@ -14,7 +14,7 @@ from .._table import Table
 class ClipByGlobalNormState(NamedTuple):
     """What the norm of gradients with duplicates needs."""
 
-    slots: tuple[_dedupe.Slots, ...]  # int32 (rows,) for each trained table, or None where duplicates are sorted
+    slots: tuple[_dedupe.Slots, ...]  # int32 (rows,) for each table; None if not trained, or sorted
 
 
 def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
@@ -39,20 +39,18 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
     """
     max_norm = _check.positive("embax.optim.clip_by_global_norm(max_norm=...)", max_norm)
 
-    def init(params: Any) -> ClipByGlobalNormState:
+    def init(params: Any) -> Any:
         leaves = jax.tree.leaves(params, is_leaf=lambda node: isinstance(node, Table))
-        tables = [leaf for leaf in leaves if isinstance(leaf, Table) and is_trained(leaf)]
-        return ClipByGlobalNormState(tuple(_dedupe.scratch(table.rows) for table in tables))
+        tables = [leaf for leaf in leaves if isinstance(leaf, Table)]
+        return ClipByGlobalNormState(tuple(_dedupe.scratch(t.rows) if is_trained(t) else None for t in tables))
 
-    def update(
-        updates: Any, state: ClipByGlobalNormState, params: Any = None
-    ) -> tuple[Any, ClipByGlobalNormState]:
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         leaves, structure = jax.tree.flatten(updates, is_leaf=lambda node: isinstance(node, RowGrad | Table))
         slots, distinct, number = list(state.slots), [], 0
         for leaf in leaves:
             if isinstance(leaf, RowGrad) and leaf.values.shape[0]:
-                slots[number], _, values = _dedupe.combine(slots[number], leaf.ids, leaf.values, leaf.rows)
-                distinct.append(values)
+                slots[number], summed = _dedupe.combine(slots[number], leaf.ids, leaf.values, leaf.rows)
+                distinct.append(summed.values)
             elif isinstance(leaf, Table):
                 distinct.extend(jax.tree.leaves(leaf))
             elif not isinstance(leaf, RowGrad):

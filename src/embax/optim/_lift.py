@@ -1,18 +1,16 @@
 """lift: any row-separable optax transformation as one whose cost follows the rows that were read."""
 
-import dataclasses
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Int, Shaped
 
-from .. import _dedupe
-from .._rows import checked_update, is_trained, row_grad, trained_ids, without_padding
+from .. import _dedupe, _ids
+from .._rows import checked_update, is_trained
 from .._table import Table, with_weight
-from ._separable import check_separable, is_proportional, rows_of_state
+from ._separable import plan
+from ._step import Step
 
 
 class LiftState(NamedTuple):
@@ -20,13 +18,6 @@ class LiftState(NamedTuple):
 
     inner: Any  # of the transformation itself; where it has an entry a row, along the first axis
     slots: tuple[_dedupe.Slots, ...]  # int32 (rows,) for each table whose duplicates are summed by slots, else None
-
-
-class _Touched(NamedTuple):
-    """The rows of a table that a step reads and writes."""
-
-    ids: Int[Array, " length"]  # distinct, `rows` where there is none
-    gradient: Shaped[Array, "length *dim"]
 
 
 def lift(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
@@ -68,6 +59,7 @@ def lift(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraA
       >>> state = tx.init(params)
       >>> def loss(params, ids):
       ...     return (embax.lookup(params["table"], ids) * params["scale"]).sum()
+      ...
       >>> gradient = embax.grad(loss)(params, [3, 5, 3])
       >>> updates, state = tx.update(gradient, state, params)
       >>> updates["table"]
@@ -87,7 +79,7 @@ def lift(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraA
         )
     tx = optax.with_extra_args_support(tx)
 
-    def init(params: Any) -> LiftState:
+    def init(params: Any) -> Any:
         leaves, structure = jax.tree.flatten(params, is_leaf=_is_table)
         without = structure.unflatten([_untrained(leaf) for leaf in leaves])
         inner = tx.init(without)
@@ -96,79 +88,42 @@ def lift(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraA
             if isinstance(node, states):
                 raise _gathers_steps(type(node).__name__.removesuffix("State"))
         trained = [leaf for leaf in leaves if _is_table(leaf) and is_trained(leaf)]
-        if not trained:
-            return LiftState(inner, ())
-        check_separable(tx, without)
-        slots = [None if is_proportional(tx, without, k) else _dedupe.scratch(t.rows) for k, t in enumerate(trained)]
+        kinds = plan(tx, without).kinds
+        slots = [None if kind == "scaled" else _dedupe.scratch(t.rows) for t, kind in zip(trained, kinds, strict=True)]
         return LiftState(inner, tuple(slots))
 
-    def update(updates: Any, state: LiftState, params: Any = None, **extra_args: Any) -> tuple[Any, LiftState]:
+    def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
         if params is None:
             raise ValueError("`embax.optim.lift(tx).update(params=...)` must be given, got None. Pass the parameters.")
         leaves, structure = jax.tree.flatten(params, is_leaf=_is_table)
         gradients = structure.flatten_up_to(updates)
-        without = structure.unflatten([_untrained(leaf) for leaf in leaves])
-        slots, touched, small_params, small_gradients = list(state.slots), [], [], []
-        for param, gradient in zip(leaves, gradients, strict=True):
-            if not _is_table(param):
-                small_params.append(param)
-                small_gradients.append(gradient)
-                continue
-            gradient = checked_update("embax.optim.lift(tx).update", param, gradient)
-            if not is_trained(param):
-                small_params.append(_untrained(param))
-                small_gradients.append(_untrained(param))
-                continue
-            k = len(touched)
-            if isinstance(gradient, Table):
-                touched.append(None)
-                small_params.append(param)
-                small_gradients.append(dataclasses.replace(param, weight=without_padding(param, gradient.weight)))
-                continue
-            ids, values = trained_ids(param, gradient.ids), gradient.values
-            if not is_proportional(tx, without, k):
-                slots[k], ids, values = _dedupe.combine(slots[k], ids, values, param.rows)
-            touched.append(_Touched(ids, values))
-            small_params.append(with_weight(param, _rows(param.weight, ids)))
-            small_gradients.append(with_weight(param, values))
+        for leaf, gradient in zip(leaves, gradients, strict=True):
+            if _is_table(leaf):
+                checked_update("embax.optim.lift(tx).update", leaf, gradient)
+        trained = [i for i, leaf in enumerate(leaves) if _is_table(leaf) and is_trained(leaf)]
+        of_tx = plan(tx, structure.unflatten([_untrained(leaf) for leaf in leaves]))
+        step = Step(tx, of_tx, structure, leaves, gradients, state.inner, extra_args)
 
-        owners = rows_of_state(tx, without)
-        whole, state_structure = jax.tree.flatten(state.inner)
-        small = [
-            leaf if owner is None or touched[owner] is None else _rows(leaf, touched[owner].ids)
-            for leaf, owner in zip(whole, owners, strict=True)
-        ]
-        small_updates, small_state = tx.update(
-            structure.unflatten(small_gradients),
-            state_structure.unflatten(small),
-            structure.unflatten(small_params),
-            **extra_args,
-        )
-        new = [
-            new if owner is None or touched[owner] is None else _store(leaf, touched[owner].ids, new)
-            for leaf, new, owner in zip(whole, state_structure.flatten_up_to(small_state), owners, strict=True)
-        ]
-        out = _expand(leaves, gradients, structure.flatten_up_to(small_updates), touched)
-        return structure.unflatten(out), LiftState(state_structure.unflatten(new), tuple(slots))
+        slots = list(state.slots)
+        touched: list[_dedupe.Distinct | None] = []  # None where the gradient is dense
+        for k, i in enumerate(trained):
+            if isinstance(gradients[i], Table):
+                touched.append(None)
+                continue
+            ids, values = _ids.trained(gradients[i].ids, leaves[i]), gradients[i].values
+            if of_tx.kinds[k] == "scaled":  # the sum of the updates is the update of the sum
+                touched.append(_dedupe.Distinct(ids, values, jnp.int32(ids.shape[0])))
+                continue
+            slots[k], distinct = _dedupe.combine(slots[k], ids, values, leaves[i].rows)
+            touched.append(distinct)
+
+        alone = {k: rows for k, rows in enumerate(touched) if rows is not None and of_tx.kinds[k] != "joint"}
+        out, inner = step.run({k: rows for k, rows in enumerate(touched) if k not in alone})
+        for k, rows in alone.items():
+            out[trained[k]], inner = step.run_alone(k, rows, inner)
+        return structure.unflatten(out), LiftState(inner, tuple(slots))
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def _expand(
-    params: Sequence[Any], gradients: Sequence[Any], updates: Sequence[Any], touched: Sequence[_Touched | None]
-) -> list[Any]:
-    """Turn what `tx` returned for each leaf into an update of the whole leaf."""
-    out, tables = [], iter(touched)
-    for param, gradient, update in zip(params, gradients, updates, strict=True):
-        if not _is_table(param):
-            out.append(update)
-        elif not is_trained(param):
-            out.append(jax.tree.map(jnp.zeros_like, gradient))
-        elif (rows := next(tables)) is None:
-            out.append(dataclasses.replace(update, weight=without_padding(param, update.weight)))
-        else:
-            out.append(row_grad(rows.ids, update.weight, param.rows))
-    return out
 
 
 def _is_table(node: Any) -> bool:
@@ -180,20 +135,8 @@ def _untrained(leaf: Any) -> Any:
     return leaf if not _is_table(leaf) or is_trained(leaf) else with_weight(leaf, None)
 
 
-def _rows(leaf: Shaped[Array, "rows ..."], ids: Int[Array, " length"]) -> Shaped[Array, "length ..."]:
-    return leaf.at[ids].get(mode="fill", fill_value=0, wrap_negative_indices=False)
-
-
-def _store(
-    leaf: Shaped[Array, "rows ..."], ids: Int[Array, " length"], rows: Shaped[Array, "length ..."]
-) -> Shaped[Array, "rows ..."]:
-    # Places without a row lie outside and are dropped. They are equal, though, so that the ids are not called unique.
-    return leaf.at[ids].set(rows.astype(leaf.dtype), mode="drop", wrap_negative_indices=False)
-
-
 def _gathers_steps(name: str) -> ValueError:
     return ValueError(
         f"`embax.optim.lift(tx=...)` must act on the rows of each step, got optax.{name}, which gathers several steps "
         "and would forget rows that the last of them did not read. Add up the gradients instead: g1 + g2."
     )
-

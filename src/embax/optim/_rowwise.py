@@ -23,7 +23,7 @@ class RowwiseAdagradState(NamedTuple):
 class RowwiseAdamState(NamedTuple):
     """What row-wise Adam remembers."""
 
-    count: Int32[Array, ""]  # steps so far
+    steps: Int32[Array, ""]  # so far
     mean: Any  # as the parameters
     mean_square: Any  # float32, (rows,) for a Table, else as the parameter
 
@@ -66,13 +66,17 @@ def rowwise_adagrad(
     start = _not_negative(f"{call}(initial_accumulator=...)", initial_accumulator)
     eps = _not_negative(f"{call}(eps=...)", eps)
 
-    def init(params: Any) -> RowwiseAdagradState:
-        return RowwiseAdagradState(_map(lambda leaf: jnp.full(_second_moment(leaf)[0], start, _second_moment(leaf)[1]), params))
+    def init(params: Any) -> Any:
+        return RowwiseAdagradState(
+            _map(lambda leaf: jnp.full(_second_moment(leaf)[0], start, _second_moment(leaf)[1]), params)
+        )
 
-    def update(updates: Any, state: RowwiseAdagradState, params: Any = None) -> tuple[Any, RowwiseAdagradState]:
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         sums = _map(lambda g, a: a + _square(g), updates, state.sum_of_squares)
         # Without any gradient so far there is nothing to divide by.
-        scaled = _map(lambda g, a: _scale(g, jnp.where(a > 0, 1 / (jnp.sqrt(jnp.where(a > 0, a, 1)) + eps), 0)), updates, sums)
+        scaled = _map(
+            lambda g, a: _scale(g, jnp.where(a > 0, 1 / (jnp.sqrt(jnp.where(a > 0, a, 1)) + eps), 0)), updates, sums
+        )
         return scaled, RowwiseAdagradState(sums)
 
     return lift(optax.chain(optax.GradientTransformation(init, update), optax.scale_by_learning_rate(learning_rate)))
@@ -116,17 +120,21 @@ def rowwise_adam(
         if _not_negative(f"{call}({name}=...)", value) >= 1:
             raise ValueError(f"`{call}({name}=...)` must be in [0, 1), got {value}. Pass a number below 1.")
 
-    def init(params: Any) -> RowwiseAdamState:
+    def init(params: Any) -> Any:
         mean_square = _map(lambda leaf: jnp.zeros(*_second_moment(leaf)), params)
         return RowwiseAdamState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.zeros_like, params), mean_square)
 
-    def update(updates: Any, state: RowwiseAdamState, params: Any = None) -> tuple[Any, RowwiseAdamState]:
-        count = optax.safe_increment(state.count)
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        steps: Any = optax.safe_increment(state.steps)
         mean = jax.tree.map(lambda g, m: b1 * m + (1 - b1) * g, updates, state.mean)
         mean_square = _map(lambda g, v: b2 * v + (1 - b2) * _square(g), updates, state.mean_square)
-        first, second = (1 - decay ** count.astype(jnp.float32) for decay in (b1, b2))
-        scaled = _map(lambda m, v: _scale(m, 1 / (first * (jnp.sqrt(v / second) + eps))), mean, mean_square)
-        return scaled, RowwiseAdamState(count, mean, mean_square)
+
+        def corrected(m: Any, v: Any) -> Any:
+            first, second = (1 - decay ** steps.astype(v.dtype) for decay in (b1, b2))
+            return _scale(m, 1 / (first * (jnp.sqrt(v / second) + eps)))
+
+        scaled = _map(corrected, mean, mean_square)
+        return scaled, RowwiseAdamState(steps, mean, mean_square)
 
     return lift(optax.chain(optax.GradientTransformation(init, update), optax.scale_by_learning_rate(learning_rate)))
 
@@ -142,7 +150,11 @@ def _map(function: Callable[..., Any], tree: Any, *others: Any) -> Any:
 
 def _second_moment(leaf: Any) -> tuple[tuple[int, ...], Any]:
     """The shape and dtype of a second moment."""
-    return (leaf.shape, accumulator(leaf.dtype)) if not isinstance(leaf, Table) else ((leaf.rows,), accumulator(leaf.dtype))
+    return (
+        (leaf.shape, accumulator(leaf.dtype))
+        if not isinstance(leaf, Table)
+        else ((leaf.rows,), accumulator(leaf.dtype))
+    )
 
 
 def _square(gradient: Any) -> Float32[Array, "..."]:
@@ -155,7 +167,7 @@ def _square(gradient: Any) -> Float32[Array, "..."]:
 def _scale(leaf: Any, factor: Float32[Array, "..."]) -> Any:
     """Multiply a leaf by a factor for each number, a table by one for each row."""
     if not isinstance(leaf, Table):
-        return (leaf * factor).astype(leaf.dtype)
+        return (leaf.astype(factor.dtype) * factor).astype(leaf.dtype)
     factor = jnp.expand_dims(factor, tuple(range(1, leaf.weight.ndim)))
     return with_weight(leaf, (leaf.weight.astype(factor.dtype) * factor).astype(leaf.dtype))
 

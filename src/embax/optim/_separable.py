@@ -1,8 +1,8 @@
-"""What lift has to know of a transformation: whether rows mix, where the state holds rows, whether it only scales."""
+"""What lift has to know of a transformation: where its state holds rows, and whether and how it keeps rows apart."""
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,31 +11,53 @@ from jaxtyping import Array
 
 from .._dedupe import accumulator
 from .._table import Table, with_weight
+from ._structure import Kind, is_rowwise, is_scaled, step_jaxpr
 
 # Rows of the small tables that a transformation is tried on. Adafactor factors only axes of 128 and more.
 _ROWS = 128
 # How far an update may be off, as a part of the largest: float32 sums in another order.
 _TOLERANCE = 1e-3
+# Rows of an abstract table: a prime that no other axis is likely to have.
+_PRIME = 1_000_003
 
 
-def rows_of_state(tx: optax.GradientTransformation, params: Any) -> list[int | None]:
-    """Find the leaves of the state that have an entry for each row of a table.
+class Plan(NamedTuple):
+    """How the state of a transformation is laid out, and what it does to the tables."""
+
+    owners: tuple[int | None, ...]  # for each leaf of the state, the table whose rows it holds along its first axis
+    kinds: tuple[Kind, ...]  # for each table
+
+
+def plan(tx: optax.GradientTransformationExtraArgs, params: Any) -> Plan:
+    """Find out what `lift` has to know.
 
     Args:
       tx: The transformation.
-      params: What its state is made for; Tables that are not trained have no weight.
+      params: What its state is made for; Tables that are not trained have no weight, and are not counted.
 
     Returns:
-      For each leaf of the state, the number of the table among those with a weight, or None.
+      The plan.
 
     Raises:
-      ValueError: If the state follows the rows of a table otherwise than along the first axis of a leaf.
+      ValueError: If rows mix, or the state follows the rows otherwise than along the first axis of a leaf.
     """
-    return list(_rows_of_state(tx.init, *_abstract(params)))
+    return _plan(tx.init, tx.update, *_abstract(params))
 
 
 @functools.lru_cache(maxsize=256)
-def _rows_of_state(init: Callable[..., Any], structure: Any, leaves: tuple[Any, ...]) -> tuple[int | None, ...]:
+def _plan(init: Callable[..., Any], update: Callable[..., Any], structure: Any, leaves: tuple[Any, ...]) -> Plan:
+    owners = _owners(init, structure, leaves)
+    params = structure.unflatten(leaves)
+    kinds: tuple[Kind, ...] = tuple(_kind(init, update, params, k, owners) for k in range(len(_tables(params))))
+    if "joint" in kinds:
+        off = _difference(init, update, structure, leaves, owners)
+        if not off < _TOLERANCE:
+            raise _mixes(f"an update that is off by {off:.2g} of its size when rows without a gradient are added")
+    return Plan(owners, kinds)
+
+
+def _owners(init: Callable[..., Any], structure: Any, leaves: tuple[Any, ...]) -> tuple[int | None, ...]:
+    """Find the leaves of the state that have an entry for each row of a table, by giving it one row more."""
     params = structure.unflatten(leaves)
     before, before_structure = jax.tree.flatten(jax.eval_shape(init, params))
     owners: list[int | None] = [None] * len(before)
@@ -47,48 +69,66 @@ def _rows_of_state(init: Callable[..., Any], structure: Any, leaves: tuple[Any, 
         for i, (few, many) in enumerate(zip(before, after, strict=True)):
             if few.shape == many.shape:
                 continue
-            if (few.shape[:1], many.shape) != ((table.rows,), (table.rows + 1, *few.shape[1:])) or owners[i] is not None:
+            if (few.shape[:1], many.shape) != ((table.rows,), (table.rows + 1, *few.shape[1:])) or owners[
+                i
+            ] is not None:
                 raise _mixes(f"a state of shape {many.shape} for one row more instead of {few.shape}")
             owners[i] = k
     return tuple(owners)
 
 
-def check_separable(tx: optax.GradientTransformationExtraArgs, params: Any) -> None:
-    """Try on small tables whether a transformation treats rows one by one.
+def _kind(init: Any, update: Any, params: Any, number: int, owners: tuple[int | None, ...]) -> Kind:
+    """Read from the jaxpr of a step what the transformation does to the rows of one table."""
+    table = _tables(params)[number]
+    params = _with_weights(params, {number: jax.ShapeDtypeStruct((_PRIME, *table.dim), table.dtype)})
+    state, state_structure = jax.tree.flatten(jax.eval_shape(init, params))
+
+    def step(weight: Array, gradient: Array, rest: Any, state: list[Any]) -> Any:
+        updates, new = update(
+            _with_weights(rest, {number: gradient}),
+            state_structure.unflatten(state),
+            _with_weights(rest, {number: weight}),
+        )
+        of_table = _tables(updates)[number].weight
+        return of_table, _with_weights(updates, {number: None}), state_structure.flatten_up_to(new)
+
+    weight = _tables(params)[number].weight
+    jaxpr = step_jaxpr(step, weight, weight, params, state)
+    owned = [i for i, owner in enumerate(owners) if owner == number]
+    if not owned and accumulator(table.dtype) == table.dtype and is_scaled(jaxpr, gradient=1, update=0, weight=0):
+        return "scaled"
+    inputs = [0, 1, *(len(jaxpr.invars) - len(state) + i for i in owned)]
+    outputs = [0, *(len(jaxpr.outvars) - len(state) + i for i in owned)]
+    return "rowwise" if is_rowwise(jaxpr, inputs, outputs, _PRIME) else "joint"
+
+
+def _difference(
+    init: Any, update: Any, structure: Any, leaves: tuple[Any, ...], owners: tuple[int | None, ...]
+) -> float:
+    """Compare what a transformation does to some rows alone and among others, as a part of the largest.
 
     Neither further rows whose gradient is zero, nor the order of the rows, nor the zeros that stand in unused places
     may change what it does to a row, whatever its state and however large the gradient.
-
-    Args:
-      tx: The transformation.
-      params: What its state is made for; Tables that are not trained have no weight.
-
-    Raises:
-      ValueError: If rows mix.
     """
-    off = _difference(tx.init, tx.update, *_abstract(params))
-    if not off < _TOLERANCE:
-        raise _mixes(f"an update that is off by {off:.2g} of its size when rows without a gradient are added")
-
-
-@functools.lru_cache(maxsize=256)
-def _difference(init: Callable[..., Any], update: Callable[..., Any], structure: Any, leaves: tuple[Any, ...]) -> float:
-    """Compare what a transformation does to some rows alone and among others, as a part of the largest."""
     with jax.ensure_compile_time_eval():
         # Late in training and with large gradients, too, so that neither a warm-up nor a threshold hides anything.
         cases = [(1.0, None), (1e4, 10_000)]
-        run = jax.jit(lambda: jnp.max(jnp.stack([_case(init, update, structure, leaves, *case) for case in cases])))
+        run = jax.jit(
+            lambda: jnp.max(
+                jnp.stack([_case(init, update, structure.unflatten(leaves), owners, *case) for case in cases])
+            )
+        )
         return float(run())
 
 
-def _case(init: Any, update: Any, structure: Any, leaves: tuple[Any, ...], scale: float, step: int | None) -> Array:
-    params = structure.unflatten(leaves)
+def _case(
+    init: Any, update: Any, params: Any, owners: tuple[int | None, ...], scale: float, count: int | None
+) -> Array:
     tables = _tables(params)
     keys = iter(jax.random.split(jax.random.key(0), 4 * len(tables)))
-    owners = list(_rows_of_state(init, structure, leaves))
 
     def tree(rows: list[Array]) -> Any:
-        rest = structure.unflatten([jnp.full(leaf.shape, 0.5).astype(leaf.dtype) for leaf in leaves])
+        rest = jax.tree.map(lambda leaf: jnp.full(leaf.shape, 0.5).astype(leaf.dtype), params)
         return _with_weights(rest, dict(enumerate(rows)))
 
     def draw() -> list[Array]:
@@ -103,10 +143,8 @@ def _case(init: Any, update: Any, structure: Any, leaves: tuple[Any, ...], scale
     for _ in range(2):
         _, state = update(tree([scale * g for g in draw()]), state, tree(weights))
     state, state_structure = jax.tree.flatten(state)
-    if step is not None:
-        state = [
-            jnp.full_like(x, step) if x.ndim == 0 and jnp.issubdtype(x.dtype, jnp.integer) else x for x in state
-        ]
+    if count is not None:
+        state = [jnp.full_like(x, count) if x.ndim == 0 and jnp.issubdtype(x.dtype, jnp.integer) else x for x in state]
     with_gradient = jnp.arange(2 * _ROWS) >= _ROWS
     gradients = [jnp.where(jnp.expand_dims(with_gradient, range(1, g.ndim)), scale * g, 0) for g in draw()]
 
@@ -129,52 +167,6 @@ def _case(init: Any, update: Any, structure: Any, leaves: tuple[Any, ...], scale
         if jnp.issubdtype(x.dtype, jnp.floating)
     ]
     return jnp.max(jnp.stack([x.astype(jnp.float32) for x in off]))
-
-
-def is_proportional(tx: optax.GradientTransformationExtraArgs, params: Any, number: int) -> bool:
-    """Say whether a transformation does nothing to the rows of a table but scale their gradient.
-
-    Then duplicates need not be summed before it: the sum of the updates is the update of the sum. True of plain SGD,
-    with a schedule, too. Read from the jaxpr of the update, and so true for every step.
-
-    Args:
-      tx: The transformation.
-      params: What its state is made for; Tables that are not trained have no weight.
-      number: The number of the table among those with a weight.
-
-    Returns:
-      Whether it is so. False also for tables whose duplicates have to be summed in a wider dtype.
-    """
-    return _is_proportional(tx.init, tx.update, *_abstract(params), number)
-
-
-@functools.lru_cache(maxsize=256)
-def _is_proportional(init: Any, update: Any, structure: Any, leaves: tuple[Any, ...], number: int) -> bool:
-    params = structure.unflatten(leaves)
-    table = _tables(params)[number]
-    if accumulator(table.dtype) != table.dtype or number in _rows_of_state(init, structure, leaves):
-        return False
-
-    def of_table(weight: Array, gradient: Array, rest: Any, state: Any) -> Any:
-        updates, state = update(
-            _with_weights(rest, {number: gradient}), state, _with_weights(rest, {number: weight})
-        )
-        return _tables(updates)[number].weight, (updates, state)
-
-    jaxpr = jax.make_jaxpr(of_table)(table.weight, table.weight, params, jax.eval_shape(init, params)).jaxpr
-    weight, gradient = jaxpr.invars[:2]
-    scaled = {id(gradient)}
-    for eqn in jaxpr.eqns:
-        name, inputs = eqn.primitive.name, [id(x) in scaled for x in eqn.invars]
-        if any(x is weight for x in eqn.invars):
-            return False
-        if any(inputs):
-            if not (name == "neg" or name in ("mul", "div") and inputs == [True, False] or (name, inputs) == ("mul", [False, True])):
-                return False
-            scaled.add(id(eqn.outvars[0]))
-    # The update of the table is there twice: by itself, and among all updates.
-    depends = [id(x) in scaled for x in jaxpr.outvars]
-    return depends[0] and sum(depends) == 2
 
 
 def _abstract(params: Any) -> tuple[Any, tuple[Any, ...]]:
@@ -201,7 +193,7 @@ def _with_weights(params: Any, weights: dict[int, Any]) -> Any:
 
 def _mixes(seen: str) -> ValueError:
     return ValueError(
-        "`embax.optim.lift(tx=...)` must treat each row of a table by itself, as SGD, Adagrad, Adam and RMSProp do, got "
+        "`embax.optim.lift(tx=...)` must treat each row of a table by itself, as SGD, Adagrad and Adam do, got "
         f"{seen}. Adafactor, LAMB, LARS, clipping by a block's norm, and noise cannot be lifted: train such a table "
         "with jax.grad, or choose another transformation."
     )

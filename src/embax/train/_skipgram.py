@@ -1,6 +1,5 @@
 """Skip-gram with negative sampling: a corpus to vectors, by a jitted step over two tables."""
 
-import dataclasses
 import functools
 import math
 import time
@@ -10,10 +9,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float32, Int, Int32, Int64, Key, UInt32
+from jaxtyping import Array, Bool, Float32, Int32, Int64, Key, Shaped, UInt32
 
-from .. import _check
+from .. import _check, _dedupe
+from .._grad import value_and_grad
 from .._lookup import lookup
+from .._rows import RowGrad, apply_updates
 from .._table import Table
 from ..vectors import Vectors
 from ._corpus import encode
@@ -53,6 +54,7 @@ class State(NamedTuple):
     inputs: Table  # (rows, dim) float32, the vectors that are kept
     outputs: Table  # (rows, dim) float32, what they are compared with
     key: Key[Array, ""]  # draws the negatives
+    slots: tuple[_dedupe.Slots, _dedupe.Slots]  # int32 (rows,), to sum the gradients of a row, or None
 
 
 def skipgram(
@@ -153,12 +155,13 @@ def _train(
     def step(state: State, batch: tuple[Array, Array]) -> tuple[State, tuple[Array, Array]]:
         key, key_now = jax.random.split(state.key)
         targets = _targets(key_now, noise, batch[0], negative)
-        loss, gradient = jax.value_and_grad(_loss)((state.inputs, state.outputs), targets, batch[1])
-        slots = _exists(batch[1], state.inputs)
-        pairs = jnp.sum(slots, axis=1)
-        inputs = _descend(state.inputs, gradient[0], batch[1], slots, rate)
-        outputs = _descend(state.outputs, gradient[1], targets, jnp.broadcast_to(pairs[:, None], targets.shape), rate)
-        return State(inputs, outputs, key), (loss, jnp.sum(pairs))
+        loss, gradient = value_and_grad(_loss)((state.inputs, state.outputs), targets, batch[1])
+        words = _exists(batch[1], state.inputs)
+        pairs = jnp.sum(words, axis=1)
+        uses = words, jnp.broadcast_to(pairs[:, None], targets.shape)
+        inputs, slots = _descend(state.inputs, gradient[0], uses[0], rate, state.slots[0])
+        outputs, more_slots = _descend(state.outputs, gradient[1], uses[1], rate, state.slots[1])
+        return State(inputs, outputs, key, (slots, more_slots)), (loss, jnp.sum(pairs))
 
     state, (losses, pairs) = jax.lax.scan(step, state, (centres, contexts))
     return state, jnp.sum(losses) / jnp.maximum(jnp.sum(pairs), 1).astype(jnp.float32)
@@ -190,15 +193,16 @@ def _targets(
 
 def _descend(
     table: Table,
-    gradient: Table,
-    ids: Int32[Array, "batch slots"],
-    uses: Int[Array, "batch slots"],
+    gradient: RowGrad,
+    uses: Shaped[Array, "batch slots"],
     rate: Float32[Array, ""],
-) -> Table:
+    slots: _dedupe.Slots,
+) -> tuple[Table, _dedupe.Slots]:
     """Take a step down the gradient, its length limited for rows that were used often."""
-    total = jnp.zeros(table.rows, jnp.float32).at[ids].add(uses.astype(jnp.float32), mode="drop")
+    values = gradient.values, jnp.ravel(uses).astype(jnp.float32)
+    slots, (ids, (summed, total), _) = _dedupe.combine(slots, gradient.ids, values, table.rows)
     rates = jnp.minimum(rate, _LARGEST_MOVE / jnp.maximum(total, 1))
-    return dataclasses.replace(table, weight=table.weight - rates[:, None] * gradient.weight)
+    return apply_updates(table, RowGrad(ids, -rates[:, None] * summed, table.rows)), slots
 
 
 def _exists(ids: Int32[Array, "*batch"], table: Table) -> Bool[Array, "*batch"]:
@@ -215,7 +219,8 @@ def _start(key: Key[Array, ""], rows: int, dim: int) -> State:
 
     # An id without a row reads zero and trains nothing, so that padding needs no mask but in the loss.
     inputs = Table.create(key_inputs, rows, dim, init=small, out_of_range="zero")
-    return State(inputs, Table(jnp.zeros((rows, dim), jnp.float32), out_of_range="zero"), key)
+    outputs = Table(jnp.zeros((rows, dim), jnp.float32), out_of_range="zero")
+    return State(inputs, outputs, key, (_dedupe.scratch(rows), _dedupe.scratch(rows)))
 
 
 def _noise(counts: Int64[np.ndarray, " rows"]) -> UInt32[Array, " rows"]:

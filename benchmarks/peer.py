@@ -1,0 +1,104 @@
+"""Steps of torch and FBGEMM, run in an environment of their own; benchmarks/row_sparse.py asks by lines of JSON.
+
+A step is what ours is: look up, take the gradient of the rows as given, change the table. Only that is timed.
+"""
+
+import gc
+import json
+import sys
+import time
+import warnings
+from collections.abc import Callable
+
+import torch
+from fbgemm_gpu.split_embedding_configs import EmbOptimType
+from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode, EmbeddingLocation, PoolingMode
+from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
+    ComputeDevice,
+    SplitTableBatchedEmbeddingBagsCodegen,
+)
+from workload import DIM, IDS, LEARNING_RATE, batches, cotangent
+
+Step = Callable[[torch.Tensor], None]
+
+TORCH = {
+    "torch SGD": lambda parameters: torch.optim.SGD(parameters, lr=LEARNING_RATE),
+    "torch Adagrad": lambda parameters: torch.optim.Adagrad(parameters, lr=LEARNING_RATE),
+    "torch SparseAdam": lambda parameters: torch.optim.SparseAdam(parameters, lr=LEARNING_RATE),
+}
+# Unpooled, as the rows of a sequence are read, and as bags of one id, for which it has another program.
+FBGEMM = {
+    "FBGEMM row-wise Adagrad": (EmbOptimType.EXACT_ROWWISE_ADAGRAD, PoolingMode.NONE),
+    "FBGEMM SGD": (EmbOptimType.EXACT_SGD, PoolingMode.NONE),
+    "FBGEMM row-wise Adagrad, bags of one": (EmbOptimType.EXACT_ROWWISE_ADAGRAD, PoolingMode.SUM),
+    "FBGEMM SGD, bags of one": (EmbOptimType.EXACT_SGD, PoolingMode.SUM),
+}
+
+
+def torch_step(name: str, rows: int, gradient: torch.Tensor) -> Step:
+    """A step of an embedding with sparse gradients."""
+    embedding = torch.nn.Embedding(rows, DIM, sparse=True)
+    optimizer = TORCH[name](list(embedding.parameters()))
+
+    def step(ids: torch.Tensor) -> None:
+        optimizer.zero_grad()
+        embedding(ids).backward(gradient)
+        optimizer.step()
+
+    return step
+
+
+def torch_lookup(rows: int) -> Step:
+    """A lookup without a gradient."""
+    weight = torch.randn(rows, DIM)
+    return lambda ids: torch.nn.functional.embedding(ids, weight)
+
+
+def fbgemm_step(name: str, rows: int, gradient: torch.Tensor) -> Step:
+    """A step of a table whose optimizer is part of its backward pass."""
+    optimizer, pooling = FBGEMM[name]
+    tables = SplitTableBatchedEmbeddingBagsCodegen(
+        [(rows, DIM, EmbeddingLocation.HOST, ComputeDevice.CPU)],
+        optimizer=optimizer,
+        learning_rate=LEARNING_RATE,
+        eps=1e-8,
+        pooling_mode=pooling,
+        bounds_check_mode=BoundsCheckMode.FATAL,
+    )
+    offsets = torch.arange(IDS + 1)
+    return lambda ids: tables(ids, offsets).backward(gradient)
+
+
+def main() -> None:
+    """Answer one line of JSON for each on standard input: build a step, or run it once."""
+    torch.set_num_threads(2)
+    warnings.simplefilter("ignore")
+    answers = sys.stdout
+    sys.stdout = sys.stderr
+    gradient = torch.from_numpy(cotangent())
+    step: Step | None = None
+    all_ids: list[torch.Tensor] = []
+    turn = 0
+    for line in sys.stdin:
+        request = json.loads(line)
+        if request["do"] == "build":
+            step = None
+            gc.collect()
+            name, rows = request["name"], request["rows"]
+            all_ids = [torch.from_numpy(ids).long() for ids in batches(rows)]
+            if name == "torch lookup":
+                step = torch_lookup(rows)
+            else:
+                step = (torch_step if name in TORCH else fbgemm_step)(name, rows, gradient)
+            answer = {"threads": torch.get_num_threads()}
+        else:
+            assert step is not None
+            ids, turn = all_ids[turn % len(all_ids)], turn + 1
+            start = time.perf_counter()
+            step(ids)
+            answer = {"seconds": time.perf_counter() - start}
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()

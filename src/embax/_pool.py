@@ -1,0 +1,283 @@
+"""Pooling: sums and largest numbers of the rows of bags, without the rows in between."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
+from jaxtyping import Array, Bool, Float, Int, Int32, Shaped
+
+from . import _ids, _tape
+from ._dedupe import accumulator
+from ._lookup import gradient_rules, read, read_untaped
+from ._ragged import segments_of
+from ._table import Table, with_weight
+
+Mode = Literal["sum", "mean", "sqrtn", "max"]
+
+# The longest bags of one length that are summed place by place in one fusion; beyond, it is a loop.
+_UNROLLED = 64
+# Ids that such a loop reads at a time.
+_BLOCK = 1 << 12
+# The length of the pieces that bags of different lengths are cut into, and how many pieces are summed in a row.
+_PIECE, _LONGEST = 16, 1024
+
+
+class Layout(NamedTuple):
+    """Which ids belong to which bag."""
+
+    shape: tuple[int, ...]  # of the bags
+    offsets: Int32[Array, " bags_and_1"] | None  # of a Ragged; None where ids are (*shape, length)
+
+
+def is_used(layout: Layout, ids: _ids.Ids) -> Bool[Array, "*batch"]:
+    """Tell where there is an id of a bag."""
+    if layout.offsets is None:
+        return jnp.ones(ids.shape, bool)
+    return jnp.arange(ids.shape[0], dtype=jnp.int32) < layout.offsets[-1]
+
+
+def pool_rows(
+    table: Table,
+    ids: Int[Array, "*batch"],
+    counted: Bool[Array, "*batch"],
+    weights: Float[Array, "*batch"] | None,
+    layout: Layout,
+    mode: Mode,
+) -> Float[Array, "*bags_dim"]:
+    """Sum the rows of each bag, or take their largest numbers; `divided` makes the other modes of the sum.
+
+    Args:
+      table: The table.
+      ids: Row numbers as `_ids.resolve` gives them.
+      counted: Which of them count.
+      weights: As in `pool`.
+      layout: As in `pool`.
+      mode: As in `pool`.
+
+    Returns:
+      One vector a bag; sums in the dtype that they run in.
+    """
+    if table.out_of_range == "clip":  # which ids are by now; one that stands for no row may not be
+        table = dataclasses.replace(table, out_of_range="nan")
+    if mode == "max":
+        return _largest(read(table, ids, None), counted, layout)
+    # A tape takes the gradient of the rows, though they do not exist.
+    found = _tape.find(table.weight)
+    tap = None
+    if found is not None:
+        tape, number, weight = found
+        table = with_weight(table, weight)
+        tap = (
+            None
+            if table.freeze
+            else tape.add(_tape.Lookup(number, _ids.trained(ids, table), (*ids.shape, *table.dim), table.dtype))
+        )
+    return _sum_of_rows(table, ids, counted, weights, tap, layout.offsets, layout.shape)
+
+
+def divided(
+    total: Float[Array, "*bags_dim"],
+    counted: Bool[Array, "*batch"],
+    weights: Float[Array, "*batch"] | None,
+    layout: Layout,
+    mode: Mode,
+) -> Shaped[Array, "*bags_dim"]:
+    """Divide sums by what the mode says; a bag of nothing stays zero.
+
+    Args:
+      total: What `pool_rows` gives.
+      counted: As there.
+      weights: As there.
+      layout: As there.
+      mode: As there.
+
+    Returns:
+      The same, divided.
+    """
+    if mode in ("sum", "max"):
+        return total
+    number = _summed(counted.astype(total.dtype), layout)
+    by = number
+    if weights is not None:
+        counting = jnp.where(counted, weights, 0).astype(total.dtype)
+        by = _summed(jnp.square(counting) if mode == "sqrtn" else counting, layout)
+    by = jnp.where(number > 0, by, 1)
+    by = jnp.sqrt(by) if mode == "sqrtn" else by
+    return total / jnp.expand_dims(by, tuple(range(by.ndim, total.ndim)))
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(6,))
+def _sum_of_rows(
+    table: Table,
+    ids: Int[Array, "*batch"],
+    counted: Bool[Array, "*batch"],
+    weights: Float[Array, "*batch"] | None,
+    tap: Shaped[Array, "*batch_dim"] | None,
+    offsets: Int32[Array, " bags_and_1"] | None,
+    shape: tuple[int, ...],
+) -> Float[Array, "*bags_dim"]:
+    def terms(ids: Array, counted: Array, weights: Array | None) -> Float[Array, "*batch_dim"]:
+        return _terms(read_untaped(table, ids, None), counted, weights)
+
+    start = jnp.zeros((*shape, *table.dim), accumulator(table.dtype))
+    unroll = table.max_norm is None
+    if offsets is None:
+        return _by_places(terms, start, ids, counted, weights, unroll)
+    return _by_pieces(terms, start, ids, counted, weights, offsets, unroll)
+
+
+@functools.partial(_sum_of_rows.defjvp, symbolic_zeros=True)
+def _sum_of_rows_jvp(shape: Any, primals: Any, tangents: Any) -> tuple[Array, Any]:
+    table, ids, counted, weights, tap, offsets = primals
+    of_table, _, _, of_weights, of_tap, _ = tangents
+    layout = Layout(shape, offsets)
+    out = _sum_of_rows(*primals, shape)
+    tangent = jnp.zeros_like(out)
+    if tap is not None and not isinstance(of_tap, SymbolicZero):
+        of_rows = gradient_rules(table, ids, of_tap.astype(accumulator(table.dtype)))
+        tangent += _summed(_terms(of_rows, counted, weights), layout)
+    if not isinstance(of_table.weight, SymbolicZero):
+        of_rows = jax.jvp(lambda table: read_untaped(table, ids, None), (table,), (of_table,))[1]
+        tangent += _summed(_terms(of_rows, counted, weights), layout)
+    if weights is not None and not isinstance(of_weights, SymbolicZero):
+        tangent += _summed(_terms(read_untaped(table, ids, None), counted, of_weights), layout)
+    return out, tangent
+
+
+def _terms(
+    rows: Shaped[Array, "*batch_dim"], counted: Bool[Array, "*batch"], weights: Float[Array, "*batch"] | None
+) -> Float[Array, "*batch_dim"]:
+    """What each id adds to its bag."""
+    trailing = tuple(range(counted.ndim, rows.ndim))
+    rows = rows.astype(accumulator(rows.dtype))
+    # What does not count is left out of both factors, not multiplied by zero: it may be NaN.
+    rows = jnp.where(jnp.expand_dims(counted, trailing), rows, jnp.zeros((), rows.dtype))
+    if weights is None:
+        return rows
+    weights = jnp.where(counted, weights, jnp.zeros((), weights.dtype)).astype(rows.dtype)
+    return rows * jnp.expand_dims(weights, trailing)
+
+
+def _summed(terms: Float[Array, "*batch_dim"], layout: Layout) -> Float[Array, "*bags_dim"]:
+    """Sum what stands there for each id, bag by bag."""
+    if layout.offsets is None:
+        return terms.sum(axis=len(layout.shape))
+    start = jnp.zeros((*layout.shape, *terms.shape[1:]), terms.dtype)
+    segments = segments_of(layout.offsets, terms.shape[0])
+    return start.at[segments].add(terms, mode="drop", indices_are_sorted=True)
+
+
+def _by_places(
+    terms: Callable[..., Array], total: Array, ids: Array, counted: Array, weights: Array | None, unroll: bool
+) -> Float[Array, "*bags_dim"]:
+    """Sum bags of one length: the first id of all bags, then the second, and so on."""
+    axis, length = ids.ndim - 1, ids.shape[-1]
+    inputs = ids, counted, weights
+    if unroll and length <= _UNROLLED:
+        for place in range(length):
+            total += terms(*(None if x is None else x[..., place] for x in inputs))
+        return total
+    # A few places at a time where there are few bags.
+    width = min(max(1, _BLOCK // max(1, math.prod(ids.shape[:-1]))), max(1, length))
+    inputs = [None if x is None else _cut(x, width) for x in inputs]
+
+    def step(total: Array, part: Sequence[Any]) -> tuple[Array, None]:
+        return total + terms(*part).sum(axis=axis), None
+
+    return jax.lax.scan(step, total, tuple(inputs))[0]
+
+
+def _by_pieces(
+    terms: Callable[..., Array],
+    start: Array,
+    ids: Array,
+    counted: Array,
+    weights: Array | None,
+    offsets: Int32[Array, " bags_and_1"],
+    unroll: bool,
+) -> Float[Array, "*bags_dim"]:
+    """Sum bags of different lengths: cut them into pieces of one length, and sum first those, then their sums.
+
+    A long bag is cut again, so that its sum is a tree whose rounding error does not grow with the length.
+    """
+    longest = ids.shape[0]
+    if longest == 0:  # there is no gather from nothing
+        return start
+    places, exists, offsets = _pieces(offsets, longest)
+    inputs = ids[places], counted[places] & exists, None if weights is None else weights[places]
+    total = _by_places(terms, _zeros(places, start), *inputs, unroll=unroll)
+    while (longest := -(-longest // _PIECE)) > _LONGEST:
+        places, exists, offsets = _pieces(offsets, total.shape[0])
+        of_pieces = functools.partial(_terms_of_pieces, total)
+        total = _by_places(of_pieces, _zeros(places, start), places, exists, None, unroll=True)
+    return start.at[segments_of(offsets, total.shape[0])].add(total, mode="drop", indices_are_sorted=True)
+
+
+def _pieces(
+    offsets: Int32[Array, " bags_and_1"], capacity: int
+) -> tuple[Int32[Array, "pieces piece"], Bool[Array, "pieces piece"], Int32[Array, " bags_and_1"]]:
+    """Cut bags into pieces of `_PIECE` places.
+
+    Returns:
+      The places of each piece; which of them are part of a bag; and the offsets of the bags among the pieces.
+    """
+    bags = offsets.shape[0] - 1
+    numbers = -(-jnp.diff(offsets) // _PIECE)
+    among_pieces = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(numbers, dtype=jnp.int32)])
+    pieces = jnp.arange(capacity // _PIECE + bags, dtype=jnp.int32)  # no bags need more
+    bag = segments_of(among_pieces, pieces.shape[0])
+    # Beyond the last bag there is an empty one.
+    starts = jnp.concatenate([offsets, offsets[-1:]])
+    first = starts[bag] + _PIECE * (pieces - among_pieces[bag])
+    places = first[:, None] + jnp.arange(_PIECE, dtype=jnp.int32)[None, :]
+    exists = places < starts[bag + 1][:, None]
+    return jnp.where(exists, places, 0), exists, among_pieces
+
+
+def _terms_of_pieces(
+    sums: Float[Array, "pieces *dim"], places: Int32[Array, " many"], exists: Bool[Array, " many"], weights: None
+) -> Float[Array, "many *dim"]:
+    return _terms(sums[places], exists, weights)
+
+
+def _zeros(places: Int32[Array, "pieces piece"], like: Float[Array, "bags *dim"]) -> Float[Array, "pieces *dim"]:
+    return jnp.zeros((places.shape[0], *like.shape[1:]), like.dtype)
+
+
+def _cut(array: Shaped[Array, "*batch length"], width: int) -> Shaped[Array, "blocks *batch width"]:
+    """Cut the last axis into blocks, the last one filled up with zeros, and put the axis of blocks first."""
+    blocks = -(-array.shape[-1] // width)
+    full = jnp.pad(array, [(0, 0)] * (array.ndim - 1) + [(0, blocks * width - array.shape[-1])])
+    return jnp.moveaxis(jnp.reshape(full, (*array.shape[:-1], blocks, width)), -2, 0)
+
+
+def _largest(
+    rows: Shaped[Array, "*batch_dim"], counted: Bool[Array, "*batch"], layout: Layout
+) -> Shaped[Array, "*bags_dim"]:
+    """The largest number of each bag and column, of which the first one gets the gradient; 0 for a bag of nothing."""
+    axis = 0 if layout.offsets is not None else len(layout.shape)
+    length = rows.shape[axis]
+    trailing = tuple(range(counted.ndim, rows.ndim))
+    candidates = jnp.expand_dims(counted, trailing) & jnp.ones(rows.shape, bool)
+    if length == 0:
+        return jnp.zeros((*layout.shape, *rows.shape[axis + 1 :]), rows.dtype)
+    lowest = jnp.asarray(-jnp.inf, rows.dtype)
+    values = jnp.where(candidates, jax.lax.stop_gradient(rows), lowest)
+    if layout.offsets is None:
+        is_largest = (values == values.max(axis=axis, keepdims=True)) | jnp.isnan(values)
+        first = jnp.argmax(candidates & is_largest, axis=axis)  # that of equals, or of NaNs
+        out = jnp.take_along_axis(rows, jnp.expand_dims(first, axis), axis=axis).squeeze(axis)
+        return jnp.where(candidates.any(axis=axis), out, jnp.zeros((), rows.dtype))
+    shape, segments = (*layout.shape, *rows.shape[1:]), segments_of(layout.offsets, length)
+    largest = jnp.full(shape, lowest).at[segments].max(values, mode="drop", indices_are_sorted=True)
+    is_largest = (values == largest.at[segments].get(mode="fill", fill_value=0)) | jnp.isnan(values)
+    position = jnp.expand_dims(jnp.arange(length, dtype=jnp.int32), trailing)
+    position = jnp.where(candidates & is_largest, position, length)
+    first = jnp.full(shape, length, jnp.int32).at[segments].min(position, mode="drop", indices_are_sorted=True)
+    out = jnp.take_along_axis(rows, jnp.minimum(first, length - 1), axis=0)
+    return jnp.where(first < length, out, jnp.zeros((), rows.dtype))

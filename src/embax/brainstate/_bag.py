@@ -1,0 +1,169 @@
+"""EmbeddingBag: the layer whose rows are pooled as they are read."""
+
+import dataclasses
+from typing import Any, Self
+
+import brainstate
+import jax.numpy as jnp
+from jaxtyping import Array, DTypeLike, Shaped
+
+from .. import _check, _ids
+from .._bag import layout_of, pool, prepared_weights
+from .._pool import Mode, is_used
+from .._ragged import Ragged
+from .._table import OutOfRange
+from ._embedding import Embedding
+from ._weight import split_unit, with_unit
+
+
+class EmbeddingBag(Embedding):
+    """A lookup table that returns one vector for each bag of indices, with the arguments of `torch.nn.EmbeddingBag`.
+
+    Bags are pooled by the rules of `embax.embedding_bag`: padding does not count, and a bag of nothing is zero. The
+    rest is as in `Embedding`, write-back included.
+
+    Args:
+      num_embeddings: The number of rows, 0 or more.
+      embedding_dim: The size of a row, or the sizes of its axes.
+      max_norm: As in `Embedding`.
+      norm_type: As in `Embedding`.
+      scale_grad_by_freq: As in `Embedding`.
+      mode: `"sum"`, `"mean"`, `"sqrtn"` or `"max"`.
+      include_last_offset: Whether the offsets have one more, at which the last bag ends.
+      padding_idx: As in `Embedding`.
+      embedding_init: As in `Embedding`.
+      freeze: As in `Embedding`.
+      name: As in `Embedding`.
+      param_type: As in `Embedding`.
+      out_of_range: As in `Embedding`.
+      dtype: As in `Embedding`.
+      write_back: As in `Embedding`.
+
+    Raises:
+      TypeError: As `Embedding`.
+      ValueError: As `Embedding`, and for an unknown mode.
+
+    Example:
+      >>> import embax, jax.numpy as jnp
+      >>> bag = embax.EmbeddingBag(10, 3, mode="sum", padding_idx=0)
+      >>> bag([[1, 2, 4], [5, 0, 0]]).shape
+      (2, 3)
+      >>> bag([1, 2, 4, 5, 4, 3, 2, 9], offsets=[0, 4]).shape
+      (2, 3)
+      >>> bag(embax.Ragged.from_lists([[1, 2], []]))[1]
+      Array([0., 0., 0.], dtype=float32)
+    """
+
+    __module__ = "embax.brainstate"
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: Any,
+        max_norm: Any = None,
+        norm_type: float = 2.0,
+        scale_grad_by_freq: bool = False,
+        mode: Mode = "mean",
+        *,
+        include_last_offset: bool = False,
+        padding_idx: int | None = None,
+        embedding_init: Any = brainstate.nn.init.LecunUniform(),  # noqa: B008 (it has no state)
+        freeze: bool = False,
+        name: str | None = None,
+        param_type: Any = brainstate.ParamState,
+        out_of_range: OutOfRange = "error",
+        dtype: DTypeLike | None = None,
+        write_back: bool = True,
+    ):
+        super().__init__(
+            num_embeddings,
+            embedding_dim,
+            embedding_init,
+            padding_idx,
+            max_norm,
+            norm_type,
+            scale_grad_by_freq,
+            freeze,
+            name,
+            param_type,
+            out_of_range=out_of_range,
+            dtype=dtype,
+            write_back=write_back,
+        )
+        self.mode: Mode = _check.choice("embax.EmbeddingBag(mode=...)", mode, Mode)
+        self.include_last_offset = _check.flag("embax.EmbeddingBag(include_last_offset=...)", include_last_offset)
+
+    @classmethod
+    def from_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride] (torch's order)
+        cls,
+        embeddings: Any,
+        freeze: bool = True,
+        max_norm: Any = None,
+        norm_type: float = 2.0,
+        scale_grad_by_freq: bool = False,
+        mode: Mode = "mean",
+        **options: Any,
+    ) -> Self:
+        """Make a layer of vectors that exist, frozen unless told otherwise.
+
+        Args:
+          embeddings: The weight, `(rows, *dim)`, as in `Embedding.from_pretrained`.
+          freeze: As in the constructor.
+          max_norm: As in the constructor.
+          norm_type: As in the constructor.
+          scale_grad_by_freq: As in the constructor.
+          mode: As in the constructor.
+          **options: What the constructor takes by name besides.
+
+        Returns:
+          The layer. Its padding row keeps its values.
+
+        Raises:
+          TypeError: As the constructor, and for an option that it does not have.
+          ValueError: As the constructor, and for fewer than 2 axes.
+
+        Example:
+          >>> import embax, numpy as np
+          >>> embax.EmbeddingBag.from_pretrained(np.eye(3), mode="sum")([[0, 2]])
+          Array([[1., 0., 1.]], dtype=float32)
+        """
+        rules = {"freeze": freeze, "max_norm": max_norm, "norm_type": norm_type, "mode": mode}
+        return cls._of_weight(embeddings, "embedding_dim", scale_grad_by_freq=scale_grad_by_freq, **rules, **options)
+
+    def update(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, input: Any, offsets: Any = None, per_sample_weights: Any = None
+    ) -> Shaped[Array, "*bags_dim"]:
+        """Read bags of indices and pool their rows; calling the layer does the same.
+
+        Args:
+          input: Indices of the shape `(*bags, length)`, or a Ragged; with offsets, `(indices,)`.
+          offsets: Where each bag starts, `(bags,)`, or one more with `include_last_offset`.
+          per_sample_weights: A factor for each index, of the shape of the input; not with `"max"`.
+
+        Returns:
+          One vector a bag, `(*bags, *embedding_dim)`, in the unit of the table.
+
+        Raises:
+          TypeError: As `embax.embedding_bag`, and for a Ragged with offsets.
+          ValueError: As `embax.embedding_bag` and `embax.Ragged`.
+          IndexError: As `embax.embedding_bag`.
+        """
+        call = "embax.EmbeddingBag.update"
+        if offsets is not None:
+            if isinstance(input, Ragged):
+                raise TypeError(f"`{call}(offsets=...)` must be None for a Ragged, got {offsets!r}. It has its own.")
+            input = Ragged.from_offsets(input, offsets, self.include_last_offset)
+        weight, unit = split_unit(self.weight.value)
+        table = self._table(weight, unit)
+        if not jnp.issubdtype(table.dtype, jnp.inexact):
+            raise TypeError(f"`{call}` must have a table of a float dtype, got {table.dtype}. Cast its weight.")
+        layout, ids = layout_of(f"{call}(input=...)", table, input)
+        weights = prepared_weights(f"{call}(per_sample_weights=...)", per_sample_weights, ids.shape, table, self.mode)
+        pooled = pool(table, ids, layout, weights, self.mode).astype(self.dtype or table.dtype)
+        if self.write_back and table.max_norm is not None:
+            # What is in no bag names no row, nor may it be clipped to one.
+            named = _ids.resolve(ids, table.rows, table.out_of_range)
+            named = jnp.where(is_used(layout, ids), named, table.rows)
+            if self._may_store(table, named):
+                self._store(dataclasses.replace(table, out_of_range="nan"), named, unit)
+        return with_unit(pooled, unit)

@@ -1,0 +1,52 @@
+"""Which layers hold a state as their weight, and so by which rules it is trained: a state alone does not say."""
+
+import weakref
+from typing import Any
+
+import brainstate
+
+from .._table import Table
+from ._weight import split_unit
+
+# A state is hashed by its identity. Neither states nor layers are kept alive from here.
+_LAYERS: weakref.WeakKeyDictionary[brainstate.State, weakref.WeakSet[Any]] = weakref.WeakKeyDictionary()
+
+
+def link(state: Any, layer: Any) -> None:
+    """Note that a layer holds a state as its weight; what is no state, such as a FakeState, is left out.
+
+    Args:
+      state: The state.
+      layer: The Embedding.
+    """
+    if isinstance(state, brainstate.State):
+        _LAYERS.setdefault(state, weakref.WeakSet()).add(layer)
+
+
+def table_of(state: brainstate.State) -> Table | None:
+    """Return the weight that a state holds, with the rules that an optimizer has to keep.
+
+    Layers may share a weight. A row that one of them trains is trained, so a rule holds where all of them have it.
+
+    Args:
+      state: The state.
+
+    Returns:
+      A Table of its value, in units of that, with `padding_idx` and `freeze`; None where no layer holds it.
+    """
+    layers = [layer for layer in _LAYERS.get(state, ()) if layer.weight is state]
+    if not layers:
+        return None
+    weight, _ = split_unit(state.value)
+    tables = [Table(weight, padding_idx=layer.padding_idx, freeze=layer.freeze) for layer in layers]
+    paddings = {table.padding_idx for table in tables}
+    return Table(
+        weight,
+        padding_idx=paddings.pop() if len(paddings) == 1 else None,
+        freeze=all(table.freeze for table in tables),
+    )
+
+
+def has_unit(state: brainstate.State) -> bool:
+    """Say whether the value of a state is a Quantity, which a RowGrad and a Table cannot hold."""
+    return split_unit(state.value)[1] is not None

@@ -1,0 +1,250 @@
+"""Optimizer: an optax transformation that trains brainstate states, tables by the rows that were read."""
+
+from collections.abc import Hashable, Iterable, Mapping
+from typing import Any, Self
+
+import brainstate
+import jax
+import jax.numpy as jnp
+import optax
+
+from .._rows import RowGrad, apply_updates, is_trained, no_rows
+from .._table import Table, with_weight
+from ._layers import has_unit, table_of
+from ._weight import split_unit, with_unit
+
+
+class Optimizer(brainstate.nn.Module):
+    """Trains states by an optax transformation, the weights of Embeddings by the rows that were read.
+
+    Used as the optimizers of braintools: states are registered once, and `update` takes their gradients, a RowGrad
+    among them wherever `embax.brainstate.grad` gives one. Where it runs under `embax.brainstate.jit`, weights and
+    optimizer state are updated in place, and time and temporary memory follow the number of ids, not of rows.
+
+    To the transformation, the weight of an `embax.Embedding` is a Table with the layer's `padding_idx` and `freeze`:
+    the padding row never changes, and a frozen weight neither, weight decay included. Where layers share a weight, a
+    rule holds that all of them have. A weight with a unit is the Quantity that it is, trained whole but for these rows,
+    and any other state is the leaf or tree that it holds.
+
+    Args:
+      tx: A transformation over trees that hold Tables, as `embax.optim` makes them: `embax.optim.rowwise_adagrad(0.1)`,
+        or any one lifted, `embax.optim.lift(optax.adam(1e-3))`. One of optax itself does where no Embedding is trained.
+
+    Attributes:
+      opt_state: The state of `tx` in a `brainstate.LongTermState`; None before weights are registered.
+
+    Raises:
+      TypeError: If `tx` is not a transformation.
+
+    Example:
+      >>> import brainstate, embax, jax.numpy as jnp
+      >>> class Model(brainstate.nn.Module):
+      ...     def __init__(self):
+      ...         super().__init__()
+      ...         self.embedding = embax.Embedding(1_000, 4)
+      ...         self.out = brainstate.nn.Linear(4, 1, b_init=None)
+      ...
+      ...     def update(self, indices):
+      ...         return self.out(self.embedding(indices))
+      ...
+      >>> model = Model()
+      >>> weights = model.states(brainstate.ParamState)
+      >>> optimizer = embax.brainstate.Optimizer(embax.optim.rowwise_adagrad(0.1))
+      >>> optimizer = optimizer.register_trainable_weights(weights)
+      >>> @embax.brainstate.jit
+      ... def step(indices):
+      ...     loss = lambda: (model(indices) ** 2).mean()
+      ...     gradients, value = embax.brainstate.grad(loss, weights, return_value=True)()
+      ...     optimizer.update(gradients)
+      ...     return value
+      ...
+      >>> values = [step(jnp.array([3, 5, 3])) for _ in range(20)]
+      >>> bool(values[-1] < values[0])
+      True
+    """
+
+    __module__ = "embax.brainstate"
+
+    # The registered states belong to a model, and come with that where its states are asked for.
+    graph_invisible_attrs = ("_states", "_rules", "_again")
+    opt_state: brainstate.LongTermState | None = None
+    _states: Mapping[Hashable, brainstate.State] = {}
+    _rules: Mapping[Hashable, Table | None] = {}  # without a weight, None for what is no table
+    _again: frozenset[Hashable] = frozenset()  # more keys of the same states
+
+    def __init__(self, tx: optax.GradientTransformation):
+        super().__init__()
+        if not isinstance(tx, optax.GradientTransformation):
+            raise TypeError(
+                "`embax.brainstate.Optimizer(tx=...)` must be an optax.GradientTransformation, got "
+                f"{type(tx).__name__}. Pass one, such as embax.optim.lift(optax.adam(1e-3))."
+            )
+        self.tx = tx
+        self.opt_state = None
+
+    def register_trainable_weights(self, states: Mapping[Hashable, brainstate.State]) -> Self:
+        """Take states to train, and start the transformation's state for all that are registered.
+
+        The rules of their Embeddings are those of now, but that what is frozen, or becomes a padding row, later on is
+        left alone, too. Register once more after a change of the rules.
+
+        Args:
+          states: The states by their keys, as `model.states(brainstate.ParamState)` gives them. Those of an earlier
+            call stay. One with several keys is trained once, with the gradient of the first.
+
+        Returns:
+          The optimizer.
+
+        Raises:
+          TypeError: If it is no dict, if a value is no State, or if the transformation does not take RowGrads.
+          ValueError: If another state has such a key already.
+
+        Example:
+          >>> import embax, optax
+          >>> embedding = embax.Embedding(1_000, 4)
+          >>> optimizer = embax.brainstate.Optimizer(embax.optim.lift(optax.sgd(0.1)))
+          >>> optimizer = optimizer.register_trainable_weights({"table": embedding.weight})
+        """
+        call = "embax.brainstate.Optimizer.register_trainable_weights(states=...)"
+        if not isinstance(states, Mapping):
+            raise TypeError(
+                f"`{call}` must be a dict of States, got {type(states).__name__}. "
+                "Pass model.states(brainstate.ParamState)."
+            )
+        kept = dict(self._states)
+        owners = {state: key for key, state in kept.items()}
+        again = set(self._again)
+        for key, state in states.items():
+            if not isinstance(state, brainstate.State):
+                raise TypeError(
+                    f"`{call}` must have a State for each key, got {type(state).__name__} for {key!r}. "
+                    "Pass model.states(brainstate.ParamState)."
+                )
+            if kept.get(key, state) is not state:
+                raise ValueError(
+                    f"`{call}` must not have a key of another state that is registered, got {key!r}. Rename it."
+                )
+            if owners.setdefault(state, key) == key:
+                kept[key] = state
+            else:
+                again.add(key)
+        tables = {key: table_of(state) for key, state in kept.items()}
+        params: Any = {key: _param(state, tables[key]) for key, state in kept.items()}
+        opt_state = self.tx.init(params)
+        _check_takes_tables(self.tx, opt_state, params)
+        self._states, self._again = kept, frozenset(again)
+        self._rules = {key: None if table is None else with_weight(table, None) for key, table in tables.items()}
+        if self.opt_state is None:
+            self.opt_state = brainstate.LongTermState(opt_state)
+        else:
+            self.opt_state.value = opt_state
+        return self
+
+    def update(self, grads: Mapping[Hashable, Any]) -> None:
+        """Make a step: write the new weights into the states.
+
+        Args:
+          grads: The gradient of each registered state by its key: of an Embedding's weight a RowGrad, or an array of
+            all rows.
+
+        Raises:
+          TypeError: If it is no dict, or a RowGrad is given for what is no Embedding's weight.
+          ValueError: If no weights are registered, if a key is missing or unknown, if a gradient does not fit its
+            state, or if a weight is no longer frozen and has not been registered anew.
+
+        Example:
+          >>> import embax, optax
+          >>> embedding = embax.Embedding(1_000, 4)
+          >>> weights = {"table": embedding.weight}
+          >>> optimizer = embax.brainstate.Optimizer(embax.optim.lift(optax.sgd(0.1)))
+          >>> optimizer = optimizer.register_trainable_weights(weights)
+          >>> optimizer.update(embax.brainstate.grad(lambda: embedding([3, 5]).sum(), weights)())
+        """
+        call = "embax.brainstate.Optimizer.update"
+        if self.opt_state is None or not self._states:
+            raise ValueError(f"`{call}` must follow register_trainable_weights, got no weights. Register them first.")
+        if not isinstance(grads, Mapping):
+            raise TypeError(
+                f"`{call}(grads=...)` must be a dict with the keys of the registered states, got "
+                f"{type(grads).__name__}. Differentiate for the same dict of states."
+            )
+        missing = [key for key in self._states if key not in grads]
+        unknown = [key for key in grads if key not in self._states and key not in self._again]
+        if missing or unknown:
+            raise ValueError(
+                f"`{call}(grads=...)` must have the keys of the registered states, got none for {missing} and unknown "
+                f"ones {unknown}. Differentiate for the states that are registered."
+            )
+        params, gradients, now = {}, {}, {}
+        for key, state in self._states.items():
+            rules, table = self._rules[key], table_of(state)
+            now[key] = rules if table is None else table
+            params[key] = _param(state, rules)
+            gradients[key] = _gradient(call, key, params[key], grads[key])
+            if rules is not None and rules.freeze and not now[key].freeze:
+                raise ValueError(
+                    f"`{call}` must know what is trained, got the weight {key!r}, which was frozen when it was "
+                    "registered. Call register_trainable_weights again."
+                )
+        opt_state = jax.tree.map(jnp.asarray, self.opt_state.value)  # NumPy arrays, where it was restored from a file
+        updates, opt_state = self.tx.update(gradients, opt_state, params)
+        current = {key: _param(state, now[key]) for key, state in self._states.items()}
+        for key, new in apply_updates(current, updates).items():
+            _store(self._states[key], now[key], new)
+        self.opt_state.value = opt_state
+
+
+def _param(state: brainstate.State, rules: Table | None) -> Any:
+    """What a transformation sees of a state."""
+    return state.value if rules is None or has_unit(state) else with_weight(rules, state.value)
+
+
+def _store(state: brainstate.State, rules: Table | None, new: Any) -> None:
+    if rules is None:
+        state.value = new
+    elif not rules.freeze:
+        old, _ = split_unit(state.value)
+        weight, unit = (new.weight, None) if isinstance(new, Table) else split_unit(new)
+        if unit is not None and rules.padding_idx is not None:  # of a Table, it has not changed
+            weight = weight.at[rules.padding_idx].set(old[rules.padding_idx])
+        state.value = with_unit(weight, unit)
+
+
+def _gradient(call: str, key: Hashable, param: Any, gradient: Any) -> Any:
+    """Put a gradient into the form in which transformations take it."""
+    if not isinstance(param, Table):
+        if isinstance(gradient, RowGrad):
+            raise TypeError(
+                f"`{call}(grads=...)` must have a RowGrad for weights of an Embedding only, got one for {key!r}, "
+                "which was none when it was registered. Call register_trainable_weights again."
+            )
+        return gradient
+    if not is_trained(param):  # whatever it is, nothing comes of it
+        return _none_read(param)
+    return gradient if isinstance(gradient, RowGrad | Table) else with_weight(param, gradient)
+
+
+def _none_read(table: Table) -> RowGrad:
+    dtype = table.dtype if jnp.issubdtype(table.dtype, jnp.inexact) else jnp.float32
+    return no_rows(table.rows, table.dim, dtype)
+
+
+def _check_takes_tables(tx: optax.GradientTransformation, opt_state: Any, params: dict[Hashable, Any]) -> None:
+    """Try a transformation on gradients as `update` gets them, since optax does not say what is wrong with one."""
+    tables = {key: param for key, param in params.items() if isinstance(param, Table)}
+    if not tables:
+        return
+    gradients = {key: _none_read(param) if key in tables else param for key, param in params.items()}
+    try:
+        updates, _ = jax.eval_shape(tx.update, gradients, opt_state, params)
+    except (TypeError, ValueError) as error:
+        raise _takes_no_tables(tables, str(error).partition("\n")[0]) from error
+    if not all(isinstance(updates[key], RowGrad | Table) for key in tables):
+        raise _takes_no_tables(tables, "updates of another kind")
+
+
+def _takes_no_tables(tables: Iterable[Hashable], seen: str) -> TypeError:
+    return TypeError(
+        f"`embax.brainstate.Optimizer(tx=...)` must take the RowGrads of the Embeddings' weights {list(tables)}, got "
+        f"one that does not ({seen}). Lift it: embax.optim.lift(tx)."
+    )

@@ -1,0 +1,587 @@
+"""Gradients of brainstate states: as brainstate's own, but rows where an Embedding read them."""
+
+import functools
+import itertools
+import warnings
+
+import brainstate
+import brainunit
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import embax
+
+IDS = jnp.array([[0, 2], [-1, 2]])
+WEIGHT = np.linspace(-1.0, 2.0, 12, dtype=np.float32).reshape(6, 2)
+
+
+class Model(brainstate.nn.Module):
+    """A weight by rows, a plain one, a counter and random noise."""
+
+    def __init__(self, **rules):
+        super().__init__()
+        self.embedding = embax.Embedding.from_pretrained(WEIGHT, **{"freeze": False, **rules})
+        self.scale = brainstate.ParamState(jnp.array([[[2.0, 3.0]]]))
+        self.count = brainstate.ShortTermState(jnp.zeros((), jnp.int32))
+
+    def update(self, ids, factor=1.0, shift=0.0):
+        self.count.value += 1
+        rows = self.embedding(ids) * (1 + 0.1 * brainstate.random.rand(1, 1, 1))
+        return (jnp.sin(rows * self.scale.value) * factor + shift).sum()
+
+
+def dense(gradient):
+    """The same with an array for each RowGrad."""
+    is_rows = lambda node: isinstance(node, embax.RowGrad)  # noqa: E731
+    return jax.tree.map(lambda node: node.to_dense() if is_rows(node) else node, gradient, is_leaf=is_rows)
+
+
+def assert_same(ours, theirs):
+    ours = dense(ours)
+    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6), ours, theirs)  # float32
+
+
+def both(make, *args, compile_=lambda fun: fun, on_dense="warn", **options):
+    """What embax and brainstate make of `make() -> (fun, grad_states)`, from the same random numbers."""
+    out = []
+    for grad in functools.partial(embax.brainstate.grad, on_dense=on_dense), brainstate.transform.grad:
+        brainstate.random.seed(3)
+        fun, states = make()
+        out.append(compile_(grad(fun, states, **options))(*args))
+    return out
+
+
+@pytest.fixture(autouse=True)
+def _no_dense_gradient_passes_unnoticed():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", embax.DenseGradientWarning)
+        yield
+
+
+COMPILE = {
+    "eager": lambda fun: fun,
+    "brainstate": brainstate.transform.jit,
+    "embax": embax.brainstate.jit,
+}
+
+
+@pytest.mark.parametrize(
+    ("has_aux", "return_value", "argnums", "compile_"),
+    [
+        *itertools.product([False, True], [False, True], [None, 1, (1,), [1, 2]], ["eager"]),
+        *itertools.product([True], [False, True], [None, [1, 2]], ["brainstate", "embax"]),
+    ],
+)
+def test_returns_what_brainstate_returns(has_aux, return_value, argnums, compile_):
+    def make():
+        model = Model()
+        fun = (lambda *args: (model(*args), {"count": model.count.value})) if has_aux else lambda *args: model(*args)
+        return fun, {"table": model.embedding.weight, "scale": model.scale}
+
+    options = {"has_aux": has_aux, "return_value": return_value, "argnums": argnums}
+    ours, theirs = both(make, IDS, 1.5, 0.5, compile_=COMPILE[compile_], **options)
+    of_states = ours[0] if has_aux or return_value else ours
+    of_states = of_states if argnums is None else of_states[0]
+    assert isinstance(of_states["table"], embax.RowGrad)
+    np.testing.assert_array_equal(of_states["table"].ids, [0, 2, 5, 2])
+    assert_same(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    "choose",
+    [
+        lambda model: model.embedding.weight,
+        lambda model: [model.scale, model.embedding.weight],
+        lambda model: (model.embedding.weight, model.embedding.weight),
+        lambda model: {"a": {"b": model.embedding.weight}, "c": [model.scale]},
+        lambda model: model.states(brainstate.ParamState),
+    ],
+    ids=["state", "list", "twice", "nested", "states()"],
+)
+def test_gradients_come_as_the_states_do(choose):
+    def make():
+        model = Model()
+        return model, choose(model)
+
+    ours, theirs = both(make, IDS)
+    assert any(isinstance(x, embax.RowGrad) for x in jax.tree.leaves(ours, is_leaf=lambda x: hasattr(x, "to_dense")))
+    assert_same(ours, theirs)
+
+
+def test_works_as_a_decorator():
+    model = Model()
+
+    @embax.brainstate.grad(grad_states=model.embedding.weight, return_value=True, on_dense="error")
+    def gradient(ids):
+        """Its own."""
+        return model(ids)
+
+    assert gradient.__doc__ == "Its own."
+    rows, value = gradient(IDS)
+    assert isinstance(rows, embax.RowGrad)
+    assert value.shape == ()
+
+
+def test_without_an_embedding_it_is_brainstates():
+    assert embax.brainstate.grad(lambda x: x**2)(3.0) == 6
+    state = brainstate.ParamState(jnp.array(3.0))
+    gradient, value = embax.brainstate.grad(lambda: state.value**2, state, return_value=True)()
+    assert (gradient, value) == (6, 9)
+
+
+@pytest.mark.parametrize("compile_", COMPILE)
+@pytest.mark.parametrize(
+    "rules",
+    [
+        {"padding_idx": 2},
+        {"scale_grad_by_freq": True},
+        {"max_norm": 1.0},
+        {"max_norm": 1.0, "write_back": False},
+        {"max_norm": 0.5, "padding_idx": 5, "scale_grad_by_freq": True, "norm_type": 1.0},
+        {"out_of_range": "clip"},
+        {"out_of_range": "zero"},
+    ],
+    ids=str,
+)
+def test_rules_of_the_layer(rules, compile_):
+    models = []
+
+    def make():
+        models.append(Model(**rules))
+        return models[-1], models[-1].states(brainstate.ParamState)
+
+    ids = jnp.array([[0, 2, 2], [-1, 7, -8]]) if "out_of_range" in rules else IDS
+    ours, theirs = both(make, ids, compile_=COMPILE[compile_])
+    assert isinstance(ours["embedding", "weight"], embax.RowGrad)
+    assert_same(ours, theirs)
+    stored = [model.embedding.weight.value for model in models]
+    assert isinstance(stored[0], jax.Array)
+    np.testing.assert_array_equal(*stored)
+    assert (np.asarray(stored[0]) != WEIGHT).any() == ("max_norm" in rules and rules.get("write_back", True))
+
+
+def test_padding_row_is_not_among_the_rows():
+    model = Model(padding_idx=2)
+    gradient = embax.brainstate.grad(model, model.embedding.weight)(IDS)
+    np.testing.assert_array_equal(gradient.ids, [0, 6, 5, 6])
+
+
+@pytest.mark.parametrize("max_norm", [None, 1.0])
+@pytest.mark.parametrize("compile_", COMPILE)
+def test_two_calls_of_a_layer(compile_, max_norm):
+    def make():
+        embedding = embax.Embedding(6, 2, embedding_init=WEIGHT, max_norm=max_norm)
+        fun = lambda: (embedding([0, 1]) * embedding([0, 2]) ** 2).sum()  # noqa: E731
+        return fun, embedding.weight
+
+    ours, theirs = both(make, compile_=COMPILE[compile_])
+    np.testing.assert_array_equal(ours.ids, [0, 1, 0, 2])
+    assert_same(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "ids"),
+    [
+        ({}, {}, [0, 1, 0, 2]),
+        ({"padding_idx": 0}, {"padding_idx": 0}, [6, 1, 6, 2]),
+        ({"padding_idx": 0}, {}, [6, 1, 0, 2]),
+        ({"freeze": True}, {}, [0, 2]),
+        ({"freeze": True}, {"freeze": True}, []),
+    ],
+    ids=str,
+)
+def test_layers_that_share_a_weight(first, second, ids):
+    def make():
+        a = embax.Embedding(6, 2, embedding_init=WEIGHT, **first)
+        b = embax.Embedding(6, 2, embedding_init=WEIGHT + 1, **second)
+        b.weight = a.weight
+        return (lambda: (a([0, 1]) ** 2 + b([0, 2]) ** 3).sum()), a.weight
+
+    ours, theirs = both(make)
+    np.testing.assert_array_equal(ours.ids, ids)
+    assert_same(ours, theirs)
+
+
+@pytest.mark.parametrize("compile_", COMPILE)
+def test_frozen_weight_has_no_rows(compile_):
+    def make():
+        model = Model(freeze=True)
+        return model, model.states(brainstate.ParamState)
+
+    ours, theirs = both(make, IDS, compile_=COMPILE[compile_])
+    assert ours["embedding", "weight"].ids.shape == (0,)
+    assert_same(ours, theirs)
+
+
+def test_a_frozen_weight_alone_still_runs_the_function():
+    model = Model(freeze=True)
+    gradient, of_argument = embax.brainstate.grad(model, model.embedding.weight, argnums=1)(IDS, 1.0)
+    assert gradient.ids.shape == (0,)
+    assert of_argument.shape == ()
+    gradient, value = embax.brainstate.grad(model, model.embedding.weight, return_value=True)(IDS)
+    assert gradient.ids.shape == (0,)
+    assert model.count.value == 2
+    assert np.isfinite(value)
+
+
+def test_rules_may_change_between_calls():
+    model = Model()
+    gradient = embax.brainstate.grad(model, model.embedding.weight)
+    model.embedding.padding_idx = 2
+    np.testing.assert_array_equal(gradient(IDS).ids, [0, 6, 5, 6])
+    model.embedding.freeze = True
+    assert gradient(IDS).ids.shape == (0,)
+
+
+def test_a_state_that_is_not_read():
+    model, other = Model(), embax.Embedding(1_000, 2)
+    states = {"read": model.scale, "unread": other.weight}
+    with pytest.raises(ValueError, match="not found in the state trace"):
+        embax.brainstate.grad(model, states)(IDS)
+    with pytest.raises(ValueError, match="not found in the state trace"):
+        embax.brainstate.grad(model, other.weight)(IDS)
+    gradient = embax.brainstate.grad(model, states, check_states=False)(IDS)
+    assert gradient["unread"].ids.shape == (0,)
+    assert gradient["unread"].to_dense().shape == (1_000, 2)
+    gradient = embax.brainstate.grad(lambda: jnp.asarray(other.weight.value.shape[0] * 1.0), other.weight)()
+    assert gradient.ids.shape == (0,)
+
+
+def inner_jit(embedding):
+    return brainstate.transform.jit(lambda: embedding([1, 2]).sum())()
+
+
+DENSE_USES = {
+    "reduce_sum": lambda embedding: embedding.weight.value.sum(),
+    "convert": lambda embedding: embedding.weight.value.astype(jnp.bfloat16).sum().astype(jnp.float32),
+    "slice": lambda embedding: embedding.weight.value[1:3].sum(),
+    "dot_general": lambda embedding: (embedding.weight.value @ jnp.ones((2, 3))).sum(),
+    "for_loop": lambda embedding: brainstate.transform.for_loop(lambda i: embedding(i).sum(), jnp.arange(3)).sum(),
+    "cond": lambda embedding: brainstate.transform.cond(
+        jnp.array(True), lambda: embedding([1, 2]).sum(), lambda: jnp.zeros(())
+    ),
+    "jit": inner_jit,
+    "checkpoint": lambda embedding: brainstate.transform.checkpoint(lambda: embedding([1, 2]).sum())(),
+    "vmap": lambda embedding: brainstate.transform.vmap(embedding)(jnp.arange(3)).sum(),
+    "vmap2": lambda embedding: brainstate.transform.vmap2(embedding)(jnp.arange(3)).sum(),
+    "raw vmap": lambda embedding: jax.vmap(embedding)(jnp.arange(3)).sum(),
+    "raw jit": lambda embedding: jax.jit(lambda i: embedding(i))(jnp.arange(3)).sum(),
+    "raw checkpoint": lambda embedding: jax.checkpoint(lambda i: embedding(i))(jnp.arange(3)).sum(),
+    "raw scan": lambda embedding: jax.lax.scan(lambda c, i: (c, embedding(i)), 0, jnp.arange(3))[1].sum(),
+    "grad": lambda embedding: (
+        brainstate.transform.grad(lambda: (embedding([1, 2]) ** 3).sum(), embedding.weight)() ** 2
+    ).sum(),
+    "write": lambda embedding: setattr(embedding.weight, "value", embedding.weight.value * 2) or embedding([1]).sum(),
+}
+
+
+@pytest.mark.parametrize("max_norm", [None, 1.5])
+@pytest.mark.parametrize("use", DENSE_USES)
+def test_any_other_use_gives_a_dense_gradient(use, max_norm):
+    stored = []
+
+    def make():
+        embedding = embax.Embedding(
+            6, 2, embedding_init=WEIGHT, max_norm=max_norm, write_back=not use.startswith("raw")
+        )
+        stored.append(embedding.weight)
+        return (lambda: (embedding([0, 2]) ** 2).sum() + DENSE_USES[use](embedding)), {"emb": embedding.weight}
+
+    with pytest.warns(embax.DenseGradientWarning, match=r"gradient of grad_states\['emb'\], .* is dense"):
+        ours, theirs = both(make)
+    assert isinstance(ours["emb"], jax.Array)
+    assert_same(ours, theirs)
+    np.testing.assert_array_equal(stored[0].value, stored[1].value)
+
+
+def test_on_dense():
+    embedding = embax.Embedding(6, 2)
+    fun = lambda: embedding.weight.value.sum()  # noqa: E731
+    with pytest.raises(ValueError, match=r"gradient of grad_states, .* `reduce_sum`, which is no lookup"):
+        embax.brainstate.grad(fun, embedding.weight, on_dense="error")()
+    with pytest.raises(ValueError, match=r"inside an inner transformation, where its lookups cannot be followed"):
+        embax.brainstate.grad(lambda: jax.vmap(embedding)(jnp.arange(3)).sum(), embedding.weight, on_dense="error")()
+    gradient = embax.brainstate.grad(fun, embedding.weight, on_dense="allow")()
+    np.testing.assert_array_equal(gradient, np.ones((6, 2)))
+    with pytest.raises(ValueError, match=r"on_dense=...\)` must be one of"):
+        embax.brainstate.grad(fun, embedding.weight, on_dense="no")
+
+
+def test_warning_points_to_the_call():
+    embedding = embax.Embedding(6, 2)
+    gradient = embax.brainstate.grad(lambda: embedding.weight.value.sum(), embedding.weight)
+    with pytest.warns(embax.DenseGradientWarning) as caught:
+        gradient()
+    assert caught[0].filename == __file__
+
+
+def test_one_dense_weight_leaves_the_others_sparse():
+    a, b = embax.Embedding(6, 2), embax.Embedding(5, 2)
+    fun = lambda: (a([0, 1]) * b([2, 2])).sum() + a.weight.value.sum()  # noqa: E731
+    ours = embax.brainstate.grad(fun, [a.weight, b.weight], on_dense="allow")()
+    assert isinstance(ours[0], jax.Array)
+    np.testing.assert_array_equal(ours[1].ids, [2, 2])
+    assert_same(ours, brainstate.transform.grad(fun, [a.weight, b.weight])())
+
+
+@pytest.mark.parametrize("compile_", COMPILE)
+def test_states_are_written_once_and_random_numbers_drawn_once(compile_):
+    keys, models = [], []
+    for grad in embax.brainstate.grad, brainstate.transform.grad:
+        brainstate.random.seed(5)
+        models.append(Model())
+        step = COMPILE[compile_](grad(models[-1], models[-1].states(brainstate.ParamState), return_value=True))
+        values = [step(IDS)[1] for _ in range(3)]
+        keys.append((values, brainstate.random.rand(4)))
+        assert models[-1].count.value == 3
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), *keys)  # float32
+
+
+def test_eager_call_leaves_other_states_as_they_are():
+    model = Model()
+    before = model.scale.value, model.embedding.weight.value
+    embax.brainstate.grad(model, model.states(brainstate.ParamState))(IDS)
+    assert model.scale.value is before[0]
+    assert model.embedding.weight.value is before[1]
+
+
+@pytest.mark.parametrize("compile_", COMPILE)
+def test_a_stored_weight_leaves_the_function_as_it_is_stored(compile_):
+    snapshot = brainstate.ShortTermState(jnp.zeros((6, 2)))
+
+    def make():
+        embedding = embax.Embedding(6, 2, embedding_init=WEIGHT, max_norm=0.5)
+
+        def fun():
+            out = embedding([0, 5]).sum()
+            snapshot.value = embedding.weight.value
+            return out, [embedding.weight.value, embedding.weight.value]
+
+        return fun, embedding.weight
+
+    ours, theirs = both(make, has_aux=True, compile_=COMPILE[compile_])
+    assert isinstance(ours[0], embax.RowGrad)
+    assert_same(ours, theirs)
+    assert np.abs(ours[1][0] - WEIGHT).max() > 0.1
+    np.testing.assert_array_equal(snapshot.value, theirs[1][0])
+
+
+def overwritten(a, b):
+    out = a([1]) + b([2])
+    a.weight.value = jnp.ones((6, 2))
+    return out * a([1])
+
+
+def swapped(a, b):
+    a.weight.value, b.weight.value = b.weight.value, a.weight.value
+    return a([1]) * 2 + b([2])
+
+
+def only_shaped(a, b):
+    return a([1]) * jax.eval_shape(lambda ids: b(ids), jax.ShapeDtypeStruct((3,), jnp.int32)).shape[0]
+
+
+@pytest.mark.parametrize("compile_", COMPILE)
+@pytest.mark.parametrize("fun", [overwritten, swapped, only_shaped])
+def test_weights_that_are_written_or_not_used(fun, compile_):
+    stored = []
+
+    def make():
+        a, b = embax.Embedding(6, 2, embedding_init=WEIGHT), embax.Embedding(6, 2, embedding_init=WEIGHT + 1)
+        stored.append([a.weight, b.weight])
+        return (lambda: (fun(a, b) ** 2).sum()), stored[-1]
+
+    ours, theirs = both(make, compile_=COMPILE[compile_])
+    assert all(isinstance(gradient, embax.RowGrad) for gradient in ours)
+    assert_same(ours, theirs)
+    assert_same(*[[state.value for state in states] for states in stored])
+
+
+def test_lanes_with_weights_of_their_own():
+    embedding = embax.Embedding(6, 2, embedding_init=WEIGHT)
+    embedding.weight.value = jnp.stack([WEIGHT, WEIGHT + 1])
+
+    def lanes(grad):
+        gradient = grad(lambda ids: (embedding(ids) ** 2).sum(), embedding.weight)
+        return brainstate.transform.vmap(lambda ids: dense(gradient(ids)), in_states={0: embedding.weight})
+
+    ids = jnp.array([[0, 1], [5, 5]])
+    ours = lanes(functools.partial(embax.brainstate.grad, on_dense="error"))(ids)
+    assert_same(ours, lanes(brainstate.transform.grad)(ids))
+    assert np.abs(ours[1, 5]).min() > 0
+
+
+def test_inside_a_loop_over_steps():
+    def make():
+        model = Model(max_norm=1.5)
+        return model, model.states(brainstate.ParamState)
+
+    loop = lambda gradient: lambda: brainstate.transform.for_loop(gradient, jnp.stack([IDS, IDS + 1]))  # noqa: E731
+    ours, theirs = both(make, compile_=loop)
+    assert ours["embedding", "weight"].values.shape == (2, 4, 2)
+    weight = jax.vmap(lambda gradient: gradient.to_dense())(ours["embedding", "weight"])
+    assert_same({**ours, ("embedding", "weight"): weight}, theirs)
+
+
+def test_nested_in_another_gradient():
+    embedding = embax.Embedding(6, 2, embedding_init=WEIGHT)
+    inner = lambda: (embedding([1, 2, 1]) ** 3).sum()  # noqa: E731
+
+    def outer(grad, **options):
+        return lambda: (dense(grad(inner, embedding.weight, **options)()) ** 2).sum()
+
+    ours = embax.brainstate.grad(outer(embax.brainstate.grad), embedding.weight, on_dense="allow")()
+    theirs = brainstate.transform.grad(outer(brainstate.transform.grad), embedding.weight)()
+    assert_same(ours, theirs)
+
+
+class Half(brainstate.ParamState):
+    """A state of a kind of its own that shows what it holds."""
+
+
+class Computed(brainstate.ParamState):
+    """A state that shows something else than it holds."""
+
+    @property
+    def value(self):
+        return super().value * 2
+
+    @value.setter
+    def value(self, value):
+        brainstate.ParamState.value.fset(self, value)
+
+
+def test_states_of_other_kinds():
+    embedding = embax.Embedding(6, 2, param_type=Half)
+    assert isinstance(embax.brainstate.grad(lambda: embedding([1]).sum(), embedding.weight)(), embax.RowGrad)
+
+    def make():  # anew, since brainstate stores what such a state shows
+        embedding = embax.Embedding(6, 2, embedding_init=WEIGHT, param_type=Computed)
+        return (lambda: (embedding([1, 1]) ** 2).sum()), embedding.weight
+
+    assert_same(*both(make, on_dense="allow"))
+
+
+def test_fake_state_is_a_constant():
+    embedding = embax.Embedding(6, 2, embedding_init=WEIGHT, param_type=brainstate.FakeState)
+    scale = brainstate.ParamState(jnp.array(2.0))
+    gradient = embax.brainstate.grad(lambda: (embedding([1]) * scale.value).sum(), scale)()
+    np.testing.assert_allclose(gradient, WEIGHT[1].sum(), rtol=1e-6)  # float32
+
+
+def test_weight_with_a_unit_goes_the_ordinary_way():
+    def make():
+        embedding = embax.Embedding(6, 2, embedding_init=WEIGHT * brainunit.ms)
+        other = embax.Embedding(6, 2, embedding_init=WEIGHT)
+        fun = lambda: (embedding([1, 1]) / brainunit.ms * other([1, 2])).sum()  # noqa: E731
+        return fun, [embedding.weight, other.weight]
+
+    ours, theirs = both(make)
+    assert isinstance(ours[1], embax.RowGrad)
+    assert_same(ours, theirs)
+
+
+@pytest.mark.parametrize("has_aux", [False, True])
+def test_unit_aware_gradients(has_aux):
+    embedding = embax.Embedding(6, 2, embedding_init=WEIGHT)
+    loss = lambda: embedding([1, 1]).sum()  # noqa: E731
+    with_unit = (lambda: (loss() * brainunit.ms, 1.0)) if has_aux else lambda: loss() * brainunit.ms
+    options = {"unit_aware": True, "has_aux": has_aux}
+    ours = embax.brainstate.grad(with_unit, embedding.weight, on_dense="allow", **options)()
+    assert_same(ours, brainstate.transform.grad(with_unit, embedding.weight, **options)())
+    ours = embax.brainstate.grad(loss, embedding.weight, unit_aware=True)()
+    assert isinstance(ours, embax.RowGrad)
+    assert_same(ours, brainstate.transform.grad(loss, embedding.weight, unit_aware=True)())
+
+
+def test_integer_weight_goes_the_ordinary_way():
+    embedding = embax.Embedding.from_pretrained(np.arange(6).reshape(3, 2), freeze=False)
+    scale = brainstate.ParamState(jnp.array(2.0))
+    fun = lambda: (embedding([1]).astype(jnp.float32) * scale.value).sum()  # noqa: E731
+    with pytest.raises(TypeError, match="grad requires real- or complex-valued inputs"):
+        embax.brainstate.grad(fun, [embedding.weight, scale])()
+    ours = embax.brainstate.grad(fun, [embedding.weight, scale], allow_int=True)()
+    assert ours[0].dtype == jax.dtypes.float0
+    assert ours[1] == 5
+
+
+@pytest.mark.parametrize("freeze", [False, True])
+def test_holomorphic(freeze):
+    def make():
+        embedding = embax.Embedding.from_pretrained(WEIGHT * (1 + 2j), freeze=freeze)
+        return (lambda: (embedding([1, 1, 2]) ** 2).sum()), embedding.weight
+
+    ours, theirs = both(make, holomorphic=True)
+    assert isinstance(ours, embax.RowGrad)
+    assert_same(ours, theirs)
+
+
+def test_debug_nan_and_errors_of_brainstate_come_through():
+    model = Model()
+    assert isinstance(embax.brainstate.grad(model, model.embedding.weight, debug_nan=True)(IDS), embax.RowGrad)
+    with pytest.raises(TypeError, match="must return a"):
+        embax.brainstate.grad(model, model.embedding.weight, has_aux=True)(IDS)
+    with pytest.raises(TypeError, match="scalar-output"):
+        embax.brainstate.grad(model.embedding, model.embedding.weight)(IDS)
+    with pytest.raises(ValueError, match="negative"):
+        embax.brainstate.grad(model, model.embedding.weight, argnums=-1)
+    with pytest.raises(TypeError, match="State instances"):
+        embax.brainstate.grad(model, [jnp.ones(3)])
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (lambda a, b: a([1]), lambda a, b: a([1]) + a([3])),
+        (lambda a, b: a([1]) + a([3]), lambda a, b: a([1])),
+        (lambda a, b: a([1]), lambda a, b: a([1, 2])),
+        (lambda a, b: a([1]) + b([1]), lambda a, b: b([1]) + a([1])),
+        (lambda a, b: a([1]) + b([1]), lambda a, b: a([1]) + b([1]) + a.weight.value.sum()),
+    ],
+    ids=["more", "fewer", "longer", "order", "use"],
+)
+def test_a_function_that_changes_between_its_runs_is_refused(first, second):
+    a, b = embax.Embedding(6, 2), embax.Embedding(6, 2)
+    runs = []
+
+    def fun():
+        runs.append(None)
+        return (first if len(runs) == 1 else second)(a, b).sum()
+
+    with pytest.raises(RuntimeError, match=r"same (lookups )?each time"):
+        embax.brainstate.grad(fun, [a.weight, b.weight], check_states=False)()
+
+
+def test_a_function_that_keeps_values_of_its_first_run_is_refused():
+    embedding = embax.Embedding(6, 2)
+    fast = jax.jit(embedding)
+    fun = lambda: fast(jnp.arange(3)).sum()  # noqa: E731
+    with pytest.raises(RuntimeError, match="can be traced twice"):
+        embax.brainstate.grad(fun, embedding.weight, on_dense="allow", check_states=False)()
+    with pytest.raises(RuntimeError, match="can be traced twice"):
+        embax.brainstate.grad(lambda: embedding([1]).sum() + fun(), embedding.weight, on_dense="allow")()
+
+
+def test_a_weight_that_a_layer_has_given_up_is_an_ordinary_state():
+    embedding = embax.Embedding(6, 2, embedding_init=WEIGHT)
+    old, embedding.weight = embedding.weight, brainstate.ParamState(jnp.ones((6, 2)))
+    fun = lambda: (old.value**2 + embedding([1])).sum()  # noqa: E731
+    gradients = embax.brainstate.grad(fun, [old, embedding.weight], on_dense="error")()
+    np.testing.assert_allclose(gradients[0], 2 * WEIGHT)
+    assert isinstance(gradients[1], embax.RowGrad)
+
+
+def test_copies_of_a_layer_have_gradients_of_their_own():
+    model = brainstate.graph.treefy_merge(*brainstate.graph.treefy_split(Model(padding_idx=2)))
+    gradient = embax.brainstate.grad(model, model.states(brainstate.ParamState))(IDS)
+    np.testing.assert_array_equal(gradient["embedding", "weight"].ids, [0, 6, 5, 6])
+
+
+def test_no_tracer_is_left_behind():
+    model = Model(max_norm=1.0)
+    with jax.checking_leaks():
+        step = embax.brainstate.jit(embax.brainstate.grad(model, model.states(brainstate.ParamState)))
+        step(IDS)

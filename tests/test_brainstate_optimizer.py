@@ -1,0 +1,400 @@
+"""Training of brainstate states by optax: as dense training, in place, by the rows that were read."""
+
+import brainstate
+import brainunit
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import embax
+from embax.optim import lift, rowwise_adagrad
+
+WEIGHT = np.linspace(-1.0, 2.0, 12, dtype=np.float32).reshape(6, 2)
+
+
+@pytest.fixture(autouse=True)
+def _standard_promotion():  # which optax relies on
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+class Model(brainstate.nn.Module):
+    def __init__(self, rows=6, dim=2, **rules):
+        super().__init__()
+        weight = np.resize(WEIGHT, (rows, dim))
+        self.embedding = embax.Embedding.from_pretrained(weight, **{"freeze": False, **rules})
+        self.scale = brainstate.ParamState(jnp.linspace(1.0, 2.0, dim)[None])
+
+    def update(self, ids):
+        return ((self.embedding(ids) * self.scale.value - 0.5) ** 2).sum()
+
+
+def batch(i, rows=6):
+    return jnp.array([i % rows, (3 * i + 1) % rows, i % rows, -1])
+
+
+COMPILE = {"eager": lambda fun: fun, "brainstate": brainstate.transform.jit, "embax": embax.brainstate.jit}
+
+
+def train(model, tx, steps=20, grad=embax.brainstate.grad, compile_="embax"):
+    weights = model.states(brainstate.ParamState)
+    optimizer = embax.brainstate.Optimizer(tx).register_trainable_weights(weights)
+
+    @COMPILE[compile_]
+    def step(ids):
+        gradients, value = grad(model, weights, return_value=True)(ids)
+        optimizer.update(gradients)
+        return value
+
+    return [step(batch(i)) for i in range(steps)], optimizer
+
+
+def train_densely(model, tx, steps=20):
+    """The same by brainstate and optax alone."""
+    weights = model.states(brainstate.ParamState)
+    opt_state = tx.init({key: state.value for key, state in weights.items()})
+    values = []
+    for i in range(steps):
+        gradients, value = brainstate.transform.grad(model, weights, return_value=True)(batch(i))
+        params = {key: state.value for key, state in weights.items()}
+        updates, opt_state = tx.update(gradients, opt_state, params)
+        for key, new in optax.apply_updates(params, updates).items():
+            weights[key].value = new
+        values.append(value)
+    return values
+
+
+def assert_same_training(ours, theirs, values, expected):
+    np.testing.assert_allclose(values, expected, rtol=1e-5)  # float32
+    for key, state in theirs.states(brainstate.ParamState).items():
+        np.testing.assert_allclose(ours.states(brainstate.ParamState)[key].value, state.value, rtol=1e-5, atol=1e-6)
+
+
+TX = {"sgd": lambda: optax.sgd(0.02), "adagrad": lambda: optax.adagrad(0.1)}
+
+
+@pytest.mark.parametrize("compile_", COMPILE)
+@pytest.mark.parametrize("tx", TX)
+@pytest.mark.parametrize("rules", [{}, {"padding_idx": 1, "max_norm": 1.0, "scale_grad_by_freq": True}], ids=str)
+def test_training_equals_dense_training(tx, rules, compile_):
+    ours, theirs = Model(**rules), Model(**rules)
+    values, _ = train(ours, lift(TX[tx]()), compile_=compile_)
+    assert_same_training(ours, theirs, values, train_densely(theirs, TX[tx]()))
+    assert values[-1] < values[0]
+    assert isinstance(ours.embedding.weight.value, jax.Array)
+
+
+def test_dense_gradients_are_taken_too():
+    ours, theirs = Model(padding_idx=1), Model(padding_idx=1)
+    values, _ = train(ours, lift(TX["adagrad"]()), grad=brainstate.transform.grad)
+    assert_same_training(ours, theirs, values, train_densely(theirs, TX["adagrad"]()))
+
+
+@pytest.mark.parametrize("grad", [embax.brainstate.grad, brainstate.transform.grad])
+def test_padding_and_frozen_rows_never_change(grad):
+    tx = lift(optax.adamw(0.1, weight_decay=0.5))
+    model = Model(padding_idx=1)
+    train(model, tx, grad=grad)
+    changed = (np.asarray(model.embedding.weight.value) != WEIGHT).any(axis=1)
+    np.testing.assert_array_equal(changed, [True, False, True, True, True, True])
+    model = Model(freeze=True)
+    train(model, tx, grad=grad)
+    np.testing.assert_array_equal(model.embedding.weight.value, WEIGHT)
+    assert (model.scale.value != jnp.array([[1.0, 2.0]])).all()
+
+
+def test_rows_that_are_not_read_stay_as_they_are():
+    model = Model(rows=100)
+    before = np.asarray(model.embedding.weight.value)
+    train(model, lift(optax.adamw(0.1)), steps=2)
+    changed = (np.asarray(model.embedding.weight.value) != before).any(axis=1)
+    np.testing.assert_array_equal(np.flatnonzero(changed), [0, 1, 4, 99])
+
+
+def test_transformations_for_tables_work():
+    for tx in (
+        rowwise_adagrad(0.1),
+        embax.optim.rowwise_adam(0.1),
+        optax.chain(embax.optim.clip_by_global_norm(1.0), lift(optax.adam(optax.cosine_decay_schedule(0.1, 100)))),
+        optax.multi_transform(
+            {"table": rowwise_adagrad(0.1), "rest": optax.adam(0.1)},
+            lambda params: {key: "table" if "embedding" in key else "rest" for key in params},
+        ),
+    ):
+        values, _ = train(Model(), tx)
+        assert values[-1] < values[0]
+
+
+@pytest.mark.parametrize("tied_before", [True, False])
+def test_tied_layers(tied_before):
+    class Tied(brainstate.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = embax.Embedding(6, 2, embedding_init=WEIGHT, padding_idx=1)
+            self.second = embax.Embedding(6, 2, padding_idx=1)
+            if tied_before:
+                self.second.weight = self.first.weight
+
+        def update(self, ids):
+            return ((self.first(ids) + self.second(ids + 1)) ** 2).sum()
+
+    ours, theirs = Tied(), Tied()
+    for model in ours, theirs:
+        model.second.weight = model.first.weight
+    assert len(ours.states()) == 1
+    values, _ = train(ours, lift(optax.sgd(0.02)), steps=4)
+    assert_same_training(ours, theirs, values, train_densely(theirs, optax.sgd(0.02), steps=4))
+    decayed = Tied()
+    decayed.second.weight = decayed.first.weight
+    train(decayed, lift(optax.adamw(0.1, weight_decay=0.5)))
+    np.testing.assert_array_equal(decayed.first.weight.value[1], ours.first.weight.value[1])
+
+
+def test_layer_tied_to_the_weight_of_another_module():
+    output = brainstate.ParamState(jnp.asarray(WEIGHT))
+    embedding = embax.Embedding(6, 2)
+    embedding.weight = output
+    weights = {"shared": output}
+    optimizer = embax.brainstate.Optimizer(rowwise_adagrad(0.1)).register_trainable_weights(weights)
+    optimizer.update(embax.brainstate.grad(lambda: embedding([1]).sum(), weights)())
+    np.testing.assert_allclose(output.value[1], WEIGHT[1] - 0.1, rtol=1e-6)  # float32
+    np.testing.assert_array_equal(output.value[2:], WEIGHT[2:])
+
+
+def test_rules_that_not_all_layers_have_do_not_hold():
+    a, b = embax.Embedding(6, 2, padding_idx=0, freeze=True), embax.Embedding(6, 2)
+    b.weight = a.weight
+    weights = {"shared": a.weight}
+    before = np.asarray(a.weight.value)
+    optimizer = embax.brainstate.Optimizer(lift(optax.sgd(0.1))).register_trainable_weights(weights)
+    optimizer.update(embax.brainstate.grad(lambda: (a([0, 1]) + b([0, 0])).sum(), weights)())
+    np.testing.assert_allclose(a.weight.value, before - np.array([[0.2]] + [[0.0]] * 5), rtol=1e-6)  # float32
+
+
+def test_weight_with_a_unit():
+    weight = (WEIGHT + 3) * brainunit.ms
+    embedding = embax.Embedding.from_pretrained(weight, padding_idx=1, freeze=False)
+    frozen = embax.Embedding(6, 2, embedding_init=WEIGHT * brainunit.ms, freeze=True)
+    weights = {"a": embedding.weight, "b": frozen.weight}
+    optimizer = embax.brainstate.Optimizer(optax.adamw(0.1, weight_decay=0.5)).register_trainable_weights(weights)
+    before = embedding.weight.value.mantissa
+    fun = lambda: ((embedding([0, 1]) + frozen([1, 2])) / brainunit.ms).sum()  # noqa: E731
+    optimizer.update(embax.brainstate.grad(fun, weights)())
+    value = embedding.weight.value
+    assert value.unit == brainunit.ms
+    changed = (value.mantissa != before).any(axis=1)
+    np.testing.assert_array_equal(changed, [True, False, True, True, True, True])
+    np.testing.assert_array_equal(frozen.weight.value.mantissa, WEIGHT)
+
+
+def test_states_that_hold_trees():
+    class Tree(brainstate.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding = embax.Embedding.from_pretrained(WEIGHT, freeze=False)
+            self.out = brainstate.nn.Linear(2, 3)
+
+        def update(self, ids):
+            with jax.numpy_rank_promotion("allow"):
+                return (self.out(self.embedding(ids)) ** 2).sum()
+
+    model = Tree()
+    weights = model.states(brainstate.ParamState)
+    assert any(isinstance(state.value, dict) for state in weights.values())
+    values, _ = train(model, lift(optax.adam(0.05)))
+    assert values[-1] < values[0]
+
+
+def test_its_state_is_a_state_that_is_found():
+    _, optimizer = train(Model(), lift(optax.adam(0.1)), steps=3)
+    assert isinstance(optimizer, brainstate.graph.Node)
+    assert isinstance(optimizer.opt_state, brainstate.LongTermState)
+    assert list(optimizer.states()) == [("opt_state",)]
+    assert list(brainstate.graph.states(optimizer)) == [("opt_state",)]
+
+    class Trainer(brainstate.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.optimizer = optimizer
+
+    assert list(Trainer().states()) == [("optimizer", "opt_state")]
+    assert "Optimizer" in repr(optimizer)
+    copy = brainstate.graph.treefy_merge(*brainstate.graph.treefy_split(optimizer))
+    jax.tree.map(np.testing.assert_array_equal, copy.opt_state.value, optimizer.opt_state.value)
+
+
+def test_training_goes_on_from_a_stored_state():
+    tx = lift(optax.adam(0.1))
+    whole, _ = train(Model(), tx, steps=6)
+    model = Model()
+    _, optimizer = train(model, tx, steps=3)
+    stored = jax.tree.map(np.asarray, optimizer.opt_state.value)
+    weights = model.states(brainstate.ParamState)
+    fresh = embax.brainstate.Optimizer(tx).register_trainable_weights(weights)
+    fresh.opt_state.value = stored
+    values = []
+    for i in range(3, 6):
+        gradients, value = embax.brainstate.grad(model, weights, return_value=True)(batch(i))
+        fresh.update(gradients)
+        values.append(value)
+    np.testing.assert_allclose(values, whole[3:], rtol=1e-5)  # float32
+
+
+def test_a_loop_of_steps():
+    ours, theirs = Model(), Model()
+    weights = ours.states(brainstate.ParamState)
+    optimizer = embax.brainstate.Optimizer(lift(optax.sgd(0.02))).register_trainable_weights(weights)
+
+    def step(ids):
+        gradients, value = embax.brainstate.grad(ours, weights, return_value=True)(ids)
+        optimizer.update(gradients)
+        return value
+
+    values = brainstate.transform.for_loop(step, jnp.stack([batch(i) for i in range(5)]))
+    assert_same_training(ours, theirs, values, train_densely(theirs, optax.sgd(0.02), steps=5))
+
+
+def memory_of_a_step(rows, tx, loss=Model.update, **rules):
+    model = Model(rows=rows, dim=16, **rules)
+    weights = model.states(brainstate.ParamState)
+    optimizer = embax.brainstate.Optimizer(tx).register_trainable_weights(weights)
+
+    @embax.brainstate.jit
+    def step(ids):
+        fun = lambda ids: loss(model, ids)  # noqa: E731
+        gradients, value = embax.brainstate.grad(fun, weights, return_value=True, check_states=False)(ids)
+        optimizer.update(gradients)
+        return value
+
+    held = sum(x.nbytes for x in jax.tree.leaves(optimizer.opt_state.value)) + model.embedding.weight.value.nbytes
+    return step.lower(jnp.arange(128)).compile().memory_analysis(), held
+
+
+@pytest.mark.parametrize("rules", [{}, {"padding_idx": 0, "max_norm": 1.0, "scale_grad_by_freq": True}], ids=str)
+@pytest.mark.parametrize("tx", [lift(optax.sgd(0.1)), lift(optax.adamw(0.1)), rowwise_adagrad(0.1)])
+def test_memory_of_a_step_follows_the_ids(tx, rules):
+    (few, _), (many, held) = memory_of_a_step(10**4, tx, **rules), memory_of_a_step(10**6, tx, **rules)
+    assert few.temp_size_in_bytes == many.temp_size_in_bytes <= 128 * 16 * 4 * 16
+    assert many.alias_size_in_bytes >= held
+    assert many.output_size_in_bytes - many.alias_size_in_bytes < 1_000
+
+
+def test_rows_are_read_before_they_are_written():
+    """Also where the gradient does not depend on the rows: else the whole table would be copied."""
+    loss = lambda model, ids: model.embedding(ids).sum()  # noqa: E731
+    few, many = (memory_of_a_step(rows, lift(optax.sgd(0.1)), loss)[0] for rows in (10**4, 10**6))
+    assert few.temp_size_in_bytes == many.temp_size_in_bytes <= 128 * 16 * 4 * 16
+
+
+def test_step_updates_in_place():
+    model = Model()
+    before = model.embedding.weight.value
+    train(model, lift(optax.adam(0.1)), steps=1)
+    assert before.is_deleted()
+
+
+def test_more_states_can_be_registered():
+    a, b = embax.Embedding(6, 2), brainstate.ParamState(jnp.ones(2))
+    optimizer = embax.brainstate.Optimizer(lift(optax.adam(0.1)))
+    optimizer.register_trainable_weights({"a": a.weight})
+    state = optimizer.opt_state
+    optimizer.register_trainable_weights({"b": b, "b too": b})
+    assert optimizer.opt_state is state
+    fun = lambda: (a([1]) * b.value[None]).sum()  # noqa: E731
+    gradients = embax.brainstate.grad(fun, {"a": a.weight, "b": b})()
+    optimizer.update(gradients)
+    np.testing.assert_allclose(np.abs(b.value - 1), 0.1, rtol=1e-4)  # float32
+    optimizer.update({**gradients, "b too": gradients["b"]})
+    np.testing.assert_allclose(np.abs(b.value - 1), 0.2, rtol=1e-2)  # float32, as Adam
+
+
+def test_changed_rules():
+    model = Model()
+    weights = model.states(brainstate.ParamState)
+    tx = lift(optax.adamw(0.1, weight_decay=0.5))
+    optimizer = embax.brainstate.Optimizer(tx).register_trainable_weights(weights)
+    gradients = brainstate.transform.grad(model, weights)(batch(0))
+    model.embedding.padding_idx = 1
+    optimizer.update(gradients)
+    changed = (np.asarray(model.embedding.weight.value) != WEIGHT).any(axis=1)
+    np.testing.assert_array_equal(changed, [True, False, True, True, True, True])
+    model.embedding.freeze = True
+    before = model.embedding.weight.value
+    optimizer.update(gradients)
+    assert model.embedding.weight.value is before
+    optimizer.register_trainable_weights(weights)
+    optimizer.update(gradients)
+    assert model.embedding.weight.value is before
+    model.embedding.freeze = False
+    with pytest.raises(ValueError, match="was frozen when it was registered"):
+        optimizer.update(gradients)
+    optimizer.register_trainable_weights(weights)
+    optimizer.update(gradients)
+    assert (model.embedding.weight.value[0] != before[0]).all()
+
+
+def test_plain_optax_trains_what_is_no_table():
+    state = brainstate.ParamState(jnp.ones(2))
+    optimizer = embax.brainstate.Optimizer(optax.sgd(0.5)).register_trainable_weights({"x": state})
+    optimizer.update({"x": jnp.ones(2)})
+    np.testing.assert_array_equal(state.value, [0.5, 0.5])
+
+
+@pytest.mark.parametrize(
+    "tx",
+    [
+        optax.sgd(0.1),
+        optax.sgd(0.1, momentum=0.9),
+        optax.adam(0.1),
+        optax.adamw(0.1),
+        optax.chain(optax.clip_by_global_norm(1.0), lift(optax.adam(0.1))),
+    ],
+    ids=["sgd", "momentum", "adam", "adamw", "clip"],
+)
+@pytest.mark.parametrize("freeze", [False, True])
+def test_plain_optax_is_refused_for_an_embedding(tx, freeze):
+    embedding, optimizer = embax.Embedding(6, 2, freeze=freeze), embax.brainstate.Optimizer(tx)
+    with pytest.raises(TypeError, match=r"must take the RowGrads of the Embeddings' weights \['table'\].*lift\(tx\)"):
+        optimizer.register_trainable_weights({"table": embedding.weight})
+    assert optimizer.opt_state is None
+
+
+def test_bad_arguments():
+    with pytest.raises(TypeError, match=r"tx=...\)` must be an optax.GradientTransformation, got function"):
+        embax.brainstate.Optimizer(optax.sgd)
+    embedding, plain = embax.Embedding(6, 2), brainstate.ParamState(jnp.ones((6, 2)))
+    optimizer = embax.brainstate.Optimizer(lift(optax.sgd(0.1)))
+    with pytest.raises(ValueError, match="must follow register_trainable_weights"):
+        optimizer.update({})
+    with pytest.raises(TypeError, match="must be a dict of States, got list"):
+        optimizer.register_trainable_weights([embedding.weight])
+    with pytest.raises(TypeError, match="must have a State for each key, got Embedding for 'a'"):
+        optimizer.register_trainable_weights({"a": embedding})
+    fake = embax.Embedding(6, 2, param_type=brainstate.FakeState)
+    with pytest.raises(TypeError, match="must have a State for each key, got FakeState for 'a'"):
+        optimizer.register_trainable_weights({"a": fake.weight})
+    optimizer.register_trainable_weights({"a": embedding.weight, "b": plain})
+    with pytest.raises(ValueError, match="must not have a key of another state that is registered, got 'a'"):
+        optimizer.register_trainable_weights({"a": plain})
+    rows = embax.brainstate.grad(lambda: embedding([1]).sum(), embedding.weight)()
+    with pytest.raises(TypeError, match="must be a dict with the keys of the registered states, got list"):
+        optimizer.update([rows])
+    with pytest.raises(ValueError, match=r"got none for \['b'\] and unknown ones \['c'\]"):
+        optimizer.update({"a": rows, "c": rows})
+    with pytest.raises(TypeError, match="must have a RowGrad for weights of an Embedding only, got one for 'b'"):
+        optimizer.update({"a": rows, "b": rows})
+    with pytest.raises(ValueError, match="must fit the table"):
+        optimizer.update({"a": jnp.ones((5, 2)), "b": plain.value})
+
+
+def test_integer_weight_is_left_alone():
+    embedding = embax.Embedding.from_pretrained(np.arange(6).reshape(3, 2), freeze=False)
+    scale = brainstate.ParamState(jnp.ones(()))
+    weights = {"table": embedding.weight, "scale": scale}
+    optimizer = embax.brainstate.Optimizer(lift(optax.adamw(0.1))).register_trainable_weights(weights)
+    fun = lambda: (embedding([1]).astype(jnp.float32) * scale.value).sum()  # noqa: E731
+    optimizer.update(embax.brainstate.grad(fun, weights, allow_int=True)())
+    np.testing.assert_array_equal(embedding.weight.value, np.arange(6).reshape(3, 2))
+    assert scale.value < 1
