@@ -3,11 +3,14 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint format bench bench-peers clean
+.PHONY: demo movielens test lint format bench bench-peers clean
 
 demo: $(VENV)/package
 	$(BIN)/embax train examples/data/shakespeare.txt.xz -o build/shakespeare.safetensors
 	$(BIN)/embax neighbors build/shakespeare.safetensors king love sword rome -k 10
+
+movielens: $(VENV)/dev
+	$(BIN)/python examples/movielens.py
 
 test: $(VENV)/dev
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
@@ -24,9 +27,11 @@ format: $(VENV)/dev
 bench: $(VENV)/dev
 	$(BIN)/python benchmarks/lookup.py
 	$(BIN)/python benchmarks/row_sparse.py --figure docs/step_time.png
+	$(BIN)/python benchmarks/bags.py
 
 bench-peers: $(VENV)/dev $(VENV)-peers/done
 	$(BIN)/python benchmarks/row_sparse.py --peers $(VENV)-peers/bin/python
+	$(BIN)/python benchmarks/bags.py --peers $(VENV)-peers/bin/python
 
 clean:
 	rm -rf build dist .venv .venv-*

@@ -17,7 +17,7 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
     ComputeDevice,
     SplitTableBatchedEmbeddingBagsCodegen,
 )
-from workload import DIM, IDS, LEARNING_RATE, batches, cotangent
+from workload import BAGS, DIM, IDS, LEARNING_RATE, LENGTH, batches, cotangent
 
 Step = Callable[[torch.Tensor], None]
 
@@ -26,19 +26,21 @@ TORCH = {
     "torch Adagrad": lambda parameters: torch.optim.Adagrad(parameters, lr=LEARNING_RATE),
     "torch SparseAdam": lambda parameters: torch.optim.SparseAdam(parameters, lr=LEARNING_RATE),
 }
-# Unpooled, as the rows of a sequence are read, and as bags of one id, for which it has another program.
+# The optimizer, the pooling, and the ids in a bag. Unpooled, as the rows of a sequence are read, and as bags of one id,
+# for which it has another program.
 FBGEMM = {
-    "FBGEMM row-wise Adagrad": (EmbOptimType.EXACT_ROWWISE_ADAGRAD, PoolingMode.NONE),
-    "FBGEMM SGD": (EmbOptimType.EXACT_SGD, PoolingMode.NONE),
-    "FBGEMM row-wise Adagrad, bags of one": (EmbOptimType.EXACT_ROWWISE_ADAGRAD, PoolingMode.SUM),
-    "FBGEMM SGD, bags of one": (EmbOptimType.EXACT_SGD, PoolingMode.SUM),
+    "FBGEMM row-wise Adagrad": (EmbOptimType.EXACT_ROWWISE_ADAGRAD, PoolingMode.NONE, 1),
+    "FBGEMM SGD": (EmbOptimType.EXACT_SGD, PoolingMode.NONE, 1),
+    "FBGEMM row-wise Adagrad, bags of one": (EmbOptimType.EXACT_ROWWISE_ADAGRAD, PoolingMode.SUM, 1),
+    "FBGEMM SGD, bags of one": (EmbOptimType.EXACT_SGD, PoolingMode.SUM, 1),
+    "FBGEMM row-wise Adagrad, bags": (EmbOptimType.EXACT_ROWWISE_ADAGRAD, PoolingMode.SUM, LENGTH),
 }
 
 
-def torch_step(name: str, rows: int, gradient: torch.Tensor) -> Step:
+def torch_step(name: str, rows: int) -> Step:
     """A step of an embedding with sparse gradients."""
     embedding = torch.nn.Embedding(rows, DIM, sparse=True)
-    optimizer = TORCH[name](list(embedding.parameters()))
+    optimizer, gradient = TORCH[name](list(embedding.parameters())), torch.from_numpy(cotangent())
 
     def step(ids: torch.Tensor) -> None:
         optimizer.zero_grad()
@@ -54,9 +56,15 @@ def torch_lookup(rows: int) -> Step:
     return lambda ids: torch.nn.functional.embedding(ids, weight)
 
 
-def fbgemm_step(name: str, rows: int, gradient: torch.Tensor) -> Step:
+def torch_bag(rows: int) -> Step:
+    """Sums of bags without a gradient."""
+    weight = torch.randn(rows, DIM)
+    return lambda ids: torch.nn.functional.embedding_bag(ids.view(BAGS, LENGTH), weight, mode="sum")
+
+
+def fbgemm_step(name: str, rows: int) -> Step:
     """A step of a table whose optimizer is part of its backward pass."""
-    optimizer, pooling = FBGEMM[name]
+    optimizer, pooling, length = FBGEMM[name]
     tables = SplitTableBatchedEmbeddingBagsCodegen(
         [(rows, DIM, EmbeddingLocation.HOST, ComputeDevice.CPU)],
         optimizer=optimizer,
@@ -65,7 +73,8 @@ def fbgemm_step(name: str, rows: int, gradient: torch.Tensor) -> Step:
         pooling_mode=pooling,
         bounds_check_mode=BoundsCheckMode.FATAL,
     )
-    offsets = torch.arange(IDS + 1)
+    offsets = torch.arange(0, IDS + 1, length)
+    gradient = torch.from_numpy(cotangent(IDS // length))
     return lambda ids: tables(ids, offsets).backward(gradient)
 
 
@@ -75,7 +84,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
     answers = sys.stdout
     sys.stdout = sys.stderr
-    gradient = torch.from_numpy(cotangent())
+    others = {"torch lookup": torch_lookup, "torch EmbeddingBag": torch_bag}
     step: Step | None = None
     all_ids: list[torch.Tensor] = []
     turn = 0
@@ -86,10 +95,10 @@ def main() -> None:
             gc.collect()
             name, rows = request["name"], request["rows"]
             all_ids = [torch.from_numpy(ids).long() for ids in batches(rows)]
-            if name == "torch lookup":
-                step = torch_lookup(rows)
+            if name in others:
+                step = others[name](rows)
             else:
-                step = (torch_step if name in TORCH else fbgemm_step)(name, rows, gradient)
+                step = (torch_step if name in TORCH else fbgemm_step)(name, rows)
             answer = {"threads": torch.get_num_threads()}
         else:
             assert step is not None

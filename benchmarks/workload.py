@@ -4,6 +4,8 @@ import numpy as np
 
 ROWS, DIM, IDS = 1_000_000, 64, 16_384
 LEARNING_RATE = 0.1
+# The same ids as bags: as many, and as long.
+BAGS, LENGTH = 1_024, 16
 # Different batches in turn, so that the rows of the last one are not still in the cache because they are the same.
 BATCHES = 8
 
@@ -21,6 +23,6 @@ def batches(rows: int) -> np.ndarray:
     return zipf(rows, (BATCHES, IDS))
 
 
-def cotangent(dim: int = DIM) -> np.ndarray:
-    """Return the gradient that comes back to the rows, `(IDS, dim)` float32."""
-    return np.random.default_rng(2).normal(size=(IDS, dim)).astype(np.float32)
+def cotangent(number: int = IDS) -> np.ndarray:
+    """Return the gradient that comes back to the rows, or the bags, `(number, DIM)` float32."""
+    return np.random.default_rng(2).normal(size=(number, DIM)).astype(np.float32)

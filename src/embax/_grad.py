@@ -180,9 +180,7 @@ def _evaluate(fun: Callable[..., Any], options: _Options, args: Sequence[Any], k
     return out, tuple(gradient) if isinstance(options.argnums, Sequence) else gradient[0]
 
 
-def report_dense(
-    call: str, on_dense: OnDense, name: str, table: Table, reason: str, stacklevel: int = 3
-) -> None:
+def report_dense(call: str, on_dense: OnDense, name: str, table: Table, reason: str, stacklevel: int = 3) -> None:
     """Say that the gradient of a table is dense, as `on_dense` asks.
 
     Args:

@@ -168,6 +168,8 @@ def _summed(terms: Float[Array, "*batch_dim"], layout: Layout) -> Float[Array, "
     if layout.offsets is None:
         return terms.sum(axis=len(layout.shape))
     start = jnp.zeros((*layout.shape, *terms.shape[1:]), terms.dtype)
+    if layout.shape == (0,):
+        return start
     segments = segments_of(layout.offsets, terms.shape[0])
     return start.at[segments].add(terms, mode="drop", indices_are_sorted=True)
 
@@ -206,7 +208,7 @@ def _by_pieces(
     A long bag is cut again, so that its sum is a tree whose rounding error does not grow with the length.
     """
     longest = ids.shape[0]
-    if longest == 0:  # there is no gather from nothing
+    if longest == 0 or start.shape[0] == 0:  # XLA has no gather from nothing
         return start
     places, exists, offsets = _pieces(offsets, longest)
     inputs = ids[places], counted[places] & exists, None if weights is None else weights[places]
@@ -264,7 +266,7 @@ def _largest(
     length = rows.shape[axis]
     trailing = tuple(range(counted.ndim, rows.ndim))
     candidates = jnp.expand_dims(counted, trailing) & jnp.ones(rows.shape, bool)
-    if length == 0:
+    if length == 0 or 0 in layout.shape:
         return jnp.zeros((*layout.shape, *rows.shape[axis + 1 :]), rows.dtype)
     lowest = jnp.asarray(-jnp.inf, rows.dtype)
     values = jnp.where(candidates, jax.lax.stop_gradient(rows), lowest)

@@ -83,7 +83,7 @@ def lift(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraA
         leaves, structure = jax.tree.flatten(params, is_leaf=_is_table)
         without = structure.unflatten([_untrained(leaf) for leaf in leaves])
         inner = tx.init(without)
-        states = (optax.MultiStepsState, optax.ApplyEvery)
+        states = (optax.MultiStepsState, optax.ApplyEvery, optax.contrib.SAMState)
         for node in jax.tree.leaves(inner, is_leaf=lambda node: isinstance(node, states)):
             if isinstance(node, states):
                 raise _gathers_steps(type(node).__name__.removesuffix("State"))

@@ -11,7 +11,7 @@ from jaxtyping import Array
 
 from .._dedupe import accumulator
 from .._table import Table, with_weight
-from ._structure import Kind, is_rowwise, is_scaled, step_jaxpr
+from ._structure import Kind, follows, is_rowwise, is_scaled, step_jaxpr
 
 # Rows of the small tables that a transformation is tried on. Adafactor factors only axes of 128 and more.
 _ROWS = 128
@@ -88,6 +88,7 @@ def _kind(init: Any, update: Any, params: Any, number: int, owners: tuple[int | 
             _with_weights(rest, {number: gradient}),
             state_structure.unflatten(state),
             _with_weights(rest, {number: weight}),
+            value=jnp.ones(()),  # of the loss, which some ask for
         )
         of_table = _tables(updates)[number].weight
         return of_table, _with_weights(updates, {number: None}), state_structure.flatten_up_to(new)
@@ -99,7 +100,13 @@ def _kind(init: Any, update: Any, params: Any, number: int, owners: tuple[int | 
         return "scaled"
     inputs = [0, 1, *(len(jaxpr.invars) - len(state) + i for i in owned)]
     outputs = [0, *(len(jaxpr.outvars) - len(state) + i for i in owned)]
-    return "rowwise" if is_rowwise(jaxpr, inputs, outputs, _PRIME) else "joint"
+    if is_rowwise(jaxpr, inputs, outputs, _PRIME):
+        return "rowwise"
+    # A norm of gradients is that of the rows that were read. One of weights, or of what rows remember, is not.
+    own = follows(jaxpr, [i in inputs and i != 1 for i in range(len(jaxpr.invars))])
+    if any(own[len(own) - len(state) + i] for i, owner in enumerate(owners) if owner is None):
+        raise _mixes("a state, shared by all rows, that follows from what each of them holds")
+    return "joint"
 
 
 def _difference(
@@ -141,7 +148,7 @@ def _case(
     weights = draw()
     state = init(tree(weights))
     for _ in range(2):
-        _, state = update(tree([scale * g for g in draw()]), state, tree(weights))
+        _, state = update(tree([scale * g for g in draw()]), state, tree(weights), value=jnp.ones(()))
     state, state_structure = jax.tree.flatten(state)
     if count is not None:
         state = [jnp.full_like(x, count) if x.ndim == 0 and jnp.issubdtype(x.dtype, jnp.integer) else x for x in state]
@@ -151,7 +158,10 @@ def _case(
     def step_with(choose: Callable[[Array], Array], back: Callable[[Array], Array]) -> list[Array]:
         chosen = [x if owner is None else choose(x) for x, owner in zip(state, owners, strict=True)]
         updates, new = update(
-            tree([choose(g) for g in gradients]), state_structure.unflatten(chosen), tree([choose(w) for w in weights])
+            tree([choose(g) for g in gradients]),
+            state_structure.unflatten(chosen),
+            tree([choose(w) for w in weights]),
+            value=jnp.ones(()),
         )
         new = state_structure.flatten_up_to(new)
         rows = [x for x, owner in zip(new, owners, strict=True) if owner is not None]

@@ -126,6 +126,31 @@ def _shape(variable: Any) -> tuple[int, ...]:
     return variable.aval.shape
 
 
+def follows(jaxpr: Jaxpr, inputs: Sequence[bool]) -> list[bool]:
+    """Say for each output whether it may follow from any of some inputs.
+
+    Args:
+      jaxpr: Of a step.
+      inputs: Whether each of its inputs is one of them.
+
+    Returns:
+      For each output, whether it may. Of a loop, all outputs may follow from all inputs.
+    """
+    reached = {x for x, is_one in zip(jaxpr.invars, inputs, strict=True) if is_one}
+    for eqn in jaxpr.eqns:
+        of_inputs = [_is_in(x, reached) for x in eqn.invars]
+        if not any(of_inputs):
+            continue
+        out = [True] * len(eqn.outvars)
+        if eqn.primitive.name == "cond" and not of_inputs[0]:
+            branches = [follows(branch.jaxpr, of_inputs[1:]) for branch in eqn.params["branches"]]
+            out = [any(x) for x in zip(*branches, strict=True)]
+        elif eqn.primitive.name in _CALLS and (inner := _inner(eqn.params)) is not None:
+            out = follows(inner, of_inputs)
+        reached.update(x for x, is_reached in zip(eqn.outvars, out, strict=True) if is_reached)
+    return [_is_in(x, reached) for x in jaxpr.outvars]
+
+
 def _inner(params: dict[str, Any]) -> Jaxpr | None:
     for name in ("jaxpr", "call_jaxpr"):
         if isinstance(params.get(name), ClosedJaxpr):

@@ -1,0 +1,232 @@
+"""What lift refuses, and why: what mixes rows or gathers steps, and gradients that do not fit. And what it accepts."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from optax import contrib
+
+import embax
+from embax import RowGrad, Table
+from embax.optim import lift
+
+ROWS, DIM = 23, 4
+
+warmup = optax.linear_schedule(0.0, 1.0, 100)
+
+MIXES_ROWS = {
+    "sm3": lambda: optax.sm3(0.1),
+    "dog": lambda: optax.contrib.dog(0.1),
+    "dowg": lambda: optax.contrib.dowg(0.1),
+    "dadapt_adamw": lambda: optax.contrib.dadapt_adamw(0.1),
+    "prodigy": lambda: optax.contrib.prodigy(0.1),
+    "mechanize": lambda: optax.contrib.mechanize(optax.sgd(0.1)),
+    "adafactor": lambda: optax.adafactor(0.1),
+    "adafactor_unfactored": lambda: optax.adafactor(0.1, factored=False),
+    "lamb": lambda: optax.lamb(0.1),
+    "lars": lambda: optax.lars(0.1),
+    "fromage": lambda: optax.fromage(0.1),
+    "trust_ratio": lambda: optax.chain(optax.scale_by_trust_ratio(), optax.sgd(0.1)),
+    "param_block_rms": lambda: optax.scale_by_param_block_rms(),
+    "adaptive_grad_clip": lambda: optax.chain(optax.adaptive_grad_clip(0.01), optax.sgd(0.1)),
+    "clip_by_block_rms": lambda: optax.chain(optax.clip_by_block_rms(0.01), optax.sgd(0.1)),
+    "clip_after_adam": lambda: optax.chain(optax.scale_by_adam(), optax.clip_by_global_norm(0.5)),
+    "noisy_sgd": lambda: optax.noisy_sgd(0.1, key=0),
+    "add_noise": lambda: optax.chain(optax.add_noise(0.1, 0.5, key=0), optax.sgd(0.1)),
+    "muon": lambda: contrib.muon(0.1),
+    "lbfgs": lambda: optax.lbfgs(linesearch=None),
+    "flatten": lambda: optax.flatten(optax.adam(0.1)),
+    "lamb_warmup": lambda: optax.lamb(warmup),
+    "lars_warmup": lambda: optax.lars(warmup),
+    "block_rms_warmup": lambda: optax.chain(optax.clip_by_block_rms(0.01), optax.sgd(warmup)),
+    "lamb_cosine": lambda: optax.lamb(optax.warmup_cosine_decay_schedule(0.0, 1.0, 10, 1_000)),
+    "lamb_late": lambda: optax.lamb(optax.linear_schedule(0.0, 1.0, 100, transition_begin=1_000)),
+    "block_rms_of_large_gradients": lambda: optax.chain(optax.clip_by_block_rms(100.0), optax.sgd(0.1)),
+    "inside_multi_transform": lambda: optax.multi_transform({"a": optax.lamb(0.1)}, "a"),
+    "inside_apply_if_finite": lambda: optax.apply_if_finite(optax.lars(0.1), 3),
+    "inside_inject": lambda: optax.inject_hyperparams(optax.lamb)(learning_rate=0.1),
+}
+
+GATHERS_STEPS = {
+    "SAM": lambda: optax.contrib.sam(optax.sgd(0.1), optax.sgd(0.1)),
+    "MultiSteps": lambda: optax.MultiSteps(optax.sgd(0.1), 4),
+    "MultiSteps_transformation": lambda: optax.MultiSteps(optax.sgd(0.1), 4).gradient_transformation(),
+    "MultiSteps_in_chain": lambda: optax.chain(
+        optax.clip(1.0), optax.MultiSteps(optax.adam(0.1), 4).gradient_transformation()
+    ),
+    "ApplyEvery": lambda: optax.chain(optax.apply_every(4), optax.sgd(0.1)),
+    "ApplyEvery_masked": lambda: optax.masked(optax.apply_every(4), True),
+}
+
+# Those that go row by row, however unusual.
+ACCEPTED = {
+    "sgd": lambda: optax.sgd(0.1),
+    "adabelief": lambda: optax.adabelief(0.01),
+    "adadelta": lambda: optax.adadelta(1.0),
+    "adagrad": lambda: optax.adagrad(0.1),
+    "adam": lambda: optax.adam(0.01),
+    "adamw": lambda: optax.adamw(0.01),
+    "adan": lambda: optax.adan(0.01),
+    "lion": lambda: optax.lion(0.01),
+    "novograd": lambda: optax.novograd(0.01),
+    "optimistic": lambda: optax.optimistic_gradient_descent(0.1),
+    "radam": lambda: optax.radam(0.01),
+    "rmsprop": lambda: optax.rmsprop(0.01, centered=True, momentum=0.9),
+    "rprop": lambda: optax.rprop(0.01),
+    "sign_sgd": lambda: optax.sign_sgd(0.01),
+    "yogi": lambda: optax.yogi(0.01),
+    "ademamix": lambda: contrib.ademamix(0.01),
+    "adopt": lambda: contrib.adopt(0.01),
+    "cocob": lambda: contrib.cocob(0.1),
+    "schedule_free_adamw": lambda: contrib.schedule_free_adamw(0.01),
+    "normalize": lambda: optax.chain(contrib.normalize(), optax.sgd(0.1)),
+    "centralize": lambda: optax.chain(optax.centralize(), optax.sgd(0.1)),
+    "ema": lambda: optax.chain(optax.ema(0.9), optax.sgd(0.1)),
+    "zero_nans": lambda: optax.chain(optax.zero_nans(), optax.sgd(0.1)),
+    "not_negative": lambda: optax.chain(optax.sgd(0.1), optax.keep_params_nonnegative()),
+    "decay": lambda: optax.chain(optax.add_decayed_weights(0.1), optax.sgd(0.1)),
+    "masked": lambda: optax.masked(optax.adam(0.01), {"table": True, "bias": False}),
+    "masked_by_axes": lambda: optax.adamw(0.01, mask=lambda p: jax.tree.map(lambda x: x.ndim > 1, p)),
+    "named_chain": lambda: optax.named_chain(("a", optax.scale_by_adam()), ("b", optax.scale(-0.01))),
+    "inject": lambda: optax.inject_hyperparams(optax.adam)(learning_rate=warmup),
+    "factored_rms_narrow": lambda: optax.chain(optax.scale_by_factored_rms(), optax.sgd(0.1)),
+    "global_norm": lambda: optax.chain(optax.clip_by_global_norm(0.5), optax.adam(0.01)),
+    "normalize_by_update_norm": lambda: optax.chain(optax.normalize_by_update_norm(), optax.sgd(0.1)),
+    "stateless": lambda: optax.stateless_with_tree_map(lambda g, p: -0.1 * g * jnp.abs(p)),
+}
+
+
+@pytest.fixture(autouse=True)
+def _promotion():
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # optax needs it
+        yield
+
+
+def weight(rows=ROWS, dim=DIM, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=(rows, dim)), jnp.float32)
+
+
+@pytest.mark.parametrize("name", MIXES_ROWS)
+def test_what_mixes_rows_is_refused_when_its_state_is_made(name):
+    tx = lift(MIXES_ROWS[name]())
+    with pytest.raises(
+        ValueError, match=r"lift\(tx=...\)` must treat each row of a table by itself.* cannot be lifted"
+    ):
+        tx.init({"table": Table(weight())})
+
+
+def test_factored_moments_are_refused_where_the_rows_are_wide_enough_to_be_factored():
+    tx = lift(optax.scale_by_factored_rms())
+    tx.init({"table": Table(weight(200, 127))})
+    with pytest.raises(ValueError, match="must treat each row of a table by itself"):
+        tx.init({"table": Table(weight(200, 128))})
+
+
+@pytest.mark.parametrize("name", ["adafactor", "lamb", "clip_by_block_rms", "noisy_sgd"])
+def test_what_mixes_rows_is_no_matter_without_trained_tables(name):
+    params = {"frozen": Table(weight(), freeze=True), "bias": jnp.ones(3)}
+    if name in ("lbfgs", "flatten"):
+        params["bias"] = weight()
+    tx, plain = lift(MIXES_ROWS[name]()), MIXES_ROWS[name]()
+    of = {"bias": 0.1 * params["bias"]}
+    updates, _ = tx.update({"frozen": RowGrad([], jnp.zeros((0, DIM)), rows=ROWS), **of}, tx.init(params), params)
+    expected, _ = plain.update(of, plain.init({"bias": params["bias"]}), {"bias": params["bias"]})
+    np.testing.assert_allclose(updates["bias"], expected["bias"], rtol=1e-6)  # float32
+
+
+@pytest.mark.parametrize("name", GATHERS_STEPS)
+def test_what_gathers_steps_is_refused(name):
+    named = name.split("_")[0]
+    with pytest.raises(ValueError, match=rf"must act on the rows of each step, got optax.{named}, which gathers"):
+        lift(GATHERS_STEPS[name]()).init({"table": Table(weight())})
+
+
+@pytest.mark.parametrize("tx", [None, 0.1, "adam", optax.adam, (), {}], ids=lambda x: type(x).__name__)
+def test_what_is_no_transformation_is_refused(tx):
+    with pytest.raises(TypeError, match=r"lift\(tx=...\)` must be an optax.GradientTransformation, got"):
+        lift(tx)
+
+
+def test_update_needs_the_parameters():
+    tx = lift(optax.sgd(0.1))
+    params = {"table": Table(weight())}
+    of = {"table": RowGrad([1], jnp.ones((1, DIM)), rows=ROWS)}
+    with pytest.raises(ValueError, match=r"update\(params=...\)` must be given, got None"):
+        tx.update(of, tx.init(params))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error", "message"),
+    [
+        (RowGrad([1], jnp.ones((1, DIM)), rows=ROWS + 1), ValueError, r"must fit the table .*23,4.*of 24 rows"),
+        (RowGrad([1], jnp.ones((1, DIM + 1)), rows=ROWS), ValueError, r"must fit the table .*23,4.*1,5"),
+        (RowGrad([1], jnp.ones((1, DIM, 1)), rows=ROWS), ValueError, "must fit the table"),
+        (Table(jnp.ones((ROWS + 1, DIM))), ValueError, r"must fit the table .*23,4.*24,4"),
+        (jnp.ones((ROWS, DIM)), TypeError, "must have a RowGrad or a Table .*, got ArrayImpl"),
+        (jnp.ones(()), TypeError, "must have a RowGrad or a Table"),
+        (None, TypeError, "must have a RowGrad or a Table .*, got NoneType"),
+    ],
+    ids=["rows", "dim", "axes", "dense", "array", "scalar", "none"],
+)
+@pytest.mark.parametrize("freeze", [False, True], ids=["trained", "frozen"])
+@pytest.mark.parametrize("make", [optax.sgd, optax.adam])
+def test_a_gradient_that_does_not_fit_its_table_is_refused(wrong, error, message, freeze, make):
+    tx = lift(make(0.1))
+    params = {"table": Table(weight(), freeze=freeze), "bias": jnp.ones(2)}
+    with pytest.raises(error, match=message):
+        tx.update({"table": wrong, "bias": jnp.ones(2)}, tx.init(params), params)
+
+
+@pytest.mark.parametrize("change", ["missing", "more", "list"])
+def test_a_gradient_of_another_structure_is_refused(change):
+    tx = lift(optax.adam(0.1))
+    params = {"table": Table(weight()), "bias": jnp.ones(2)}
+    of_table = RowGrad([1], jnp.ones((1, DIM)), rows=ROWS)
+    of = {
+        "missing": {"table": of_table},
+        "more": {"table": of_table, "bias": jnp.ones(2), "other": jnp.ones(2)},
+        "list": [of_table, jnp.ones(2)],
+    }[change]
+    with pytest.raises(ValueError, match=r"[Dd]ict|list"):
+        tx.update(of, tx.init(params), params)
+
+
+@pytest.mark.parametrize("name", ACCEPTED)
+def test_what_goes_row_by_row_is_accepted_and_equals_dense_training_where_all_rows_are_read(name):
+    plain = ACCEPTED[name]()
+    tx = lift(ACCEPTED[name]())
+    ours, theirs = ({"table": table, "bias": jnp.ones(DIM)} for table in (Table(weight()), weight()))
+    state, plain_state = tx.init(ours), plain.init(theirs)
+
+    @jax.jit
+    def step(params, state, of):
+        updates, state = tx.update(of, state, params)
+        return embax.apply_updates(params, updates), state
+
+    @jax.jit
+    def plain_step(params, state, of):
+        updates, state = plain.update(of, state, params)
+        return optax.apply_updates(params, updates), state
+
+    for i in range(5):
+        rng = np.random.default_rng(i)
+        ids = np.concatenate([rng.permutation(ROWS), rng.integers(0, ROWS, ROWS)])
+        of_table = RowGrad(ids, jnp.asarray(rng.normal(size=(2 * ROWS, DIM)), jnp.float32), rows=ROWS)
+        of_bias = jnp.asarray(rng.normal(size=DIM), jnp.float32)
+        ours, state = step(ours, state, {"table": of_table, "bias": of_bias})
+        theirs, plain_state = plain_step(theirs, plain_state, {"table": of_table.to_dense(), "bias": of_bias})
+    assert np.abs(theirs["table"] - weight()).max() > 1e-4
+    np.testing.assert_allclose(ours["table"].weight, theirs["table"], rtol=1e-4, atol=1e-5)  # float32
+    np.testing.assert_allclose(ours["bias"], theirs["bias"], rtol=1e-4, atol=1e-5)  # float32
+
+
+def test_a_loss_that_is_asked_for_is_passed_on():
+    tx = lift(optax.chain(optax.adam(0.1), optax.contrib.reduce_on_plateau(patience=1, factor=0.5)))
+    params = {"table": Table(weight())}
+    state, moves = tx.init(params), []
+    for _ in range(4):
+        gradient = {"table": RowGrad([1], jnp.ones((1, DIM)), rows=ROWS)}
+        updates, state = tx.update(gradient, state, params, value=jnp.float32(1))
+        moves.append(float(jnp.abs(updates["table"].values).max()))
+    assert moves[-1] < 0.6 * moves[0]
