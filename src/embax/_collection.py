@@ -72,7 +72,7 @@ class Collection:
       features: The features.
 
     Raises:
-      TypeError: If a table is not a Table.
+      TypeError: If a table is not a Table, or one of integers is to be pooled.
       ValueError: If two features have one name, or one reads a table that there is not.
 
     Example:
@@ -115,6 +115,12 @@ class Collection:
                 raise ValueError(
                     f"`embax.Collection(features=...)` must read a table that there is, got {feature.table!r} for "
                     f"{feature.name!r}. There are {_listed(tables)}."
+                )
+            dtype = tables[feature.table].dtype
+            if feature.mode is not None and not jnp.issubdtype(dtype, jnp.inexact):
+                raise TypeError(
+                    f"`embax.Collection(features=...)` must pool the rows of a table of floats, got {dtype} for "
+                    f"{feature.name!r}. Cast the table, or leave out the mode."
                 )
         members = members_of(tables)
         _fill(self, stacks_of(dict(tables), members), members, features)
@@ -253,6 +259,12 @@ def restack(tree: Any, like: Any) -> Any:
       ValueError: If the structures differ.
     """
     leaves, structure = jax.tree.flatten(like, is_leaf=_is_collection)
+    for leaf, value in zip(leaves, structure.flatten_up_to(tree), strict=True):
+        if _is_collection(leaf) and set(value) != set(leaf.tables):
+            raise ValueError(
+                f"`embax.restack(tree=...)` must have the tables {_listed(leaf.tables)}, got {_listed(value)}. "
+                "Pass what embax.unstack gave."
+            )
     values = [
         _fill(object.__new__(Collection), stacks_of(value, leaf._members, leaf.stacks), leaf._members, leaf._features)
         if _is_collection(leaf)

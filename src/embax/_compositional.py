@@ -89,7 +89,7 @@ class CompositionalTable:
           The table.
 
         Raises:
-          TypeError: If a size is not a whole number.
+          TypeError: If a size is not a whole number, or tables of integers get no `init`.
           ValueError: If an argument is outside of its range, or `dim` odd for `"concat"`.
 
         Example:
@@ -109,6 +109,11 @@ class CompositionalTable:
         if padding_idx is not None:
             padding_idx = _check.row(f"{call}(padding_idx=...)", padding_idx, ids)
         if init is None:
+            if not jnp.issubdtype(dtype, jnp.inexact):
+                raise TypeError(
+                    f"`{call}(init=...)` must be given for tables of integers, got None for {jnp.dtype(dtype)}. "
+                    "Pass init(key, shape, dtype)."
+                )
             # The variance of a number of the vector is to be 1 / dim.
             wide = max(dim, 1)
             variance = {"mul": wide**-0.5, "add": 0.5 / wide, "concat": 1 / wide}

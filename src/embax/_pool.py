@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Bool, Float, Int, Int32, Shaped
 
@@ -125,10 +126,12 @@ def _sum_of_rows(
         return _terms(read_untaped(table, ids, None), counted, weights)
 
     start = jnp.zeros((*shape, *table.dim), accumulator(table.dtype))
-    unroll = table.max_norm is None
+    # XLA's CPU backend has no bfloat16: for gathers in a row or a loop it would convert the whole table once.
+    converts = jax.default_backend() == "cpu" and table.dtype not in (np.float16, start.dtype)
+    add = _at_once if converts else functools.partial(_by_places, unroll=table.max_norm is None)
     if offsets is None:
-        return _by_places(terms, start, ids, counted, weights, unroll)
-    return _by_pieces(terms, start, ids, counted, weights, offsets, unroll)
+        return add(terms, start, ids, counted, weights)
+    return _by_pieces(add, terms, start, ids, counted, weights, offsets)
 
 
 @functools.partial(_sum_of_rows.defjvp, symbolic_zeros=True)
@@ -174,6 +177,13 @@ def _summed(terms: Float[Array, "*batch_dim"], layout: Layout) -> Float[Array, "
     return start.at[segments].add(terms, mode="drop", indices_are_sorted=True)
 
 
+def _at_once(
+    terms: Callable[..., Array], total: Array, ids: Array, counted: Array, weights: Array | None
+) -> Float[Array, "*bags_dim"]:
+    """Sum bags of one length with all of their rows in memory."""
+    return total + terms(ids, counted, weights).sum(axis=ids.ndim - 1)
+
+
 def _by_places(
     terms: Callable[..., Array], total: Array, ids: Array, counted: Array, weights: Array | None, unroll: bool
 ) -> Float[Array, "*bags_dim"]:
@@ -195,13 +205,13 @@ def _by_places(
 
 
 def _by_pieces(
+    add: Callable[..., Array],
     terms: Callable[..., Array],
     start: Array,
     ids: Array,
     counted: Array,
     weights: Array | None,
     offsets: Int32[Array, " bags_and_1"],
-    unroll: bool,
 ) -> Float[Array, "*bags_dim"]:
     """Sum bags of different lengths: cut them into pieces of one length, and sum first those, then their sums.
 
@@ -212,7 +222,7 @@ def _by_pieces(
         return start
     places, exists, offsets = _pieces(offsets, longest)
     inputs = ids[places], counted[places] & exists, None if weights is None else weights[places]
-    total = _by_places(terms, _zeros(places, start), *inputs, unroll=unroll)
+    total = add(terms, _zeros(places, start), *inputs)
     while (longest := -(-longest // _PIECE)) > _LONGEST:
         places, exists, offsets = _pieces(offsets, total.shape[0])
         of_pieces = functools.partial(_terms_of_pieces, total)

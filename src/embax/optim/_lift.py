@@ -95,6 +95,7 @@ def lift(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraA
     def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
         if params is None:
             raise ValueError("`embax.optim.lift(tx).update(params=...)` must be given, got None. Pass the parameters.")
+        state = jax.tree.map(jnp.asarray, state)  # NumPy arrays, where it was restored from a file
         leaves, structure = jax.tree.flatten(params, is_leaf=_is_table)
         gradients = structure.flatten_up_to(updates)
         for leaf, gradient in zip(leaves, gradients, strict=True):

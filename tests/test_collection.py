@@ -1,0 +1,298 @@
+"""Collection: the same numbers as separate tables, ids that stay in their own table, errors, one gather."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from test_compiled import compiled
+
+import embax
+from embax import Collection, Feature, Ragged, Table
+
+DIM = 3
+
+
+def weight(rows, dim=DIM, dtype="float32", seed=0):
+    return jnp.asarray(np.random.default_rng(seed + rows).normal(size=(rows, dim)), dtype)
+
+
+# Like tables, of which some have padding, and tables that are like no other.
+TABLES = {
+    "a": Table(weight(5)),
+    "b": Table(weight(7), padding_idx=0),
+    "wide": Table(weight(6, 8)),
+    "c": Table(weight(1)),
+    "d": Table(weight(4), padding_idx=-1),
+    "half": Table(weight(5, dtype="bfloat16"), padding_idx=(0, 2)),
+    "half_2": Table(weight(9, dtype="bfloat16")),
+    "norm": Table(weight(5), max_norm=0.5, padding_idx=1),
+    "often": Table(weight(5), scale_grad_by_freq=True),
+    "often_2": Table(weight(6), scale_grad_by_freq=True, padding_idx=3),
+    "clip": Table(weight(3), out_of_range="clip"),
+    "zero": Table(weight(3), out_of_range="zero"),
+    "frozen": Table(weight(3), freeze=True),
+    "whole": Table(jnp.arange(6).reshape(3, 2)),
+}
+MODES = ("sum", "mean", "sqrtn", "max")
+
+
+def ids_of(table, shape, seed=0):
+    """Ids of a table, negative ones among them, and some without a row where it allows them."""
+    beyond = 0 if table.out_of_range == "error" else 2
+    return np.random.default_rng(seed).integers(-table.rows - beyond, table.rows + beyond, shape)
+
+
+def ragged(table, lengths, unused=3, seed=0):
+    """Bags behind which stands junk."""
+    ids = ids_of(table, sum(lengths), seed)
+    junk = np.resize([10_000, -10_000, 0, 1], unused)
+    return Ragged(np.concatenate([ids, junk]).astype(np.int32), np.cumsum([0, *lengths]))
+
+
+def features_and_inputs():
+    features, batch, weights = [], {}, {}
+
+    def add(table, mode, ids, of=None):
+        name = f"{len(features)}_{table}_{mode}"
+        features.append(Feature(name, table, mode))
+        batch[name] = ids
+        if of is not None:
+            weights[name] = of
+
+    rng = np.random.default_rng(5)
+    for i, (name, table) in enumerate(TABLES.items()):
+        add(name, None, ids_of(table, (2, 3) if i % 2 else (), i))
+        if not jnp.issubdtype(table.dtype, jnp.inexact):
+            continue
+        # Each of two tables in a row has what the other has not.
+        add(name, MODES[i % 4], ids_of(table, (4, 5), i))
+        add(name, MODES[(i + 2) % 4], ids_of(table, (2, 2, 5), i))
+        add(name, MODES[i % 3], ids_of(table, (3, 2), i), rng.normal(size=(3, 2)).astype(np.float32))
+        add(name, MODES[1 - i % 2], ragged(table, [3, 0, 20], seed=i))
+        add(name, "max", ragged(table, [1, 4, 0, 2], unused=3 * (i % 2), seed=i))
+        if i % 3 == 0:
+            add(name, "sqrtn", ragged(table, [2, 3], seed=i), rng.normal(size=8).astype(np.float32))
+    return features, batch, weights
+
+
+FEATURES, BATCH, WEIGHTS = features_and_inputs()
+
+
+def separately(tables, features, batch, weights):
+    """What the collection gives, from calls of the separate tables."""
+    return {
+        f.name: embax.lookup(tables[f.table], batch[f.name])
+        if f.mode is None
+        else embax.embedding_bag(tables[f.table], batch[f.name], weights.get(f.name), f.mode)
+        for f in features
+    }
+
+
+def assert_same_bits(actual, expected):
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        assert (actual[name].shape, actual[name].dtype) == (value.shape, value.dtype), name
+        assert np.asarray(actual[name]).tobytes() == np.asarray(value).tobytes(), name
+
+
+def test_tables_that_differ_in_rows_and_padding_only_are_stored_as_one():
+    stacks = Collection(TABLES, FEATURES).stacks
+    assert [stack.rows for stack in stacks] == [17, 6, 14, 5, 11, 3, 3, 3, 3]
+    assert [stack.padding_idx for stack in stacks] == [(5, 16), None, (0, 2), 1, 8, None, None, None, None]
+
+
+def test_outputs_equal_separate_tables_bit_for_bit():
+    def of(names, *trees):
+        features = [feature for feature in FEATURES if feature.table in names]
+        return features, *({f.name: tree[f.name] for f in features if f.name in tree} for tree in trees)
+
+    names = ("b", "clip")
+    features, batch, weights = of(names, BATCH, WEIGHTS)
+    tables = {name: TABLES[name] for name in names}
+    assert_same_bits(Collection(tables, features)(batch, weights), separately(tables, features, batch, weights))
+
+
+def test_outputs_equal_separate_tables_under_jit():
+    actual = jax.jit(lambda c, b, w: c(b, w))(Collection(TABLES, FEATURES), BATCH, WEIGHTS)
+    expected = jax.jit(lambda t, b, w: separately(t, FEATURES, b, w))(TABLES, BATCH, WEIGHTS)
+    for name in {f.name for f in FEATURES if f.table == "norm"} | WEIGHTS.keys():
+        # XLA sums norms up, and fuses products with sums, as it likes best: float32. Rounding to bfloat16 hides that.
+        if actual[name].dtype != jnp.float32:
+            continue
+        np.testing.assert_allclose(actual.pop(name), expected.pop(name), rtol=1e-6, atol=1e-6)
+    assert_same_bits(actual, expected)
+
+
+def test_outputs_do_not_depend_on_the_order_of_tables_features_and_batch():
+    features = [feature for feature in FEATURES if feature.table in "bc"]
+    batch, weights = ({f.name: tree[f.name] for f in features if f.name in tree} for tree in (BATCH, WEIGHTS))
+    tables, reordered = (dict(reversed(x.items())) for x in (TABLES, batch))
+    out = Collection(tables, features[::-1])(reordered, weights)
+    assert list(out) == [feature.name for feature in features[::-1]]
+    assert_same_bits({f.name: out[f.name] for f in features}, Collection(TABLES, features)(batch, weights))
+
+
+def test_gradients_equal_separate_tables():
+    names = ("b", "norm", "often", "often_2", "frozen")
+    features = [f for f in FEATURES if f.table in names][::2]
+    batch, weights = ({f.name: tree[f.name] for f in features if f.name in tree} for tree in (BATCH, WEIGHTS))
+    tables, rng = {name: TABLES[name] for name in names}, np.random.default_rng(3)
+    collection = Collection(tables, features)
+    shapes = jax.eval_shape(lambda c: c(batch, weights), collection)
+    factors = {k: rng.normal(size=v.shape).astype(np.float32) for k, v in shapes.items()}
+
+    def loss(tables, weights):
+        if isinstance(tables, Collection):
+            out = tables(batch, weights)
+        else:
+            out = separately(tables, features, batch, weights)
+        return sum((x * factors[name]).sum() for name, x in out.items())
+
+    grad = jax.jit(jax.grad(loss, argnums=(0, 1)))
+    (ours, ours_of_weights), (theirs, theirs_of_weights) = grad(collection, weights), grad(tables, weights)
+    for name in names:
+        np.testing.assert_allclose(ours[name].weight, theirs[name].weight, rtol=1e-5, atol=1e-5)  # float32
+        assert np.any(theirs[name].weight) == (name != "frozen")
+    assert weights
+    for name in weights:
+        np.testing.assert_allclose(ours_of_weights[name], theirs_of_weights[name], rtol=1e-5, atol=1e-5)  # float32
+
+
+@pytest.mark.parametrize("mode", [None, *MODES])
+@pytest.mark.parametrize("policy", ["error", "nan", "zero", "clip"])
+def test_an_id_without_a_row_never_reads_the_next_table(policy, mode):
+    tables = {k: Table(jnp.full((3, 2), v), out_of_range=policy) for k, v in (("a", 1.0), ("b", 7.0), ("c", 9.0))}
+    collection = Collection(tables, [Feature(f"f{k}", k, mode) for k in tables])
+    batch = {f"f{k}": np.array([[0], [3], [-4], [2**31 - 1]]) for k in tables}
+    batch["fa"] = batch["fc"] = np.array([[0], [1], [2], [-1]])
+    out = jax.jit(lambda batch: collection(batch))(batch)
+    wrong = {"error": np.nan, "nan": np.nan, "zero": 0.0, "clip": 7.0}[policy]
+    np.testing.assert_array_equal(out["fb"].reshape(4, 2)[:, 0], [7, wrong, wrong, wrong])
+    np.testing.assert_array_equal(out["fa"], jnp.ones_like(out["fa"]))
+    np.testing.assert_array_equal(out["fc"], jnp.full_like(out["fc"], 9))
+    if policy == "error":
+        with pytest.raises(IndexError, match=r"embax.Collection\(batch\['fb'\]\)` must be in \[-3, 3\)"):
+            collection(batch)
+    else:
+        assert_same_bits(collection(batch), out)
+
+
+def test_junk_behind_a_ragged_is_no_id_and_gets_no_gradient():
+    tables = {k: Table(jnp.full((3, 2), v)) for k, v in (("a", 1.0), ("b", 7.0))}
+    collection = Collection(tables, [Feature("fa", "a", "sum"), Feature("fb", "b", "mean")])
+    batch = {"fa": Ragged([0, 1, 9, -9, 2], [0, 2, 2]), "fb": Ragged([2, 2, 1], [0, 1])}
+    np.testing.assert_array_equal(collection(batch)["fa"], [[2, 2], [0, 0]])
+    np.testing.assert_array_equal(collection(batch)["fb"], [[7, 7]])
+    gradient = embax.grad(lambda c: c(batch)["fa"].sum() + c(batch)["fb"].sum())(collection)
+    np.testing.assert_array_equal(gradient["a"].to_dense(), [[1, 1], [1, 1], [0, 0]])
+    np.testing.assert_array_equal(gradient["b"].to_dense(), [[0, 0], [0, 0], [1, 1]])
+    with pytest.raises(IndexError, match=r"batch\['fb'\]"):
+        collection(batch | {"fb": Ragged([3, 2, 1], [0, 1])})
+
+
+@pytest.mark.parametrize("shape", [(0,), (0, 4), (3, 0), (0, 0)], ids=str)
+def test_empty_batches_and_tables(shape):
+    modes = [None, *MODES] if len(shape) > 1 else [None]
+    tables = TABLES | {"none": Table(jnp.zeros((0, DIM)))}
+    features = [Feature(f"{k}_{mode}", k, mode) for k in ("a", "b", "norm", "none") for mode in modes]
+    batch = {feature.name: np.zeros(shape, np.int32) for feature in features}
+    assert_same_bits(Collection(tables, features)(batch), separately(tables, features, batch, {}))
+    assert Collection({}, [])({}) == {}
+
+
+def test_empty_raggeds():
+    features = [Feature(f"{k}_{mode}", k, mode) for k in ("b", "norm") for mode in ("mean", "max")]
+    for bags in Ragged([], [0]), Ragged([], [0, 0, 0]), Ragged([9, 9], [0, 0]):
+        batch = {feature.name: bags for feature in features}
+        assert_same_bits(Collection(TABLES, features)(batch), separately(TABLES, features, batch, {}))
+
+
+def test_vmap_over_the_batch():
+    features = [Feature(f"{k}_{mode}", k, mode) for k in ("b", "d") for mode in (None, "sum", "max")]
+    batch = {f.name: jnp.asarray(ids_of(TABLES[f.table], (4, 2, 3))) for f in features}
+    collection = Collection(TABLES, features)
+    mapped = jax.jit(jax.vmap(lambda batch: collection(batch)))(batch)
+    assert_same_bits(mapped, collection(batch))
+
+
+def test_is_a_pytree():
+    collection = Collection(TABLES, FEATURES)
+    leaves, structure = jax.tree.flatten(collection)
+    assert len(leaves) == len(collection.stacks)
+    again = structure.unflatten(leaves)
+    assert again.features == tuple(FEATURES)
+    assert jax.tree.structure(again) == structure == jax.tree.structure(Collection(TABLES, FEATURES))
+    assert hash(structure) == hash(jax.tree.structure(again))
+    assert structure != jax.tree.structure(Collection(TABLES, FEATURES[1:]))
+    np.testing.assert_array_equal(again["d"].weight, TABLES["d"].weight)
+    paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(collection)]
+    assert paths[:2] == [".stacks[0].weight", ".stacks[1].weight"]
+    assert repr(Collection({k: TABLES[k] for k in "ab"}, FEATURES[:1])) == (
+        "Collection(a: 5 rows, b: 7 rows; 1 features; stored as Table(float32[12,3], padding_idx=5))"
+    )
+
+
+ONE = {"a": Table(jnp.ones((3, 2)))}
+READ, SUM, MAX = Feature("f", "a"), Feature("f", "a", "sum"), Feature("f", "a", "max")
+
+
+@pytest.mark.parametrize(
+    ("error", "match", "call"),
+    [
+        (ValueError, "names of their own, got 'f' 2 times", lambda: Collection(ONE, [READ, SUM])),
+        (ValueError, "got 'b' for 'f'. There are 'a'", lambda: Collection(ONE, [Feature("f", "b")])),
+        (TypeError, "must be Tables, got ArrayImpl for 'a'", lambda: Collection({"a": jnp.ones((3, 2))}, [READ])),
+        (ValueError, r"Feature\(mode=...\)` must be one of 'sum'", lambda: Feature("f", "a", "median")),
+        (KeyError, "has no table 'x'. There are 'a'", lambda: Collection(ONE, [READ])["x"]),
+        (ValueError, "must have the features 'f', got none", lambda: Collection(ONE, [READ])({})),
+        (ValueError, "'f', got 'f', 'g'", lambda: Collection(ONE, [READ])({"f": [0], "g": [0]})),
+        (ValueError, "weights for 'g'", lambda: Collection(ONE, [SUM])({"f": [[0]]}, {"g": [[1.0]]})),
+        (TypeError, "is not pooled, got list", lambda: Collection(ONE, [READ])({"f": [0]}, {"f": [1.0]})),
+        (TypeError, "is not pooled, got Ragged", lambda: Collection(ONE, [READ])({"f": Ragged([0], [0, 1])})),
+        (TypeError, r"weights\['f'\].*mode 'max'", lambda: Collection(ONE, [MAX])({"f": [[0]]}, {"f": [[1.0]]})),
+        (TypeError, r"weights\['f'\].*float dtype", lambda: Collection(ONE, [SUM])({"f": [[0]]}, {"f": [[1]]})),
+        (ValueError, r"weights\['f'\].*one for each id", lambda: Collection(ONE, [SUM])({"f": [[0]]}, {"f": [1.0]})),
+        (TypeError, r"batch\['f'\].*integer dtype", lambda: Collection(ONE, [READ])({"f": [0.5]})),
+        (ValueError, r"batch\['f'\].*an axis of ids", lambda: Collection(ONE, [SUM])({"f": 0})),
+        (TypeError, "a table of floats, got int32 for 'f'", lambda: Collection({"a": TABLES["whole"]}, [SUM])),
+    ],
+)
+def test_errors(error, match, call):
+    with pytest.raises(error, match=match):
+        call()
+
+
+def like_tables(mode, length, number=20, rows=50):
+    tables = {f"t{i}": Table(jax.ShapeDtypeStruct((rows, 8), jnp.float32)) for i in range(number)}
+    features = [Feature(name, name, mode) for name in tables]
+    collection = jax.eval_shape(lambda tables: Collection(tables, features), tables)
+    return collection, {name: jax.ShapeDtypeStruct((16, length), jnp.int32) for name in tables}
+
+
+@pytest.mark.parametrize(("mode", "length"), [(None, 3), ("sum", 1), ("sum", 3), ("mean", 3), ("max", 3)])
+def test_like_tables_cost_the_gathers_of_one(mode, length):
+    def count(number):
+        text = compiled(lambda c, b: c(b), *like_tables(mode, length, number)).as_text()
+        return text.count(" gather("), text
+
+    (gathers, text), (of_one, _) = count(20), count(1)
+    assert "f32[1000,8]" in text
+    # Bags are summed place by place, each place being a gather within one fusion.
+    assert gathers == of_one == (length if mode in ("sum", "mean") else 1) + (mode == "max") * (of_one - 1)
+
+
+def test_a_step_has_one_scatter_into_the_stack_and_one_into_the_slots():
+    collection, batch = like_tables("sum", 3)
+    tx = embax.optim.lift(optax.sgd(0.1, momentum=0.9))
+
+    def step(collection, state, batch):
+        gradient = embax.grad(lambda c: sum(jnp.square(x).sum() for x in c(batch).values()))(collection)
+        updates, state = tx.update(gradient, state, collection)
+        return embax.apply_updates(collection, updates), state
+
+    with jax.numpy_dtype_promotion("standard"):  # optax needs it
+        text = compiled(step, collection, jax.eval_shape(tx.init, collection), batch, donate=(0, 1)).as_text()
+    scatters = [line.split(" = ")[1].split("{")[0] for line in text.splitlines() if " scatter(" in line]
+    assert scatters.count("f32[1000,8]") == 2  # the weight, and the momentum
+    assert scatters.count("s32[1000]") == 1
