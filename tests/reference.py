@@ -13,6 +13,12 @@ def row_of(index, rows, out_of_range="error"):
     return None
 
 
+def padding_rows(padding_idx, rows):
+    """The numbers of the padding rows, none, one or several."""
+    given = () if padding_idx is None else padding_idx if isinstance(padding_idx, tuple) else (padding_idx,)
+    return {row % rows for row in given}
+
+
 def clip(row, max_norm, norm_type=2.0):
     """The row scaled to the norm `max_norm` where it is longer."""
     magnitude = np.abs(np.asarray(row, np.float64))
@@ -29,13 +35,13 @@ def lookup(
     """The rows that the ids read."""
     weight, ids = np.asarray(weight, np.float64), np.asarray(ids)
     rows = weight.shape[0]
-    padding = None if padding_idx is None else padding_idx % rows
+    padding = padding_rows(padding_idx, rows)
     out = np.empty((*ids.shape, *weight.shape[1:]))
     for position in np.ndindex(ids.shape):
         row = row_of(ids[position], rows, out_of_range)
         if row is None:
             out[position] = 0 if out_of_range == "zero" else np.nan
-        elif max_norm is None or row == padding:
+        elif max_norm is None or row in padding:
             out[position] = weight[row]
         else:
             out[position] = clip(weight[row], max_norm, norm_type)
@@ -49,7 +55,7 @@ def gradient(
     """The gradient of the weight, given that of the output. The clipping passes it straight through."""
     ids, cotangent = np.asarray(ids), np.asarray(cotangent, np.float64)
     rows = np.shape(weight)[0]
-    padding = None if padding_idx is None else padding_idx % rows
+    padding = padding_rows(padding_idx, rows)
     out = np.zeros(np.shape(weight))
     counts = np.zeros(rows, int)
     for position in np.ndindex(ids.shape):
@@ -57,7 +63,7 @@ def gradient(
         if row is None:
             continue
         counts[row] += 1
-        if row != padding and not freeze:
+        if row not in padding and not freeze:
             out[row] += cotangent[position]
     if scale_grad_by_freq:
         for row in range(rows):
@@ -83,10 +89,57 @@ def renormalize(
     """The weight with the rows that the ids read stored clipped."""
     weight = np.array(weight, np.float64)
     rows = weight.shape[0]
-    padding = None if padding_idx is None else padding_idx % rows
+    padding = padding_rows(padding_idx, rows)
     if max_norm is None or freeze:
         return weight
     for index in {row_of(index, rows, out_of_range) for index in np.asarray(ids).ravel()}:
-        if index is not None and index != padding:
+        if index is not None and index not in padding:
             weight[index] = clip(weight[index], max_norm, norm_type)
     return weight
+
+
+def counted_in_bag(weight, ids, weights, padding_idx=None, **rules):
+    """The places in a bag that are not padding, the rows there, `(counted, *dim)`, and their weights, or ones."""
+    rows = np.shape(weight)[0]
+    padding = padding_rows(padding_idx, rows)
+    places = [i for i, id_ in enumerate(ids) if row_of(id_, rows, rules.get("out_of_range")) not in padding]
+    vectors = lookup(weight, np.asarray([ids[i] for i in places], int), padding_idx=padding_idx, **rules)
+    return places, vectors, np.array([1.0 if weights is None else weights[i] for i in places])
+
+
+def divisor(factors, mode):
+    """What the weighted sum of a bag is divided by."""
+    return {"sum": 1.0, "mean": factors.sum(), "sqrtn": np.sqrt((factors**2).sum())}[mode]
+
+
+def embedding_bag(weight, bags, weights=None, mode="sum", **rules):
+    """The pooled rows of each bag; bags and weights are lists of lists."""
+    out = np.zeros((len(bags), *np.shape(weight)[1:]))
+    for b, ids in enumerate(bags):
+        places, rows, factors = counted_in_bag(weight, ids, None if weights is None else weights[b], **rules)
+        if not places:
+            continue
+        out[b] = rows.max(0) if mode == "max" else np.tensordot(factors, rows, 1) / divisor(factors, mode)
+    return out
+
+
+def embedding_bag_gradient(weight, bags, cotangent, weights=None, mode="sum", **rules):
+    """The gradients of the weight and of the weights, these as a list of arrays, given that of the output."""
+    weight, cotangent = np.asarray(weight, np.float64), np.asarray(cotangent, np.float64)
+    out = embedding_bag(weight, bags, weights, mode, **rules)
+    of_rows = [np.zeros((len(ids), *weight.shape[1:])) for ids in bags]
+    of_weights = [np.zeros(len(ids)) for ids in bags]
+    for b, ids in enumerate(bags):
+        places, rows, factors = counted_in_bag(weight, ids, None if weights is None else weights[b], **rules)
+        if places and mode == "max":
+            for column in np.ndindex(weight.shape[1:]):
+                first = np.argmax(rows[(slice(None), *column)])  # of equals
+                of_rows[b][(places[first], *column)] = cotangent[(b, *column)]
+            continue
+        for place, row, factor in zip(places, rows, factors, strict=True):
+            by = divisor(factors, mode)
+            of_rows[b][place] = factor / by * cotangent[b]
+            of_divisor = {"sum": 0.0, "mean": 1.0, "sqrtn": factor / by}[mode]
+            of_weights[b][place] = ((row - of_divisor * out[b]) / by * cotangent[b]).sum()
+    flat = np.asarray([id_ for ids in bags for id_ in ids], int)
+    return gradient(weight, flat, np.concatenate([np.zeros((0, *weight.shape[1:])), *of_rows]), **rules), of_weights
