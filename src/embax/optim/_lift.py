@@ -36,9 +36,10 @@ def lift(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraA
 
     A Table whose gradient is dense, that is, another Table, goes through `tx` whole.
 
-    `tx` has to treat each row by itself, whatever other rows there are. That is tried out on small arrays when the
-    state is made. Combinators go inside, as in `lift(optax.chain(...))`; `optax.multi_transform` and
-    `optax.apply_if_finite` work outside, too. To `tx`, a Table is a node of the tree with one leaf.
+    `tx` has to treat each row by itself, whatever other rows there are. Where that does not follow from its jaxpr, it
+    is tried out on small arrays when the state is made. Combinators go inside, as in `lift(optax.chain(...))`;
+    `optax.multi_transform` and `optax.apply_if_finite` work outside, too. To `tx`, a Table is a node of the tree with
+    one leaf.
 
     Args:
       tx: The transformation.
@@ -67,8 +68,7 @@ def lift(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraA
       >>> params = embax.apply_updates(params, updates)
 
     References:
-      Lazy Adam is the default of `torch.optim.SparseAdam` and of
-      `tf.keras.optimizers.legacy.Adam` for sparse gradients, which describe the same difference.
+      `torch.optim.SparseAdam` and `tfa.optimizers.LazyAdam` update the moments of touched rows only, as here.
     """
     if isinstance(tx, optax.MultiSteps):
         raise _gathers_steps("MultiSteps")
