@@ -113,7 +113,7 @@ USES = {
     "vmap_ids": (lambda t: lanes_of_ids(t, IDS).sum(), "transformation"),
     "vmap_tables": (lambda t: lanes_of_tables(jax.tree.map(twice, t), IDS[:2]).sum(), "weight by"),
     "jit": (jitted, "`jit`|transformation"),
-    "jit_inline": (inlined, "transformation|custom_jvp_call"),
+    "jit_inline": (inlined, "`jit`|transformation|custom_jvp_call"),
     "jit_closure": (closed_over_by_jit, "transformation"),
     "checkpoint": (rematerialized, "checkpoint|remat|transformation"),
     "custom_jvp": (doubled, "custom_jvp_call|transformation"),

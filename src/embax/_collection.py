@@ -260,9 +260,9 @@ def restack(tree: Any, like: Any) -> Any:
     """
     leaves, structure = jax.tree.flatten(like, is_leaf=_is_collection)
     for leaf, value in zip(leaves, structure.flatten_up_to(tree), strict=True):
-        if _is_collection(leaf) and set(value) != set(leaf.tables):
+        if _is_collection(leaf) and set(value) != (names := {member.name for member in leaf._members}):
             raise ValueError(
-                f"`embax.restack(tree=...)` must have the tables {_listed(leaf.tables)}, got {_listed(value)}. "
+                f"`embax.restack(tree=...)` must have the tables {_listed(sorted(names))}, got {_listed(value)}. "
                 "Pass what embax.unstack gave."
             )
     values = [
