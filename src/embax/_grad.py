@@ -330,7 +330,7 @@ def _with_weights(leaves: Sequence[Any], tables: Sequence[int], weights: Sequenc
 def _none_read(table: Table) -> Any:
     if table.weight is None:  # as Equinox leaves out what is not differentiated
         return table
-    return no_rows(table.rows, table.dim, table.dtype if jnp.issubdtype(table.dtype, jnp.inexact) else jnp.float32)
+    return no_rows(table)
 
 
 def gathered(table: Table, ids: Sequence[Array], cotangents: Sequence[Array]) -> RowGrad:

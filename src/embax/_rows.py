@@ -143,9 +143,10 @@ def row_grad(ids: Int[Array, " length"], values: Shaped[Array, "length *dim"], r
     return _fill(object.__new__(RowGrad), _encode(ids, rows), values, rows)
 
 
-def no_rows(rows: int, dim: tuple[int, ...], dtype: Any) -> RowGrad:
-    """The gradient of a table of which no row was read."""
-    return row_grad(jnp.zeros(0, jnp.int32), jnp.zeros((0, *dim), dtype), rows)
+def no_rows(table: Table) -> RowGrad:
+    """The gradient of a table of which no row was read; of integers, it is one of float32."""
+    dtype = table.dtype if jnp.issubdtype(table.dtype, jnp.inexact) else jnp.float32
+    return row_grad(jnp.zeros(0, jnp.int32), jnp.zeros((0, *table.dim), dtype), table.rows)
 
 
 def _fill(gradient: RowGrad, keys: Any, values: Any, rows: int) -> RowGrad:
@@ -182,11 +183,6 @@ def _decode(keys: Key[Array, " length"], rows: int) -> Int[Array, " length"]:
     if rows > np.iinfo(np.int32).max:
         numbers = (words[..., 0].astype(jnp.int64) << 32) | words[..., 1].astype(jnp.int64)
     return jnp.where(numbers == 0, rows, numbers - 1)
-
-
-def is_table_leaf(node: Any) -> bool:
-    """Say whether a node of a mixed tree is a table, or the gradient of one."""
-    return isinstance(node, Table | RowGrad)
 
 
 def is_trained(table: Table) -> bool:

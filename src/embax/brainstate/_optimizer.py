@@ -220,13 +220,8 @@ def _gradient(call: str, key: Hashable, param: Any, gradient: Any) -> Any:
             )
         return gradient
     if not is_trained(param):  # whatever it is, nothing comes of it
-        return _none_read(param)
+        return no_rows(param)
     return gradient if isinstance(gradient, RowGrad | Table) else with_weight(param, gradient)
-
-
-def _none_read(table: Table) -> RowGrad:
-    dtype = table.dtype if jnp.issubdtype(table.dtype, jnp.inexact) else jnp.float32
-    return no_rows(table.rows, table.dim, dtype)
 
 
 def _check_takes_tables(tx: optax.GradientTransformation, opt_state: Any, params: dict[Hashable, Any]) -> None:
@@ -234,7 +229,7 @@ def _check_takes_tables(tx: optax.GradientTransformation, opt_state: Any, params
     tables = {key: param for key, param in params.items() if isinstance(param, Table)}
     if not tables:
         return
-    gradients = {key: _none_read(param) if key in tables else param for key, param in params.items()}
+    gradients = {key: no_rows(param) if key in tables else param for key, param in params.items()}
     try:
         updates, _ = jax.eval_shape(tx.update, gradients, opt_state, params)
     except (TypeError, ValueError) as error:
