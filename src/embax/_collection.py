@@ -298,41 +298,37 @@ def _read_together(table: Table, parts: Sequence[_Input]) -> list[Shaped[Array, 
     """Read features of one kind in one lookup."""
     if parts[0].feature.mode is None:
         rows = read(table, jnp.concatenate([jnp.ravel(part.ids) for part in parts]), None)
-        firsts = _starts(part.ids.size for part in parts)
-        return [
-            jnp.reshape(rows[first : first + part.ids.size], (*part.ids.shape, *table.dim))
-            for first, part in zip(firsts, parts, strict=True)
-        ]
+        # Cut by one split, of which the derivative is one concatenation; that of slices is a sum of as many arrays.
+        cut = jax.lax.split(rows, [part.ids.size for part in parts])
+        return [jnp.reshape(own, (*part.ids.shape, *table.dim)) for own, part in zip(cut, parts, strict=True)]
     # Padding is left out already, of what is counted and of the ids.
     table = dataclasses.replace(table, padding_idx=None)
-    layout, firsts = _joined([part.layout for part in parts], [part.ids.shape for part in parts])
+    layout, sizes = _joined([part.layout for part in parts], [part.ids.shape for part in parts])
     flat = [_flat([getattr(part, name) for part in parts], layout) for name in ("ids", "counted", "weights")]
     ids, counted, weights = flat
     mode = "max" if parts[0].feature.mode == "max" else "sum"
     total = _pool.pool_rows(table, ids, counted, weights, layout, mode)
     out = []
-    for first, part in zip(firsts, parts, strict=True):
+    for own, part in zip(jax.lax.split(total, sizes), parts, strict=True):
         bags = math.prod(part.layout.shape)
-        own = jnp.reshape(total[first : first + bags], (*part.layout.shape, *table.dim))
+        own = jnp.reshape(own[:bags], (*part.layout.shape, *table.dim))
         own = _pool.divided(own, part.counted, part.weights, part.layout, part.feature.mode or "sum")
         out.append(own.astype(table.dtype))
     return out
 
 
 def _joined(layouts: Sequence[_pool.Layout], shapes: Sequence[tuple[int, ...]]) -> tuple[_pool.Layout, list[int]]:
-    """Lay bags of several features out one after the other; say where those of each begin."""
+    """Lay bags of several features out one after the other; say how many there are for each."""
     sizes = [math.prod(layout.shape) for layout in layouts]
     ragged = [layout.offsets for layout in layouts if layout.offsets is not None]
     if not ragged:
-        return _pool.Layout((sum(sizes),), None), _starts(sizes)
-    starts = _starts([shape[0] for shape in shapes])
+        return _pool.Layout((sum(sizes),), None), sizes
+    starts = [0, *itertools.accumulate(shape[0] for shape in shapes)][:-1]
     offsets = jnp.concatenate([own + start for own, start in zip(ragged, starts, strict=True)])
-    # Behind the last bag of a feature there is one more, of what is in none of its bags.
-    return _pool.Layout((offsets.shape[0] - 1,), offsets), _starts([size + 1 for size in sizes])
-
-
-def _starts(sizes: Iterable[int]) -> list[int]:
-    return [0, *itertools.accumulate(sizes)][:-1]
+    # Behind the last bag of each feature but the last there is one more, of what is in none of its bags.
+    sizes = [size + 1 for size in sizes]
+    sizes[-1] -= 1
+    return _pool.Layout((offsets.shape[0] - 1,), offsets), sizes
 
 
 def _flat(arrays: Sequence[Any], layout: _pool.Layout) -> Any:

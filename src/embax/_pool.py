@@ -142,8 +142,9 @@ def _sum_of_rows_jvp(shape: Any, primals: Any, tangents: Any) -> tuple[Array, An
     out = _sum_of_rows(*primals, shape)
     tangent = jnp.zeros_like(out)
     if tap is not None and not isinstance(of_tap, SymbolicZero):
+        # What does not count has no row in the gradient, so that its values need no zeros.
         of_rows = gradient_rules(table, ids, of_tap.astype(accumulator(table.dtype)))
-        tangent += _summed(_terms(of_rows, counted, weights), layout)
+        tangent += _summed(_terms(of_rows, None, weights), layout)
     if not isinstance(of_table.weight, SymbolicZero):
         of_rows = jax.jvp(lambda table: read_untaped(table, ids, None), (table,), (of_table,))[1]
         tangent += _summed(_terms(of_rows, counted, weights), layout)
@@ -153,17 +154,18 @@ def _sum_of_rows_jvp(shape: Any, primals: Any, tangents: Any) -> tuple[Array, An
 
 
 def _terms(
-    rows: Shaped[Array, "*batch_dim"], counted: Bool[Array, "*batch"], weights: Float[Array, "*batch"] | None
+    rows: Shaped[Array, "*batch_dim"], counted: Bool[Array, "*batch"] | None, weights: Float[Array, "*batch"] | None
 ) -> Float[Array, "*batch_dim"]:
-    """What each id adds to its bag."""
-    trailing = tuple(range(counted.ndim, rows.ndim))
+    """What each id adds to its bag; all of them count where `counted` is None."""
     rows = rows.astype(accumulator(rows.dtype))
     # What does not count is left out of both factors, not multiplied by zero: it may be NaN.
-    rows = jnp.where(jnp.expand_dims(counted, trailing), rows, jnp.zeros((), rows.dtype))
+    if counted is not None:
+        rows = jnp.where(jnp.expand_dims(counted, range(counted.ndim, rows.ndim)), rows, jnp.zeros((), rows.dtype))
     if weights is None:
         return rows
-    weights = jnp.where(counted, weights, jnp.zeros((), weights.dtype)).astype(rows.dtype)
-    return rows * jnp.expand_dims(weights, trailing)
+    if counted is not None:
+        weights = jnp.where(counted, weights, jnp.zeros((), weights.dtype))
+    return rows * jnp.expand_dims(weights.astype(rows.dtype), range(weights.ndim, rows.ndim))
 
 
 def _summed(terms: Float[Array, "*batch_dim"], layout: Layout) -> Float[Array, "*bags_dim"]:
