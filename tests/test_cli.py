@@ -1,8 +1,8 @@
 import gzip
 import io
+import json
 import lzma
 import os
-import pty
 import re
 import signal
 import subprocess
@@ -10,12 +10,15 @@ import sys
 
 import numpy as np
 import pytest
+from cli_runs import assert_one_line, command, drawn_on_terminal, run
 
-from embax import cli, train
+from embax import train
+from embax.cli import _display
 from embax.vectors import Vectors
 
 TEXT = "The king holds the crown.\nThe queen wears the crown.\n\nThe dog eats the bone. The cat eats the bone.\n" * 20
 WORDS = ["the", "bone", "crown", "eats", "cat", "dog", "holds", "king", "queen", "wears"]
+TEXT_WORDS = len(TEXT.replace(".", "").split())
 SMALL = ["--dim", "4", "--epochs", "1"]
 
 
@@ -27,46 +30,23 @@ def text(tmp_path):
 
 
 @pytest.fixture
-def run(capsys):
-    def call(*arguments):
-        with pytest.raises(SystemExit) as exit_:
-            cli.main([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        return exit_.value.code, captured.out, captured.err
-
-    return call
-
-
-@pytest.fixture
 def vectors(tmp_path):
     path = tmp_path / "v.safetensors"
     Vectors(WORDS, np.random.default_rng(0).normal(size=(len(WORDS), 5)).astype(np.float32)).save(path)
     return str(path)
 
 
-def command(*arguments):
-    return [sys.executable, "-m", "embax.cli", *map(str, arguments)]
-
-
-def assert_one_line(status, out, err, *parts):
-    assert status == 2
-    assert out == ""
-    assert re.fullmatch(r"embax: error: [^\n]+\n", err), err
-    for part in parts:
-        assert part in err
-
-
-def test_train_writes_vectors_of_the_words(run, text, tmp_path):
+def test_train_writes_vectors_of_the_words(text, tmp_path):
     status, out, _ = run("train", text, "-o", tmp_path / "v", *SMALL)
     assert (status, out) == (0, "")
     vectors = Vectors.load(tmp_path / "v")
-    assert sorted(vectors.tokens) == sorted(WORDS)
-    assert vectors.counts[vectors.row("the")] == 160
+    assert sorted(vectors.vocabulary) == sorted(WORDS)
+    assert vectors.counts[vectors.vocabulary.ids("the")] == 160
     assert vectors.weight.shape == (10, 4)
     assert sorted(os.listdir(tmp_path)) == ["text.txt", "v"]
 
 
-def test_train_gives_the_same_bytes_for_every_kind_of_input(run, text, tmp_path, monkeypatch):
+def test_train_gives_the_same_bytes_for_every_kind_of_input(text, tmp_path, monkeypatch):
     (tmp_path / "gz").write_bytes(gzip.compress(TEXT.encode()))
     (tmp_path / "xz").write_bytes(lzma.compress(TEXT.encode()))
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(TEXT.encode())))
@@ -77,7 +57,7 @@ def test_train_gives_the_same_bytes_for_every_kind_of_input(run, text, tmp_path,
         (tmp_path / "first").write_bytes(data)
 
 
-def test_train_passes_its_options_on(run, text, tmp_path, monkeypatch):
+def test_train_passes_its_options_on(text, tmp_path, monkeypatch):
     given = {}
 
     def skipgram(sequences, progress, **options):
@@ -94,8 +74,8 @@ def test_train_passes_its_options_on(run, text, tmp_path, monkeypatch):
     assert given == options
 
 
-def test_train_prints_lines_where_there_is_no_terminal(run, text, tmp_path, monkeypatch):
-    monkeypatch.setattr(cli, "_LINE", 0.0)
+def test_train_prints_lines_where_there_is_no_terminal(text, tmp_path, monkeypatch):
+    monkeypatch.setattr(_display, "_LINE", 0.0)
     status, _, err = run("train", text, "-o", tmp_path / "v", "--dim", 4, "--epochs", 3)
     assert status == 0
     lines = err.splitlines()
@@ -109,18 +89,8 @@ def test_train_prints_lines_where_there_is_no_terminal(run, text, tmp_path, monk
 
 
 def test_train_draws_a_bar_on_a_terminal(text, tmp_path):
-    leader, follower = pty.openpty()
-    environment = os.environ | {"TERM": "xterm", "COLUMNS": "120"}
-    child = subprocess.Popen(command("train", text, "-o", tmp_path / "v", *SMALL), stderr=follower, env=environment)
-    os.close(follower)
-    drawn = b""
-    try:
-        while piece := os.read(leader, 1 << 16):
-            drawn += piece
-    except OSError:  # the other end was closed
-        pass
-    os.close(leader)
-    assert child.wait(timeout=60) == 0
+    status, drawn = drawn_on_terminal("train", text, "-o", tmp_path / "v", *SMALL)
+    assert status == 0
     assert b"\x1b[" in drawn
     assert re.search(rb"100%.*epoch 1/1, loss \d\.\d{3}, [\d,]+ words/s, 0:00 left", drawn)
 
@@ -137,7 +107,7 @@ def test_train_draws_a_bar_on_a_terminal(text, tmp_path):
     ],
     ids=["empty", "no-words", "rare", "not-utf8", "gz", "xz"],
 )
-def test_train_tells_what_is_wrong_with_a_text(run, tmp_path, content, parts):
+def test_train_tells_what_is_wrong_with_a_text(tmp_path, content, parts):
     path = tmp_path / "text"
     path.write_bytes(content)
     (tmp_path / "v").write_bytes(b"old")
@@ -146,12 +116,12 @@ def test_train_tells_what_is_wrong_with_a_text(run, tmp_path, content, parts):
     assert sorted(os.listdir(tmp_path)) == ["text", "v"]
 
 
-def test_train_of_a_closed_standard_input_is_an_error(run, tmp_path, monkeypatch):
+def test_train_of_a_closed_standard_input_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "stdin", None)
     assert_one_line(*run("train", "-", "-o", tmp_path / "v"), "standard input: it is closed")
 
 
-def test_train_names_standard_input(run, tmp_path, monkeypatch):
+def test_train_names_standard_input(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"")))
     assert_one_line(*run("train", "-", "-o", tmp_path / "v"), "standard input: it holds no words")
 
@@ -168,13 +138,13 @@ def test_train_names_standard_input(run, tmp_path, monkeypatch):
         ("missing\nline", "v", [r"missing\nline"]),
     ],
 )
-def test_train_checks_paths_before_it_trains(run, text, tmp_path, monkeypatch, source, output, parts):
+def test_train_checks_paths_before_it_trains(text, tmp_path, monkeypatch, source, output, parts):
     monkeypatch.setattr(train._skipgram, "_train", None)
     assert_one_line(*run("train", os.path.join(tmp_path, source), "-o", os.path.join(tmp_path, output)), *parts)
     assert os.listdir(tmp_path) == ["text.txt"]
 
 
-def test_train_names_an_output_without_permission(run, text, tmp_path, monkeypatch):
+def test_train_names_an_output_without_permission(text, tmp_path, monkeypatch):
     def refuse(*_):
         raise PermissionError(13, "Permission denied", str(tmp_path / ".v.tmp"))
 
@@ -197,12 +167,12 @@ def test_train_names_an_output_without_permission(run, text, tmp_path, monkeypat
         ("--window", str(10**30)),
     ],
 )
-def test_train_refuses_option_values_outside_their_range(run, text, tmp_path, option, value):
+def test_train_refuses_option_values_outside_their_range(text, tmp_path, option, value):
     assert_one_line(*run("train", text, "-o", tmp_path / "v", option, value), option, f"got {value}")
 
 
 @pytest.mark.parametrize("value", ["1.5", "many", ""])
-def test_train_refuses_option_values_of_another_type(run, text, tmp_path, value):
+def test_train_refuses_option_values_of_another_type(text, tmp_path, value):
     assert_one_line(*run("train", text, "-o", tmp_path / "v", "--dim", value), "--dim")
 
 
@@ -217,11 +187,11 @@ def test_train_refuses_option_values_of_another_type(run, text, tmp_path, value)
         (["neighbors", "v", "king", "-k", "0"], "-k"),
     ],
 )
-def test_usage_errors_are_one_line(run, arguments, part):
+def test_usage_errors_are_one_line(arguments, part):
     assert_one_line(*run(*arguments), part)
 
 
-def test_train_tells_when_memory_does_not_suffice(run, text, tmp_path):
+def test_train_tells_when_memory_does_not_suffice(text, tmp_path):
     assert_one_line(
         *run("train", text, "-o", tmp_path / "v", "--dim", 2**31 - 1, "--negative", 2**31 - 1), "not enough memory"
     )
@@ -238,7 +208,7 @@ def test_train_ended_by_an_interrupt_leaves_nothing_behind(text, tmp_path):
     assert os.listdir(tmp_path) == ["text.txt"]
 
 
-def test_neighbors_prints_a_table_of_cosines(run, vectors):
+def test_neighbors_prints_a_table_of_cosines(vectors):
     status, out, err = run("neighbors", vectors, "king", "crown", "-k", 3)
     assert (status, err) == (0, "")
     lines = [line.split() for line in out.splitlines()]
@@ -249,15 +219,15 @@ def test_neighbors_prints_a_table_of_cosines(run, vectors):
     assert len(lines) == 4
 
 
-def test_neighbors_prints_all_words_where_k_is_more(run, vectors):
+def test_neighbors_prints_all_words_where_k_is_more(vectors):
     assert len(run("neighbors", vectors, "king", "-k", 1000)[1].splitlines()) == len(WORDS)
 
 
-def test_neighbors_offers_the_closest_spellings(run, vectors):
+def test_neighbors_offers_the_closest_spellings(vectors):
     assert_one_line(*run("neighbors", vectors, "king", "Quean"), '"Quean" is not in the vocabulary', '"queen"')
 
 
-def test_neighbors_spells_out_control_characters(run, tmp_path):
+def test_neighbors_spells_out_control_characters(tmp_path):
     Vectors(["a", "[red]b", "\x1b[2J", "c\nd"], np.eye(4)).save(tmp_path / "v")
     status, out, _ = run("neighbors", tmp_path / "v", "a")
     assert status == 0
@@ -268,7 +238,7 @@ def test_neighbors_spells_out_control_characters(run, tmp_path):
 
 
 @pytest.mark.parametrize("content", [None, b"", b"not vectors", "truncated", "directory"])
-def test_neighbors_tells_what_is_wrong_with_a_file(run, vectors, tmp_path, content):
+def test_neighbors_tells_what_is_wrong_with_a_file(vectors, tmp_path, content):
     path = tmp_path / "bad"
     if content == "truncated":
         with open(vectors, "rb") as file:
@@ -289,7 +259,7 @@ def test_neighbors_is_quiet_where_nobody_reads(vectors):
     assert child.returncode == 1
 
 
-def test_version_and_help(run):
+def test_version_and_help():
     assert run("--version") == (0, "embax 0.1.0\n", "")
     status, out, _ = run("--help")
     assert status == 0
@@ -298,6 +268,70 @@ def test_version_and_help(run):
     assert "0.025" in run("train", "--help")[1]
 
 
-def test_the_command_line_loads_no_framework():
-    code = "import sys, embax.cli; print([m for m in ('brainstate', 'flax', 'equinox', 'optax') if m in sys.modules])"
+def test_the_command_line_loads_nothing_heavy_before_it_must():
+    heavy = (
+        "jax",
+        "numpy",
+        "rich.progress",
+        "pyarrow",
+        "scipy",
+        "matplotlib",
+        "brainstate",
+        "flax",
+        "equinox",
+        "optax",
+    )
+    code = f"import sys, embax.cli; print([module for module in {heavy} if module in sys.modules])"
     assert subprocess.check_output([sys.executable, "-c", code], text=True, timeout=60) == "[]\n"
+
+
+def test_training_loads_no_framework():
+    code = "import sys, embax.train; print([m for m in ('brainstate', 'flax', 'equinox', 'optax') if m in sys.modules])"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True, timeout=60) == "[]\n"
+
+
+def test_train_prints_json(text, tmp_path):
+    status, out, _ = run("train", text, "-o", tmp_path / "v", *SMALL, "--json")
+    assert status == 0
+    # "the" 160 times, "eats" and "crown" 40 times, and so on.
+    expected = {"output": str(tmp_path / "v"), "words": 10, "dim": 4, "occurrences": TEXT_WORDS, "seed": 0}
+    assert json.loads(out) == expected
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish", "powershell"])
+def test_completion_needs_no_terminal(shell):
+    environment = {name: value for name, value in os.environ.items() if name not in ("SHELL", "TERM")}
+    script = subprocess.run(
+        command("--show-completion", shell),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=environment,
+        check=True,
+    )
+    assert script.stderr == ""
+    assert f"complete_{shell}" in script.stdout
+    assert "_EMBAX_COMPLETE" in script.stdout
+
+
+def test_completion_of_an_unknown_shell_is_an_error():
+    assert_one_line(*run("--show-completion", "tcl\nsh"), "bash, zsh, fish, powershell", r"tcl\nsh")
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("embax e", ["evaluate"]),
+        ("embax neighbors --fo", ["--format"]),
+        ("embax info --format word2vec", ["word2vec-binary", "word2vec"]),
+        ("embax convert --dtype b", ["bfloat16"]),
+        ("embax analogy --method m", ["mul"]),
+        ("embax map --method u", ["umap"]),
+    ],
+)
+def test_completion_completes(line, expected):
+    words = line.split(" ")
+    environment = {"_EMBAX_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(len(words) - 1)}
+    found = subprocess.check_output(command(), text=True, timeout=60, env=os.environ | environment).split()
+    assert sorted(found) == sorted(expected)

@@ -43,7 +43,7 @@ def gradient_of(tables):
             out = {name: embax.embedding_bag(tables[name], ids) for name, ids in BATCH.items()}
         return sum(jnp.square(x - 0.3).sum() for x in out.values())
 
-    return embax.grad(loss)(tables)
+    return jax.jit(embax.grad(loss))(tables)
 
 
 def trained(tx, tables, steps=2):

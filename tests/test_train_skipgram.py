@@ -159,14 +159,14 @@ def test_skipgram_reports_progress():
 
 def test_skipgram_keeps_counts_and_leaves_out_rare_words():
     vectors = train.skipgram([["a", "b", "a"]] * 5 + [["c"] * 4], dim=4, epochs=1)
-    assert vectors.tokens == ["a", "b"]
+    assert vectors.vocabulary.tokens() == ["a", "b"]
     assert vectors.counts.tolist() == [10, 5]
     assert vectors.weight.shape == (2, 4)
 
 
 def test_skipgram_takes_a_corpus_of_one_word():
     vectors = train.skipgram([["alone"] * 9], dim=3)
-    assert vectors.tokens == ["alone"]
+    assert vectors.vocabulary.tokens() == ["alone"]
     assert np.isfinite(vectors.weight).all()
 
 

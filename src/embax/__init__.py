@@ -3,41 +3,65 @@
 import importlib as _importlib
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 
-from ._bag import embedding_bag as embedding_bag
-from ._collection import Collection as Collection
-from ._collection import Feature as Feature
-from ._collection import restack as restack
-from ._collection import unstack as unstack
-from ._compositional import CompositionalTable as CompositionalTable
-from ._grad import DenseGradientWarning as DenseGradientWarning
-from ._grad import grad as grad
-from ._grad import value_and_grad as value_and_grad
-from ._hash import hash_ids as hash_ids
-from ._lookup import lookup as lookup
-from ._lookup import renormalize as renormalize
-from ._ragged import Ragged as Ragged
-from ._rows import RowGrad as RowGrad
-from ._rows import apply_updates as apply_updates
-from ._rows import global_norm as global_norm
-from ._table import Table as Table
-from ._table import resize as resize
-
 if _TYPE_CHECKING:
+    from ._bag import embedding_bag as embedding_bag
+    from ._collection import Collection as Collection
+    from ._collection import Feature as Feature
+    from ._collection import restack as restack
+    from ._collection import unstack as unstack
+    from ._compositional import CompositionalTable as CompositionalTable
+    from ._grad import DenseGradientWarning as DenseGradientWarning
+    from ._grad import grad as grad
+    from ._grad import value_and_grad as value_and_grad
+    from ._hash import hash_ids as hash_ids
+    from ._lookup import lookup as lookup
+    from ._lookup import renormalize as renormalize
+    from ._ragged import Ragged as Ragged
+    from ._rows import RowGrad as RowGrad
+    from ._rows import apply_updates as apply_updates
+    from ._rows import global_norm as global_norm
+    from ._table import Table as Table
+    from ._table import resize as resize
     from .brainstate import Embedding as Embedding
     from .brainstate import EmbeddingBag as EmbeddingBag
+    from .vectors import Vectors as Vectors
+    from .vocabulary import Vocabulary as Vocabulary
 
 __version__ = "0.1.0"
 
-# Names that need a framework or a heavy library, and the module that each comes from. A module is its own name.
+# The module that each name comes from, loaded at its first use: the command line answers before JAX is there. A module
+# is its own name.
 _LAZY = {
+    "Collection": "embax._collection",
+    "CompositionalTable": "embax._compositional",
+    "DenseGradientWarning": "embax._grad",
     "Embedding": "embax.brainstate",
     "EmbeddingBag": "embax.brainstate",
+    "Feature": "embax._collection",
+    "Ragged": "embax._ragged",
+    "RowGrad": "embax._rows",
+    "Table": "embax._table",
     "Vectors": "embax.vectors",
+    "Vocabulary": "embax.vocabulary",
+    "apply_updates": "embax._rows",
     "brainstate": "embax.brainstate",
+    "embedding_bag": "embax._bag",
+    "evaluate": "embax.evaluate",
     "files": "embax.files",
+    "global_norm": "embax._rows",
+    "grad": "embax._grad",
+    "hash_ids": "embax._hash",
+    "lookup": "embax._lookup",
+    "maps": "embax.maps",
     "optim": "embax.optim",
+    "renormalize": "embax._lookup",
+    "resize": "embax._table",
+    "restack": "embax._collection",
     "train": "embax.train",
+    "unstack": "embax._collection",
+    "value_and_grad": "embax._grad",
     "vectors": "embax.vectors",
+    "vocabulary": "embax.vocabulary",
 }
 
 
@@ -45,7 +69,8 @@ def __getattr__(name: str) -> object:
     if name not in _LAZY:
         raise AttributeError(f"module 'embax' has no attribute {name!r}")
     module = _importlib.import_module(_LAZY[name])
-    return module if _LAZY[name] == f"embax.{name}" else getattr(module, name)
+    globals()[name] = value = module if _LAZY[name] == f"embax.{name}" else getattr(module, name)
+    return value
 
 
 def __dir__() -> list[str]:

@@ -94,12 +94,12 @@ def flag(argument: str, value: Any) -> bool:
 
 
 def choice(argument: str, value: Any, options: Any) -> Any:
-    """Return `value` if it is one of a Literal's options.
+    """Return `value` if it is one of some options.
 
     Args:
       argument: The call and its argument for the message.
       value: What the caller gave.
-      options: A `typing.Literal`.
+      options: A `typing.Literal`, or a tuple.
 
     Returns:
       The same value.
@@ -107,7 +107,7 @@ def choice(argument: str, value: Any, options: Any) -> Any:
     Raises:
       ValueError: If it is none of them.
     """
-    known = get_args(options)
+    known = options if isinstance(options, tuple) else get_args(options)
     if value not in known:
         raise ValueError(
             f"`{argument}` must be one of {', '.join(map(repr, known))}, got {value!r}. Choose one of them."

@@ -1,21 +1,20 @@
 """Embedding: the drop-in layer, a weight in a brainstate State read by the core's lookup."""
 
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import brainstate
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jax.custom_batching import custom_vmap
 from jaxtyping import Array, DTypeLike, Shaped
 
 from .. import _check, _ids
-from .._lookup import clipped_weight, read, renormalize
+from .._fill import Missing, warn_of_missing
+from .._lookup import clipped_weight, read
 from .._table import OutOfRange, Table
 from ._layers import link
+from ._store import clipped_table, inside_brainstate_transform
 from ._weight import in_unit, initial_weight, split_unit, with_unit, zero_row
 
 
@@ -196,6 +195,56 @@ class Embedding(brainstate.nn.Module):
         )
 
     @classmethod
+    def from_vectors(
+        cls,
+        vectors: Any,
+        tokens: Any = None,
+        missing: Missing = "mean",
+        *,
+        seed: int = 0,
+        return_report: bool = False,
+        **options: Any,
+    ) -> Any:
+        """Make a layer of vectors from a file, for a model's own vocabulary.
+
+        Args:
+          vectors: An `embax.Vectors`.
+          tokens: The model's vocabulary: an `embax.Vocabulary`, or a token a row. Its padding token, if it has one, is
+            the padding row. Default: the vocabulary of the vectors.
+          missing: What a token gets that has no vector: `"mean"`, `"random"`, `"zero"` or `"error"`, as in
+            `embax.Vectors.fill`.
+          seed: Of the random numbers.
+          return_report: Whether to return what was missing, too, instead of a warning that tells how much.
+          **options: As `from_pretrained`, frozen unless told otherwise.
+
+        Returns:
+          The layer; with `return_report` the layer and the `embax.vectors.Filled` that it was made of, whose `missing`
+          names the tokens without a vector and whose `found` counts the others.
+
+        Raises:
+          UnknownTokenError: If a token is missing and that is to be an error; a KeyError.
+          TypeError: As `from_pretrained`.
+          ValueError: As `from_pretrained` and `embax.Vectors.fill`.
+
+        Example:
+          >>> import embax
+          >>> vectors = embax.Vectors(["king", "queen"], [[1.0, 0.0], [0.0, 1.0]])
+          >>> embedding, report = embax.Embedding.from_vectors(vectors, ["queen", "sword"], return_report=True)
+          >>> embedding([0, 1])
+          Array([[0. , 1. ],
+                 [0.5, 0.5]], dtype=float32)
+          >>> report.missing
+          ('sword',)
+        """
+        filled = vectors.fill(vectors.vocabulary if tokens is None else tokens, missing, seed=seed)
+        special = getattr(vectors.vocabulary if tokens is None else tokens, "special", {})
+        layer = cls.from_pretrained(filled.weight, **{"padding_idx": special.get("padding"), **options})
+        if return_report:
+            return layer, filled
+        warn_of_missing(f"embax.{cls.__name__}.from_vectors", filled)
+        return layer
+
+    @classmethod
     def _of_weight(cls, embeddings: Any, size: str, **options: Any) -> Self:
         """Make a layer of a weight; `size` is what its constructor calls the size of a row."""
         mantissa, unit = split_unit(embeddings)
@@ -280,7 +329,9 @@ class Embedding(brainstate.nn.Module):
     def _may_store(self, table: Table, ids: Any) -> bool:
         if table.max_norm is None or table.freeze:
             return False
-        tracers = [leaf for leaf in (table.weight, ids) if isinstance(leaf, Tracer)]
+        # Constants alone are no tracers, but what `jit` computes of them is.
+        leaves = table.weight, ids, jnp.zeros(())
+        tracers = [leaf for leaf in leaves if isinstance(leaf, Tracer)]
         if not tracers:
             return True
         if not isinstance(self.weight, brainstate.State):  # no transformation carries its value out
@@ -288,57 +339,12 @@ class Embedding(brainstate.nn.Module):
         try:
             self.weight.check_valid_trace(str)  # a state of the present trace ends with it
         except brainstate.TraceContextError:
-            return _inside_brainstate_transform(tracers[0])
+            return inside_brainstate_transform(tracers[0])
         return True
 
     def _store(self, table: Table, ids: Any, unit: Any) -> None:
         if table.max_norm is not None and not table.freeze:
-            self.weight.value = with_unit(clipped_weight(table, ids, _clipped_table), unit)
-
-
-# brainstate has no public question for 'is one of your transformations active?', but the setter of a state from outside
-# of all traces refuses a tracer where none is. At this level no transformation records what happens to the probe.
-with jax.ensure_compile_time_eval():
-    _PROBE = brainstate.State(0)
-_PROBE.stack_level = sys.maxsize
-
-
-def _inside_brainstate_transform(tracer: Tracer) -> bool:
-    try:
-        _PROBE.value = tracer
-    except brainstate.TraceContextError:
-        return False
-    _PROBE.value = 0
-    return True
-
-
-@jax.custom_jvp
-def _renormalized(table: Table, ids: Array) -> Array:
-    return _renormalized_for_all_lanes(table, ids)
-
-
-@_renormalized.defjvp
-def _renormalized_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
-    # As in the core. JAX cannot split the derivative of a custom_vmap into primal and tangent, so it is said out here.
-    return _renormalized(*primals), tangents[0].weight
-
-
-_clipped_table = jax.jit(_renormalized)
-
-
-@custom_vmap
-def _renormalized_for_all_lanes(table: Table, ids: Array) -> Array:
-    return renormalize(table, ids).weight
-
-
-@_renormalized_for_all_lanes.def_vmap
-def _renormalized_by_lanes(axis_size: int, batched: Any, table: Table, ids: Array) -> tuple[Array, bool]:
-    """One weight that all lanes read stays one weight: it is renormalised for the ids of all lanes together."""
-    table_batched, ids_batched = batched
-    if not table_batched.weight:
-        return _renormalized_for_all_lanes(table, ids), False
-    lanes = jax.vmap(renormalize, in_axes=(0, 0 if ids_batched else None), axis_size=axis_size)
-    return lanes(table, ids).weight, True
+            self.weight.value = with_unit(clipped_weight(table, ids, clipped_table), unit)
 
 
 def _sizes(embedding_size: Any) -> tuple[int, ...]:

@@ -2,8 +2,16 @@
 
 from ._atomic import check_writable as check_writable
 from ._atomic import replacing as replacing
+from ._contents import Contents as Contents
+from ._contents import DuplicateTokensWarning as DuplicateTokensWarning
 from ._error import FormatError as FormatError
-from ._safetensors import Contents as Contents
+from ._identify import Identity as Identity
+from ._identify import identify as identify
+from ._load import FORMATS as FORMATS
+from ._load import format_to_write as format_to_write
+from ._load import load as load
+from ._load import save as save
 from ._safetensors import read_safetensors as read_safetensors
 from ._safetensors import write_safetensors as write_safetensors
+from ._tensor import UnnamedRowsWarning as UnnamedRowsWarning
 from ._text import read_text as read_text

@@ -84,6 +84,8 @@ def _prepare(path: str | os.PathLike[str]) -> tuple[str, str]:
     # A rename onto a device such as /dev/null would replace the device.
     if os.path.exists(destination) and not os.path.isfile(destination):
         raise OSError(errno.EINVAL, "Is not a regular file, so it cannot be replaced", path)
+    if os.path.islink(destination):
+        raise OSError(errno.ELOOP, "Is a symbolic link that leads to itself", path)
     directory, name = os.path.split(destination)
     if not os.path.exists(directory):
         raise FileNotFoundError(errno.ENOENT, "No such directory", os.path.dirname(path))

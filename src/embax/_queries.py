@@ -1,0 +1,242 @@
+"""Nearest rows, exactly: the greatest product of each segment of rows first, then the few segments that matter."""
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float, Float32, Float64, Int64
+
+# Of so many rows one greatest product is kept. Fewer rows a segment make more of them to choose from, more rows make
+# each of those chosen dearer to look at.
+SEGMENT = 128
+# A block of products has at most 512 x 4096 entries, 8 MB: best of those tried with 50 and 300 columns on two cores.
+_BLOCK_ROWS = 4096
+_BLOCK_QUERIES = (32, 128, 512)  # each compiled once, the smallest that holds what is left of the queries
+# As few queries are multiplied one by one, with all rows at once up to 4 MB of products.
+_FEW, _ROWS_OF_ONE = 8, 1 << 20
+# Entries of a block of rows, 4 or 8 MB.
+_ENTRIES = 1 << 20
+# Where memory begins at a multiple of this, JAX reads it on the processor without a copy.
+_ALIGNMENT = 64
+
+
+class Queries(NamedTuple):
+    """Queries scaled so that no product leaves the range of float32; the order of the rows stays."""
+
+    scaled: Float32[np.ndarray, "queries dim"]  # the greatest entry is in [0.5, 1); NaN where one is not finite
+    scale: Float64[np.ndarray, " queries"]  # a power of two, by which the products are multiplied
+    error: Float64[np.ndarray, " queries"]  # how far at most a float32 product with a unit row is from the true one
+
+
+def unit_rows(rows: Float[np.ndarray, "rows dim"]) -> Float32[np.ndarray, "rows dim"]:
+    """Scale rows to length 1.
+
+    Args:
+      rows: Rows of any float dtype; blocks of them are read, so that they may be mapped from a file.
+
+    Returns:
+      The rows; those of zeros stay, those with NaN or infinity are NaN.
+    """
+    unit = _aligned(rows.shape[0], rows.shape[1])
+    for block in _blocks(rows.shape[0], rows.shape[1]):
+        part = np.asarray(rows[block], np.float64)
+        # The largest entry is taken out first, so that no square leaves the range.
+        largest = np.abs(part).max(axis=1, keepdims=True, initial=0)
+        largest[~np.isfinite(largest)] = np.nan
+        part = part / np.where(largest == 0, 1, largest)
+        length = np.sqrt(np.einsum("rd,rd->r", part, part))[:, None]
+        unit[block] = part / np.where(length == 0, 1, length)
+    return unit
+
+
+def nearest(
+    unit: Float32[np.ndarray, "rows dim"],
+    queries: Float[np.ndarray, "queries dim"],
+    k: int,
+    exclude: Int64[np.ndarray, "queries excluded"] | None = None,
+) -> tuple[Int64[np.ndarray, "queries k"], Float32[np.ndarray, "queries k"]]:
+    """Find the rows of the highest product with each query.
+
+    Products in float32 tell which rows can be among the first; those are multiplied again in float64, which
+    decides. So the result is that of float64 throughout, and the same for a query alone as among others.
+
+    Args:
+      unit: Rows of length 1 at most; those of NaN never come.
+      queries: Any vectors. One that is not finite finds no row.
+      k: How many rows to find.
+      exclude: Row numbers to leave out, for each query; -1 is none.
+
+    Returns:
+      The rows, of the highest product first and of equal ones the lower row first, and their products (cosines where
+      the queries have length 1). Where there are fewer than `k`, row -1 and NaN stand in the places left over.
+    """
+    rows = np.full((queries.shape[0], k), -1, np.int64)
+    products = np.full((queries.shape[0], k), np.nan, np.float32)
+    if not k or not unit.shape[0]:
+        return rows, products
+    if exclude is None:
+        exclude = np.empty((queries.shape[0], 0), np.int64)
+    for start in range(0, queries.shape[0], _BLOCK_QUERIES[-1]):
+        group = slice(start, start + _BLOCK_QUERIES[-1])
+        prepared = scaled(queries[group])
+        maxima = _greatest(unit, prepared.scaled)
+        for place in np.flatnonzero(np.isfinite(prepared.error)):
+            query = Queries(*(field[place] for field in prepared))
+            found, values = _best(unit, query, maxima[place], k, exclude[start + place])
+            rows[start + place, : found.shape[0]] = found
+            products[start + place, : found.shape[0]] = values
+    return rows, products
+
+
+def scaled(queries: Float[np.ndarray, "queries dim"]) -> Queries:
+    """Scale queries by powers of two, which changes no digit of a product."""
+    queries = np.asarray(queries, np.float64)
+    largest = np.abs(queries).max(axis=1, initial=0)
+    largest[~np.isfinite(largest)] = np.nan
+    # No float is as large as 2 to the power of 1025; the exponent of NaN is whatever it is.
+    scale = np.ldexp(1.0, np.where(largest > 0, np.frexp(np.where(largest > 0, largest, 1))[1], 0) - 1)
+    near_one = queries / np.where(np.isnan(largest), np.nan, scale)[:, None] / 2
+    # Each of dim products and sums is off by half an eps at most; twice that covers the rounding of the bound, and
+    # the rounding of the query to float32.
+    error = (2 + queries.shape[1]) * float(np.finfo(np.float32).eps) * np.sqrt((near_one**2).sum(axis=1))
+    return Queries(near_one.astype(np.float32), 2 * scale, error)
+
+
+def _greatest(
+    unit: Float32[np.ndarray, "rows dim"], queries: Float32[np.ndarray, "queries dim"]
+) -> Float32[np.ndarray, "queries segments"]:
+    """The greatest product of each query with each segment of rows, leaving out NaN."""
+    number, dim = queries.shape
+    maxima = np.empty((number, -(-unit.shape[0] // SEGMENT)), np.float32)
+    if number <= _FEW:
+        for place in range(number):
+            one = queries[place : place + 1]
+            fill(_greatest_of_block, unit, one, min(_ROWS_OF_ONE, unit.shape[0]), maxima[place : place + 1])
+        return maxima
+    size = next(size for size in _BLOCK_QUERIES if number <= size)
+    queries = np.concatenate([queries, np.zeros((size - number, dim), np.float32)])
+    fill(_greatest_of_block, unit, queries, block_rows(dim), maxima)
+    return maxima
+
+
+def block_rows(dim: int) -> int:
+    """How many rows a block has."""
+    return max(SEGMENT, min(_BLOCK_ROWS, _ENTRIES // max(dim, 1)) // SEGMENT * SEGMENT)
+
+
+def fill(
+    greatest_of_block: Callable[[Any, jax.Array], jax.Array],
+    unit: Float32[np.ndarray, "rows dim"],
+    queries: Any,
+    length: int,
+    maxima: Float32[np.ndarray, "queries segments"],
+) -> None:
+    """Fill in the greatest value of each segment, by blocks of rows.
+
+    Args:
+      greatest_of_block: A compiled function of the queries and a block of rows: `(padded queries, segments)`.
+      unit: The rows.
+      queries: An array, or several, of the queries.
+      length: How many rows a block has; the last one is filled up with NaN, so that all compile to one program.
+      maxima: What to fill in.
+    """
+    number, segments = maxima.shape
+    device = _cpu()
+    on_device = jax.device_put(queries, device)
+    for start in range(0, unit.shape[0], length):
+        block = unit[start : start + length]
+        if block.shape[0] < length:
+            block = np.concatenate([block, np.full((length - block.shape[0], unit.shape[1]), np.nan, np.float32)])
+        place = slice(start // SEGMENT, min(-(-(start + length) // SEGMENT), segments))
+        greatest = np.asarray(greatest_of_block(on_device, jax.device_put(block, device)))
+        maxima[:, place] = greatest[:number, : place.stop - place.start]
+
+
+@jax.jit
+def _greatest_of_block(queries: Float32[jax.Array, "queries dim"], rows: Float32[jax.Array, "rows dim"]) -> jax.Array:
+    # Some accelerators would take fewer digits, which the bound of the error does not allow for.
+    if queries.shape[0] == 1:  # as a vector, or XLA transposes the rows first
+        products = jnp.matmul(rows, queries[0], precision=jax.lax.Precision.HIGHEST)[None]
+    else:
+        products = jnp.matmul(queries, rows.T, precision=jax.lax.Precision.HIGHEST)
+    return by_segment(products)
+
+
+def by_segment(values: Float32[jax.Array, "queries rows"]) -> Float32[jax.Array, "queries segments"]:
+    """The greatest value of each segment, leaving out NaN."""
+    values = jnp.where(jnp.isnan(values), -jnp.inf, values)
+    values = jnp.pad(values, ((0, 0), (0, -values.shape[1] % SEGMENT)), constant_values=-jnp.inf)
+    return values.reshape(values.shape[0], -1, SEGMENT).max(axis=-1)
+
+
+@functools.cache
+def _cpu() -> Any:
+    """The processor, as the rows are in its memory; another device where JAX was told to leave it alone."""
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError:
+        return jax.local_devices()[0]
+
+
+def _best(
+    unit: Float32[np.ndarray, "rows dim"],
+    query: Queries,
+    maxima: Float32[np.ndarray, " segments"],
+    k: int,
+    exclude: Int64[np.ndarray, " excluded"],
+) -> tuple[Int64[np.ndarray, " found"], Float64[np.ndarray, " found"]]:
+    """Find the rows of one query, given the greatest product of each segment."""
+    # Of so many rows that differ, k are not excluded. Every row that can be among the first has a true product of no
+    # less than the least of theirs, and each float32 product is off by one error.
+    wanted = k + exclude.shape[0]
+    rows = rows_of(np.flatnonzero(maxima >= nth_greatest(maxima, wanted) - 2 * query.error), unit.shape[0])
+    near = products_of(unit, rows, query.scaled, np.float32)
+    near[np.isnan(near)] = -np.inf
+    rows = rows[(near >= nth_greatest(near, wanted) - 2 * query.error) & (near > -np.inf)]
+    for excluded in exclude:
+        rows = rows[rows != excluded]
+    products = products_of(unit, rows, query.scaled, np.float64)
+    order = np.lexsort((rows, -products))[:k]
+    return rows[order], products[order] * query.scale
+
+
+def products_of(
+    unit: Float32[np.ndarray, "rows dim"], rows: Int64[np.ndarray, " some"], query: np.ndarray, dtype: Any
+) -> Float[np.ndarray, " some"]:
+    """Multiply some rows with a query, in float64 such that equal rows have equal products."""
+    products = np.empty(rows.shape[0], dtype)
+    for block in _blocks(rows.shape[0], unit.shape[1]):
+        part = unit[rows[block]]
+        if dtype == np.float32:
+            np.matmul(part, query, out=products[block])
+        else:
+            # Sums along the last axis are taken in one order for any number of rows, which a BLAS does not promise.
+            (part * query.astype(np.float64)).sum(axis=1, out=products[block])
+    return products
+
+
+def rows_of(segments: Int64[np.ndarray, " segments"], number: int) -> Int64[np.ndarray, " rows"]:
+    """The rows of some segments, of `number` rows in all."""
+    rows = (segments[:, None] * SEGMENT + np.arange(SEGMENT)).ravel()
+    return rows[: np.searchsorted(rows, number)]
+
+
+def nth_greatest(values: Float32[np.ndarray, " number"], n: int) -> float:
+    """The n-th greatest of some values, minus infinity where there are fewer."""
+    size = values.shape[0]
+    return float(np.partition(values, size - n)[size - n]) if n <= size else -np.inf
+
+
+def _aligned(rows: int, dim: int) -> Float32[np.ndarray, "rows dim"]:
+    memory = np.empty(rows * dim * 4 + _ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % _ALIGNMENT
+    return memory[start : start + rows * dim * 4].view(np.float32).reshape(rows, dim)
+
+
+def _blocks(rows: int, dim: int) -> Iterator[slice]:
+    """Cut rows into blocks of a few MB."""
+    length = max(1, _ENTRIES // max(dim, 1))
+    return (slice(start, min(start + length, rows)) for start in range(0, rows, length))

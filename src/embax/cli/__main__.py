@@ -1,0 +1,5 @@
+"""`python -m embax.cli`."""
+
+from ._main import main
+
+main()

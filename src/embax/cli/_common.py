@@ -1,0 +1,174 @@
+"""What the commands share: options, checks of their values, errors, tables and JSON."""
+
+import codecs
+import contextlib
+import json
+import math
+import os
+import re
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+class UserError(Exception):
+    """What the user can mend, in one line."""
+
+
+def rule(fits: Callable[[Any], bool], text: str | Callable[[], str]) -> Callable[[Any], Any]:
+    """Check an option's value, in words of our own: Typer's do not name the value."""
+
+    def check(value: Any) -> Any:
+        if value is not None and not fits(value):
+            shown = repr(value) if isinstance(value, str) else value
+            raise typer.BadParameter(f"must be {text if isinstance(text, str) else text()}, got {shown}")
+        return value
+
+    return check
+
+
+at_least_one = rule(lambda value: 1 <= value < 2**31, "at least 1 and below 2**31")
+not_negative = rule(lambda value: value >= 0, "0 or more")
+_above_zero = rule(lambda value: 0 < value < math.inf, "a number above 0")
+one_of_formats = rule(lambda value: value in formats(), lambda: f"one of {', '.join(formats())}")
+
+
+def formats() -> tuple[str, ...]:
+    """The names of the formats of files; looked up when they are asked for, as that takes a moment."""
+    import embax.files
+
+    return embax.files.FORMATS
+
+
+def _is_encoding(name: str) -> bool:
+    try:
+        # Some, such as "rot13", are no encodings of text.
+        return bool("a".encode(codecs.lookup(name).name))
+    except (LookupError, ValueError):  # a name with a zero character is a ValueError
+        return False
+
+
+VectorsFile = Annotated[
+    str,
+    typer.Argument(
+        metavar="FILE",
+        help="A file of vectors of any format embax knows, plain or compressed. A tensor, or a file in an archive, "
+        "is named after a colon.",
+    ),
+]
+Format = Annotated[
+    str | None,
+    typer.Option(
+        callback=one_of_formats,
+        autocompletion=lambda: list(formats()),
+        help="The format of the file. Default: that of its content.",
+    ),
+]
+Limit = Annotated[int | None, typer.Option(callback=at_least_one, help="Read the first rows only, as many.")]
+Encoding = Annotated[
+    str,
+    typer.Option(callback=rule(_is_encoding, "an encoding such as latin-1"), help="Of the tokens in the file."),
+]
+MaxExpansion = Annotated[
+    float,
+    typer.Option(callback=_above_zero, help="How many times its size a compressed file may grow to."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")]
+Number = Annotated[int, typer.Option("-k", callback=at_least_one, help="How many to print.")]
+
+
+@contextlib.contextmanager
+def in_one_line(name: str | None = None) -> Iterator[None]:
+    """Turn what the library raises for bad values into errors of one line, and tell of its warnings.
+
+    Args:
+      name: What the message begins with, such as a file.
+    """
+    import embax.files
+    from embax.vocabulary import UnknownTokenError
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", embax.files.DuplicateTokensWarning)
+        if "embax.vectors" in sys.modules:
+            from embax.vectors import NotFiniteWarning
+
+            warnings.simplefilter("always", NotFiniteWarning)
+        try:
+            yield
+        except embax.files.FormatError:
+            raise
+        except UnknownTokenError as error:
+            raise UserError(str(error)) from None
+        except (ValueError, ImportError) as error:
+            # What the call is named in Python is of no use here.
+            message = re.sub(r"^`embax\.[^`]*` ", "", str(error))
+            raise UserError(message if name is None else f"{name}: {message}") from None
+    for warning in caught:
+        if warning.category.__module__.startswith("embax."):
+            note(str(warning.message))
+
+
+def note(message: str) -> None:
+    """Tell of something that is no error."""
+    print(f"embax: note: {printable(message)}", file=sys.stderr)
+
+
+def printable(token: str) -> str:
+    """Spell out control characters, with which a file could rule the terminal."""
+    return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in token)
+
+
+def print_json(document: dict[str, Any]) -> None:
+    """Print a document; what is no finite number is null."""
+    typer.echo(json.dumps(_finite(document), allow_nan=False, indent=2))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def plain_table(*columns: str | tuple[str, bool]) -> "Table":
+    """Begin a table without lines; a pair's second says whether numbers stand in the column."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    for column in columns:
+        name, is_number = (column, False) if isinstance(column, str) else column
+        table.add_column(Text(printable(name)), justify="right" if is_number else "left", overflow="fold")
+    return table
+
+
+def print_table(renderable: Any) -> None:
+    """Print a table, without spaces at the ends of lines."""
+    from rich.console import Console
+
+    console = Console()
+    with console.capture() as capture:
+        console.print(renderable)
+    # A terminal that was closed is told to by a short count; rich would end the program by itself.
+    typer.echo("".join(f"{line.rstrip()}\n" for line in capture.get().splitlines()), nl=False)
+
+
+def bytes_in_words(size: float) -> str:
+    """Write a size for people, in powers of 1000."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if size < 999.5:
+            return f"{size:,.0f} bytes" if unit == "bytes" else f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:,.3g} TB"
+
+
+def is_same_file(one: str, other: str) -> bool:
+    """Tell whether two paths lead to one file that exists."""
+    return os.path.exists(one) and os.path.exists(other) and os.path.samefile(one, other)

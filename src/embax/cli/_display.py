@@ -1,0 +1,122 @@
+"""Progress on standard error: a bar or a spinner on a terminal."""
+
+import contextlib
+import math
+import sys
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from embax.train import Progress
+
+# Seconds between two reports of progress: drawn on a terminal, or printed as lines elsewhere.
+_REDRAW, _LINE = 0.2, 5.0
+# Seconds before a spinner is drawn: what is over sooner needs none.
+_PATIENCE = 0.4
+
+
+@contextlib.contextmanager
+def waiting(message: str) -> Iterator[None]:
+    """Draw a spinner with the time that has passed, where there is a terminal and it takes a while.
+
+    Args:
+      message: What is being done.
+    """
+    console = _terminal()
+    if console is None:
+        yield
+        return
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
+    spinner = Progress(*columns, console=console, transient=True)
+    spinner.add_task(message, total=None)
+    begin = threading.Timer(_PATIENCE, spinner.start)
+    begin.daemon = True
+    begin.start()
+    try:
+        yield
+    finally:
+        begin.cancel()
+        begin.join()  # it may be starting at this moment
+        spinner.stop()
+
+
+def _terminal() -> "Console | None":
+    """The terminal to draw on, if standard error is one."""
+    if sys.stderr is None or not sys.stderr.isatty():
+        return None
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    return console if console.is_terminal and not console.is_dumb_terminal else None
+
+
+class Display:
+    """Progress of training: a bar on a terminal, else a line now and then."""
+
+    def __init__(self):
+        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+
+        console = _terminal()
+        self._bar = None
+        if console is not None:
+            columns = (BarColumn(), TaskProgressColumn(), TextColumn("{task.description}", markup=False))
+            self._bar = Progress(*columns, console=console, transient=True)
+            self._task = self._bar.add_task("", total=None)
+        self._shown = -math.inf
+
+    def __enter__(self) -> "Display":
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def reading(self, sequences: Iterable[list[str]]) -> Iterator[list[str]]:
+        """Pass the sequences on, and tell how many words have passed."""
+        words, self._shown = 0, time.monotonic()
+        for sequence in sequences:
+            yield sequence
+            words += len(sequence)
+            if self._due():
+                self._show(f"read {words:,} words", None)
+
+    def training(self, progress: "Progress") -> None:
+        """Tell how far training has come."""
+        finished = progress.words == progress.total_words
+        if self._due() or finished:
+            self._show(
+                f"epoch {progress.epoch}/{progress.epochs}, loss {float(progress.loss):.3f}, "
+                f"{progress.words_per_second:,.0f} words/s, {_duration(progress.seconds_left)} left",
+                progress.words / progress.total_words,
+            )
+
+    def say(self, message: str) -> None:
+        """Print a line that stays."""
+        print(f"embax: {message}", file=sys.stderr) if self._bar is None else self._bar.console.print(message)
+
+    def _due(self) -> bool:
+        return time.monotonic() - self._shown >= (_LINE if self._bar is None else _REDRAW)
+
+    def _show(self, message: str, part: float | None) -> None:
+        self._shown = time.monotonic()
+        if self._bar is None:
+            self.say(message if part is None else f"{part:4.0%}, {message}")
+        else:
+            self._bar.update(self._task, description=message, completed=part or 0, total=part and 1)
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -1,0 +1,172 @@
+"""`embax evaluate`: how good vectors are, by analogies and by people's judgement of pairs."""
+
+import importlib.util
+import os
+from typing import Annotated, Any
+
+import typer
+
+from ._common import (
+    Encoding,
+    Format,
+    Json,
+    Limit,
+    MaxExpansion,
+    UserError,
+    VectorsFile,
+    at_least_one,
+    in_one_line,
+    note,
+    plain_table,
+    print_json,
+    print_table,
+    printable,
+)
+from ._display import waiting
+from ._queries import load
+
+_ANALOGIES = "questions-words.txt"
+_WORD_PAIRS = ("wordsim353.tsv", "simlex999.txt")
+
+
+def evaluate(
+    file: VectorsFile,
+    analogies: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PATH", help="A file of analogies, four words a line, in sections that begin with a colon."
+        ),
+    ] = None,
+    word_pairs: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATH", help="A file of two words and how similar they are a line; may be repeated."),
+    ] = None,
+    restrict: Annotated[
+        int, typer.Option(callback=at_least_one, help="How many tokens, the first ones, are the vocabulary.")
+    ] = 300_000,
+    format: Format = None,
+    limit: Limit = None,
+    encoding: Encoding = "utf-8",
+    max_expansion: MaxExpansion = 100.0,
+    json: Json = False,
+) -> None:
+    """Print how well vectors solve analogies, and how well their cosines agree with people's judgement.
+
+    Without paths these are Google's analogies, WordSim-353 and SimLex-999 out of the package gensim, if that is there.
+    """
+    are_chosen = analogies is not None or bool(word_pairs)
+    if not are_chosen:
+        analogies, word_pairs = _of_gensim()
+    for path in [*([] if analogies is None else [analogies]), *(word_pairs or [])]:
+        open(path, "rb").close()  # before vectors are loaded, which may take long
+    vectors = load(file, format=format, limit=limit, encoding=encoding, max_expansion=max_expansion)
+    import embax.evaluate
+
+    solved, agreed = None, {}
+    if analogies is not None:
+        with in_one_line(analogies), waiting(f"solving {printable(os.path.basename(analogies))}"):
+            solved = embax.evaluate.analogies(vectors, analogies, restrict=restrict)
+    for path in word_pairs or []:
+        try:
+            with in_one_line(path), waiting(f"comparing {printable(os.path.basename(path))}"):
+                agreed[path] = embax.evaluate.word_pairs(vectors, path, restrict=restrict)
+        except UserError as error:
+            if are_chosen:
+                raise
+            # Not all vectors have the words of all files, and there is more to tell.
+            note(str(error))
+    found = {
+        "file": file,
+        "restrict": restrict,
+        "analogies": _counts(analogies, solved),
+        "word_pairs": _figures(agreed),
+    }
+    if json:
+        print_json(found)
+        return
+    tables = [
+        table for table in (_of_sections(found["analogies"]), _of_pairs(found["word_pairs"])) if table is not None
+    ]
+    for place, table in enumerate(tables):
+        if place:
+            typer.echo()
+        print_table(table)
+
+
+def _of_gensim() -> tuple[str, list[str]]:
+    """Find the files of words in the package gensim, without loading it."""
+    found = importlib.util.find_spec("gensim")
+    if found is not None and found.submodule_search_locations:
+        folder = os.path.join(next(iter(found.submodule_search_locations)), "test", "test_data")
+        paths = [os.path.join(folder, name) for name in (_ANALOGIES, *_WORD_PAIRS)]
+        if all(map(os.path.isfile, paths)):
+            return paths[0], paths[1:]
+    raise UserError(
+        f"there are no words to evaluate with. Pass --analogies with the path of {_ANALOGIES}, or --word-pairs with "
+        "that of a file of pairs, or pip install gensim, which has some."
+    )
+
+
+def _counts(path: str | None, report: Any) -> dict[str, Any] | None:
+    if report is None:
+        return None
+    return {
+        "path": path,
+        "accuracy": report.accuracy,
+        "correct": report.correct,
+        "total": report.total,
+        "skipped": report.skipped,
+        "sections": [
+            {"name": section.name, "correct": section.correct, "total": section.total} for section in report.sections
+        ],
+    }
+
+
+def _figures(reports: dict[str, Any]) -> list[dict[str, Any]]:
+    return [
+        {
+            "path": path,
+            "spearman": report.spearman,
+            "pearson": report.pearson,
+            "pairs": report.pairs,
+            "missing": report.missing,
+        }
+        for path, report in reports.items()
+    ]
+
+
+def _of_sections(found: dict[str, Any] | None) -> Any:
+    if found is None:
+        return None
+    from rich.text import Text
+
+    table = plain_table(os.path.basename(found["path"]), ("correct", True), ("of", True), ("accuracy", True))
+    for section in found["sections"]:
+        correct, total = section["correct"], section["total"]
+        table.add_row(Text(printable(section["name"])), f"{correct:,}", f"{total:,}", _percent(correct, total))
+    correct, total = found["correct"], found["total"]
+    table.add_row("all", f"{correct:,}", f"{total:,}", _percent(correct, total), style="bold")
+    if found["skipped"]:
+        table.add_row("skipped, of unknown words", "", f"{found['skipped']:,}", "")
+    return table
+
+
+def _of_pairs(found: list[dict[str, Any]]) -> Any:
+    if not found:
+        return None
+    from rich.text import Text
+
+    table = plain_table("word pairs", ("Spearman", True), ("Pearson", True), ("pairs", True), ("missing", True))
+    for report in found:
+        table.add_row(
+            Text(printable(os.path.basename(report["path"]))),
+            f"{report['spearman']:.4f}",
+            f"{report['pearson']:.4f}",
+            f"{report['pairs']:,}",
+            f"{report['missing']:,}",
+        )
+    return table
+
+
+def _percent(correct: int, total: int) -> str:
+    return f"{correct / total:.2%}" if total else "-"

@@ -1,0 +1,97 @@
+"""The program: its commands, and what becomes of errors."""
+
+import os
+import sys
+from typing import Annotated, NoReturn
+
+import typer
+
+import embax
+
+from ._common import UserError, printable
+from ._evaluate import evaluate
+from ._files import convert, info
+from ._map import map_
+from ._queries import analogy, neighbors
+from ._train import train
+
+# What a shell reports for a program that an interrupt ended: 128 and the signal's number.
+_INTERRUPTED = 130
+# Typer completes instead of running a command where this says so.
+_COMPLETE = "_EMBAX_COMPLETE"
+_SHELLS = ("bash", "zsh", "fish", "powershell")
+
+app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False)
+# In the list of commands a line has room for so much.
+for _name, _command, _help in (
+    ("train", train, "Learn word vectors from a text."),
+    ("info", info, "Print what a file of vectors holds."),
+    ("convert", convert, "Write vectors in another format."),
+    ("neighbors", neighbors, "Print the words nearest to others."),
+    ("analogy", analogy, "Print what is to C as A is to B."),
+    ("evaluate", evaluate, "Print how good vectors are."),
+    ("map", map_, "Draw a map of words."),
+):
+    app.command(_name, short_help=_help)(_command)
+
+
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """Run the command line and exit: status 0, or 2 and one line on standard error for what the user can mend.
+
+    Args:
+      arguments: What follows the program's name. Default: the process's own.
+
+    Raises:
+      SystemExit: Always.
+    """
+    _choose_shell(sys.argv[1:] if arguments is None else arguments)
+    try:
+        # Typer itself exits, without a word and with status 1, where the output is a pipe that was closed.
+        status = app(arguments, prog_name="embax", standalone_mode=False) or 0
+    except (typer.Abort, KeyboardInterrupt):
+        status = _INTERRUPTED
+    except typer.TyperException as error:
+        status = _complain(f"{error.format_message().rstrip('.')}. See embax --help.")
+    except UserError as error:
+        status = _complain(str(error))
+    except OSError as error:
+        reason = error.strerror or str(error)
+        status = _complain(f"{reason}." if error.filename is None else f"{error.filename or repr('')}: {reason}.")
+    except MemoryError:
+        status = _complain("not enough memory. Pass --limit to read fewer rows.")
+    except ValueError as error:
+        import embax.files
+
+        if not isinstance(error, embax.files.FormatError):
+            raise
+        # Some explain over several lines how to convert a file.
+        status = _complain(*str(error).splitlines())
+    finally:
+        os.environ.pop(_COMPLETE, None)
+    sys.exit(status)
+
+
+def _choose_shell(arguments: list[str]) -> None:
+    """Let `--show-completion` take the name of a shell: alone, it asks which one has started it."""
+    if len(arguments) == 2 and arguments[0] == "--show-completion":
+        if arguments[1] not in _SHELLS:
+            sys.exit(_complain(f"--show-completion must be one of {', '.join(_SHELLS)}, got {arguments[1]!r}."))
+        os.environ[_COMPLETE] = f"source_{arguments[1]}"
+
+
+def _complain(*lines: str) -> int:
+    print("embax: error: " + "\n".join(map(printable, lines)), file=sys.stderr)
+    return 2
+
+
+@app.callback(invoke_without_command=True)
+def _embax(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
+) -> None:
+    """Word vectors: learn them from text, read and convert files of them, ask for neighbours, draw a map."""
+    if version:
+        typer.echo(f"embax {embax.__version__}")
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())

@@ -1,0 +1,104 @@
+"""`embax map`: a picture of some tokens."""
+
+import os
+from typing import Annotated
+
+import typer
+
+from ._common import (
+    Encoding,
+    Format,
+    Json,
+    Limit,
+    MaxExpansion,
+    UserError,
+    VectorsFile,
+    at_least_one,
+    in_one_line,
+    is_same_file,
+    not_negative,
+    note,
+    print_json,
+    printable,
+    rule,
+)
+from ._display import waiting
+from ._queries import load
+
+_SUFFIXES = (".png", ".html")
+_NEIGHBORS = 5
+
+
+def map_(
+    file: VectorsFile,
+    output: Annotated[
+        str,
+        typer.Option(
+            "--output",
+            "-o",
+            help="The picture: .png to look at, or .html, a page to explore in a browser.",
+        ),
+    ],
+    words: Annotated[
+        list[str] | None,
+        typer.Option(metavar="A,B,...", help="The tokens to draw, with commas between them; may be repeated."),
+    ] = None,
+    first: Annotated[
+        int, typer.Option(callback=at_least_one, help="Draw the first tokens of the file, as many.")
+    ] = 300,
+    method: Annotated[
+        str,
+        typer.Option(
+            callback=rule(lambda value: value in ("pca", "umap"), "pca or umap"),
+            autocompletion=lambda: ["pca", "umap"],
+            help='How directions become points: pca, or umap, which needs "embax[umap]".',
+        ),
+    ] = "pca",
+    seed: Annotated[int, typer.Option(callback=not_negative, help="Of umap's random numbers.")] = 0,
+    format: Format = None,
+    limit: Limit = None,
+    encoding: Encoding = "utf-8",
+    max_expansion: MaxExpansion = 100.0,
+    json: Json = False,
+) -> None:
+    """Draw a map of tokens: those whose vectors have like directions lie near each other."""
+    import numpy as np
+
+    import embax.files
+    import embax.maps
+
+    if not output.lower().endswith(_SUFFIXES):
+        raise UserError(f"{output}: must end in {' or '.join(_SUFFIXES)}. Rename it.")
+    embax.files.check_writable(output)
+    if is_same_file(file, output):
+        raise UserError(f"{output}: is the file to read itself. Name another file for the map.")
+    vectors = load(file, format=format, limit=limit, encoding=encoding, max_expansion=max_expansion)
+    with in_one_line(), waiting("drawing"):
+        directions = vectors.normalized().weight
+        rows = np.arange(min(first, len(vectors))) if words is None else vectors.vocabulary.ids(_split(words))
+        finite = np.isfinite(directions[rows]).all(axis=1)
+        rows, left_out = rows[finite], int((~finite).sum())
+        tokens = vectors.vocabulary.tokens(rows)
+        points = embax.maps.project(directions[rows], method="umap" if method == "umap" else "pca", seed=seed)
+        title = f"{os.path.basename(file)}: {len(tokens):,} tokens"
+        if output.lower().endswith(".png"):
+            embax.maps.draw_png(output, tokens, points, title=title, caption=_caption(method))
+        else:
+            nearest = vectors.most_similar_batch(tokens, k=_NEIGHBORS)
+            embax.maps.draw_html(output, tokens, points, title=title, caption=_caption(method), nearest=nearest)
+    if left_out:
+        note(f"{left_out:,} tokens are left out, as their vectors hold NaN or infinity.")
+    if json:
+        places = [{"token": token, "x": float(x), "y": float(y)} for token, (x, y) in zip(tokens, points, strict=True)]
+        print_json({"file": file, "output": output, "method": method, "points": places})
+        return
+    typer.echo(f"embax: wrote {printable(output)}: {len(tokens):,} tokens", err=True)
+
+
+def _split(words: list[str]) -> list[str]:
+    """Cut lists of words at commas; a word given twice is drawn once."""
+    return list(dict.fromkeys(word.strip() for part in words for word in part.split(",") if word.strip()))
+
+
+def _caption(method: str) -> str:
+    return "Principal components of the directions" if method == "pca" else "UMAP of the directions"

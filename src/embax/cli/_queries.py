@@ -1,0 +1,114 @@
+"""`embax neighbors` and `embax analogy`: what is near what."""
+
+import os
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ._common import (
+    Encoding,
+    Format,
+    Json,
+    Limit,
+    MaxExpansion,
+    Number,
+    VectorsFile,
+    in_one_line,
+    plain_table,
+    print_json,
+    print_table,
+    printable,
+    rule,
+)
+from ._display import waiting
+
+if TYPE_CHECKING:
+    from embax.vectors import Vectors
+
+
+def neighbors(
+    file: VectorsFile,
+    words: Annotated[list[str], typer.Argument(metavar="WORD", help="The words whose neighbours to find.")],
+    number: Number = 10,
+    approx: Annotated[
+        bool, typer.Option("--approx", help='Ask an index, which may miss a few; needs "embax[approximate]".')
+    ] = False,
+    format: Format = None,
+    limit: Limit = None,
+    encoding: Encoding = "utf-8",
+    max_expansion: MaxExpansion = 100.0,
+    json: Json = False,
+) -> None:
+    """Print the words whose vectors are nearest in direction, with their cosines."""
+    vectors = load(file, format=format, limit=limit, encoding=encoding, max_expansion=max_expansion)
+    with waiting("looking for neighbours"), in_one_line():
+        found = vectors.most_similar_batch(words, k=number, approx=approx)
+    if json:
+        print_json(
+            {
+                "file": file,
+                "neighbors": [
+                    {"word": word, "nearest": [{"token": token, "cosine": cosine} for token, cosine in nearest]}
+                    for word, nearest in zip(words, found, strict=True)
+                ],
+            }
+        )
+        return
+    print_table(_side_by_side(dict(zip(words, found, strict=True))))
+
+
+def analogy(
+    file: VectorsFile,
+    a: Annotated[str, typer.Argument(metavar="A", help="A word, such as king.")],
+    b: Annotated[str, typer.Argument(metavar="B", help="What it is to, such as man.")],
+    c: Annotated[str, typer.Argument(metavar="C", help="What the answer is to be to, such as woman.")],
+    number: Number = 10,
+    method: Annotated[
+        str,
+        typer.Option(
+            callback=rule(lambda value: value in ("add", "mul"), "add or mul"),
+            autocompletion=lambda: ["add", "mul"],
+            help="add: the cosine to the sum of directions. mul: the product of cosines, 3CosMul.",
+        ),
+    ] = "add",
+    format: Format = None,
+    limit: Limit = None,
+    encoding: Encoding = "utf-8",
+    max_expansion: MaxExpansion = 100.0,
+    json: Json = False,
+) -> None:
+    """Print what is to C as A is to B: `embax analogy FILE king man woman` finds queen."""
+    vectors = load(file, format=format, limit=limit, encoding=encoding, max_expansion=max_expansion)
+    with waiting("looking for the answer"), in_one_line():
+        found = vectors.analogy(a, b, c, k=number, method="mul" if method == "mul" else "add")
+    if json:
+        candidates = [{"token": token, "score": score} for token, score in found]
+        print_json({"file": file, "a": a, "b": b, "c": c, "method": method, "candidates": candidates})
+        return
+    print_table(_column(f"{a} - {b} + {c}", found, "cosine" if method == "add" else "3CosMul"))
+
+
+def load(file: str, **options: Any) -> "Vectors":
+    """Load vectors, with a spinner where that takes a while."""
+    with waiting(f"loading {printable(os.path.basename(file))}"):
+        import embax.vectors
+
+        with in_one_line(file):
+            return embax.vectors.Vectors.load(file, **options)
+
+
+def _side_by_side(nearest: dict[str, list[tuple[str, float]]]) -> Any:
+    """Lay out one table a word, as many beside each other as the terminal is wide."""
+    from rich.columns import Columns
+
+    return Columns([_column(word, found, "cosine") for word, found in nearest.items()], padding=(1, 4))
+
+
+def _column(title: str, found: list[tuple[str, float]], score: str) -> Any:
+    from rich.text import Text
+
+    table = plain_table(title, (score, True))
+    table.columns[0].min_width = 14
+    for token, value in found:
+        table.add_row(Text(printable(token)), f"{value:.3f}")
+    return table

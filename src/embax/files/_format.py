@@ -1,0 +1,18 @@
+"""What a format is to the rest: how it is recognised, read and written."""
+
+import os
+from collections.abc import Callable
+from typing import NamedTuple
+
+from ._contents import Contents, Options
+from ._open import Source
+
+
+class Format(NamedTuple):
+    """A format of vector files."""
+
+    name: str  # what `format=` calls it
+    suffixes: tuple[str, ...]  # by which a file to write is taken for it, such as ".bin"
+    recognises: Callable[[Source], bool]  # by the first bytes, `source.start`, and the size
+    read: Callable[[Source, Options], Contents]
+    write: Callable[[str | os.PathLike[str], Contents], None]

@@ -1,0 +1,125 @@
+import bz2
+import contextlib
+import gzip
+import io
+import lzma
+import os
+import sys
+import zipfile
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from embax import Vectors, files
+from embax.files import _open
+
+TEXT = b"2 3\nking 1 0 0.5\nqueen 0 1 -2\n"
+
+
+def zipped(**members):
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in members.items():
+            archive.writestr(name, data)
+    return out.getvalue()
+
+
+def zstandard(data):
+    if sys.version_info >= (3, 14):
+        from compression import zstd
+    else:
+        from backports import zstd
+    return zstd.compress(data)
+
+
+PACKED = {
+    "plain": lambda data: data,
+    "gzip": gzip.compress,
+    "bz2": bz2.compress,
+    "xz": lzma.compress,
+    "zip": lambda data: zipped(vectors=data),
+    "zstd": zstandard,
+}
+
+
+@pytest.mark.parametrize("how", PACKED)
+def test_files_are_read_as_they_are(tmp_path, how):
+    path = tmp_path / "v"
+    path.write_bytes(PACKED[how](TEXT))
+    vectors = Vectors.load(path)
+    assert vectors.vocabulary.tokens() == ["king", "queen"]
+    assert vectors.weight.tolist() == [[1, 0, 0.5], [0, 1, -2]]
+
+
+@pytest.mark.parametrize("how", [how for how in PACKED if how != "plain"])
+def test_what_comes_out_of_a_compressed_file_is_limited(tmp_path, how, monkeypatch):
+    monkeypatch.setattr(_open, "_HARMLESS", 1 << 16)
+    path, rows = tmp_path / "bomb", 200_000
+    path.write_bytes(PACKED[how](f"{rows} 3\n".encode() + b"".join(b"%d 0 0 0\n" % row for row in range(rows))))
+    with pytest.raises(files.FormatError, match=r"bomb: more than 2 times as much .* Raise max_expansion"):
+        Vectors.load(path, max_expansion=2)
+    assert len(Vectors.load(path, max_expansion=1_000)) == rows
+
+
+@pytest.mark.parametrize("how", [how for how in PACKED if how != "plain"])
+@pytest.mark.parametrize("cut", ["end", "middle", "flip"])
+def test_damaged_compression_is_a_format_error(tmp_path, how, cut):
+    rng = np.random.default_rng(0)
+    text = b"5000 4\n" + b"".join(b"w%d %.4f %.4f %.4f %.4f\n" % (row, *rng.normal(size=4)) for row in range(5_000))
+    data = bytearray(PACKED[how](text))
+    if cut == "flip":
+        data[len(data) // 2] ^= 0xFF
+    else:
+        del data[len(data) // 2 if cut == "middle" else -4 :]
+    path = tmp_path / "v"
+    path.write_bytes(data)
+    with pytest.raises(files.FormatError, match=r"v: .*(truncated or corrupt|damaged|header|line|ends|truncated)"):
+        Vectors.load(path)
+
+
+def test_of_an_archive_of_several_files_one_has_to_be_named(tmp_path):
+    path = tmp_path / "glove.zip"
+    path.write_bytes(zipped(a=TEXT, b=TEXT.replace(b"king", b"duke")))
+    assert Vectors.load(f"{path}:b").vocabulary.tokens() == ["duke", "queen"]
+    with pytest.raises(files.FormatError, match=r"holds 2 files, of which one has to be named, .*\['a', 'b'\]"):
+        Vectors.load(path)
+    with pytest.raises(files.FormatError, match=r"holds no file 'c'\. It has \['a', 'b'\]"):
+        Vectors.load(f"{path}:c")
+
+
+def test_a_missing_library_for_zstd_is_told(tmp_path, monkeypatch):
+    path = tmp_path / "v"
+    path.write_bytes(zstandard(TEXT))
+    monkeypatch.setitem(sys.modules, "backports.zstd", None)
+    monkeypatch.setitem(sys.modules, "compression.zstd", None)
+    with pytest.raises(files.FormatError, match=r'a library is missing\. pip install "embax\[files\]"'):
+        Vectors.load(path)
+
+
+def test_a_colon_in_a_name_is_part_of_the_name(tmp_path):
+    (tmp_path / "a:b").write_bytes(TEXT)
+    assert len(Vectors.load(tmp_path / "a:b")) == 2
+    with pytest.raises(FileNotFoundError):
+        Vectors.load(tmp_path / "c:b")
+
+
+def test_what_is_no_regular_file_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(files.FormatError, match="pipe: not a regular file"):
+        Vectors.load(tmp_path / "pipe")
+    with pytest.raises(IsADirectoryError):
+        Vectors.load(tmp_path)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.sampled_from(list(PACKED)), st.data())
+def test_any_bytes_give_vectors_or_a_format_error(tmp_path_factory, how, data):
+    whole = bytearray(PACKED[how](TEXT))
+    for _ in range(data.draw(st.integers(1, 3))):
+        whole[data.draw(st.integers(0, len(whole) - 1))] = data.draw(st.integers(0, 255))
+    path = tmp_path_factory.getbasetemp() / "mutated"
+    path.write_bytes(whole[: data.draw(st.integers(0, len(whole)))])
+    with contextlib.suppress(files.FormatError):
+        assert len(files.load(path).weight) <= 3
