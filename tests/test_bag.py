@@ -173,6 +173,53 @@ def test_checkify_names_an_id_without_a_row(mode):
     assert "index 77 is out of bounds" in run(jnp.array([[1, 77, 3]]))[0].get()
 
 
+# Bags of some ids, of which the argument is one: padding first and last; room behind the last bag, where anything may
+# stand; longer than the pieces that they are cut into.
+CHECKED = {
+    "matrix": lambda id_: jnp.array([[2, 1, 0], [2, 2, -1], [id_, 4, 2]]),
+    "room": lambda id_: Ragged(jnp.array([1, 2, 2, id_, 3, 99, -99, 2]), jnp.array([0, 2, 2, 5])),
+    "long": lambda id_: Ragged(jnp.array([4] * 20 + [id_] + [2] * 20 + [7] * 90), jnp.array([0, 0, 41])),
+}
+CHECKED_RULES = {"none": {}, "all": {"padding_idx": 2, "max_norm": 1.5, "scale_grad_by_freq": True}}
+
+
+def checked_calls(mode, bags):
+    """What is differentiated in each way, of a table and bags."""
+    ids = bags.values if isinstance(bags, Ragged) else bags
+    weights = jnp.ones(ids.shape) if mode == "sqrtn" else None
+
+    def loss(table, bags, weights):
+        return jnp.sin(embedding_bag(table, bags, weights, mode)).sum()
+
+    yield lambda table, bags: embedding_bag(table, bags, weights, mode)
+    yield lambda table, bags: jax.grad(loss)(table, bags, weights).weight
+    yield lambda table, bags: embax.grad(loss)(table, bags, weights).values
+    yield lambda table, bags: jax.jvp(lambda table: loss(table, bags, weights), (table,), (table,))
+    if weights is not None:
+        yield lambda table, bags: jax.grad(loss, 2)(table, bags, weights)
+
+
+@pytest.mark.parametrize("rules", CHECKED_RULES.values(), ids=CHECKED_RULES)
+@pytest.mark.parametrize("layout", CHECKED)
+@with_modes
+def test_checkify_finds_bad_ids_and_nothing_else(mode, layout, rules):
+    table = Table(np.abs(WEIGHT) + 0.1, **rules)
+    for call in checked_calls(mode, CHECKED[layout](5)):
+        run = quick_jit(checkify.checkify(call, errors=checkify.all_checks))
+        assert run(table, CHECKED[layout](5))[0].get() is None
+        for bad in 7, -8:
+            assert f"index {bad} is out of bounds" in run(table, CHECKED[layout](bad))[0].get()
+
+
+@pytest.mark.parametrize("offsets", [[0], [0, 0, 0]], ids=["no_bags", "no_ids"])
+@with_modes
+def test_checkify_finds_nothing_where_nothing_is(mode, offsets):
+    bags = Ragged(jnp.array([9, 2]), jnp.array(offsets))
+    for call in checked_calls(mode, bags):
+        run = quick_jit(checkify.checkify(call, errors=checkify.index_checks))
+        assert run(Table(WEIGHT, padding_idx=2), bags)[0].get() is None
+
+
 @pytest.mark.parametrize("mode", ["sum", "max"])
 @pytest.mark.parametrize("dtype", ["int8", "int64", "uint8", "uint64"])
 def test_small_and_large_integers(mode, dtype):
@@ -219,6 +266,23 @@ def test_nothing_is_zero(mode, rows, bags, shape):
     assert out == 0
     assert gradient.weight.shape == (rows, 3)
     assert not gradient.weight.any()
+
+
+@with_modes
+def test_clip_in_a_table_without_rows(mode):
+    table = Table(jnp.zeros((0, 3)), out_of_range="clip")
+    pool = functools.partial(embedding_bag, table, mode=mode)
+    for bags in Ragged([9, 9], [0, 0, 0]), Ragged([], [0, 0, 0]), np.zeros((2, 0), int):
+        for out in pool(bags), quick_jit(pool)(bags), quick_jit(lambda bags=bags: pool(bags))():
+            np.testing.assert_array_equal(out, np.zeros((2, 3)))
+    one = Ragged([9, 9], [0, 1, 1])
+    for call in lambda: pool(one), quick_jit(lambda: pool(one)), lambda: pool([[9]]), lambda: quick_jit(pool)([[9]]):
+        with pytest.raises(ValueError, match=r"must be empty for a table without rows, got 1 ids and out_of_range='cl"):
+            call()
+    # How many ids there are is unknown while the offsets are traced, so that they read no row, as under "error".
+    np.testing.assert_array_equal(quick_jit(pool)(one), [[np.nan] * 3, [0] * 3])
+    gradient = quick_jit(embax.grad(lambda table, bags: embedding_bag(table, bags, mode=mode).sum()))(table, one)
+    assert gradient.ids.tolist() == [0, 0]
 
 
 @with_modes
@@ -333,6 +397,21 @@ def test_a_mean_divides_by_a_negative_sum_of_weights_too():
     expected = reference.embedding_bag(WEIGHT, lists, weights, "mean")
     out = embedding_bag(Table(WEIGHT), Ragged.from_lists(lists), np.concatenate(weights), "mean")
     np.testing.assert_allclose(out, expected, **TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    ("mode", "weights", "expected"),
+    [
+        ("mean", [1.0, -1.0], [np.inf, np.nan, -np.inf]),
+        ("mean", [0.0, 0.0], [np.nan] * 3),
+        ("sqrtn", [0.0, 0.0], [np.nan] * 3),
+        ("sqrtn", [1.0, -1.0], [2**0.5, 0, -(2**0.5)]),
+    ],
+)
+def test_weights_that_sum_to_zero_are_divided_by(mode, weights, expected):
+    table, weights = Table(np.array([[3, 1, 0], [1, 1, 2]], np.float32)), np.array(weights, np.float32)
+    for bags, of_ids in ([[0, 1]], weights[None]), (Ragged.from_lists([[0, 1]]), weights):
+        np.testing.assert_allclose(embedding_bag(table, bags, of_ids, mode)[0], expected, **TOLERANCE)
 
 
 BAD = {

@@ -10,6 +10,7 @@ import optax
 import pytest
 import reference
 from cases import ROWS, WEIGHT, assert_same_gradient
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jax.test_util import check_grads
 
 import embax
@@ -257,6 +258,25 @@ def test_grad_of_scan_counts_a_step(mode, remat):
 
     gradient = quick_jit(jax.grad(total))(Table(WEIGHT, **RULES))
     assert_close(gradient.weight, sum(expected_gradients(lists, None, mode, **RULES)[0] for lists in BATCHES))
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+@with_modes
+def test_matrix_over_a_mesh(mode, axis_type):
+    mesh = jax.make_mesh((4,), ("x",), axis_types=(axis_type,))
+    ids = np.array([[2, 0, 2], [1, 2, 2], [2, 2, 2], [-1, 3, 4]])
+    bags = jax.device_put(ids, NamedSharding(mesh, PartitionSpec("x")))
+    table = Table(jax.device_put(WEIGHT, NamedSharding(mesh, PartitionSpec())), **RULES)
+    cotangents = COTANGENTS[:4]
+
+    def pull(table, bags, cotangents):
+        out, pull = jax.vjp(lambda table: embedding_bag(table, bags, mode=mode), table)
+        return out, pull(cotangents)[0].weight
+
+    out, gradient = jax.jit(pull)(table, bags, jax.device_put(cotangents, bags.sharding))
+    assert_close(out, reference.embedding_bag(WEIGHT, ids.tolist(), None, mode, **RULES))
+    expected, _ = reference.embedding_bag_gradient(WEIGHT, ids.tolist(), cotangents, None, mode, **RULES)
+    assert_close(gradient, expected)
 
 
 def test_eval_shape_needs_no_values():

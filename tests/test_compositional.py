@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import assert_same_gradient
+from jax.experimental import checkify
 
 import embax
 from embax import CompositionalTable, RowGrad, Table
@@ -202,6 +203,20 @@ def test_trains_only_what_is_read(combine):
     assert changed.quotient.weight == [1]
     assert changed.remainder.weight == [1, 2]
     np.testing.assert_array_equal(trained([0]), np.zeros((1, DIM)))
+
+
+@with_combine
+def test_checkify_finds_bad_ids_and_nothing_else(combine):
+    table = create(combine, padding_idx=7)
+
+    def rows(table, ids):
+        return jax.tree.leaves(embax.grad(lambda table: table(ids).sum())(table))
+
+    for call in CompositionalTable.__call__, jax.grad(lambda table, ids: table(ids).sum()), rows:
+        run = jax.jit(checkify.checkify(call, errors=checkify.index_checks))
+        assert run(table, jnp.array([7, 1, -1, 7]))[0].get() is None
+        for bad in IDS, -IDS - 1:
+            assert "index 5 is out of bounds for axis 0 with size 5" in run(table, jnp.array([7, 1, bad]))[0].get()
 
 
 BAD = {

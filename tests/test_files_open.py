@@ -123,3 +123,12 @@ def test_any_bytes_give_vectors_or_a_format_error(tmp_path_factory, how, data):
     path.write_bytes(whole[: data.draw(st.integers(0, len(whole)))])
     with contextlib.suppress(files.FormatError):
         assert len(files.load(path).weight) <= 3
+
+
+def test_a_zip_archive_whose_file_begins_before_it_is_a_format_error(tmp_path):
+    data = bytearray(zipped(vectors=TEXT))
+    end = data.rindex(b"PK\x05\x06")
+    data[end + 16 : end + 20] = (len(data) * 4).to_bytes(4, "little")  # where the list of files begins
+    (tmp_path / "v").write_bytes(data)
+    with pytest.raises(files.FormatError, match=r"v: the zip archive is damaged .*(Invalid argument|start dir|offset)"):
+        files.load(tmp_path / "v")

@@ -285,3 +285,14 @@ def test_read_of_any_damage_gives_rows_or_a_format_error(tmp_path, format, data)
         assert str(path) in str(error)  # noqa: PT017
     else:
         assert len(found.vocabulary) == len(found.weight)
+
+
+def test_lists_of_a_negative_length_are_a_format_error(tmp_path):
+    table = pa.table({"token": pa.array([], pa.string()), "vector": pa.array([], pa.list_(pa.float32(), 7777))})
+    with pa.OSFile(str(tmp_path / "whole"), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
+        writer.write_table(table)
+    whole, length = (tmp_path / "whole").read_bytes(), (7777).to_bytes(4, "little")
+    assert length in whole
+    (tmp_path / "v").write_bytes(whole.replace(length, (-7777).to_bytes(4, "little", signed=True)))
+    with pytest.raises(files.FormatError, match="lists of floats must not have a negative length, got -7777"):
+        files.load(tmp_path / "v", format="arrow")

@@ -121,6 +121,36 @@ def test_raw_jax_transform_leaves_the_table(transform):
     assert_stored(embedding, [])
 
 
+CONSTANT = {"array": IDS, "jax_array": jnp.asarray(IDS), "list": IDS.tolist()}
+
+
+@pytest.mark.parametrize("ids", CONSTANT.values(), ids=CONSTANT)
+@pytest.mark.parametrize("raw", [jax.jit, lambda f: jax.jit(jax.vmap(f)), jax.checkpoint], ids=["jit", "vmap", "remat"])
+def test_constant_ids_in_a_raw_transform_store_nothing(raw, ids):
+    embedding = layer()
+    scale = jnp.ones(3)
+    out = raw(lambda scale: jnp.sum(embedding(ids)) * scale)(scale)
+    np.testing.assert_allclose(out, np.full(3, clipped()[IDS].sum()), rtol=1e-6)  # float32
+    assert_stored(embedding, [])
+
+
+BRAINSTATE = {
+    "jit": lambda f: lambda x: brainstate.transform.jit(f)(x),
+    "embax.jit": lambda f: lambda x: embax.brainstate.jit(f)(x),
+    "for_loop": lambda f: lambda x: brainstate.transform.for_loop(f, x),
+    "grad": lambda f: brainstate.transform.grad(lambda x: f(x).sum()),
+    "vmap": brainstate.transform.vmap,
+}
+
+
+@pytest.mark.parametrize("ids", CONSTANT.values(), ids=CONSTANT)
+@pytest.mark.parametrize("transform", BRAINSTATE)
+def test_constant_ids_under_brainstate_are_stored(transform, ids):
+    embedding = layer()
+    BRAINSTATE[transform](lambda scale: jnp.sum(embedding(ids)) * scale)(jnp.ones(3))
+    assert_stored(embedding, TOUCHED)
+
+
 def test_renormalize_stores_by_hand():
     embedding = layer(write_back=False)
     embedding.renormalize([0, 2, -1])

@@ -23,7 +23,8 @@ def embedding_bag(table: Table, bags: Any, weights: Any = None, mode: Mode = "su
     - `"sqrtn"`: `sum_i w_i x_i / sqrt(sum_i w_i**2)`
     - `"max"`: the largest number in each column; where several are, the first of them gets the gradient
 
-    Padding ids do not count, not even in a mean, and a bag of nothing else, or of nothing, is zero. All rules of the
+    Padding ids do not count, not even in a mean, and a bag of nothing else, or of nothing, is zero. Where the weights
+    of a bag sum to 0 in a mean, or are all 0 in `"sqrtn"`, it is NaN or infinite, as the formula says. All rules of the
     table hold, and `scale_grad_by_freq` counts within the call. Sums run in float32 or wider. In the first three modes
     the rows themselves need not exist.
 

@@ -147,8 +147,8 @@ class CompositionalTable:
         exists &= ~padding
         m = self.remainder.rows
         quotient, remainder = (_unclipped(table) for table in (self.quotient, self.remainder))
-        quotient = read(quotient, jnp.where(exists, number // m, quotient.rows), None)
-        remainder = read(remainder, jnp.where(exists, number % m, m), None)
+        quotient = read(quotient, jnp.where(exists, number // m, quotient.rows), None, ~padding)
+        remainder = read(remainder, jnp.where(exists, number % m, m), None, ~padding)
         if self.combine == "concat":
             out = jnp.concatenate([quotient, remainder], axis=-1)
         else:

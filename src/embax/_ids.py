@@ -34,9 +34,9 @@ def prepare(argument: str, ids: Any, table: Table, used: int | None = None) -> I
     ids = _as_array(ids)
     if not jnp.issubdtype(ids.dtype, jnp.integer):
         raise TypeError(f"`{argument}` must be of an integer dtype, got {ids.dtype}. Cast them, as in ids.astype(int).")
-    if table.out_of_range == "clip" and table.rows == 0 and ids.size:
+    if table.out_of_range == "clip" and table.rows == 0 and (number := ids.size if used is None else used):
         raise ValueError(
-            f"`{argument}` must be empty for a table without rows, got {ids.size} ids and out_of_range='clip', "
+            f"`{argument}` must be empty for a table without rows, got {number} ids and out_of_range='clip', "
             "which has no row to clip to. Resize the table first."
         )
     if isinstance(ids, Tracer):

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import reshard
-from jaxtyping import Array, DTypeLike, Int, Shaped
+from jaxtyping import Array, Bool, DTypeLike, Int, Shaped
 
 from . import _ids, _tape
 from ._dedupe import accumulator
@@ -79,10 +79,25 @@ def renormalize(table: Table, ids: Any) -> Table:
     return dataclasses.replace(table, weight=clipped_weight(table, ids, _clipped_table))
 
 
-def read(table: Table, ids: _ids.Ids, dtype: np.dtype | None) -> Shaped[Array, "*batch_dim"]:
-    """`lookup` of ids that `_ids.prepare` has checked."""
+def read(
+    table: Table, ids: _ids.Ids, dtype: np.dtype | None, counted: Bool[Array, "*batch"] | None = None
+) -> Shaped[Array, "*batch_dim"]:
+    """`lookup` of ids that `_ids.prepare` has checked.
+
+    Args:
+      table: The table.
+      ids: The ids.
+      dtype: As in `lookup`.
+      counted: Which of the ids are to be read. The others must be `rows`; they read the first row, which the caller
+        leaves out, and have no gradient, so that checkify finds no error. Default: all.
+
+    Returns:
+      The rows.
+    """
     found = _tape.find(table.weight)
-    return read_untaped(table, ids, dtype) if found is None else _read_on_tape(*found, table, ids, dtype)
+    if found is None:
+        return read_untaped(table, ids, dtype, counted)
+    return _read_on_tape(*found, table, ids, dtype, counted)
 
 
 def clipped_weight(table: Table, ids: _ids.Ids, clip: Callable[[Table, _ids.Ids], Array]) -> Shaped[Array, "rows *dim"]:
@@ -95,21 +110,29 @@ def clipped_weight(table: Table, ids: _ids.Ids, clip: Callable[[Table, _ids.Ids]
 
 
 @functools.partial(jax.jit, static_argnums=2, inline=True)
-def read_untaped(table: Table, ids: _ids.Ids, dtype: np.dtype | None) -> Shaped[Array, "*batch_dim"]:
+def read_untaped(
+    table: Table, ids: _ids.Ids, dtype: np.dtype | None, counted: Bool[Array, "*batch"] | None = None
+) -> Shaped[Array, "*batch_dim"]:
     """`read` of a weight that no tape has to know of."""
     resolved = _ids.resolve(ids, table.rows, table.out_of_range)
-    rows = _clip(table, resolved, _gather(table, resolved))
+    rows = _clip(table, resolved, _gather(table, resolved, counted))
     return rows if dtype is None else rows.astype(dtype)
 
 
 def _read_on_tape(
-    tape: _tape.Tape, number: int, weight: Array, table: Table, ids: _ids.Ids, dtype: np.dtype | None
+    tape: _tape.Tape,
+    number: int,
+    weight: Array,
+    table: Table,
+    ids: _ids.Ids,
+    dtype: np.dtype | None,
+    counted: Bool[Array, "*batch"] | None,
 ) -> Shaped[Array, "*batch_dim"]:
     """Read rows of which a tape takes the gradient: that of the rows becomes that of the tap."""
     table = dataclasses.replace(table, weight=weight)
     if table.freeze:  # where the weight itself is trained: another table may share it
-        return read_untaped(table, ids, dtype)
-    rows = read_untaped(table, ids, None)
+        return read_untaped(table, ids, dtype, counted)
+    rows = read_untaped(table, ids, None, counted)
     ids = _ids.resolve(ids, table.rows, table.out_of_range)
     tap = tape.add(_tape.Lookup(number, _ids.trained(ids, table), rows.shape, rows.dtype))
     if tap is not None:
@@ -130,28 +153,39 @@ def _tapped_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
     return rows, tangents[2] + tangent.astype(rows.dtype)
 
 
-def _gather(table: Table, ids: Int[Array, "*batch"]) -> Shaped[Array, "*batch_dim"]:
+def _gather(
+    table: Table, ids: Int[Array, "*batch"], counted: Bool[Array, "*batch"] | None
+) -> Shaped[Array, "*batch_dim"]:
     if not jnp.issubdtype(table.dtype, jnp.inexact):
-        return _take(table.weight, ids, 0)
+        return _take(table.weight, _or_first(ids, counted), 0)
     if table.freeze:
         table = dataclasses.replace(table, weight=jax.lax.stop_gradient(table.weight))
-    return _gather_with_rules(table, ids)
+    return _gather_with_rules(table, ids, counted)
 
 
 @jax.custom_jvp
-def _gather_with_rules(table: Table, ids: Int[Array, "*batch"]) -> Shaped[Array, "*batch_dim"]:
+def _gather_with_rules(
+    table: Table, ids: Int[Array, "*batch"], counted: Bool[Array, "*batch"] | None
+) -> Shaped[Array, "*batch_dim"]:
     # np.nan, not a fresh float("nan"): NaN differs from itself, so a new object would compile every eager call anew.
-    return _take(table.weight, ids, 0 if table.out_of_range == "zero" else np.nan)
+    return _take(table.weight, _or_first(ids, counted), 0 if table.out_of_range == "zero" else np.nan)
 
 
 @_gather_with_rules.defjvp
 def _gather_with_rules_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
-    table, ids = primals
+    table, ids, counted = primals
     # The transpose of this gather adds up duplicates, so it runs in float32: 4096 bfloat16 ones would sum to 256. The
     # cast of the whole tangent is fused into the gather.
     tangent = tangents[0].weight.astype(accumulator(table.dtype))
-    tangent = gradient_rules(table, ids, _take(tangent, ids, 0))
-    return _gather_with_rules(table, ids), tangent.astype(table.dtype)
+    tangent = gradient_rules(table, ids, _take(tangent, _or_first(ids, counted), 0))
+    if counted is not None:
+        tangent = jnp.where(_over_rows(counted, tangent), tangent, jnp.zeros((), tangent.dtype))
+    return _gather_with_rules(*primals), tangent.astype(table.dtype)
+
+
+def _or_first(ids: Int[Array, "*batch"], counted: Bool[Array, "*batch"] | None) -> Int[Array, "*batch"]:
+    """Put the first row in the place of what is not to be read."""
+    return ids if counted is None else jnp.where(counted, ids, 0)
 
 
 def gradient_rules(

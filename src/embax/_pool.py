@@ -66,7 +66,7 @@ def pool_rows(
     if table.out_of_range == "clip":  # which ids are by now; one that stands for no row may not be
         table = dataclasses.replace(table, out_of_range="nan")
     if mode == "max":
-        return _largest(read(table, ids, None), counted, layout)
+        return _largest(read(table, ids, None, counted), counted, layout)
     # A tape takes the gradient of the rows, though they do not exist.
     found = _tape.find(table.weight)
     tap = None
@@ -125,6 +125,7 @@ def _sum_of_rows(
     def terms(ids: Array, counted: Array, weights: Array | None) -> Float[Array, "*batch_dim"]:
         return _terms(read_untaped(table, ids, None), counted, weights)
 
+    ids = jnp.where(counted, ids, 0)
     start = jnp.zeros((*shape, *table.dim), accumulator(table.dtype))
     # XLA's CPU backend has no bfloat16: for gathers in a row or a loop it would convert the whole table once.
     converts = jax.default_backend() == "cpu" and table.dtype not in (np.float16, start.dtype)
@@ -146,10 +147,10 @@ def _sum_of_rows_jvp(shape: Any, primals: Any, tangents: Any) -> tuple[Array, An
         of_rows = gradient_rules(table, ids, of_tap.astype(accumulator(table.dtype)))
         tangent += _summed(_terms(of_rows, None, weights), layout)
     if not isinstance(of_table.weight, SymbolicZero):
-        of_rows = jax.jvp(lambda table: read_untaped(table, ids, None), (table,), (of_table,))[1]
+        of_rows = jax.jvp(lambda table: read_untaped(table, ids, None, counted), (table,), (of_table,))[1]
         tangent += _summed(_terms(of_rows, counted, weights), layout)
     if weights is not None and not isinstance(of_weights, SymbolicZero):
-        tangent += _summed(_terms(read_untaped(table, ids, None), counted, of_weights), layout)
+        tangent += _summed(_terms(read_untaped(table, ids, None, counted), counted, of_weights), layout)
     return out, tangent
 
 
@@ -169,14 +170,19 @@ def _terms(
 
 
 def _summed(terms: Float[Array, "*batch_dim"], layout: Layout) -> Float[Array, "*bags_dim"]:
-    """Sum what stands there for each id, bag by bag."""
+    """Sum what stands there for each id, bag by bag; behind the last bag it has to be zero."""
     if layout.offsets is None:
         return terms.sum(axis=len(layout.shape))
     start = jnp.zeros((*layout.shape, *terms.shape[1:]), terms.dtype)
     if layout.shape == (0,):
         return start
-    segments = segments_of(layout.offsets, terms.shape[0])
-    return start.at[segments].add(terms, mode="drop", indices_are_sorted=True)
+    bags = _bag_of(layout.offsets, terms.shape[0])
+    return start.at[bags].add(terms, mode="drop", indices_are_sorted=True)
+
+
+def _bag_of(offsets: Int32[Array, " bags_and_1"], capacity: int) -> Int32[Array, " capacity"]:
+    """Number the bag of each place; behind the last one it is the last, since checkify takes another for an error."""
+    return jnp.minimum(segments_of(offsets, capacity), offsets.shape[0] - 2)
 
 
 def _at_once(
@@ -229,7 +235,7 @@ def _by_pieces(
         places, exists, offsets = _pieces(offsets, total.shape[0])
         of_pieces = functools.partial(_terms_of_pieces, total)
         total = _by_places(of_pieces, _zeros(places, start), places, exists, None, unroll=True)
-    return start.at[segments_of(offsets, total.shape[0])].add(total, mode="drop", indices_are_sorted=True)
+    return start.at[_bag_of(offsets, total.shape[0])].add(total, mode="drop", indices_are_sorted=True)
 
 
 def _pieces(
@@ -285,13 +291,33 @@ def _largest(
     if layout.offsets is None:
         is_largest = (values == values.max(axis=axis, keepdims=True)) | jnp.isnan(values)
         first = jnp.argmax(candidates & is_largest, axis=axis)  # that of equals, or of NaNs
-        out = jnp.take_along_axis(rows, jnp.expand_dims(first, axis), axis=axis).squeeze(axis)
+        out = _numbers_at(rows, first, axis)
         return jnp.where(candidates.any(axis=axis), out, jnp.zeros((), rows.dtype))
-    shape, segments = (*layout.shape, *rows.shape[1:]), segments_of(layout.offsets, length)
-    largest = jnp.full(shape, lowest).at[segments].max(values, mode="drop", indices_are_sorted=True)
-    is_largest = (values == largest.at[segments].get(mode="fill", fill_value=0)) | jnp.isnan(values)
+    shape, bags = (*layout.shape, *rows.shape[1:]), _bag_of(layout.offsets, length)
+    largest = jnp.full(shape, lowest).at[bags].max(values, mode="drop", indices_are_sorted=True)
+    is_largest = (values == largest[bags]) | jnp.isnan(values)
     position = jnp.expand_dims(jnp.arange(length, dtype=jnp.int32), trailing)
     position = jnp.where(candidates & is_largest, position, length)
-    first = jnp.full(shape, length, jnp.int32).at[segments].min(position, mode="drop", indices_are_sorted=True)
-    out = jnp.take_along_axis(rows, jnp.minimum(first, length - 1), axis=0)
+    first = jnp.full(shape, length, jnp.int32).at[bags].min(position, mode="drop", indices_are_sorted=True)
+    # By the numbers of the columns; checkify has no rule for the derivative of `take_along_axis`.
+    columns = jnp.indices(shape, sparse=True)[1:]
+    out = rows.at[(jnp.minimum(first, length - 1), *columns)].get(mode="promise_in_bounds", wrap_negative_indices=False)
     return jnp.where(first < length, out, jnp.zeros((), rows.dtype))
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _numbers_at(
+    rows: Shaped[Array, "*batch_dim"], places: Int[Array, "*bags_dim"], axis: int
+) -> Shaped[Array, "*bags_dim"]:
+    """Take the number at a place of an axis, for each bag of one length and each column."""
+    return jnp.take_along_axis(rows, jnp.expand_dims(places, axis), axis=axis).squeeze(axis)
+
+
+@_numbers_at.defjvp
+def _numbers_at_jvp(axis: int, primals: Any, tangents: Any) -> tuple[Array, Array]:
+    # By selection, whose transpose needs no scatter. Checkify has no rule for that of `take_along_axis`.
+    rows, places = primals
+    numbers = jnp.arange(rows.shape[axis], dtype=places.dtype)
+    numbers = jnp.expand_dims(numbers, [i for i in range(rows.ndim) if i != axis])
+    taken = jnp.where(numbers == jnp.expand_dims(places, axis), tangents[0], jnp.zeros((), rows.dtype))
+    return _numbers_at(*primals, axis), taken.sum(axis)

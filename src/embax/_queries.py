@@ -15,8 +15,8 @@ SEGMENT = 128
 # A block of products has at most 512 x 4096 entries, 8 MB: best of those tried with 50 and 300 columns on two cores.
 _BLOCK_ROWS = 4096
 _BLOCK_QUERIES = (32, 128, 512)  # each compiled once, the smallest that holds what is left of the queries
-# As few queries are multiplied one by one, with all rows at once up to 4 MB of products.
-_FEW, _ROWS_OF_ONE = 8, 1 << 20
+# As few queries are multiplied one by one, with so many rows at a time: 4 MB of products.
+_FEW, _ROWS_OF_ONE, _LONG_SEGMENT = 8, 1 << 20, 512
 # Entries of a block of rows, 4 or 8 MB.
 _ENTRIES = 1 << 20
 # Where memory begins at a multiple of this, JAX reads it on the processor without a copy.
@@ -82,10 +82,12 @@ def nearest(
     for start in range(0, queries.shape[0], _BLOCK_QUERIES[-1]):
         group = slice(start, start + _BLOCK_QUERIES[-1])
         prepared = scaled(queries[group])
-        maxima = _greatest(unit, prepared.scaled)
+        few = prepared.error.shape[0] <= _FEW
+        maxima = None if few else _greatest(unit, prepared.scaled)
         for place in np.flatnonzero(np.isfinite(prepared.error)):
-            query = Queries(*(field[place] for field in prepared))
-            found, values = _best(unit, query, maxima[place], k, exclude[start + place])
+            query, wanted = Queries(*(field[place] for field in prepared)), k + exclude.shape[1]
+            near = _near(unit, query, wanted) if maxima is None else _near_segments(unit, query, maxima[place], wanted)
+            found, values = _best(unit, query, *near, k, exclude[start + place])
             rows[start + place, : found.shape[0]] = found
             products[start + place, : found.shape[0]] = values
     return rows, products
@@ -111,11 +113,6 @@ def _greatest(
     """The greatest product of each query with each segment of rows, leaving out NaN."""
     number, dim = queries.shape
     maxima = np.empty((number, -(-unit.shape[0] // SEGMENT)), np.float32)
-    if number <= _FEW:
-        for place in range(number):
-            one = queries[place : place + 1]
-            fill(_greatest_of_block, unit, one, min(_ROWS_OF_ONE, unit.shape[0]), maxima[place : place + 1])
-        return maxima
     size = next(size for size in _BLOCK_QUERIES if number <= size)
     queries = np.concatenate([queries, np.zeros((size - number, dim), np.float32)])
     fill(_greatest_of_block, unit, queries, block_rows(dim), maxima)
@@ -143,26 +140,29 @@ def fill(
       length: How many rows a block has; the last one is filled up with NaN, so that all compile to one program.
       maxima: What to fill in.
     """
-    number, segments = maxima.shape
     device = _cpu()
     on_device = jax.device_put(queries, device)
+    started: tuple[int, jax.Array] | None = None
     for start in range(0, unit.shape[0], length):
         block = unit[start : start + length]
         if block.shape[0] < length:
             block = np.concatenate([block, np.full((length - block.shape[0], unit.shape[1]), np.nan, np.float32)])
-        place = slice(start // SEGMENT, min(-(-(start + length) // SEGMENT), segments))
-        greatest = np.asarray(greatest_of_block(on_device, jax.device_put(block, device)))
-        maxima[:, place] = greatest[:number, : place.stop - place.start]
+        before, started = started, (start, greatest_of_block(on_device, jax.device_put(block, device)))
+        if before is not None:  # is read while the next one is computed
+            _store(maxima, *before)
+    if started is not None:
+        _store(maxima, *started)
+
+
+def _store(maxima: Float32[np.ndarray, "queries segments"], start: int, of_block: jax.Array) -> None:
+    place = maxima[:, start // SEGMENT :][:, : of_block.shape[1]]
+    place[:] = np.asarray(of_block)[: place.shape[0], : place.shape[1]]
 
 
 @jax.jit
 def _greatest_of_block(queries: Float32[jax.Array, "queries dim"], rows: Float32[jax.Array, "rows dim"]) -> jax.Array:
     # Some accelerators would take fewer digits, which the bound of the error does not allow for.
-    if queries.shape[0] == 1:  # as a vector, or XLA transposes the rows first
-        products = jnp.matmul(rows, queries[0], precision=jax.lax.Precision.HIGHEST)[None]
-    else:
-        products = jnp.matmul(queries, rows.T, precision=jax.lax.Precision.HIGHEST)
-    return by_segment(products)
+    return by_segment(jnp.matmul(queries, rows.T, precision=jax.lax.Precision.HIGHEST))
 
 
 def by_segment(values: Float32[jax.Array, "queries rows"]) -> Float32[jax.Array, "queries segments"]:
@@ -181,26 +181,52 @@ def _cpu() -> Any:
         return jax.local_devices()[0]
 
 
+def _near(
+    unit: Float32[np.ndarray, "rows dim"], query: Queries, wanted: int
+) -> tuple[Int64[np.ndarray, " near"], Float32[np.ndarray, " near"]]:
+    """Find the rows that can be among the `wanted` first of one query, and their products.
+
+    Of one query the time is that of reading the rows, which NumPy's product does as fast as memory allows.
+    """
+    found, least = [], -np.inf
+    for start in range(0, unit.shape[0], _ROWS_OF_ONE):
+        products = unit[start : start + _ROWS_OF_ONE] @ query.scaled
+        whole = products.shape[0] // _LONG_SEGMENT * _LONG_SEGMENT
+        maxima = products[:whole].reshape(-1, _LONG_SEGMENT).max(axis=1)
+        # As many rows as are wanted have products of no less than this; a segment with NaN tells nothing.
+        least = max(least, nth_greatest(maxima[~np.isnan(maxima)], wanted))
+        near = np.flatnonzero(products >= max(least - 2 * query.error, np.finfo(np.float32).min))
+        found.append((near + start, products[near]))
+    rows, products = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    return rows, products
+
+
+def _near_segments(
+    unit: Float32[np.ndarray, "rows dim"], query: Queries, maxima: Float32[np.ndarray, " segments"], wanted: int
+) -> tuple[Int64[np.ndarray, " near"], Float32[np.ndarray, " near"]]:
+    """The same, given the greatest product of each segment."""
+    rows = rows_of(np.flatnonzero(maxima >= nth_greatest(maxima, wanted) - 2 * query.error), unit.shape[0])
+    products = products_of(unit, rows, query.scaled, np.float32)
+    return rows[~np.isnan(products)], products[~np.isnan(products)]
+
+
 def _best(
     unit: Float32[np.ndarray, "rows dim"],
     query: Queries,
-    maxima: Float32[np.ndarray, " segments"],
+    rows: Int64[np.ndarray, " near"],
+    products: Float32[np.ndarray, " near"],
     k: int,
     exclude: Int64[np.ndarray, " excluded"],
 ) -> tuple[Int64[np.ndarray, " found"], Float64[np.ndarray, " found"]]:
-    """Find the rows of one query, given the greatest product of each segment."""
+    """Find the first rows of one query among those that can be."""
     # Of so many rows that differ, k are not excluded. Every row that can be among the first has a true product of no
     # less than the least of theirs, and each float32 product is off by one error.
-    wanted = k + exclude.shape[0]
-    rows = rows_of(np.flatnonzero(maxima >= nth_greatest(maxima, wanted) - 2 * query.error), unit.shape[0])
-    near = products_of(unit, rows, query.scaled, np.float32)
-    near[np.isnan(near)] = -np.inf
-    rows = rows[(near >= nth_greatest(near, wanted) - 2 * query.error) & (near > -np.inf)]
+    rows = rows[products >= nth_greatest(products, k + exclude.shape[0]) - 2 * query.error]
     for excluded in exclude:
         rows = rows[rows != excluded]
-    products = products_of(unit, rows, query.scaled, np.float64)
-    order = np.lexsort((rows, -products))[:k]
-    return rows[order], products[order] * query.scale
+    exact = products_of(unit, rows, query.scaled, np.float64)
+    order = np.lexsort((rows, -exact))[:k]
+    return rows[order], exact[order] * query.scale
 
 
 def products_of(

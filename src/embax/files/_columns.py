@@ -77,6 +77,8 @@ def columns_of(source: Source, schema: Any) -> Columns:
         raise source.error(
             f"must have one column of lists of floats, or name it {_VECTOR[0]!r}, got {listing(schema)}."
         )
+    if columns.dim is not None and columns.dim < 0:
+        raise source.error(f"its lists of floats must not have a negative length, got {columns.dim}.")
     twice = [name for name in columns.names if len(schema.get_all_field_indices(name)) > 1]
     if twice:
         raise source.error(f"must not name two columns the same, got {listing(schema)}.")

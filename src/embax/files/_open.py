@@ -2,6 +2,7 @@
 
 import bz2
 import contextlib
+import errno
 import gzip
 import importlib
 import io
@@ -132,7 +133,8 @@ class Source:
         except (EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, NotImplementedError, *_zstd_errors()) as e:
             reason = e
         except OSError as e:
-            if not self.compressed or e.errno is not None:  # gzip and bz2 complain without a number
+            # gzip and bz2 complain without a number; of a place before the file, the system does.
+            if not self.compressed or e.errno not in (None, errno.EINVAL):
                 raise
             reason = e
         raise self.error(f"the compressed data are truncated or corrupt ({str(reason).rstrip('.')}).")
@@ -195,8 +197,8 @@ def _zip_member(path: str, member: str | None, file: BinaryIO) -> BinaryIO:
         if member is not None and member not in names:
             raise FormatError(path, f"holds no file {member!r}. It has {names[:10]}.")
         return cast(BinaryIO, archive.open(member or names[0]))
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, ValueError) as error:
-        if isinstance(error, FormatError):
+    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, ValueError, OSError) as error:
+        if isinstance(error, FormatError) or (isinstance(error, OSError) and error.errno != errno.EINVAL):
             raise
         raise FormatError(path, f"the zip archive is damaged or not of a kind that can be read ({error}).") from None
 
