@@ -7,17 +7,27 @@ import pytest
 
 import embax
 
-FOREIGN = "optax brainstate brainunit flax equinox safetensors rich typer".split()
+FOREIGN = "optax brainstate brainunit flax equinox safetensors rich typer pyarrow matplotlib usearch gensim".split()
 
 
 def modules_after(code):
     """The foreign libraries that a fresh interpreter has loaded after this code."""
-    script = f"{code}\nimport sys\nprint(*(name for name in {FOREIGN} if name in sys.modules))"
+    script = f"{code}\nimport sys\nprint(*(name for name in {['jax', *FOREIGN]} if name in sys.modules))"
     return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()
 
 
 def test_import_loads_neither_a_framework_nor_optax():
-    assert modules_after("import embax, jax; embax.lookup(embax.Table(jax.numpy.ones((2, 2))), [0])") == []
+    code = "import embax, jax; embax.lookup(embax.Table(jax.numpy.ones((2, 2))), [0])"
+    assert modules_after(code) == ["jax"]
+
+
+def test_import_alone_loads_nothing():
+    assert modules_after("import embax") == []
+
+
+def test_every_lazy_name_is_there():
+    for name in embax._LAZY:
+        assert getattr(embax, name) is not None
 
 
 def test_lazy_names_load_their_library():
