@@ -61,9 +61,7 @@ def lines(folder: Path) -> list[Ratio]:
     vectors.save(text)
     vectors.save(binary)
     out = [
-        once(
-            "load word2vec text", lambda: load(text), lambda: load_theirs(text), 6
-        ),
+        once("load word2vec text", lambda: load(text), lambda: load_theirs(text), 6),
         once(
             "load word2vec binary",
             lambda: embax.Vectors.load(binary),

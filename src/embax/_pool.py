@@ -170,7 +170,7 @@ def _terms(
 
 
 def _summed(terms: Float[Array, "*batch_dim"], layout: Layout) -> Float[Array, "*bags_dim"]:
-    """Sum what stands there for each id, bag by bag; behind the last bag it has to be zero."""
+    """Sum what stands there for each id, bag by bag; behind the last one is zero, or what has no row."""
     if layout.offsets is None:
         return terms.sum(axis=len(layout.shape))
     start = jnp.zeros((*layout.shape, *terms.shape[1:]), terms.dtype)

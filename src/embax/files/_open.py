@@ -189,7 +189,7 @@ def split_path(path: str | os.PathLike[str]) -> tuple[str, str | None]:
 def _zip_member(path: str, member: str | None, file: BinaryIO) -> BinaryIO:
     try:
         archive = zipfile.ZipFile(file)
-        names = [info.filename for info in archive.infolist() if not info.is_dir()]
+        names = [info.filename for info in archive.infolist() if not info.filename.endswith("/")]
         if member is None and len(names) != 1:
             raise FormatError(
                 path, f"holds {len(names)} files, of which one has to be named, as {path}:NAME. It has {names[:10]}."
