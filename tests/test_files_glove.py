@@ -10,6 +10,7 @@ from gensim.models import KeyedVectors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from embax import files
 from embax.files import FormatError
 from embax.files._contents import Contents, DuplicateTokensWarning, Options
 from embax.files._glove import FORMAT
@@ -220,3 +221,22 @@ def test_damaged_files_are_read_or_an_error(tmp_path_factory, place, cut, new):
         except FormatError:
             return
     assert len(contents.vocabulary) == len(contents.weight)
+
+
+def test_a_line_of_many_fields_takes_no_memory_for_columns(tmp_path, monkeypatch):
+    from pyarrow import csv
+
+    fields, read_csv = [], csv.read_csv
+
+    def watched(buffer, *args, **options):
+        fields.append(buffer.read().split(b"\n")[0].count(b" "))
+        buffer.seek(0)
+        return read_csv(buffer, *args, **options)
+
+    monkeypatch.setattr(csv, "read_csv", watched)
+    long = b"b" + b" x" * 100_000 + b" 1\n"
+    path = tmp_path / "v"
+    path.write_bytes(b"a 1\n" * 10 + long + b"c 1\n")
+    with pytest.warns(DuplicateTokensWarning):
+        assert len(files.load(path, format="glove").weight) == 3  # one a token with spaces
+    assert set(fields) == {1}

@@ -132,3 +132,8 @@ def test_a_zip_archive_whose_file_begins_before_it_is_a_format_error(tmp_path):
     (tmp_path / "v").write_bytes(data)
     with pytest.raises(files.FormatError, match=r"v: the zip archive is damaged .*(Invalid argument|start dir|offset)"):
         files.load(tmp_path / "v")
+
+
+def test_a_zip_archive_of_a_file_without_a_name_is_read(tmp_path):
+    (tmp_path / "v").write_bytes(zipped(nameless=TEXT).replace(b"nameless", b"\0ameless"))  # which ends a name
+    assert len(Vectors.load(tmp_path / "v")) == 2

@@ -105,7 +105,7 @@ class Vectors:
           mmap: Whether the rows are mapped into memory and read when they are used, which only files of arrays that
             need no conversion allow. Default: where they do.
           encoding: Of the tokens, where the format does not say.
-          max_expansion: How many times its size a compressed file may grow to; 64 MiB are always allowed.
+          max_expansion: How many times its size a compressed file may grow to; 16 MiB are always allowed.
 
         Returns:
           The vectors. Of tokens that the file has twice, the first; a warning counts the others.

@@ -24,7 +24,7 @@ def identify(path: str | os.PathLike[str], *, format: str | None = None, max_exp
     Args:
       path: The file; see `embax.Vectors.load`.
       format: The name of its format, where that is known. Default: that of the content.
-      max_expansion: How many times its size a compressed file may grow to; 64 MiB are always allowed.
+      max_expansion: How many times its size a compressed file may grow to; 16 MiB are always allowed.
 
     Returns:
       What it is.

@@ -215,6 +215,9 @@ def _table(block: bytes, layout: Layout) -> Any:
     # It takes a carriage return for the end of a line, and passes over a byte order mark.
     if b"\r" in block or block.startswith(_BYTE_ORDER_MARK) or layout.dim > _MANY_COLUMNS:
         return None
+    # It makes as many columns as the first line has, each of which takes memory.
+    if block.count(layout.delimiter, 0, block.find(b"\n") + 1 or len(block)) != layout.dim:
+        return None
     try:
         import pyarrow as pa
         from pyarrow import csv

@@ -19,7 +19,7 @@ from ._error import FormatError
 # How much of a file is looked at to find out its format.
 _START = 1 << 16
 # What comes out of a compressed file may always be so large, whatever its ratio.
-_HARMLESS = 1 << 26
+_HARMLESS = 1 << 24
 # In the standard library from Python 3.14 on.
 _ZSTD = ("compression.zstd", "backports.zstd")
 _MAGIC = {
@@ -146,7 +146,7 @@ def opened(path: str | os.PathLike[str], max_expansion: float) -> Iterator[Sourc
 
     Args:
       path: The file. After a colon, the name of a file in a zip archive or of a tensor.
-      max_expansion: How many times as large as the file its uncompressed bytes may be; 64 MiB may always come.
+      max_expansion: How many times as large as the file its uncompressed bytes may be; 16 MiB may always come.
 
     Yields:
       The source.
