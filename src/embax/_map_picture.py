@@ -10,6 +10,7 @@ from jaxtyping import Float64
 from numpy.typing import ArrayLike
 
 from .files import replacing
+from .vocabulary import printable
 
 # In inches and dots an inch: 2000 x 1500 dots.
 _SIZE, _DPI = (12.5, 9.375), 160
@@ -65,14 +66,14 @@ def draw_png(
     _frame(axes, places)
     for side in axes.spines.values():
         side.set_color("#d8dbd6")
-    figure.text(0.03, 0.945, visible(title), fontsize=17, fontweight="bold", color=_INK, parse_math=False)
-    figure.text(0.03, 0.018, visible(caption), fontsize=10, color=_QUIET, parse_math=False)
+    figure.text(0.03, 0.945, printable(title), fontsize=17, fontweight="bold", color=_INK, parse_math=False)
+    figure.text(0.03, 0.018, printable(caption), fontsize=10, color=_QUIET, parse_math=False)
     # A token may have dollar signs in it, which are no mathematics.
     with warnings.catch_warnings():
         # The font has no signs of some scripts, and draws boxes.
         warnings.filterwarnings("ignore", message="Glyph .* missing", category=UserWarning)
         labels = [
-            axes.text(x, y, visible(token), fontsize=9, va="bottom", zorder=3, color=_INK, parse_math=False)
+            axes.text(x, y, printable(token), fontsize=9, va="bottom", zorder=3, color=_INK, parse_math=False)
             for token, (x, y) in zip(tokens, places, strict=True)
         ]
         axes.scatter(places[:, 0], places[:, 1], s=14, color=_DOT, alpha=0.75, linewidths=0, zorder=2)
@@ -91,11 +92,6 @@ def checked(argument: str, tokens: Sequence[str], points: ArrayLike) -> Float64[
             "Leave out those without a place."
         )
     return places / (np.abs(places).max(initial=0) or 1.0)
-
-
-def visible(token: str) -> str:
-    """Spell out control characters, of which a font has no sign and which turn the direction of a text."""
-    return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in token)
 
 
 def _frame(axes: Any, places: Float64[np.ndarray, "points 2"]) -> None:

@@ -39,9 +39,14 @@ class Index(NamedTuple):
 
 def packed(encoded: list[bytes]) -> Strings:
     """Put strings into one buffer."""
+    return Strings(np.frombuffer(b"".join([*encoded, bytes(_PAD)]), np.uint8), offsets_of(encoded))
+
+
+def offsets_of(encoded: list[bytes]) -> Int64[np.ndarray, " number_and_1"]:
+    """Tell where each string begins, and where the last ends, where one lies behind the other."""
     offsets = np.zeros(len(encoded) + 1, np.int64)
     np.cumsum(np.fromiter(map(len, encoded), np.int64, len(encoded)), out=offsets[1:])
-    return Strings(np.frombuffer(b"".join([*encoded, bytes(_PAD)]), np.uint8), offsets)
+    return offsets
 
 
 def padded(text: UInt8[np.ndarray, " bytes"]) -> UInt8[np.ndarray, " bytes"]:

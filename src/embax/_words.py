@@ -50,29 +50,24 @@ def directions_of(
     parts = [_parts(query) for query in queries]
     asked = np.full((len(parts), max(map(len, parts), default=0)), -1, np.int64)
     total = np.zeros((len(parts), unit.shape[1]), np.float32)
-    named = [
+    items = [
         (number, place, item, sign)
         for number, of_query in enumerate(parts)
         for place, (item, sign) in enumerate(of_query)
-        if isinstance(item, str)
     ]
+    named = [entry for entry in items if isinstance(entry[2], str)]
+    others = [(number, item, sign) for number, _, item, sign in items if not isinstance(item, str)]
     rows = vectors.vocabulary.ids([item for *_, item, _ in named], unknown=-1)
     owners = np.asarray([number for number, *_ in named], np.int64)
     signs = np.asarray([sign for *_, sign in named], np.float32)
     asked[owners, np.asarray([place for _, place, *_ in named], np.int64)] = rows
     known = rows >= 0
     np.add.at(total, owners[known], unit[rows[known]] * signs[known, None])
-    others = [named[place] for place in np.flatnonzero(~known)]
-    if others:
-        found = of_subwords(vectors, [item for *_, item, _ in others])
-        others = [(number, 0, row, sign) for (number, *_, sign), row in zip(others, found, strict=True)]
-    others += [
-        (number, 0, item, sign)
-        for number, of_query in enumerate(parts)
-        for item, sign in of_query
-        if not isinstance(item, str)
-    ]
-    for number, _, vector, sign in others:
+    unknown = [named[place] for place in np.flatnonzero(~known)]
+    if unknown:
+        found = of_subwords(vectors, [token for *_, token, _ in unknown])
+        others += [(number, row, sign) for (number, *_, sign), row in zip(unknown, found, strict=True)]
+    for number, vector, sign in others:
         total[number] += sign * _direction(vector, unit.shape[1])
     bad = np.flatnonzero(~np.isfinite(total).all(axis=1))
     if bad.size:

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from .vectors import Vectors
 
 # A compressed list of words is larger than its file by a factor of ten at most.
-_MAX_EXPANSION = 100.0
 # Of the five best answers counts the first that is none of the question's words, as in gensim.
 _ANSWERS = 5
 
@@ -272,7 +271,7 @@ def _read_pairs(path: str | os.PathLike[str]) -> list[tuple[str, str, float]]:
 
 def _lines(path: str | os.PathLike[str]) -> Iterator[tuple[int, str]]:
     """The lines of a text file and their numbers from 1."""
-    with opened(path, _MAX_EXPANSION) as source:
+    with opened(path) as source:
         data = source.read_all()
     for number, line in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
         try:

@@ -16,9 +16,10 @@ from jaxtyping import Float64
 from numpy.typing import ArrayLike
 
 from . import _check
-from ._map_picture import checked, visible
+from ._map_picture import checked
 from ._map_picture import draw_png as draw_png
 from .files import replacing
+from .vocabulary import printable
 
 # UMAP's own default; of fewer points, as many as there are others.
 _UMAP_NEIGHBORS = 15
@@ -114,15 +115,15 @@ def draw_html(
     script = folder.joinpath("_map.js").read_text("utf-8")
     style = folder.joinpath("_map.css").read_text("utf-8")
     data = {
-        "tokens": [visible(token) for token in tokens],
+        "tokens": [printable(token) for token in tokens],
         "points": _unit_square(places).round(5).tolist(),
         "nearest": None
         if nearest is None
-        else [[[visible(token), round(float(cosine), 3)] for token, cosine in found] for found in nearest],
+        else [[[printable(token), round(float(cosine), 3)] for token, cosine in found] for found in nearest],
     }
     parts = {
-        "title": html.escape(visible(title)),
-        "caption": html.escape(visible(caption)),
+        "title": html.escape(printable(title)),
+        "caption": html.escape(printable(caption)),
         "style": style,
         "script": script,
         "style_hash": _hash(style),

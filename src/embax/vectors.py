@@ -89,7 +89,7 @@ class Vectors:
         mmap: bool | None = None,
         *,
         encoding: str = "utf-8",
-        max_expansion: float = 100.0,
+        max_expansion: float = files.MAX_EXPANSION,
     ) -> "Vectors":
         """Read vectors from a file of any format that `embax.files` knows.
 

@@ -322,6 +322,11 @@ def check_utf8(text: UInt8[np.ndarray, " bytes"], offsets: Int64[np.ndarray, " n
         raise ValueError(f"token {row} is not UTF-8: {token[:40]!r}")
 
 
+def printable(token: str) -> str:
+    """Spell out control characters: a terminal obeys some, fonts have no sign of them, others turn a text around."""
+    return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in token)
+
+
 def quoted(token: str) -> str:
     """Quote a token for a message; control characters are spelled out, as they could rule the terminal."""
     return f'"{token}"' if token.isprintable() else repr(token)

@@ -121,7 +121,11 @@ def note(message: str) -> None:
 
 def printable(token: str) -> str:
     """Spell out control characters, with which a file could rule the terminal."""
-    return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in token)
+    if token.isprintable():  # without what the rest has to load
+        return token
+    from embax.vocabulary import printable
+
+    return printable(token)
 
 
 def print_json(document: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ from ._load import FORMATS as FORMATS
 from ._load import format_to_write as format_to_write
 from ._load import load as load
 from ._load import save as save
+from ._open import MAX_EXPANSION as MAX_EXPANSION
 from ._safetensors import read_safetensors as read_safetensors
 from ._safetensors import write_safetensors as write_safetensors
 from ._tensor import UnnamedRowsWarning as UnnamedRowsWarning

@@ -3,7 +3,7 @@
 import numpy as np
 from jaxtyping import Float
 
-from ._contents import Options
+from ._contents import Options, make_room
 from ._open import Source
 
 # Read at once: large against the cost of a call, small against a table.
@@ -61,8 +61,7 @@ def _read_by_row(source: Source, dtype: np.dtype, wanted: np.dtype, rows: int, d
     for first in range(0, rows, step):
         number = min(step, rows - first)
         data = source.read_exactly(number * dim * dtype.itemsize, f"row {first:,} and those after it")
-        if first + number > len(weight):
-            weight.resize((min(rows, max(first + number, len(weight) * 5 // 4)), dim), refcheck=False)
+        make_room(weight, first + number, most=rows)
         weight[first : first + number] = np.frombuffer(data, dtype).reshape(number, dim)
     return weight
 

@@ -5,8 +5,7 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-from ._atomic import replacing
-from ._columns import arrow, checked, columns_of, gathered, record_batches
+from ._columns import arrow, checked, columns_of, gathered, write_batches
 from ._contents import Contents, Options
 from ._format import Format
 from ._open import Source
@@ -52,10 +51,7 @@ def write_arrow(path: str | os.PathLike[str], contents: Contents) -> None:
       ValueError: If the vectors have no number.
       OSError: If the file cannot be written.
     """
-    schema, batches = record_batches(contents)
-    with replacing(path) as file, arrow().ipc.new_file(file, schema) as writer:
-        for batch in batches:
-            writer.write_batch(batch)
+    write_batches(path, contents, arrow().ipc.new_file)
 
 
 FORMAT = Format("arrow", (".arrow", ".feather"), _recognises, _read, write_arrow)

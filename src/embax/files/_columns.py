@@ -1,12 +1,14 @@
 """Tokens, vectors and counts out of the columns of Arrow's record batches, and into them."""
 
 import contextlib
-from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+import os
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from jaxtyping import Int64
 
+from ._atomic import replacing
 from ._contents import Contents, Gathered, Options
 from ._open import Source
 
@@ -152,12 +154,29 @@ def packed(source: Source, column: Any, limit: int) -> tuple[bytes, Int64[np.nda
     return (b"" if text is None else bytes(memoryview(text)[ends[0] : ends[-1]])), np.diff(ends)
 
 
-def record_batches(contents: Contents) -> tuple[Any, Iterator[Any]]:
-    """Return the schema and the record batches that hold vectors: columns `token`, `vector` and perhaps `count`.
+def write_batches(
+    path: str | os.PathLike[str],
+    contents: Contents,
+    writer_to: Callable[[BinaryIO, Any], contextlib.AbstractContextManager],
+) -> None:
+    """Write vectors as record batches: columns `token`, `vector` and perhaps `count`.
+
+    Args:
+      path: The destination.
+      contents: What to write.
+      writer_to: Given a file and a schema, pyarrow's writer of the format.
 
     Raises:
       ValueError: If the vectors have no number.
+      OSError: If the file cannot be written.
     """
+    schema, batches = _schema_and_batches(contents)
+    with replacing(path) as file, writer_to(file, schema) as writer:
+        for batch in batches:
+            writer.write_batch(batch)
+
+
+def _schema_and_batches(contents: Contents) -> tuple[Any, Iterator[Any]]:
     pa = arrow()
     weight = np.asarray(contents.weight)
     dtype = weight.dtype if weight.dtype.kind == "f" else np.dtype(np.float32)  # bfloat16 is unknown to Arrow

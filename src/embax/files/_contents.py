@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Float, Int64
 from numpy.typing import DTypeLike
 
+from .._strings import offsets_of
 from ..vocabulary import Vocabulary
 from ._open import Source
 
@@ -80,8 +81,7 @@ class Gathered:
             keep = self._options.limit - self.rows
             text, lengths, rows = text[: int(lengths[:keep].sum())], lengths[:keep], rows[:keep]
         end = self.rows + len(rows)
-        if end > len(self._weight):
-            self._resize(max(end, int(len(self._weight) * _GROWTH)))
+        make_room(self._weight, end)
         self._weight[self.rows : end] = rows
         self._texts.append(text)
         self._lengths.append(lengths)
@@ -89,7 +89,7 @@ class Gathered:
 
     def contents(self, counts: Int64[np.ndarray, " rows"] | None = None) -> Contents:
         """Return all of it, without the rows that are named as others before them, and their counts."""
-        self._resize(self.rows)
+        resize(self._weight, self.rows)
         offsets, end = np.zeros(self.rows + 1, np.int64), 0
         for lengths in self._lengths:
             np.cumsum(lengths, out=offsets[end + 1 : end + 1 + len(lengths)])
@@ -100,9 +100,22 @@ class Gathered:
         self._lengths.clear()
         return contents_of(self._source, self._options, text, offsets, self._weight, counts)
 
-    def _resize(self, rows: int) -> None:
-        # In place: the system moves pages of a large array, not numbers.
-        self._weight.resize((rows, self._weight.shape[1]), refcheck=False)
+
+def make_room(weight: np.ndarray, rows: int, most: int | None = None) -> None:
+    """Let an array of rows grow, where it is too small, to so many rows and some to spare, but no more than `most`."""
+    if rows > len(weight):
+        roomy = max(rows, int(len(weight) * _GROWTH))
+        resize(weight, roomy if most is None else min(roomy, most))
+
+
+def resize(weight: np.ndarray, rows: int) -> None:
+    """Give an array another number of rows, in place: the system moves pages of a large one, not numbers."""
+    weight.resize((rows, weight.shape[1]), refcheck=False)
+
+
+def is_utf8(encoding: str) -> bool:
+    """Tell whether an encoding is UTF-8, whatever its spelling."""
+    return encoding.lower().replace("_", "-") in ("utf-8", "utf8")
 
 
 def contents_of(
@@ -131,7 +144,7 @@ def contents_of(
     Raises:
       FormatError: If a token is not of the encoding.
     """
-    if options.encoding.lower().replace("_", "-") not in ("utf-8", "utf8"):
+    if not is_utf8(options.encoding):
         text, offsets = _recoded(source, options.encoding, bytes(text), offsets)
     try:
         vocabulary = Vocabulary.from_utf8(text, offsets, special=special)
@@ -161,4 +174,4 @@ def _recoded(source: Source, encoding: str, text: bytes, offsets: np.ndarray) ->
             tokens.append(token.decode(encoding).encode())
         except (UnicodeError, LookupError) as error:
             raise source.error(f"token {row} is not {encoding}: {token[:40]!r} ({error}).") from None
-    return b"".join(tokens), np.concatenate([[0], np.cumsum([len(token) for token in tokens], dtype=np.int64)])
+    return b"".join(tokens), offsets_of(tokens)

@@ -6,10 +6,10 @@ import warnings
 import numpy as np
 from jaxtyping import Float, Float32, Int64
 
-from .._strings import Strings, packed
+from .._strings import Strings, packed, taken
 from .._subwords import Ngrams, Subwords, means_of
 from ..vocabulary import Vocabulary, check_utf8
-from ._contents import Contents, Options, contents_of
+from ._contents import Contents, Options, contents_of, is_utf8, make_room, resize
 from ._fasttext_model import Dictionary, Header, read_dictionary, read_header, starts_like_a_model
 from ._fasttext_write import write_fasttext
 from ._format import Format
@@ -18,8 +18,6 @@ from ._quantized import Quantized, read_quantized
 
 _BLOCK = 1 << 24  # bytes
 _ROWS = 1 << 14
-# By how much an array grows where it is not known how many rows there will be.
-_GROWTH = 1.25
 # One token in so many may be no text; where it is more, the encoding is another one.
 _FEW = 100
 
@@ -65,9 +63,14 @@ def read_fasttext(source: Source, options: Options) -> Contents:
         return contents
     if len(contents.vocabulary) < words.number:  # some are left out
         own = np.flatnonzero(~Vocabulary.from_utf8(text, offsets).repeated())
-        raw = raw if raw is None else _taken(raw, own)
+        raw = raw if raw is None else taken(raw, own)
     subwords = Subwords(
-        ngrams, contents.vocabulary, own, encoding=_name_of(options.encoding), raw=raw, arguments=header.arguments
+        ngrams,
+        contents.vocabulary,
+        own,
+        encoding="utf-8" if is_utf8(options.encoding) else options.encoding,
+        raw=raw,
+        arguments=header.arguments,
     )
     return contents._replace(subwords=subwords)
 
@@ -117,11 +120,10 @@ def _read_dense(source: Source, dim: int, plan: list[tuple[int, bool]]) -> Float
         for start in range(0, rows, at_once):
             number = min(at_once, rows - start)
             data = source.read_exactly(4 * number * dim, "the input matrix")
-            if filled + number > len(matrix):
-                matrix.resize((max(filled + number, int(len(matrix) * _GROWTH)), dim), refcheck=False)
+            make_room(matrix, filled + number)
             matrix[filled : filled + number] = np.frombuffer(data, "<f4").reshape(number, dim)
             filled += number
-    matrix.resize((filled, dim), refcheck=False)
+    resize(matrix, filled)
     return matrix
 
 
@@ -173,14 +175,10 @@ def _weight(
     return weight
 
 
-def _name_of(encoding: str) -> str:
-    return "utf-8" if encoding.lower().replace("_", "-") in ("utf-8", "utf8") else encoding
-
-
 def _decoded(source: Source, encoding: str, words: Strings) -> tuple[Strings, Strings | None]:
     """Return the words in UTF-8, and the words as they were if that is something else."""
     text, offsets = words.text[: words.offsets[-1]], words.offsets
-    if _name_of(encoding) == "utf-8":
+    if is_utf8(encoding):
         try:
             check_utf8(text, offsets)
             return words, None
@@ -210,11 +208,6 @@ def _decoded(source: Source, encoding: str, words: Strings) -> tuple[Strings, St
             stacklevel=4,
         )
     return packed(tokens), words
-
-
-def _taken(words: Strings, rows: Int64[np.ndarray, " some"]) -> Strings:
-    parts = [words.text[words.offsets[row] : words.offsets[row + 1]].tobytes() for row in rows]
-    return packed(parts)
 
 
 FORMAT = Format(

@@ -3,9 +3,8 @@
 import os
 from typing import NamedTuple
 
-from . import _refused
-from ._load import recognised
-from ._open import opened, split_path
+from ._load import accepted, recognised
+from ._open import MAX_EXPANSION, split_path
 
 
 class Identity(NamedTuple):
@@ -18,7 +17,9 @@ class Identity(NamedTuple):
     size: int  # in bytes, on disk
 
 
-def identify(path: str | os.PathLike[str], *, format: str | None = None, max_expansion: float = 100.0) -> Identity:
+def identify(
+    path: str | os.PathLike[str], *, format: str | None = None, max_expansion: float = MAX_EXPANSION
+) -> Identity:
     """Tell what a file of vectors is by its first bytes.
 
     Args:
@@ -41,7 +42,5 @@ def identify(path: str | os.PathLike[str], *, format: str | None = None, max_exp
       'word2vec-binary'
     """
     file, member = split_path(path)
-    if (error := _refused.explain(file)) is not None:
-        raise error
-    with opened(path, max_expansion) as source:
+    with accepted(path, max_expansion) as source:
         return Identity(file, member, format or recognised(source).name, source.compression, os.path.getsize(file))

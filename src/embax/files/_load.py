@@ -1,6 +1,8 @@
 """Loading and saving: which format a file is of, and what the caller wants of it."""
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import PurePath
 
 import numpy as np
@@ -10,7 +12,7 @@ from .. import _check
 from . import _arrow, _fasttext, _glove, _npy, _parquet, _refused, _safetensors, _tensor, _word2vec
 from ._contents import Contents, Options
 from ._format import Format
-from ._open import Source, opened, split_path
+from ._open import MAX_EXPANSION, Source, opened, split_path
 
 # In the order in which they are tried: what has a mark of its own goes before what any text could be.
 _ALL: tuple[Format, ...] = (
@@ -38,7 +40,7 @@ def load(
     dtype: DTypeLike | None = None,
     mmap: bool | None = None,
     encoding: str = "utf-8",
-    max_expansion: float = 100.0,
+    max_expansion: float = MAX_EXPANSION,
 ) -> Contents:
     r"""Read what a file of vectors holds; `embax.Vectors.load` says how.
 
@@ -74,12 +76,31 @@ def load(
         encoding,
     )
     max_expansion = _check.positive("embax.files.load(max_expansion=...)", max_expansion)
+    with accepted(path, max_expansion) as source:
+        return (chosen or recognised(source)).read(source, options)
+
+
+@contextlib.contextmanager
+def accepted(path: str | os.PathLike[str], max_expansion: float) -> Iterator[Source]:
+    """Open a file, unless it is one that is not read here.
+
+    Args:
+      path: As for `opened`.
+      max_expansion: As for `opened`.
+
+    Yields:
+      The source.
+
+    Raises:
+      FormatError: As `opened`, and if it is a pickle or the like, with the lines that convert it.
+      OSError: If it cannot be opened.
+    """
     if (error := _refused.explain(split_path(path)[0])) is not None:
         raise error
     with opened(path, max_expansion) as source:
         if (error := _refused.explain(source.path, source.start)) is not None:  # what came out of a compressed file
             raise error
-        return (chosen or recognised(source)).read(source, options)
+        yield source
 
 
 def recognised(source: Source) -> Format:

@@ -18,6 +18,8 @@ from ._error import FormatError
 
 # How much of a file is looked at to find out its format.
 _START = 1 << 16
+# How many times its size a compressed file may grow to, unless the caller says otherwise.
+MAX_EXPANSION = 100.0
 # What comes out of a compressed file may always be so large, whatever its ratio.
 _HARMLESS = 1 << 24
 # In the standard library from Python 3.14 on.
@@ -40,7 +42,6 @@ class Source:
       member: What follows the colon after the path: a tensor, or a file in an archive, or None.
       stream: Its bytes, uncompressed.
       size: How many there are, where that is known before they are read.
-      compressed: Whether they come out of a compressed file, and so cannot be mapped into memory.
       limit: How many bytes may come out of the file, by formats, too, that compress by themselves.
       compression: What compressed it, or None.
     """
@@ -51,16 +52,19 @@ class Source:
         member: str | None,
         stream: BinaryIO,
         size: int | None,
-        compressed: bool,
-        limit: int = _HARMLESS,
+        limit: int,
         compression: str | None = None,
     ):
-        self.compression = compression
-        self.path, self.member, self.size, self.compressed, self.limit = path, member, size, compressed, limit
+        self.path, self.member, self.size, self.limit, self.compression = path, member, size, limit, compression
         self._stream = stream
         self.start = self._read(_START)  # the first bytes, to tell the format by
         self._ahead = self.start
         self.position = 0  # of the next byte that `read` gives
+
+    @property
+    def compressed(self) -> bool:
+        """Whether the bytes come out of a compressed file, and so cannot be mapped into memory."""
+        return self.compression is not None
 
     @property
     def name(self) -> str:
@@ -141,7 +145,7 @@ class Source:
 
 
 @contextlib.contextmanager
-def opened(path: str | os.PathLike[str], max_expansion: float) -> Iterator[Source]:
+def opened(path: str | os.PathLike[str], max_expansion: float = MAX_EXPANSION) -> Iterator[Source]:
     """Open a file of vectors, plain or compressed by gzip, xz, bz2, zip or zstd, as its first bytes tell.
 
     Args:
@@ -166,15 +170,14 @@ def opened(path: str | os.PathLike[str], max_expansion: float) -> Iterator[Sourc
         kind = next((kind for magic, kind in _MAGIC.items() if start.startswith(magic)), None)
         limit = max(_HARMLESS, int(max_expansion * size))
         if kind is None:
-            yield Source(path, member, file, size, compressed=False, limit=limit)
+            yield Source(path, member, file, size, limit)
             return
         if kind == "zip":
             stream = stack.enter_context(_zip_member(path, member, file))
-            member = None if member is None else member
         else:
             stream = stack.enter_context(_DECOMPRESSORS[kind](path, file))
         limited = cast(BinaryIO, _Limited(path, stream, limit, max_expansion))
-        yield Source(path, member, limited, None, compressed=True, limit=limit, compression=kind)
+        yield Source(path, member, limited, None, limit, compression=kind)
 
 
 def split_path(path: str | os.PathLike[str]) -> tuple[str, str | None]:

@@ -1,5 +1,6 @@
 """Vectors in the columns of a parquet file."""
 
+import functools
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -7,7 +8,6 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int64
 
-from ._atomic import replacing
 from ._columns import (
     Columns,
     arrow,
@@ -20,7 +20,7 @@ from ._columns import (
     listing,
     only,
     packed,
-    record_batches,
+    write_batches,
 )
 from ._contents import Contents, Options
 from ._format import Format
@@ -133,12 +133,10 @@ def write_parquet(path: str | os.PathLike[str], contents: Contents) -> None:
       ValueError: If the vectors have no number.
       OSError: If the file cannot be written.
     """
-    schema, batches = record_batches(contents)
+    arrow()
     from pyarrow.parquet import ParquetWriter
 
-    with replacing(path) as file, ParquetWriter(file, schema, compression="zstd", use_dictionary=False) as writer:
-        for batch in batches:
-            writer.write_batch(batch)
+    write_batches(path, contents, functools.partial(ParquetWriter, compression="zstd", use_dictionary=False))
 
 
 FORMAT = Format("parquet", (".parquet",), _recognises, _read, write_parquet)

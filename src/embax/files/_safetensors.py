@@ -88,7 +88,7 @@ def read_safetensors(path: str | os.PathLike[str]) -> Contents:
     Example:
       See `write_safetensors`.
     """
-    with opened(path, max_expansion=100.0) as source:
+    with opened(path) as source:
         return _read(source, Options())
 
 

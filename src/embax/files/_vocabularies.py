@@ -9,14 +9,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Int64
 
+from .._strings import offsets_of
 from ._contents import Options
 from ._open import Source, opened
 from ._parquet import read_tokens
 
 # Beside a safetensors file, the first of these that is there.
 TOKENIZERS = ("tokenizer.json", "vocab.txt", "vocab.json")
-# A vocabulary file may be compressed, too, to so many times less.
-_MAX_EXPANSION = 100.0
 # What Hugging Face calls special tokens, and what they stand for here.
 ROLES = {
     "pad_token": "padding",
@@ -88,7 +87,7 @@ def read_vocabulary(path: str, options: Options) -> Listed:
       FormatError: If the file is damaged.
       OSError: If it cannot be opened.
     """
-    with opened(path, _MAX_EXPANSION) as source:
+    with opened(path) as source:
         if path.lower().endswith(".json"):
             return _of_json(source)
         if path.lower().endswith(".parquet"):
@@ -162,7 +161,7 @@ def _tokens_of_roles(folder: str) -> dict[bytes, str]:
         path = os.path.join(folder, name)
         if not os.path.isfile(path):
             continue
-        with opened(path, _MAX_EXPANSION) as source:
+        with opened(path) as source:
             entries = _loaded(source)
             if not isinstance(entries, dict):
                 raise source.error("must hold a JSON object.")
@@ -188,9 +187,7 @@ def _listed(source: Source, pairs: Iterable[tuple[Any, Any]]) -> Listed:
 
 
 def _joined(source: Source, ids: np.ndarray, texts: list[bytes]) -> Listed:
-    offsets = np.zeros(len(texts) + 1, np.int64)
-    np.cumsum(np.fromiter(map(len, texts), np.int64, len(texts)), out=offsets[1:])
-    return Listed(source.path, b"".join(texts), offsets, ids, {})
+    return Listed(source.path, b"".join(texts), offsets_of(texts), ids, {})
 
 
 def _encoded(source: Source, row: int, token: str) -> bytes:
