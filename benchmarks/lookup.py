@@ -17,31 +17,13 @@ def jitted_lookup() -> None:
     ids = random_ids(16_384)
     index = jax.jit(lambda weight, ids: weight[ids])
     lookup = jax.jit(embax.lookup)
-    layer = embax.Embedding(ROWS, DIM, embedding_init=table.weight)
-    read = brainstate.transform.jit(layer)
     every_rule = embax.Table(table.weight, padding_idx=0, max_norm=1.0, scale_grad_by_freq=True)
     compare(
         f"jitted, 16,384 ids into {ROWS:,} x {DIM}",
         {
             "weight[ids]": lambda: index(table.weight, ids),
             "embax.lookup": lambda: lookup(table, ids),
-            "embax.Embedding": lambda: read(ids),
             "embax.lookup, padding and max_norm": lambda: lookup(every_rule, ids),
-        },
-    )
-
-
-def eager_lookup() -> None:
-    """128 ids into a small table: the cost of a call."""
-    ids = random_ids(128, rows=1_000)
-    ours, theirs = embax.Embedding(1_000, DIM), brainstate.nn.Embedding(1_000, DIM)
-    weight = ours.weight.value
-    compare(
-        f"eager, 128 ids into 1,000 x {DIM}",
-        {
-            "weight[ids]": lambda: weight[ids],
-            "embax.Embedding": lambda: ours(ids),
-            "brainstate.nn.Embedding": lambda: theirs(ids),
         },
     )
 
@@ -76,5 +58,4 @@ def random_ids(number: int, rows: int = ROWS) -> jax.Array:
 
 if __name__ == "__main__":
     jitted_lookup()
-    eager_lookup()
     max_norm()

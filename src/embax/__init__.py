@@ -4,12 +4,15 @@ import importlib as _importlib
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 
 if _TYPE_CHECKING:
+    from ._attend import attend as attend
     from ._bag import embedding_bag as embedding_bag
+    from ._candidates import Unigram as Unigram
     from ._collection import Collection as Collection
     from ._collection import Feature as Feature
     from ._collection import restack as restack
     from ._collection import unstack as unstack
     from ._compositional import CompositionalTable as CompositionalTable
+    from ._cross_entropy import softmax_cross_entropy as softmax_cross_entropy
     from ._grad import DenseGradientWarning as DenseGradientWarning
     from ._grad import grad as grad
     from ._grad import value_and_grad as value_and_grad
@@ -20,6 +23,9 @@ if _TYPE_CHECKING:
     from ._rows import RowGrad as RowGrad
     from ._rows import apply_updates as apply_updates
     from ._rows import global_norm as global_norm
+    from ._sampled_softmax import sampled_softmax as sampled_softmax
+    from ._state_dict import from_state_dict as from_state_dict
+    from ._state_dict import to_state_dict as to_state_dict
     from ._table import Table as Table
     from ._table import resize as resize
     from .brainstate import Embedding as Embedding
@@ -41,22 +47,30 @@ _LAZY = {
     "Ragged": "embax._ragged",
     "RowGrad": "embax._rows",
     "Table": "embax._table",
+    "Unigram": "embax._candidates",
     "Vectors": "embax.vectors",
     "Vocabulary": "embax.vocabulary",
     "apply_updates": "embax._rows",
+    "attend": "embax._attend",
     "brainstate": "embax.brainstate",
     "embedding_bag": "embax._bag",
+    "equinox": "embax.equinox",
     "evaluate": "embax.evaluate",
     "files": "embax.files",
+    "from_state_dict": "embax._state_dict",
     "global_norm": "embax._rows",
     "grad": "embax._grad",
     "hash_ids": "embax._hash",
     "lookup": "embax._lookup",
     "maps": "embax.maps",
+    "nnx": "embax.nnx",
     "optim": "embax.optim",
     "renormalize": "embax._lookup",
     "resize": "embax._table",
     "restack": "embax._collection",
+    "sampled_softmax": "embax._sampled_softmax",
+    "softmax_cross_entropy": "embax._cross_entropy",
+    "to_state_dict": "embax._state_dict",
     "train": "embax.train",
     "unstack": "embax._collection",
     "value_and_grad": "embax._grad",

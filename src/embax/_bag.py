@@ -1,10 +1,10 @@
 """embedding_bag: look up bags of ids and pool the rows of each, without the rows in between."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax.core import Tracer
-from jaxtyping import Array, Float, Shaped
+from jaxtyping import Array, DTypeLike, Float, Int, Shaped
 
 from . import _check, _ids
 from ._dedupe import accumulator
@@ -87,6 +87,60 @@ def pool(
     resolved = jnp.where(counted, resolved, table.rows)
     counted = counted & ~_ids.is_padding(resolved, table.padding_idx)
     return divided(pool_rows(table, resolved, counted, weights, layout, mode), counted, weights, layout, mode)
+
+
+class Read(NamedTuple):
+    """What a layer has read of its table."""
+
+    pooled: Shaped[Array, "*bags_dim"]
+    layout: Layout
+    ids: _ids.Ids
+
+    def named(self, table: Table) -> Int[Array, "*batch"]:
+        """The rows that are in a bag, to be stored clipped; those of what is in none, and names no row, are `rows`."""
+        named = _ids.resolve(self.ids, table.rows, table.out_of_range)
+        return jnp.where(is_used(self.layout, self.ids), named, table.rows)
+
+
+def read_bags(
+    call: str,
+    table: Table,
+    input: Any,
+    offsets: Any,
+    per_sample_weights: Any,
+    mode: Mode,
+    include_last_offset: bool,
+    dtype: DTypeLike | None = None,
+) -> Read:
+    """Read bags as `torch.nn.EmbeddingBag` is given them.
+
+    Args:
+      call: The call for the messages.
+      table: The table.
+      input: Ids of the shape `(*bags, length)`, or a Ragged; with offsets, `(ids,)`.
+      offsets: Where each bag starts, `(bags,)`, or one more with `include_last_offset`; or None.
+      per_sample_weights: A factor for each id, or None.
+      mode: How rows are pooled.
+      include_last_offset: Whether the last offset is where the last bag ends.
+      dtype: That of the output. Default: the table's.
+
+    Returns:
+      One vector a bag, and what was read for it.
+
+    Raises:
+      TypeError: As `embedding_bag`, and for a Ragged with offsets.
+      ValueError: As `embedding_bag` and `Ragged`.
+      IndexError: As `embedding_bag`.
+    """
+    if offsets is not None:
+        if isinstance(input, Ragged):
+            raise TypeError(f"`{call}(offsets=...)` must be None for a Ragged, got {offsets!r}. It has its own.")
+        input = Ragged.from_offsets(input, offsets, include_last_offset)
+    if not jnp.issubdtype(table.dtype, jnp.inexact):
+        raise TypeError(f"`{call}` must have a table of a float dtype, got {table.dtype}. Cast its weight.")
+    layout, ids = layout_of(f"{call}(input=...)", table, input)
+    weights = prepared_weights(f"{call}(per_sample_weights=...)", per_sample_weights, ids.shape, table, mode)
+    return Read(pool(table, ids, layout, weights, mode).astype(dtype or table.dtype), layout, ids)
 
 
 def layout_of(argument: str, table: Table, bags: Any) -> tuple[Layout, _ids.Ids]:

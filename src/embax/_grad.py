@@ -2,7 +2,7 @@
 
 import functools
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -12,7 +12,8 @@ from jax.extend.core import jaxpr_as_fun
 from jaxtyping import Array, Shaped
 
 from . import _check, _ids, _tape
-from ._rows import RowGrad, is_trained, no_rows, row_grad
+from ._modules import fixed_leaves
+from ._rows import RowGrad, apply_updates, is_trained, no_rows, row_grad
 from ._table import Table, with_weight
 
 OnDense = Literal["error", "warn", "allow"]
@@ -41,7 +42,12 @@ def value_and_grad(
     the gradient is dense, and comes as a Table with the gradient for its weight: where the loss computes with the
     weight (a cast, a slice, a sum over it), or looks up inside of `jit`, `scan`, `while_loop`, `cond`, `vmap`,
     `checkpoint` or another derivative. It is the whole gradient, lookups included, and a warning says what to move: the
-    lookup out of the inner transformation, `jit` around the outermost function.
+    lookup out of the inner transformation, `jit` around the outermost function. A table that `embax.attend` or
+    `embax.softmax_cross_entropy` reads gets a dense gradient without a warning, and the rows that were looked up are
+    added into it.
+
+    An Equinox module may stand anywhere in the arguments. Of its leaves, those that are no arrays of floats have None
+    for their gradient, as in `equinox.filter_grad`.
 
     `fun` is traced twice before it is differentiated, so that it has to be as pure as under `jax.jit`, and its control
     flow cannot depend on values that are computed from the arguments.
@@ -168,14 +174,13 @@ def _evaluate(fun: Callable[..., Any], options: _Options, args: Sequence[Any], k
             full[number] = value
         return fun(*full, **kwargs)
 
-    lookups, dense = _find_lookups(run, leaves, trained)
-    for i, reason in dense.items():
+    fixed = [i for i, is_fixed in enumerate(fixed_leaves([args[number] for number in numbers])) if is_fixed]
+    seen = _find_reads(run, leaves, trained)
+    for i, reason in seen.dense.items():
         path = nodes[i][0]
         name = f"argument {numbers[path[0].idx]}{jax.tree_util.keystr(path[1:])}"
         report_dense(options.call, options.on_dense, name, leaves[i], reason, stacklevel=4)
-    sparse = [i for i in trained if i not in dense]
-    lookups = [x._replace(table=sparse.index(trained[x.table])) for x in lookups if trained[x.table] in sparse]
-    out, gradients = _differentiate(run, leaves, sparse, lookups, options)
+    out, gradients = _differentiate(run, leaves, seen, fixed, options)
     gradient = structure.unflatten(gradients)
     return out, tuple(gradient) if isinstance(options.argnums, Sequence) else gradient[0]
 
@@ -216,18 +221,21 @@ _TRANSFORMATIONS = frozenset(
 )
 
 
-def _find_lookups(
-    run: Callable[[Sequence[Any]], Any], leaves: Sequence[Any], trained: Sequence[int]
-) -> tuple[list[_tape.Lookup], dict[int, str]]:
-    """Run a loss on stand-ins for the weights of its trained tables.
+class _Reads(NamedTuple):
+    """What a first run of a loss has shown of its tables, by the numbers of their leaves."""
 
-    Returns:
-      Its lookups, with the type of their ids in place of these; and the leaves that are tables whose weight it uses
-      otherwise, with a reason for `report_dense`.
-    """
+    sparse: list[int]  # those that are read by lookups and heads on the tape, or not at all
+    lookups: list[_tape.Lookup]  # of these, by their place in `sparse`, with the type of the ids in place of them
+    whole: list[int]  # those of these that a head reads
+    dense: dict[int, str]  # the others, whose weight is used otherwise, with a reason for `report_dense`
+
+
+def _find_reads(run: Callable[[Sequence[Any]], Any], leaves: Sequence[Any], trained: Sequence[int]) -> _Reads:
+    """Run a loss on stand-ins for the weights of its trained tables."""
     weights = [leaves[i].weight for i in trained]
     lookups: list[_tape.Lookup] = []
     hidden: set[int] = set()
+    whole: set[int] = set()
 
     def on_tape(stand_ins: Sequence[Any]) -> None:
         with _tape.recording(_tape.Tape(stand_ins, weights)) as tape:
@@ -235,19 +243,18 @@ def _find_lookups(
         # No tracer may outlive its trace.
         lookups.extend(lookup._replace(ids=jax.typeof(lookup.ids)) for lookup in tape.lookups)
         hidden.update(tape.hidden)
+        whole.update(tape.read_whole)
 
     jaxpr = jax.make_jaxpr(on_tape)(weights).jaxpr
     used = _tape.other_uses(jaxpr, jaxpr.invars)
-    reasons = {trained[k]: "" if k in hidden else name for k, name in used.items()}
-    return lookups, reasons
+    dense = {trained[k]: "" if k in hidden else name for k, name in used.items()}
+    sparse = [i for i in trained if i not in dense]
+    lookups = [x._replace(table=sparse.index(trained[x.table])) for x in lookups if x.table not in used]
+    return _Reads(sparse, lookups, sorted(trained[k] for k in whole - used.keys()), dense)
 
 
 def _differentiate(
-    run: Callable[[Sequence[Any]], Any],
-    leaves: Sequence[Any],
-    sparse: Sequence[int],
-    lookups: Sequence[_tape.Lookup],
-    options: _Options,
+    run: Callable[[Sequence[Any]], Any], leaves: Sequence[Any], seen: _Reads, fixed: Sequence[int], options: _Options
 ) -> tuple[Any, list[Any]]:
     """Differentiate a loss for a tap on each of its lookups, and for its other leaves.
 
@@ -257,18 +264,21 @@ def _differentiate(
     Returns:
       What the loss returns, and the gradients.
     """
+    sparse, lookups = seen.sparse, seen.lookups
     weights = [leaves[i].weight for i in sparse]
     constant = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Table) and not is_trained(leaf)]
-    others = [None if i in (*sparse, *constant) else leaf for i, leaf in enumerate(leaves)]
+    # What a head reads is differentiated as any other leaf, beside the taps of its lookups.
+    left_out = {*sparse, *constant, *fixed} - {*seen.whole}
+    others = [None if i in left_out else leaf for i, leaf in enumerate(leaves)]
     taps = [tap_of(lookup, weights[lookup.table]) for lookup in lookups]
     outputs: list[Any] = []
 
     def with_taps(others: Sequence[Any], taps: Sequence[Array], stand_ins: Sequence[Any]) -> Any:
         filled = [leaf if other is None else other for leaf, other in zip(leaves, others, strict=True)]
-        with _tape.recording(_tape.Tape(stand_ins, weights, taps)) as tape:
+        whole = {sparse.index(i): others[i].weight for i in seen.whole}
+        with _tape.recording(_tape.Tape(stand_ins, weights, taps, whole)) as tape:
             out = run(_with_weights(filled, sparse, stand_ins))
-        if [lookup.table for lookup in tape.lookups] != [lookup.table for lookup in lookups]:
-            raise impure(options.call, "other lookups in its second run")
+        check_same_reads(options.call, tape, lookups, whole.keys())
         parts, structure = jax.tree.flatten(out)
         # A stand-in that is returned holds what `renormalize` has made of its table.
         parts = [part if (found := tape.find(part)) is None else found[1] for part in parts]
@@ -309,8 +319,25 @@ def _differentiate(
         gradients[i] = _none_read(leaves[i])
     for k, i in enumerate(sparse):
         of_table = [n for n, lookup in enumerate(lookups) if lookup.table == k]
-        gradients[i] = gathered(leaves[i], [ids[n] for n in of_table], [cotangents[n] for n in of_table])
+        rows = gathered(leaves[i], [ids[n] for n in of_table], [cotangents[n] for n in of_table])
+        gradients[i] = apply_updates(gradients[i], rows) if i in seen.whole else rows
     return out, gradients
+
+
+def check_same_reads(call: str, tape: _tape.Tape, lookups: Sequence[_tape.Lookup], whole: Set[int]) -> None:
+    """Check that a second run of a function has read of its tables what the first one has.
+
+    Args:
+      call: The call for the message.
+      tape: That of the second run.
+      lookups: The lookups of the first run.
+      whole: The tables of which a head has read all rows in it.
+
+    Raises:
+      RuntimeError: If it has not.
+    """
+    if [lookup.table for lookup in tape.lookups] != [lookup.table for lookup in lookups] or tape.read_whole != whole:
+        raise impure(call, "other lookups in its second run")
 
 
 def tap_of(lookup: _tape.Lookup, weight: Array) -> Shaped[Array, "*batch_dim"]:

@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jax.sharding import AxisType, NamedSharding, PartitionSpec, reshard
-from jaxtyping import Array, Bool, Int, Shaped
+from jaxtyping import Array, Bool, Int
 
+from ._mesh import explicit_sharding as explicit_sharding
+from ._mesh import on_every_device as on_every_device
 from ._table import OutOfRange, PaddingRows, Table
 
 Ids = Int[Array, "*batch"] | Int[np.ndarray, "*batch"]
@@ -102,29 +103,6 @@ def occurrences(ids: Int[Array, "*batch"]) -> tuple[Int[Array, " ids"], Int[Arra
     ordered = flat[order]
     start, end = (jnp.searchsorted(ordered, flat, side=side) for side in ("left", "right"))
     return order[start].astype(jnp.int32), (end - start).astype(jnp.int32)
-
-
-def explicit_sharding(ids: Shaped[Array, "*batch"], trailing: int = 0) -> NamedSharding | None:
-    """Say how rows are laid out on a mesh with explicit axes: as their ids, the trailing axes not sharded.
-
-    Args:
-      ids: Row numbers.
-      trailing: The number of axes that a row has.
-
-    Returns:
-      The sharding, or None where no mesh axis is explicit and XLA chooses.
-    """
-    sharding = jax.typeof(ids).sharding
-    if AxisType.Explicit not in sharding.mesh.axis_types:
-        return None
-    return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec, *[None] * trailing))
-
-
-def on_every_device(array: Shaped[Array, "*batch"]) -> Shaped[Array, "*batch"]:
-    """Replicate an array over the explicit axes of a mesh, for what depends on all ids of a call."""
-    sharding = explicit_sharding(array)
-    # A NamedSharding, since a bare PartitionSpec needs `jax.set_mesh`.
-    return array if sharding is None else reshard(array, NamedSharding(sharding.mesh, PartitionSpec()))
 
 
 def _as_array(ids: Any) -> Ids:

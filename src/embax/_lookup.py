@@ -115,7 +115,7 @@ def read_untaped(
 ) -> Shaped[Array, "*batch_dim"]:
     """`read` of a weight that no tape has to know of."""
     resolved = _ids.resolve(ids, table.rows, table.out_of_range)
-    rows = _clip(table, resolved, _gather(table, resolved, counted))
+    rows = clipped_rows(table, resolved, _gather(table, resolved, counted))
     return rows if dtype is None else rows.astype(dtype)
 
 
@@ -220,8 +220,19 @@ def _divided_by_frequency(ids: Int[Array, "*batch"], rows: Shaped[Array, "*batch
     return _take(flat, first, 0)
 
 
-def _clip(table: Table, ids: Int[Array, "*batch"], rows: Shaped[Array, "*batch_dim"]) -> Shaped[Array, "*batch_dim"]:
-    """Clip rows to the table's norm, the padding row excepted."""
+def clipped_rows(
+    table: Table, ids: Int[Array, "*batch"], rows: Shaped[Array, "*batch_dim"]
+) -> Shaped[Array, "*batch_dim"]:
+    """Clip rows to the table's norm, the padding row excepted.
+
+    Args:
+      table: The table whose rules hold; its weight is not read.
+      ids: The number of each row.
+      rows: The rows.
+
+    Returns:
+      The same shape. The gradient passes straight through.
+    """
     if table.max_norm is None:
         return rows
     axes = tuple(range(ids.ndim, rows.ndim))
@@ -259,7 +270,7 @@ def _clip_norm_jvp(axes: Any, max_norm: Any, norm_type: Any, primals: Any, tange
 def _renormalized(table: Table, ids: _ids.Ids) -> Shaped[Array, "rows *dim"]:
     ids = _ids.on_every_device(_ids.resolve(ids, table.rows, table.out_of_range))
     # Duplicates write one and the same value, and the padding row its own.
-    rows = _clip(table, ids, _take(table.weight, ids, 0))
+    rows = clipped_rows(table, ids, _take(table.weight, ids, 0))
     sharding = _ids.explicit_sharding(table.weight)
     return table.weight.at[ids].set(rows, mode="drop", wrap_negative_indices=False, out_sharding=sharding)
 

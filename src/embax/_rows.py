@@ -291,6 +291,8 @@ def checked_update(call: str, table: Table, update: Any) -> "RowGrad | Table":
             f"`{call}(updates=...)` must have a RowGrad or a Table where the parameters have a Table, got "
             f"{type(update).__name__}. Differentiate with embax.value_and_grad or embax.grad."
         )
+    if table.weight is None:  # as Equinox leaves out a table of integers
+        return update
     if isinstance(update, RowGrad):
         fits = (update.rows, update.dim) == (table.rows, table.dim)
     else:

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, DTypeLike, Key, Shaped
 
 from . import _check
+from ._mesh import explicit_sharding
 
 PaddingRows = int | tuple[int, ...] | None
 OutOfRange = Literal["error", "clip", "nan", "zero"]
@@ -127,9 +128,7 @@ class Table:
         axes = tuple(dim) if isinstance(dim, Sequence) else (dim,)
         axes = tuple(_check.size("embax.Table.create(dim=...)", axis) for axis in axes)
         table = cls(_fresh_rows("embax.Table.create", key, rows, axes, init, dtype), **rules)
-        if table.padding_idx is None:
-            return table
-        return dataclasses.replace(table, weight=table.weight.at[np.asarray(table.padding_idx)].set(0))
+        return with_zero_padding(table)
 
     @property
     def rows(self) -> int:
@@ -155,11 +154,11 @@ class Table:
         return f"Table({weight}{''.join(rules)})"
 
 
-_RULES = tuple(field.name for field in dataclasses.fields(Table)[1:])
+RULES = tuple(field.name for field in dataclasses.fields(Table)[1:])
 
 
 def _flatten(table: Table) -> tuple[tuple[Any], tuple[Any, ...]]:
-    return (table.weight,), tuple(getattr(table, name) for name in _RULES)
+    return (table.weight,), tuple(getattr(table, name) for name in RULES)
 
 
 def _flatten_with_keys(table: Table) -> tuple[tuple[Any], tuple[Any, ...]]:
@@ -172,12 +171,34 @@ def _unflatten(rules: tuple[Any, ...], children: Iterable[Any]) -> Table:
     table = object.__new__(Table)
     (weight,) = children
     object.__setattr__(table, "weight", weight)
-    for name, rule in zip(_RULES, rules, strict=True):
+    for name, rule in zip(RULES, rules, strict=True):
         object.__setattr__(table, name, rule)
     return table
 
 
 jax.tree_util.register_pytree_with_keys(Table, _flatten_with_keys, _unflatten, _flatten)
+
+
+def rules_of(table: Table) -> dict[str, Any]:
+    """List the rules of a table by name."""
+    return {name: getattr(table, name) for name in RULES}
+
+
+def shared_rules(tables: Iterable[Table]) -> Table:
+    """Return the rules that an optimizer has to keep for a weight that several tables share.
+
+    A row that one of them trains is trained, so a rule holds where all of them have it.
+
+    Args:
+      tables: One table or more, of one weight.
+
+    Returns:
+      A Table of that weight, with `padding_idx` and `freeze`.
+    """
+    tables = list(tables)
+    paddings = {table.padding_idx for table in tables}
+    padding_idx = paddings.pop() if len(paddings) == 1 else None
+    return Table(tables[0].weight, padding_idx=padding_idx, freeze=all(table.freeze for table in tables))
 
 
 def with_weight(table: Table, weight: Any) -> Table:
@@ -202,6 +223,15 @@ def _fresh_rows(
             "Use its `shape` argument."
         )
     return weight
+
+
+def with_zero_padding(table: Table) -> Table:
+    """Set the padding rows of a table to zero, where the weight is laid out as it is."""
+    if table.padding_idx is None:
+        return table
+    sharding = explicit_sharding(table.weight)
+    zeroed = table.weight.at[np.asarray(table.padding_idx)].set(0, out_sharding=sharding)
+    return dataclasses.replace(table, weight=zeroed)
 
 
 def resize(table: Table, rows: int, key: Key[Array, ""] | None = None, *, init: Initializer | None = None) -> Table:

@@ -1,7 +1,7 @@
-"""Tape: which lookups a loss makes of the tables that it is being differentiated for."""
+"""Tape: what a loss reads of the tables that it is being differentiated for."""
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -35,18 +35,27 @@ class Tape:
       weights: What a lookup reads instead.
       taps: One array for each lookup of the run, in its order: they carry the gradient of its rows. None to find out
         which lookups there are.
+      whole: By the number of a weight: the array that carries the gradient of what reads all of its rows.
     """
 
-    def __init__(self, stand_ins: Sequence[Any], weights: Sequence[Any], taps: Sequence[Any] | None = None):
+    def __init__(
+        self,
+        stand_ins: Sequence[Any],
+        weights: Sequence[Any],
+        taps: Sequence[Any] | None = None,
+        whole: Mapping[int, Any] | None = None,
+    ):
         # Holding the stand-ins keeps their identities unique.
         self._known = {
             id(stand_in): (stand_in, k, weight)
             for k, (stand_in, weight) in enumerate(zip(stand_ins, weights, strict=True))
         }
         self._taps = taps
+        self._whole = whole or {}
         self._trace = _present_trace()
         self.lookups: list[Lookup] = []
         self.found: set[int] = set()  # tables that were asked for in this trace
+        self.read_whole: set[int] = set()  # tables of which all rows were read
         self.hidden: set[int] = set()  # tables of which a lookup in another trace was seen
 
     def find(self, weight: Any) -> tuple[int, Any] | None:
@@ -74,6 +83,19 @@ class Tape:
             )
         return tap
 
+    def whole(self, table: int, weight: Any) -> Any:
+        """Record that all rows of a weight are read, as a head does, and return what is to be read.
+
+        Args:
+          table: Which weight.
+          weight: Its values, as `find` gives them.
+
+        Returns:
+          The same values; in a run with taps, with the gradient that goes to `whole`.
+        """
+        self.read_whole.add(table)
+        return _straight_through(weight, self._whole[table]) if table in self._whole else weight
+
     def replace(self, stand_in: Any, table: int, weight: Any) -> Any:
         """Make a stand-in for new values of a weight that pass the gradient of their rows straight through.
 
@@ -95,6 +117,16 @@ def _alias(stand_in: Shaped[Array, "rows *dim"]) -> Shaped[Array, "rows *dim"]:
 
 
 _alias.__name__ = _ALIAS
+
+
+@jax.custom_jvp
+def _straight_through(values: Array, source: Array) -> Array:
+    return values
+
+
+@_straight_through.defjvp
+def _straight_through_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
+    return primals[0], tangents[1]
 
 
 class _Stack(threading.local):

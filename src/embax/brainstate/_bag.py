@@ -4,13 +4,11 @@ import dataclasses
 from typing import Any, Self
 
 import brainstate
-import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Shaped
 
-from .. import _check, _ids
-from .._bag import layout_of, pool, prepared_weights
-from .._pool import Mode, is_used
-from .._ragged import Ragged
+from .. import _check
+from .._bag import read_bags
+from .._pool import Mode
 from .._table import OutOfRange
 from ._embedding import Embedding
 from ._weight import split_unit, with_unit
@@ -55,6 +53,7 @@ class EmbeddingBag(Embedding):
     """
 
     __module__ = "embax.brainstate"
+    _SIZE = "embedding_dim"
 
     def __init__(
         self,
@@ -128,7 +127,7 @@ class EmbeddingBag(Embedding):
           Array([[1., 0., 1.]], dtype=float32)
         """
         rules = {"freeze": freeze, "max_norm": max_norm, "norm_type": norm_type, "mode": mode}
-        return cls._of_weight(embeddings, "embedding_dim", scale_grad_by_freq=scale_grad_by_freq, **rules, **options)
+        return cls._of_weight(embeddings, scale_grad_by_freq=scale_grad_by_freq, **rules, **options)
 
     def update(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, input: Any, offsets: Any = None, per_sample_weights: Any = None
@@ -148,22 +147,21 @@ class EmbeddingBag(Embedding):
           ValueError: As `embax.embedding_bag` and `embax.Ragged`.
           IndexError: As `embax.embedding_bag`.
         """
-        call = "embax.EmbeddingBag.update"
-        if offsets is not None:
-            if isinstance(input, Ragged):
-                raise TypeError(f"`{call}(offsets=...)` must be None for a Ragged, got {offsets!r}. It has its own.")
-            input = Ragged.from_offsets(input, offsets, self.include_last_offset)
         weight, unit = split_unit(self.weight.value)
         table = self._table(weight, unit)
-        if not jnp.issubdtype(table.dtype, jnp.inexact):
-            raise TypeError(f"`{call}` must have a table of a float dtype, got {table.dtype}. Cast its weight.")
-        layout, ids = layout_of(f"{call}(input=...)", table, input)
-        weights = prepared_weights(f"{call}(per_sample_weights=...)", per_sample_weights, ids.shape, table, self.mode)
-        pooled = pool(table, ids, layout, weights, self.mode).astype(self.dtype or table.dtype)
+        read = read_bags(
+            "embax.EmbeddingBag.update",
+            table,
+            input,
+            offsets,
+            per_sample_weights,
+            self.mode,
+            self.include_last_offset,
+            self.dtype,
+        )
         if self.write_back and table.max_norm is not None:
-            # What is in no bag names no row, nor may it be clipped to one.
-            named = _ids.resolve(ids, table.rows, table.out_of_range)
-            named = jnp.where(is_used(layout, ids), named, table.rows)
+            named = read.named(table)
             if self._may_store(table, named):
+                # What is in no bag names no row, nor may it be clipped to one.
                 self._store(dataclasses.replace(table, out_of_range="nan"), named, unit)
-        return with_unit(pooled, unit)
+        return with_unit(read.pooled, unit)

@@ -10,15 +10,17 @@ from jax.core import Tracer
 from jaxtyping import Array, DTypeLike, Shaped
 
 from .. import _check, _ids
-from .._fill import Missing, warn_of_missing
+from .._attend import attend
+from .._layer import TableLayer
 from .._lookup import clipped_weight, read
-from .._table import OutOfRange, Table
+from .._table import OutOfRange, Table, rules_of
+from .._write_back import clipped_table
 from ._layers import link
-from ._store import clipped_table, inside_brainstate_transform
+from ._store import inside_brainstate_transform
 from ._weight import in_unit, initial_weight, split_unit, with_unit, zero_row
 
 
-class Embedding(brainstate.nn.Module):
+class Embedding(brainstate.nn.Module, TableLayer):
     """A lookup table of vectors, with the interface of `brainstate.nn.Embedding`.
 
     `embedding(indices)` reads one row of `weight` for each index, by the rules of `embax.lookup`. The rules are
@@ -99,6 +101,7 @@ class Embedding(brainstate.nn.Module):
     """
 
     __module__ = "embax.brainstate"
+    _SIZE = "embedding_size"  # what the constructor calls the size of a row
 
     def __init__(
         self,
@@ -141,7 +144,7 @@ class Embedding(brainstate.nn.Module):
             link(value, self)
 
     @classmethod
-    def from_pretrained(
+    def from_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride] (brainstate's order)
         cls,
         embeddings: Any,
         padding_idx: int | None = None,
@@ -183,7 +186,6 @@ class Embedding(brainstate.nn.Module):
         """
         return cls._of_weight(
             embeddings,
-            "embedding_size",
             padding_idx=padding_idx,
             max_norm=max_norm,
             norm_type=norm_type,
@@ -195,58 +197,11 @@ class Embedding(brainstate.nn.Module):
         )
 
     @classmethod
-    def from_vectors(
-        cls,
-        vectors: Any,
-        tokens: Any = None,
-        missing: Missing = "mean",
-        *,
-        seed: int = 0,
-        return_report: bool = False,
-        **options: Any,
-    ) -> Any:
-        """Make a layer of vectors from a file, for a model's own vocabulary.
-
-        Args:
-          vectors: An `embax.Vectors`.
-          tokens: The model's vocabulary: an `embax.Vocabulary`, or a token a row. Its padding token, if it has one, is
-            the padding row. Default: the vocabulary of the vectors.
-          missing: What a token gets that has no vector: `"mean"`, `"random"`, `"zero"` or `"error"`, as in
-            `embax.Vectors.fill`.
-          seed: Of the random numbers.
-          return_report: Whether to return what was missing, too, instead of a warning that tells how much.
-          **options: As `from_pretrained`, frozen unless told otherwise.
-
-        Returns:
-          The layer; with `return_report` the layer and the `embax.vectors.Filled` that it was made of, whose `missing`
-          names the tokens without a vector and whose `found` counts the others.
-
-        Raises:
-          UnknownTokenError: If a token is missing and that is to be an error; a KeyError.
-          TypeError: As `from_pretrained`.
-          ValueError: As `from_pretrained` and `embax.Vectors.fill`.
-
-        Example:
-          >>> import embax
-          >>> vectors = embax.Vectors(["king", "queen"], [[1.0, 0.0], [0.0, 1.0]])
-          >>> embedding, report = embax.Embedding.from_vectors(vectors, ["queen", "sword"], return_report=True)
-          >>> embedding([0, 1])
-          Array([[0. , 1. ],
-                 [0.5, 0.5]], dtype=float32)
-          >>> report.missing
-          ('sword',)
-        """
-        filled = vectors.fill(vectors.vocabulary if tokens is None else tokens, missing, seed=seed)
-        special = getattr(vectors.vocabulary if tokens is None else tokens, "special", {})
-        layer = cls.from_pretrained(filled.weight, **{"padding_idx": special.get("padding"), **options})
-        if return_report:
-            return layer, filled
-        warn_of_missing(f"embax.{cls.__name__}.from_vectors", filled)
-        return layer
+    def from_table(cls, table: Table, **options: Any) -> Self:
+        return cls._of_weight(table.weight, **{**rules_of(table), **options})
 
     @classmethod
-    def _of_weight(cls, embeddings: Any, size: str, **options: Any) -> Self:
-        """Make a layer of a weight; `size` is what its constructor calls the size of a row."""
+    def _of_weight(cls, embeddings: Any, **options: Any) -> Self:
         mantissa, unit = split_unit(embeddings)
         weight = jnp.asarray(mantissa)
         if weight.ndim < 2:
@@ -255,10 +210,29 @@ class Embedding(brainstate.nn.Module):
                 f"shape {weight.shape}. Reshape it."
             )
         weight = with_unit(weight, unit)
-        layer = cls(num_embeddings=weight.shape[0], embedding_init=weight, **{size: weight.shape[1:]}, **options)
+        layer = cls(num_embeddings=weight.shape[0], embedding_init=weight, **{cls._SIZE: weight.shape[1:]}, **options)
         if layer.padding_idx is not None:
             layer.weight.value = weight  # with the padding row that the constructor has made zero
         return layer
+
+    @property
+    def table(self) -> Table:
+        """The weight and the rules by which it is read; a TypeError where it has a unit, which a Table cannot hold."""
+        weight, unit = split_unit(self.weight.value)
+        if unit is not None:
+            raise TypeError(
+                f"`embax.{type(self).__name__}.table` must be of a weight without a unit, got one in {unit}. "
+                "Make a Table of weight.value.mantissa."
+            )
+        return self._table(weight, None)
+
+    def attend(self, x: Any, *, mask_padding: bool = False) -> Any:
+        weight, unit = split_unit(self.weight.value)
+        vectors, unit_of_x = split_unit(x)
+        logits: Any = attend(self._table(weight, unit), vectors, mask_padding=mask_padding)
+        for part in (unit, unit_of_x):
+            logits = logits if part is None else logits * part
+        return logits
 
     def update(self, indices: Any) -> Shaped[Array, "*batch_dim"]:
         """Read one row for each index; calling the layer does the same.

@@ -12,7 +12,9 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from .. import _check, _tape
-from .._grad import OnDense, after_loss, gathered, impure, report_dense, tap_of
+from .._grad import OnDense, after_loss, check_same_reads, gathered, impure, report_dense, tap_of
+from .._rows import apply_updates
+from .._table import with_weight
 from ._layers import has_unit, table_of
 
 _CALL = "embax.brainstate.grad"
@@ -127,14 +129,18 @@ def grad(
             if not seen.returns_pair or len(seen.uses) == len(tables):
                 return plain()(*args, **kwargs)  # which says what is wrong, if anything is
             sparse = [state for state in tables if state in seen.read and state not in seen.uses]
+            headed = [state for state in sparse if state in seen.whole]
             # Those that are not read at all are left to brainstate, which checks that.
-            others = [state for state in names if state not in sparse]
+            others = [state for state in names if state not in sparse or state in headed]
             lookups = [(state, lookup) for state, lookup in seen.lookups if state in sparse]
-            found = _differentiate(fun, bool(has_aux), sparse, others, lookups, options, args, kwargs)
+            found = _differentiate(fun, bool(has_aux), sparse, headed, others, lookups, options, args, kwargs)
         gradients = dict(zip(others, found.of_others, strict=True))
         for state in tables.keys() - seen.uses.keys():
             parts = [part for (owner, _), part in zip(lookups, found.of_lookups, strict=True) if owner is state]
-            gradients[state] = gathered(tables[state], [ids for ids, _ in parts], [rows for _, rows in parts])
+            rows = gathered(tables[state], [ids for ids, _ in parts], [rows for _, rows in parts])
+            if state in headed:
+                rows = apply_updates(with_weight(tables[state], gradients[state]), rows).weight
+            gradients[state] = rows
         out = structure.unflatten([gradients[state] for state in states])
         out = out if argnums is None else (out, found.of_arguments)
         more = ((found.value,) if return_value else ()) + ((found.aux,) if has_aux else ())
@@ -148,6 +154,7 @@ class _Seen(NamedTuple):
 
     lookups: list[tuple[brainstate.State, _tape.Lookup]]  # each with its weight, and the type of its ids for these
     read: set[brainstate.State]  # the weights that a layer has read
+    whole: set[brainstate.State]  # those of these of which a head has read all rows
     uses: dict[brainstate.State, str]  # the weights that are used otherwise, with a reason for `report_dense`
     returns_pair: bool  # or need not
 
@@ -174,7 +181,8 @@ def _find_lookups(
         value = out[0] if has_aux and returns_pair else out
         # Then the gradient has a unit, too, which a RowGrad cannot hold.
         uses = dict.fromkeys(states, "unit_aware") if isinstance(value, brainunit.Quantity) else {}
-        runs.append(_Seen(lookups, {states[k] for k in tape.found}, uses, returns_pair))
+        read, whole = ({states[k] for k in found} for found in (tape.found, tape.read_whole))
+        runs.append(_Seen(lookups, read, whole, uses, returns_pair))
         return stand_ins
 
     jaxpr = brainstate.transform.StatefulFunction(on_tape, name="gradient").get_jaxpr(*args, **kwargs).jaxpr
@@ -196,6 +204,7 @@ def _differentiate(
     fun: Callable[..., Any],
     has_aux: bool,
     sparse: Sequence[brainstate.State],
+    whole: Sequence[brainstate.State],
     others: Sequence[brainstate.State],
     lookups: Sequence[tuple[brainstate.State, _tape.Lookup]],
     options: dict[str, Any],
@@ -210,10 +219,10 @@ def _differentiate(
 
     def with_taps(*args: Any, **kwargs: Any) -> Any:
         stand_ins = [state.value for state in sparse]
-        with _tape.recording(_tape.Tape(stand_ins, weights, [tap.value for tap in taps])) as tape:
+        of_heads = {sparse.index(state): state.value for state in whole}
+        with _tape.recording(_tape.Tape(stand_ins, weights, [tap.value for tap in taps], of_heads)) as tape:
             out = fun(*args, **kwargs)
-        if [sparse[lookup.table] for lookup in tape.lookups] != [state for state, _ in lookups]:
-            raise impure(_CALL, "other lookups in its second run")
+        check_same_reads(_CALL, tape, [x._replace(table=sparse.index(state)) for state, x in lookups], of_heads.keys())
         value, aux = (out[0], out[1]) if has_aux else (out, None)
         return value, (stand_ins, [lookup.ids for lookup in tape.lookups], aux)
 
@@ -221,7 +230,8 @@ def _differentiate(
     by_brainstate: Any = brainstate.transform.grad(with_taps, states, has_aux=True, return_value=True, **options)
     gradients, value, (_, ids, aux) = by_brainstate(*args, **kwargs)
     jaxpr = by_brainstate.stateful_target.get_jaxpr(*args, **kwargs).jaxpr
-    if _other_uses(jaxpr, 1, len(sparse)):
+    # That of a head is a use of the stand-in itself.
+    if any(sparse[k] not in whole for k in _other_uses(jaxpr, 1, len(sparse))):
         raise impure(_CALL, "another use of an Embedding's weight in the second run")
     of_states, of_arguments = (gradients, None) if options["argnums"] is None else gradients
     ids = [after_loss(value, x) for x in ids]

@@ -5,7 +5,7 @@ from typing import Any
 
 import brainstate
 
-from .._table import Table
+from .._table import Table, shared_rules
 from ._weight import split_unit
 
 # A state is hashed by its identity. Neither states nor layers are kept alive from here.
@@ -26,25 +26,18 @@ def link(state: Any, layer: Any) -> None:
 def table_of(state: brainstate.State) -> Table | None:
     """Return the weight that a state holds, with the rules that an optimizer has to keep.
 
-    Layers may share a weight. A row that one of them trains is trained, so a rule holds where all of them have it.
-
     Args:
       state: The state.
 
     Returns:
-      A Table of its value, in units of that, with `padding_idx` and `freeze`; None where no layer holds it.
+      A Table of its value, in units of that, with the rules that the layers which hold it share; None where no layer
+      does.
     """
     layers = [layer for layer in _LAYERS.get(state, ()) if layer.weight is state]
     if not layers:
         return None
     weight, _ = split_unit(state.value)
-    tables = [Table(weight, padding_idx=layer.padding_idx, freeze=layer.freeze) for layer in layers]
-    paddings = {table.padding_idx for table in tables}
-    return Table(
-        weight,
-        padding_idx=paddings.pop() if len(paddings) == 1 else None,
-        freeze=all(table.freeze for table in tables),
-    )
+    return shared_rules(Table(weight, padding_idx=layer.padding_idx, freeze=layer.freeze) for layer in layers)
 
 
 def has_unit(state: brainstate.State) -> bool:

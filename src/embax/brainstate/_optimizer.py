@@ -1,6 +1,6 @@
 """Optimizer: an optax transformation that trains brainstate states, tables by the rows that were read."""
 
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Hashable, Mapping
 from typing import Any, Self
 
 import brainstate
@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from .._rows import RowGrad, apply_updates, is_trained, no_rows
+from .._rows import apply_updates
 from .._table import Table, with_weight
+from ..optim._states import check_takes_tables, prepared_gradient
 from ._layers import has_unit, table_of
 from ._weight import split_unit, with_unit
 
@@ -131,7 +132,7 @@ class Optimizer(brainstate.nn.Module):
         tables = {key: table_of(state) for key, state in kept.items()}
         params: Any = {key: _param(state, tables[key]) for key, state in kept.items()}
         opt_state = self.tx.init(params)
-        _check_takes_tables(self.tx, opt_state, params)
+        check_takes_tables("embax.brainstate.Optimizer", self.tx, opt_state, params)
         self._states, self._again = kept, frozenset(again)
         self._rules = {key: None if table is None else with_weight(table, None) for key, table in tables.items()}
         if self.opt_state is None:
@@ -180,7 +181,7 @@ class Optimizer(brainstate.nn.Module):
             rules, table = self._rules[key], table_of(state)
             now[key] = rules if table is None else table
             params[key] = _param(state, rules)
-            gradients[key] = _gradient(call, key, params[key], grads[key])
+            gradients[key] = prepared_gradient(call, key, params[key], grads[key])
             if rules is not None and rules.freeze and not now[key].freeze:
                 raise ValueError(
                     f"`{call}` must know what is trained, got the weight {key!r}, which was frozen when it was "
@@ -208,38 +209,3 @@ def _store(state: brainstate.State, rules: Table | None, new: Any) -> None:
         if unit is not None and rules.padding_idx is not None:  # of a Table, it has not changed
             weight = weight.at[rules.padding_idx].set(old[rules.padding_idx])
         state.value = with_unit(weight, unit)
-
-
-def _gradient(call: str, key: Hashable, param: Any, gradient: Any) -> Any:
-    """Put a gradient into the form in which transformations take it."""
-    if not isinstance(param, Table):
-        if isinstance(gradient, RowGrad):
-            raise TypeError(
-                f"`{call}(grads=...)` must have a RowGrad for weights of an Embedding only, got one for {key!r}, "
-                "which was none when it was registered. Call register_trainable_weights again."
-            )
-        return gradient
-    if not is_trained(param):  # whatever it is, nothing comes of it
-        return no_rows(param)
-    return gradient if isinstance(gradient, RowGrad | Table) else with_weight(param, gradient)
-
-
-def _check_takes_tables(tx: optax.GradientTransformation, opt_state: Any, params: dict[Hashable, Any]) -> None:
-    """Try a transformation on gradients as `update` gets them, since optax does not say what is wrong with one."""
-    tables = {key: param for key, param in params.items() if isinstance(param, Table)}
-    if not tables:
-        return
-    gradients = {key: no_rows(param) if key in tables else param for key, param in params.items()}
-    try:
-        updates, _ = jax.eval_shape(tx.update, gradients, opt_state, params)
-    except (TypeError, ValueError) as error:
-        raise _takes_no_tables(tables, str(error).partition("\n")[0]) from error
-    if not all(isinstance(updates[key], RowGrad | Table) for key in tables):
-        raise _takes_no_tables(tables, "updates of another kind")
-
-
-def _takes_no_tables(tables: Iterable[Hashable], seen: str) -> TypeError:
-    return TypeError(
-        f"`embax.brainstate.Optimizer(tx=...)` must take the RowGrads of the Embeddings' weights {list(tables)}, got "
-        f"one that does not ({seen}). Lift it: embax.optim.lift(tx)."
-    )

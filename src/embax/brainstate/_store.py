@@ -1,16 +1,10 @@
-"""Storing clipped rows: whether a state can be written here, and one weight for all lanes of a vmap."""
+"""Whether a state can be written here."""
 
 import sys
-from typing import Any
 
 import brainstate
 import jax
 from jax.core import Tracer
-from jax.custom_batching import custom_vmap
-from jaxtyping import Array
-
-from .._lookup import renormalize
-from .._table import Table
 
 # brainstate has no public question for 'is one of your transformations active?', but the setter of a state from outside
 # of all traces refuses a tracer where none is. At this level no transformation records what happens to the probe.
@@ -27,33 +21,3 @@ def inside_brainstate_transform(tracer: Tracer) -> bool:
         return False
     _PROBE.value = 0
     return True
-
-
-@jax.custom_jvp
-def _renormalized(table: Table, ids: Array) -> Array:
-    return _renormalized_for_all_lanes(table, ids)
-
-
-@_renormalized.defjvp
-def _renormalized_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
-    # As in the core. JAX cannot split the derivative of a custom_vmap into primal and tangent, so it is said out here.
-    return _renormalized(*primals), tangents[0].weight
-
-
-# The weight of a table, with the rows of some ids clipped.
-clipped_table = jax.jit(_renormalized)
-
-
-@custom_vmap
-def _renormalized_for_all_lanes(table: Table, ids: Array) -> Array:
-    return renormalize(table, ids).weight
-
-
-@_renormalized_for_all_lanes.def_vmap
-def _renormalized_by_lanes(axis_size: int, batched: Any, table: Table, ids: Array) -> tuple[Array, bool]:
-    """One weight that all lanes read stays one weight: it is renormalised for the ids of all lanes together."""
-    table_batched, ids_batched = batched
-    if not table_batched.weight:
-        return _renormalized_for_all_lanes(table, ids), False
-    lanes = jax.vmap(renormalize, in_axes=(0, 0 if ids_batched else None), axis_size=axis_size)
-    return lanes(table, ids).weight, True

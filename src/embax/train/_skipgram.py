@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float32, Int32, Int64, Key, Shaped, UInt32
 
 from .. import _check, _dedupe
+from .._candidates import draw_pieces, pieces
 from .._grad import value_and_grad
 from .._lookup import lookup
 from .._rows import RowGrad, apply_updates
@@ -185,8 +186,7 @@ def _targets(
 ) -> Int32[Array, "batch targets"]:
     """Put noise words behind each centre; one that happens to be the centre itself is no row at all."""
     rows = noise.shape[0]
-    drawn = jax.random.bits(key, (centres.shape[0], negative), jnp.uint32)
-    words = jnp.searchsorted(noise[:-1], drawn, side="right").astype(jnp.int32)
+    words = draw_pieces(key, noise, (centres.shape[0], negative))
     words = jnp.where((words == centres[:, None]) | (centres[:, None] == rows), jnp.int32(rows), words)
     return jnp.concatenate([centres[:, None], words], axis=1)
 
@@ -224,10 +224,8 @@ def _start(key: Key[Array, ""], rows: int, dim: int) -> State:
 
 
 def _noise(counts: Int64[np.ndarray, " rows"]) -> UInt32[Array, " rows"]:
-    """Cut the range of uint32 into one piece a row, as long as the 0.75th power of its count asks."""
-    weights = counts**0.75
-    ends = np.cumsum(weights) / weights.sum() * 2.0**32
-    return jnp.asarray(np.minimum(np.round(ends), 2.0**32 - 1).astype(np.uint32))
+    """The distribution of noise words: by the 0.75th power of their counts."""
+    return jnp.asarray(pieces(counts**0.75))
 
 
 def _at_least_one(argument: str, value: Any) -> int:

@@ -1,0 +1,120 @@
+"""attend: a vector against every row of a table, as the head of a language model does."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, DTypeLike, Float, Shaped
+
+from . import _ids, _tape
+from ._dedupe import accumulator
+from ._lookup import clipped_rows
+from ._table import PaddingRows, Table
+
+
+def attend(
+    table: Table, x: Any, *, mask_padding: bool = False, dtype: DTypeLike | None = None
+) -> Float[Array, "*batch rows"]:
+    """Multiply vectors by every row of a table: the logits of a tied head.
+
+    `logits[b, r] = sum_d x[b, d] * row[r, d]`, with the rows as `lookup` reads them
+
+    The rules of the table hold: rows are clipped to `max_norm`, the padding row gets no gradient, and a frozen table
+    gets none. `scale_grad_by_freq` is about ids, and has no say here. Sums run in float32 or wider.
+
+    Time, memory and gradient are of all rows, so `embax.value_and_grad` gives a table that is used here a dense
+    gradient, to which it adds the rows that were looked up. For a loss, `embax.softmax_cross_entropy` does without the
+    logits.
+
+    Args:
+      table: The table, of a floating-point dtype.
+      x: Vectors `(*batch, *dim)` of a floating-point dtype; the trailing axes are those of a row.
+      mask_padding: Whether the logits of padding rows are minus infinity, so that none is ever predicted.
+      dtype: The dtype of the logits. Default: what the dtypes of the table and of `x` promote to.
+
+    Returns:
+      One logit a row, `(*batch, rows)`.
+
+    Raises:
+      TypeError: If the table or `x` is not of a floating-point dtype.
+      ValueError: If the trailing axes of `x` are not those of a row.
+
+    Example:
+      >>> import embax, jax.numpy as jnp
+      >>> table = embax.Table(jnp.array([[0.0, 0.0], [1.0, 2.0], [3.0, 4.0]]), padding_idx=0)
+      >>> embax.attend(table, [1.0, 1.0], mask_padding=True)
+      Array([-inf,   3.,   7.], dtype=float32)
+    """
+    x = checked_vectors("embax.attend", table, x)
+    weight = trained_whole(table)
+    common = common_dtype(table, x)
+    rows = clipped_rows(table, jnp.arange(table.rows), weight).astype(common)
+    axes = tuple(range(x.ndim - len(table.dim), x.ndim)), tuple(range(1, rows.ndim))
+    logits = jax.lax.dot_general(x.astype(common), rows, (axes, ((), ())), preferred_element_type=accumulator(common))
+    if mask_padding and table.padding_idx is not None:
+        logits = jnp.where(_ids.is_padding(jnp.arange(table.rows), table.padding_idx), -np.inf, logits)
+    return logits.astype(common if dtype is None else dtype)
+
+
+def trained_whole(table: Table) -> Shaped[Array, "rows *dim"]:
+    """Return the weight for what reads all of its rows: unclipped, with the gradient that the rules leave it.
+
+    Args:
+      table: The table. A tape that knows it is told.
+
+    Returns:
+      The values of the weight. The padding row has no gradient, and of a frozen table no row has one.
+    """
+    found = _tape.find(table.weight)
+    weight = table.weight if found is None else found[2]
+    if table.freeze:
+        return jax.lax.stop_gradient(weight)
+    if found is not None:
+        weight = found[0].whole(found[1], weight)
+    return weight if table.padding_idx is None else _without_padding(weight, table.padding_idx)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _without_padding(weight: Shaped[Array, "rows *dim"], padding_idx: PaddingRows) -> Shaped[Array, "rows *dim"]:
+    return weight
+
+
+@_without_padding.defjvp
+def _without_padding_jvp(padding_idx: PaddingRows, primals: Any, tangents: Any) -> tuple[Array, Array]:
+    return primals[0], tangents[0].at[np.asarray(padding_idx)].set(0)
+
+
+def checked_vectors(call: str, table: Table, x: Any) -> Float[Array, "*batch_dim"]:
+    """Check vectors that are to be multiplied by the rows of a table.
+
+    Args:
+      call: The call for the messages.
+      table: The table.
+      x: What the caller gave.
+
+    Returns:
+      The vectors as an array.
+
+    Raises:
+      TypeError: If the table or the vectors are not of a floating-point dtype.
+      ValueError: If their trailing axes are not those of a row.
+    """
+    x = jnp.asarray(x)
+    if not jnp.issubdtype(table.dtype, jnp.floating):
+        raise TypeError(f"`{call}(table=...)` must be of a float dtype, got {table.dtype}. Cast its weight.")
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(f"`{call}(x=...)` must be of a float dtype, got {x.dtype}. Cast it.")
+    if x.ndim < len(table.dim) or x.shape[x.ndim - len(table.dim) :] != table.dim:
+        raise ValueError(
+            f"`{call}(x=...)` must be of the shape (*batch, *{table.dim}), for the rows of {table!r}, got {x.shape}. "
+            "Project it to the size of a row first."
+        )
+    return x
+
+
+def common_dtype(table: Table, x: Float[Array, "*batch_dim"]) -> np.dtype:
+    """Return the dtype in which vectors meet the rows of a table, whatever JAX is told about promotion."""
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.promote_types(table.dtype, x.dtype)

@@ -1,0 +1,83 @@
+"""EmbeddingBag: an Embedding whose rows are pooled as they are read."""
+
+from typing import Any
+
+import equinox as eqx
+from jaxtyping import Array, DTypeLike, Shaped
+
+from .. import _check
+from .._bag import read_bags
+from .._pool import Mode
+from ._embedding import Embedding
+
+
+class EmbeddingBag(Embedding):
+    """A lookup table that returns one vector for each bag of ids, by the rules of `embax.embedding_bag`.
+
+    Padding does not count, and a bag of nothing is zero. The rest is as in `Embedding`.
+
+    Args:
+      num_embeddings: As in `Embedding`.
+      embedding_size: As in `Embedding`.
+      mode: `"sum"`, `"mean"`, `"sqrtn"` or `"max"`.
+      include_last_offset: Whether offsets have one more, at which the last bag ends.
+      **options: As `Embedding`, by name.
+
+    Raises:
+      TypeError: As `Embedding`.
+      ValueError: As `Embedding`, and for an unknown mode.
+
+    Example:
+      >>> import embax.equinox, jax
+      >>> bag = embax.equinox.EmbeddingBag(10, 3, mode="sum", key=jax.random.key(0), padding_idx=0)
+      >>> bag([[1, 2, 4], [5, 0, 0]]).shape
+      (2, 3)
+    """
+
+    __module__ = "embax.equinox"
+
+    mode: Mode = eqx.field(static=True)
+    include_last_offset: bool = eqx.field(static=True)
+
+    def __init__(
+        self,
+        num_embeddings: int | None = None,
+        embedding_size: Any = None,
+        *,
+        mode: Mode = "mean",
+        include_last_offset: bool = False,
+        **options: Any,
+    ):
+        super().__init__(num_embeddings, embedding_size, **options)
+        self.mode = _check.choice("embax.equinox.EmbeddingBag(mode=...)", mode, Mode)
+        call = "embax.equinox.EmbeddingBag(include_last_offset=...)"
+        self.include_last_offset = _check.flag(call, include_last_offset)
+
+    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        input: Any,
+        offsets: Any = None,
+        per_sample_weights: Any = None,
+        *,
+        dtype: DTypeLike | None = None,
+        key: Any = None,
+    ) -> Shaped[Array, "*bags_dim"]:
+        """Read bags of ids and pool their rows.
+
+        Args:
+          input: Ids of the shape `(*bags, length)`, or a Ragged; with offsets, `(ids,)`.
+          offsets: Where each bag starts, `(bags,)`, or one more with `include_last_offset`.
+          per_sample_weights: A factor for each id, of the shape of the input; not with `"max"`.
+          dtype: The dtype of the output. Default: the weight's.
+          key: Ignored, as in Equinox's layers.
+
+        Returns:
+          One vector a bag, `(*bags, *embedding_size)`.
+
+        Raises:
+          TypeError: As `embax.embedding_bag`, and for a Ragged with offsets.
+          ValueError: As `embax.embedding_bag` and `embax.Ragged`.
+          IndexError: As `embax.embedding_bag`.
+        """
+        options = self.mode, self.include_last_offset, dtype
+        return read_bags("embax.equinox.EmbeddingBag", self.table, input, offsets, per_sample_weights, *options).pooled

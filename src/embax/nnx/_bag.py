@@ -1,0 +1,78 @@
+"""EmbeddingBag: an Embedding whose rows are pooled as they are read."""
+
+import dataclasses
+from typing import Any
+
+from jaxtyping import Array, Shaped
+
+from .. import _check
+from .._bag import read_bags
+from .._pool import Mode
+from ._embedding import Embedding
+
+
+class EmbeddingBag(Embedding):
+    """A lookup table that returns one vector for each bag of ids, by the rules of `embax.embedding_bag`.
+
+    Padding does not count, and a bag of nothing is zero. The rest is as in `Embedding`, write-back included.
+
+    Args:
+      num_embeddings: The number of rows, 0 or more.
+      features: The size of a row, or the sizes of its axes.
+      mode: `"sum"`, `"mean"`, `"sqrtn"` or `"max"`.
+      include_last_offset: Whether offsets have one more, at which the last bag ends.
+      **options: As `Embedding`, by name; `rngs` is needed.
+
+    Raises:
+      TypeError: As `Embedding`.
+      ValueError: As `Embedding`, and for an unknown mode.
+
+    Example:
+      >>> import embax.nnx
+      >>> from flax import nnx
+      >>> bag = embax.nnx.EmbeddingBag(10, 3, mode="sum", padding_idx=0, rngs=nnx.Rngs(0))
+      >>> bag([[1, 2, 4], [5, 0, 0]]).shape
+      (2, 3)
+      >>> bag([1, 2, 4, 5, 4, 3, 2, 9], offsets=[0, 4]).shape
+      (2, 3)
+    """
+
+    __module__ = "embax.nnx"
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        features: Any,
+        *,
+        mode: Mode = "mean",
+        include_last_offset: bool = False,
+        **options: Any,
+    ):
+        super().__init__(num_embeddings, features, **options)
+        self.mode = _check.choice("embax.nnx.EmbeddingBag(mode=...)", mode, Mode)
+        self.include_last_offset = _check.flag("embax.nnx.EmbeddingBag(include_last_offset=...)", include_last_offset)
+
+    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, input: Any, offsets: Any = None, per_sample_weights: Any = None
+    ) -> Shaped[Array, "*bags_dim"]:
+        """Read bags of ids and pool their rows.
+
+        Args:
+          input: Ids of the shape `(*bags, length)`, or a Ragged; with offsets, `(ids,)`.
+          offsets: Where each bag starts, `(bags,)`, or one more with `include_last_offset`.
+          per_sample_weights: A factor for each id, of the shape of the input; not with `"max"`.
+
+        Returns:
+          One vector a bag, `(*bags, *features)`.
+
+        Raises:
+          TypeError: As `embax.embedding_bag`, and for a Ragged with offsets.
+          ValueError: As `embax.embedding_bag` and `embax.Ragged`.
+          IndexError: As `embax.embedding_bag`.
+        """
+        table = self.table
+        options = self.mode, self.include_last_offset, self._output_dtype(table)
+        read = read_bags("embax.nnx.EmbeddingBag", table, input, offsets, per_sample_weights, *options)
+        # What is in no bag names no row, nor may it be clipped to one.
+        self._store(dataclasses.replace(table, out_of_range="nan"), read.named(table))
+        return read.pooled

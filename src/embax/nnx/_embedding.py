@@ -1,0 +1,145 @@
+"""Embedding: an `nnx.Param` read by the core's lookup."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from flax.errors import TraceContextError
+from jax.sharding import reshard
+from jaxtyping import Array, DTypeLike, Shaped
+
+from .. import _check, _ids
+from .._layer import TableLayer
+from .._lookup import clipped_weight, read
+from .._table import RULES, OutOfRange, PaddingRows, Table, rules_of, with_zero_padding
+from .._write_back import clipped_table
+
+# That of `nnx.Embed`, so that the same seed gives the same weights.
+_INIT = jax.nn.initializers.variance_scaling(1.0, "fan_in", "normal", out_axis=0)
+
+
+class Embedding(nnx.Module, TableLayer):
+    """A lookup table of vectors, with the interface of `flax.nnx.Embed` and the rules of `embax.Table`.
+
+    `embedding(ids)` reads one row of the Param `embedding` for each id, by the rules of `embax.lookup`. The rules are
+    attributes and may be changed between calls.
+
+    With `max_norm`, the rows that are read are also stored clipped in the Param, eagerly and under NNX's
+    transformations. Where NNX lets no Variable be written, in a raw JAX transformation, the output alone is clipped.
+
+    Args:
+      num_embeddings: The number of rows, 0 or more.
+      features: The size of a row, or the sizes of its axes.
+      dtype: The dtype of the output; the rows are cast, never the table. Default: the weight's.
+      param_dtype: The dtype of the weight.
+      embedding_init: Called as `init(key, (num_embeddings, *features), param_dtype)`; `nnx.with_partitioning` of one is
+        one. Default: that of `nnx.Embed`.
+      promote_dtype: As in `nnx.Embed`; asked for the dtype of the output, not given the table. Default: `dtype`.
+      rngs: Where the key comes from: the stream `params`.
+      embedding_metadata: Metadata of the Param, such as `{"out_sharding": ("model", None)}`.
+      padding_idx: As in `embax.Table`. The row starts at zero.
+      max_norm: As in `embax.Table`.
+      norm_type: As in `embax.Table`.
+      scale_grad_by_freq: As in `embax.Table`.
+      freeze: As in `embax.Table`.
+      out_of_range: As in `embax.Table`.
+      write_back: With `max_norm`, whether a call stores the rows that it clips.
+
+    Raises:
+      TypeError: As `embax.Table`.
+      ValueError: As `embax.Table`.
+
+    Example:
+      >>> import embax.nnx
+      >>> from flax import nnx
+      >>> embedding = embax.nnx.Embedding(10, 3, padding_idx=0, rngs=nnx.Rngs(0))
+      >>> embedding([[1, 2], [-1, 0]]).shape
+      (2, 2, 3)
+      >>> nnx.state(embedding)["embedding"].shape
+      (10, 3)
+    """
+
+    __module__ = "embax.nnx"
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        features: Any,
+        *,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
+        embedding_init: Callable[..., Any] = _INIT,
+        promote_dtype: Callable[..., Any] | None = None,
+        rngs: nnx.Rngs,
+        embedding_metadata: Mapping[str, Any] | None = None,
+        padding_idx: PaddingRows = None,
+        max_norm: float | None = None,
+        norm_type: float = 2.0,
+        scale_grad_by_freq: bool = False,
+        freeze: bool = False,
+        out_of_range: OutOfRange = "error",
+        write_back: bool = True,
+    ):
+        call = f"embax.nnx.{type(self).__name__}"
+        self.num_embeddings = _check.size(f"{call}(num_embeddings=...)", num_embeddings)
+        sizes = tuple(features) if hasattr(features, "__len__") else (features,)
+        sizes = tuple(_check.size(f"{call}(features=...)", size) for size in sizes)
+        self.features = sizes[0] if len(sizes) == 1 else sizes
+        weight = embedding_init(rngs.params(), (self.num_embeddings, *sizes), param_dtype)
+        self.embedding = nnx.Param(weight, **(embedding_metadata or {}))
+        self.dtype, self.param_dtype = None if dtype is None else jnp.dtype(dtype), jnp.dtype(param_dtype)
+        self.promote_dtype = promote_dtype
+        self.padding_idx, self.max_norm, self.norm_type = padding_idx, max_norm, norm_type
+        self.scale_grad_by_freq, self.freeze, self.out_of_range = scale_grad_by_freq, freeze, out_of_range
+        self.write_back = write_back
+        self.embedding.set_value(with_zero_padding(self.table).weight)
+
+    @classmethod
+    def from_table(cls, table: Table, **options: Any) -> Self:
+        options = {"rngs": nnx.Rngs(0), "param_dtype": table.dtype, **rules_of(table), **options}
+        weight = table.weight.astype(options["param_dtype"])
+        layer = cls(table.rows, table.dim, embedding_init=lambda *_: weight, **options)
+        layer.embedding.set_value(weight)  # with the padding row, zeroed before
+        return layer
+
+    @property
+    def table(self) -> Table:
+        """The weight and the rules by which it is read."""
+        return Table(self.embedding.get_value(), **{name: getattr(self, name) for name in RULES})
+
+    def __call__(self, inputs: Any, out_sharding: Any = None) -> Shaped[Array, "*batch_dim"]:
+        """Read one row for each id.
+
+        Args:
+          inputs: Ids in `[-num_embeddings, num_embeddings)` of any integer dtype and any shape, or a nested list.
+          out_sharding: How the rows are laid out on a mesh with explicit axes. Default: as the ids.
+
+        Returns:
+          The rows, `(*inputs.shape, *features)`.
+
+        Raises:
+          TypeError: If the ids are not of an integer dtype.
+          IndexError: If a concrete id has no row and `out_of_range` is `"error"`.
+        """
+        table = self.table
+        ids = _ids.prepare("embax.nnx.Embedding(inputs=...)", inputs, table)
+        rows = read(table, ids, self._output_dtype(table))
+        self._store(table, ids)
+        return rows if out_sharding is None else reshard(rows, out_sharding)
+
+    def _output_dtype(self, table: Table) -> np.dtype | None:
+        if self.promote_dtype is None:
+            return self.dtype
+        (none,) = self.promote_dtype((jnp.zeros(0, table.dtype),), dtype=self.dtype, inexact=False)
+        return none.dtype
+
+    def _store(self, table: Table, ids: Any) -> None:
+        if not self.write_back or table.max_norm is None or table.freeze:
+            return
+        try:
+            self.embedding.set_value(clipped_weight(table, ids, clipped_table))
+        except TraceContextError:  # in a raw JAX transformation, which would not carry the new value out
+            pass

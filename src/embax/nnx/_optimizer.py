@@ -1,0 +1,120 @@
+"""Optimizer: that of NNX, with tables trained by the rows that were read."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from .._rows import apply_updates, is_trained
+from .._table import Table
+from ..optim._states import check_takes_tables, prepared_gradient
+from ._params import tables_of, tree_of, with_values
+
+_CALL = "embax.nnx.Optimizer"
+
+
+class Optimizer(nnx.Optimizer):
+    """Trains a module by an optax transformation, the Params of Embeddings by the rows that were read.
+
+    Used as `nnx.Optimizer`. `update` takes gradients of `embax.nnx.value_and_grad`, a RowGrad wherever it gives one,
+    and those of `nnx.value_and_grad`. Where model and optimizer are donated, `nnx.jit(step, donate_argnums=(0, 1))`,
+    both are updated in place, and time and temporary memory follow the number of ids, not of rows.
+
+    To the transformation, the Param of an `embax.nnx.Embedding` is a Table with the layer's `padding_idx` and `freeze`:
+    the padding row never changes, and a frozen weight neither, weight decay included. Where layers share a Param, a
+    rule holds that all of them have.
+
+    Args:
+      model: The module.
+      tx: A transformation over trees that hold Tables, as `embax.optim` makes them: `embax.optim.rowwise_adagrad(0.1)`,
+        or any one lifted, `embax.optim.lift(optax.adam(1e-3))`.
+      wrt: Which Variables are trained, as in `nnx.Optimizer`.
+
+    Attributes:
+      step: The number of updates, an `nnx.OptState`.
+      opt_state: The state of `tx`.
+
+    Raises:
+      TypeError: If `tx` is not a transformation, or does not take RowGrads.
+
+    Example:
+      >>> import embax.nnx, jax, optax
+      >>> from flax import nnx
+      >>> model = nnx.Sequential(embax.nnx.Embedding(1_000, 4, rngs=nnx.Rngs(0)), nnx.Linear(4, 1, rngs=nnx.Rngs(1)))
+      >>> optimizer = embax.nnx.Optimizer(model, embax.optim.lift(optax.adam(0.1)))
+      >>> @nnx.jit(donate_argnums=(0, 1))
+      ... def step(model, optimizer, ids):
+      ...     value, gradient = embax.nnx.value_and_grad(lambda model: (model(ids) ** 2).mean())(model)
+      ...     optimizer.update(model, gradient)
+      ...     return value
+      ...
+      >>> values = [step(model, optimizer, jax.numpy.array([3, 5, 3])) for _ in range(20)]
+      >>> bool(values[-1] < values[0])
+      True
+    """
+
+    __module__ = "embax.nnx"
+
+    def __init__(self, model: Any, tx: optax.GradientTransformation, *, wrt: Any = nnx.Param):
+        if not isinstance(tx, optax.GradientTransformation):
+            raise TypeError(
+                f"`{_CALL}(tx=...)` must be an optax.GradientTransformation, got {type(tx).__name__}. "
+                "Pass one, such as embax.optim.lift(optax.adam(1e-3))."
+            )
+        params = tree_of(nnx.state(model, wrt), tables_of(model))
+        opt_state = tx.init(params)
+        check_takes_tables(_CALL, tx, opt_state, params)
+        self.step = nnx.OptState(jnp.zeros((), jnp.uint32))
+        self.tx, self.wrt, self.graph = tx, wrt, None
+        self.opt_state = nnx.data(jax.tree.map(nnx.OptArray, opt_state))
+        self._trained = _trained(params)
+
+    def update(self, model: Any, grads: Any, /, **kwargs: Any) -> Any:
+        """Make a step: write the new weights into the model.
+
+        Args:
+          model: The module that the optimizer was made for.
+          grads: Its gradient, an `nnx.State`: of an Embedding's Param a RowGrad, or an array of all rows.
+          **kwargs: What `tx` takes besides.
+
+        Returns:
+          The updates, a nested dict: of an Embedding's Param a RowGrad or a Table.
+
+        Raises:
+          TypeError: If a RowGrad is given for what is no Embedding's Param.
+          ValueError: If a gradient is missing or does not fit, or if other tables are frozen than at the start.
+        """
+        state = nnx.state(model, self.wrt)
+        params = tree_of(state, tables_of(model))
+        if _trained(params) != self._trained:
+            raise ValueError(
+                f"`{_CALL}.update(model=...)` must have the same tables frozen as when the optimizer was made, got "
+                f"{_trained(params)} trained, then {self._trained}. Make it anew."
+            )
+        nodes, structure = _flatten(params)
+        given = structure.flatten_up_to(tree_of(nnx.state(grads, self.wrt), {}))
+        pairs = zip(nodes, given, strict=True)
+        gradients = [
+            prepared_gradient(f"{_CALL}.update", jax.tree_util.keystr(path), param, gradient)
+            for (path, param), gradient in pairs
+        ]
+        variables = jax.tree.leaves(self.opt_state, is_leaf=lambda node: isinstance(node, nnx.Variable))
+        opt_state = jax.tree.structure(nnx.as_pure(self.opt_state)).unflatten([x.get_value() for x in variables])
+        updates, opt_state = self.tx.update(structure.unflatten(gradients), opt_state, params, **kwargs)
+        nnx.update(model, with_values(state, apply_updates(params, updates)))
+        for variable, value in zip(variables, jax.tree.leaves(opt_state), strict=True):
+            variable.set_value(value)
+        self.step[...] += 1
+        return updates
+
+
+def _flatten(params: Any) -> Any:
+    return jax.tree.flatten_with_path(params, is_leaf=lambda node: isinstance(node, Table))
+
+
+def _trained(params: Any) -> tuple[str, ...]:
+    """Name the tables that are trained."""
+    nodes, _ = _flatten(params)
+    return tuple(jax.tree_util.keystr(path) for path, node in nodes if isinstance(node, Table) and is_trained(node))

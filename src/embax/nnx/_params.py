@@ -1,0 +1,61 @@
+"""The Params of NNX modules as trees in which a Table stands wherever an Embedding holds one."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from flax import nnx
+
+from .._table import Table, shared_rules, with_weight
+from ._embedding import Embedding
+
+
+def tables_of(nodes: Any) -> dict[int, Table]:
+    """Find the Params that Embeddings hold.
+
+    Args:
+      nodes: Modules, or a tree of them.
+
+    Returns:
+      By the identity of the Param: a Table of it, with the rules that the layers which hold it share.
+    """
+    found: dict[int, list[Table]] = {}
+    for _, node in nnx.iter_graph(nodes):
+        if isinstance(node, Embedding):
+            found.setdefault(id(node.embedding), []).append(node.table)
+    return {param: shared_rules(tables) for param, tables in found.items()}
+
+
+def tree_of(state: Any, tables: Mapping[int, Table]) -> Any:
+    """Take the values out of a state: Tables where they are known to be tables.
+
+    Args:
+      state: A state whose Variables are those of the modules themselves.
+      tables: As `tables_of` gives them.
+
+    Returns:
+      A nested dict of arrays and Tables.
+    """
+
+    def value(variable: Any) -> Any:
+        if not isinstance(variable, nnx.Variable):
+            return variable
+        array = variable.get_value()
+        return with_weight(tables[id(variable)], array) if id(variable) in tables else array
+
+    return _mapped(state, value)
+
+
+def with_values(state: Any, tree: Any) -> Any:
+    """Put values into the Variables of a state, in new ones; of a Table its weight."""
+
+    def replaced(variable: Any, value: Any) -> Any:
+        value = value.weight if isinstance(value, Table) else value
+        return variable.replace(value) if isinstance(variable, nnx.Variable) else value
+
+    return nnx.State(_mapped(state, replaced, tree))
+
+
+def _mapped(state: Any, function: Any, *trees: Any) -> Any:
+    if not isinstance(state, Mapping):
+        return function(state, *trees)
+    return {key: _mapped(child, function, *(tree[key] for tree in trees)) for key, child in state.items()}

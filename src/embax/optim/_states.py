@@ -1,0 +1,69 @@
+"""What the optimizers of the frameworks share: gradients as transformations take them, and whether one takes them."""
+
+from typing import Any
+
+import jax
+import optax
+
+from .._rows import RowGrad, is_trained, no_rows
+from .._table import Table, with_weight
+
+
+def prepared_gradient(call: str, name: Any, param: Any, gradient: Any) -> Any:
+    """Put the gradient of a parameter into the form in which transformations take it.
+
+    Args:
+      call: The call for the message.
+      name: The name of the parameter for the message.
+      param: The parameter, a Table where a layer holds it.
+      gradient: Of a table a RowGrad, a Table or an array of all rows.
+
+    Returns:
+      Of a table a RowGrad or a Table, of no rows where it is not trained; of anything else the gradient as it is.
+
+    Raises:
+      TypeError: If there is a RowGrad for what is no table.
+    """
+    if not isinstance(param, Table):
+        if isinstance(gradient, RowGrad):
+            raise TypeError(
+                f"`{call}(grads=...)` must have a RowGrad for weights of an Embedding only, got one for {name!r}, "
+                "which was none when the optimizer got to know it. Make it known again."
+            )
+        return gradient
+    if not is_trained(param):  # whatever it is, nothing comes of it
+        return no_rows(param)
+    return gradient if isinstance(gradient, RowGrad | Table) else with_weight(param, gradient)
+
+
+def check_takes_tables(call: str, tx: optax.GradientTransformation, opt_state: Any, params: Any) -> None:
+    """Try a transformation on gradients as it will get them, since optax does not say what is wrong with one.
+
+    Args:
+      call: The call for the message.
+      tx: The transformation.
+      opt_state: Its state.
+      params: A tree of parameters, some of them Tables.
+
+    Raises:
+      TypeError: If it does not take the RowGrads of the tables.
+    """
+    nodes, structure = jax.tree.flatten_with_path(params, is_leaf=lambda node: isinstance(node, Table))
+    names = [jax.tree_util.keystr(path) for path, param in nodes if isinstance(param, Table)]
+    if not names:
+        return
+    gradients = structure.unflatten([no_rows(param) if isinstance(param, Table) else param for _, param in nodes])
+    try:
+        updates, _ = jax.eval_shape(tx.update, gradients, opt_state, params)
+        pairs = zip(nodes, structure.flatten_up_to(updates), strict=True)
+    except (TypeError, ValueError) as error:
+        raise _takes_no_tables(call, names, str(error).partition("\n")[0]) from error
+    if not all(isinstance(update, RowGrad | Table) for (_, param), update in pairs if isinstance(param, Table)):
+        raise _takes_no_tables(call, names, "updates of another kind")
+
+
+def _takes_no_tables(call: str, names: list[str], seen: str) -> TypeError:
+    return TypeError(
+        f"`{call}(tx=...)` must take the RowGrads of the Embeddings' weights {', '.join(names)}, got one that does not "
+        f"({seen}). Lift it: embax.optim.lift(tx)."
+    )
