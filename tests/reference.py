@@ -143,3 +143,89 @@ def embedding_bag_gradient(weight, bags, cotangent, weights=None, mode="sum", **
             of_weights[b][place] = ((row - of_divisor * out[b]) / by * cotangent[b]).sum()
     flat = np.asarray([id_ for ids in bags for id_ in ids], int)
     return gradient(weight, flat, np.concatenate([np.zeros((0, *weight.shape[1:])), *of_rows]), **rules), of_weights
+
+
+def attend(weight, x, mask_padding=False, **rules):
+    """The product of each vector with each row as it is read, `(*batch, rows)`."""
+    rows, dim = np.shape(weight)[0], np.shape(weight)[1:]
+    read = lookup(weight, np.arange(rows), **rules)
+    logits = np.tensordot(
+        np.asarray(x, np.float64), read, (range(np.ndim(x) - len(dim), np.ndim(x)), range(1, read.ndim))
+    )
+    if mask_padding:
+        logits[..., sorted(padding_rows(rules.get("padding_idx"), rows))] = -np.inf
+    return logits
+
+
+def attend_gradient(weight, x, cotangent, mask_padding=False, **rules):
+    """The gradients of the weight and of `x`, given that of the logits. The clipping passes it straight through."""
+    rows, dim = np.shape(weight)[0], np.shape(weight)[1:]
+    x, cotangent = np.asarray(x, np.float64), np.array(cotangent, np.float64)
+    padding = sorted(padding_rows(rules.get("padding_idx"), rows))
+    if mask_padding:
+        cotangent[..., padding] = 0
+    batch = range(cotangent.ndim - 1)
+    of_weight = np.tensordot(cotangent, x, (batch, batch))
+    of_weight[padding] = 0
+    if rules.get("freeze"):
+        of_weight[:] = 0
+    assert of_weight.shape == (rows, *dim)
+    return of_weight, np.tensordot(cotangent, lookup(weight, np.arange(rows), **rules), 1)
+
+
+def cross_entropy(weight, x, labels, mask_padding=False, **rules):
+    """The loss of each label, and the derivative of that by the logits, `(*batch, rows)`."""
+    logits, labels = attend(weight, x, mask_padding, **rules), np.asarray(labels)
+    rows, policy = np.shape(weight)[0], rules.get("out_of_range", "error")
+    padding = padding_rows(rules.get("padding_idx"), rows) if mask_padding else set()
+    losses, errors = np.zeros(labels.shape), np.zeros(logits.shape)
+    for position in np.ndindex(labels.shape):
+        row, of_one = row_of(labels[position], rows, policy), logits[position]
+        if row in padding:
+            continue
+        if row is None and policy != "zero":
+            losses[position] = np.nan
+            continue
+        largest = of_one.max()
+        normalizer = largest + np.log(np.exp(of_one - largest).sum())
+        losses[position] = normalizer - (0 if row is None else of_one[row])
+        errors[position] = np.exp(of_one - normalizer)
+        if row is not None:
+            errors[(*position, row)] -= 1
+    return losses, errors
+
+
+def cross_entropy_gradient(weight, x, labels, cotangent, mask_padding=False, **rules):
+    """The gradients of the weight and of `x`, given that of the losses. Where there is no error, `x` is not read."""
+    _, errors = cross_entropy(weight, x, labels, mask_padding, **rules)
+    counted = errors.any(-1)
+    x = np.where(counted.reshape(*counted.shape, *[1] * (np.ndim(x) - counted.ndim)), x, 0)
+    errors *= np.where(counted, cotangent, 0)[..., None]
+    return attend_gradient(weight, x, errors, mask_padding, **rules)
+
+
+def chance_of_row(samples, probability):
+    """The chance that a row is among so many draws; 1 where it never is, since nothing is corrected then."""
+    return 1.0 if probability == 0 else 1 - (1 - probability) ** samples
+
+
+def sampled_softmax(weight, x, labels, drawn, probabilities, remove_hits=True, **rules):
+    """The loss of each label among the rows that were drawn, each counted once, and the probability of each row."""
+    logits, labels = attend(weight, x, **rules), np.asarray(labels)
+    rows, policy = np.shape(weight)[0], rules.get("out_of_range", "error")
+    padding = padding_rows(rules.get("padding_idx"), rows)
+    losses = np.zeros(labels.shape)
+    for position in np.ndindex(labels.shape):
+        label = row_of(labels[position], rows, policy)
+        if label in padding:
+            continue
+        if label is None and policy != "zero":
+            losses[position] = np.nan
+            continue
+        scores = [0.0]
+        if label is not None:
+            scores = [logits[(*position, label)] - np.log(chance_of_row(len(drawn), probabilities[label]))]
+        for row in sorted(set(np.asarray(drawn).tolist()) - padding - ({label} if remove_hits else set())):
+            scores.append(logits[(*position, row)] - np.log(chance_of_row(len(drawn), probabilities[row])))
+        losses[position] = np.log(np.exp(np.asarray(scores) - scores[0]).sum())
+    return losses

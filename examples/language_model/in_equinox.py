@@ -45,15 +45,15 @@ def start(rows: int) -> Callable[[jax.Array, jax.Array], jax.Array]:
     model = Model(rows, jax.random.key(0))
     state = tx.init(eqx.filter(model, eqx.is_inexact_array))
 
-    @eqx.filter_jit(donate="all")
-    def update(model: Model, state: Any, contexts: jax.Array, targets: jax.Array) -> Any:
-        value, gradient = embax.value_and_grad(loss)(model, contexts, targets)
+    @eqx.filter_jit(donate="all-except-first")
+    def update(batch: tuple[jax.Array, jax.Array], model: Model, state: Any) -> Any:
+        value, gradient = embax.value_and_grad(loss)(model, *batch)
         updates, state = tx.update(gradient, state, eqx.filter(model, eqx.is_inexact_array))
         return embax.apply_updates(model, updates), state, value
 
     def step(contexts: jax.Array, targets: jax.Array) -> jax.Array:
         nonlocal model, state
-        model, state, value = update(model, state, contexts, targets)
+        model, state, value = update((contexts, targets), model, state)
         return value
 
     return step

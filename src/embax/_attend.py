@@ -11,7 +11,7 @@ from jaxtyping import Array, DTypeLike, Float, Shaped
 from . import _ids, _tape
 from ._dedupe import accumulator
 from ._lookup import clipped_rows
-from ._table import PaddingRows, Table
+from ._table import PaddingRows, Table, without_padding
 
 
 def attend(
@@ -83,7 +83,7 @@ def _without_padding(weight: Shaped[Array, "rows *dim"], padding_idx: PaddingRow
 
 @_without_padding.defjvp
 def _without_padding_jvp(padding_idx: PaddingRows, primals: Any, tangents: Any) -> tuple[Array, Array]:
-    return primals[0], tangents[0].at[np.asarray(padding_idx)].set(0)
+    return primals[0], without_padding(padding_idx, tangents[0])
 
 
 def checked_vectors(call: str, table: Table, x: Any) -> Float[Array, "*batch_dim"]:

@@ -54,8 +54,10 @@ class Unigram:
           Mikolov et al., Distributed representations of words and phrases and their compositionality, 2013,
           https://arxiv.org/abs/1310.4546, section 2.2.
         """
-        power = 0.0 if isinstance(power, int | float) and power == 0 else power
-        power = power if power == 0.0 else _check.positive("embax.Unigram.from_counts(power=...)", power)
+        if isinstance(power, bool) or power != 0:
+            power = _check.positive("embax.Unigram.from_counts(power=...)", power)
+        if math.isinf(power):
+            raise ValueError("`embax.Unigram.from_counts(power=...)` must be finite, got inf. Pass a smaller number.")
         counts = np.asarray(counts)
         if counts.dtype.kind not in "iuf":
             raise TypeError(
@@ -94,7 +96,8 @@ def pieces(weights: Float[np.ndarray, " rows"]) -> UInt32[np.ndarray, " rows"]:
 
 def draw_pieces(key: Key[Array, ""], ends: UInt32[Array, " rows"], shape: tuple[int, ...]) -> Int[Array, "*shape"]:
     """Draw rows, each as often as its piece is long; the last one has what is left of the range."""
-    return jnp.searchsorted(ends[:-1], jax.random.bits(key, shape, jnp.uint32), side="right").astype(jnp.int32)
+    rows = jnp.searchsorted(ends, jax.random.bits(key, shape, jnp.uint32), side="right")
+    return jnp.minimum(rows, ends.shape[0] - 1).astype(jnp.int32)
 
 
 def checked_candidates(argument: str, candidates: Any, rows: int) -> Candidates:

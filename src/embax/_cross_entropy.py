@@ -1,18 +1,20 @@
 """softmax_cross_entropy: the loss of a head over all rows of a table, without the logits of all rows."""
 
+import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec, auto_axes
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from . import _check, _ids
 from ._attend import checked_vectors, common_dtype, trained_whole
 from ._dedupe import accumulator
+from ._layouts import varying_alike, with_auto_axes, zeros_as
 from ._lookup import clipped_rows
 from ._row_blocks import over_blocks, read_block, write_block
 from ._table import Table, with_weight
@@ -70,8 +72,9 @@ def softmax_cross_entropy(
     x, labels = checked_batch("embax.softmax_cross_entropy", table, x, labels)
     mask_padding = _check.flag("embax.softmax_cross_entropy(mask_padding=...)", mask_padding)
     chunk = _rows_of_block(chunk, labels.size, table)
-    weight = _ids.on_every_device(trained_whole(table))
-    weight, x, labels = _varying_alike(weight, x, labels)
+    # The padding row's gradient is left out block by block instead.
+    weight = _ids.on_every_device(trained_whole(dataclasses.replace(table, padding_idx=None)))
+    weight, x, labels = varying_alike(weight, x, labels)
     return _jitted(chunk, mask_padding, with_weight(table, None), weight, x, labels)
 
 
@@ -115,16 +118,6 @@ def _rows_of_block(chunk: int | None, tokens: int, table: Table) -> int:
     return max(min(chunk, table.rows), 1)
 
 
-def _varying_alike(*arrays: Array) -> tuple[Array, ...]:
-    """Let all vary over the axes of a `shard_map` that one does; the gradients of those that did not are summed."""
-    axes = [jax.typeof(array).manual_axis_type.varying for array in arrays]
-    missing = [tuple(frozenset().union(*axes) - of_one) for of_one in axes]
-    return tuple(
-        jax.lax.pcast(array, names, to="varying") if names else array
-        for array, names in zip(arrays, missing, strict=True)
-    )
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _losses(chunk: int, mask_padding: bool, rules: Table, weight: Array, x: Array, labels: Array) -> Array:
     return _losses_fwd(chunk, mask_padding, rules, weight, x, labels)[0]
@@ -137,14 +130,14 @@ _jitted = jax.jit(_losses, static_argnums=(0, 1), inline=True)
 def _losses_fwd(chunk: int, mask_padding: bool, *args: Any) -> tuple[Array, Any]:
     _, _, x, labels = args
     of_token = PartitionSpec(*jax.typeof(x).sharding.spec[: labels.ndim])
-    loss, *normalizer = _by_xla(functools.partial(_forward, chunk, mask_padding), (of_token,) * 3, args)
+    loss, *normalizer = with_auto_axes(functools.partial(_forward, chunk, mask_padding), (of_token,) * 3, args)
     return loss, (*args, *normalizer)
 
 
 def _losses_bwd(chunk: int, mask_padding: bool, saved: Any, cotangent: Array) -> tuple[None, Array, Array, None]:
     _, weight, x, *_ = saved
     specs = jax.typeof(weight).sharding.spec, jax.typeof(x).sharding.spec
-    of_weight, of_x = _by_xla(functools.partial(_backward, chunk, mask_padding), specs, (*saved, cotangent))
+    of_weight, of_x = with_auto_axes(functools.partial(_backward, chunk, mask_padding), specs, (*saved, cotangent))
     return None, of_weight, of_x, None
 
 
@@ -172,7 +165,7 @@ def _forward(
         picked = jnp.take_along_axis(logits, jnp.clip(place, 0, size - 1)[..., None], axis=-1, mode="clip")[..., 0]
         return higher, total, jnp.where((place >= 0) & (place < size), picked, of_label)
 
-    zeros = _zeros(labels.shape, wide, x)
+    zeros = zeros_as(x, labels.shape, wide)
     largest, total, of_label = over_blocks(step, weight.shape[0], chunk, (zeros - np.inf, zeros, zeros))
     loss = largest - of_label + jnp.log(total)
     loss = jnp.where(_is_row(rules, weight.shape[0], labels), loss, np.nan)
@@ -202,10 +195,13 @@ def _backward(
         here = over_last(jnp.arange(size, dtype=labels.dtype), logits.ndim) == (labels - start)[..., None]
         error = jnp.exp(logits - largest[..., None]) * of_normalizer[..., None] - jnp.where(here, g[..., None], 0)
         of_x += _dot(error, rows.astype(wide), (labels.ndim,), (0,), wide)
-        of_rows = _dot(error, vectors.astype(wide), batch, batch, wide).astype(weight.dtype)
-        return write_block(of_weight, of_rows, start), of_x
+        of_rows = _dot(error, vectors.astype(wide), batch, batch, wide)
+        if rules.padding_idx is not None:
+            padding = _ids.is_padding(start + jnp.arange(size, dtype=start.dtype), rules.padding_idx)
+            of_rows = jnp.where(jnp.expand_dims(padding, tuple(range(1, of_rows.ndim))), 0, of_rows)
+        return write_block(of_weight, of_rows.astype(weight.dtype), start), of_x
 
-    start = _zeros(weight.shape, weight.dtype, x), _zeros(x.shape, wide, x)
+    start = zeros_as(x, weight.shape, weight.dtype), zeros_as(x, x.shape, wide)
     of_weight, of_x = over_blocks(step, weight.shape[0], chunk, start)
     return of_weight, of_x.astype(x.dtype)
 
@@ -245,18 +241,3 @@ def over_last(values: Shaped[Array, " last"], ndim: int) -> Shaped[Array, "*ones
 def _is_row(rules: Table, rows: int, labels: Int[Array, "*batch"]) -> Bool[Array, "*batch"]:
     """Tell the labels of which there is a loss."""
     return (labels >= 0) & (labels < rows) | (rules.out_of_range == "zero")
-
-
-def _zeros(shape: tuple[int, ...], dtype: np.dtype, like: Array) -> Array:
-    """Zeros that vary over the axes of a `shard_map` as an array does."""
-    axes = tuple(jax.typeof(like).manual_axis_type.varying)
-    zeros = jnp.zeros(shape, dtype)
-    return jax.lax.pcast(zeros, axes, to="varying") if axes else zeros
-
-
-def _by_xla(function: Callable[..., Any], specs: Any, args: Sequence[Any]) -> Any:
-    """Call a function with the explicit axes of a mesh left to XLA, and lay out what it returns by these specs."""
-    meshes = [sharding.mesh for array in jax.tree.leaves(args) if (sharding := _ids.explicit_sharding(array))]
-    if not meshes:
-        return function(*args)
-    return auto_axes(function, out_sharding=tuple(NamedSharding(meshes[0], spec) for spec in specs))(*args)

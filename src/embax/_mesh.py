@@ -21,6 +21,14 @@ def explicit_sharding(ids: Shaped[Array, "*batch"], trailing: int = 0) -> NamedS
     return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec, *[None] * trailing))
 
 
+def laid_out(array: Shaped[Array, "*shape"], sharding: NamedSharding | PartitionSpec) -> Shaped[Array, "*shape"]:
+    """Lay an array out as a caller asks, whether the axes of the mesh are explicit or left to XLA."""
+    mesh = sharding.mesh if isinstance(sharding, NamedSharding) else jax.sharding.get_abstract_mesh()
+    if AxisType.Explicit in mesh.axis_types:
+        return reshard(array, sharding)
+    return jax.lax.with_sharding_constraint(array, sharding)
+
+
 def on_every_device(array: Shaped[Array, "*batch"]) -> Shaped[Array, "*batch"]:
     """Replicate an array over the explicit axes of a mesh, for what depends on all ids of a call."""
     sharding = explicit_sharding(array)

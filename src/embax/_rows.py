@@ -11,7 +11,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Float, Float32, Int, Key, Shaped
 
 from . import _check, _dedupe, _ids
-from ._table import Table
+from ._table import Table, without_padding
 
 # Ids are held as random keys of this implementation: two words of 32 bits.
 _KEYS = "threefry2x32"
@@ -187,7 +187,7 @@ def _decode(keys: Key[Array, " length"], rows: int) -> Int[Array, " length"]:
 
 def is_trained(table: Table) -> bool:
     """Say whether a table has a gradient at all: one of floats that is not frozen."""
-    return not table.freeze and table.weight is not None and jnp.issubdtype(table.dtype, jnp.inexact)
+    return not table.freeze and hasattr(table.weight, "dtype") and jnp.issubdtype(table.dtype, jnp.inexact)
 
 
 def global_norm(tree: Any) -> Float32[Array, ""]:
@@ -254,21 +254,14 @@ def _apply(param: Any, update: Any) -> Any:
     if not is_trained(param):
         return param
     if isinstance(update, Table):
-        weight = _apply(param.weight, update.weight)
-        if param.padding_idx is not None:  # not by adding 0, which makes 0.0 of -0.0
-            padding = np.asarray(param.padding_idx)
-            weight = weight.at[padding].set(param.weight[padding])
+        # Not by adding 0, which makes 0.0 of -0.0.
+        weight = without_padding(param.padding_idx, _apply(param.weight, update.weight), instead=param.weight)
         return dataclasses.replace(param, weight=weight)
     ids, values = _ids.trained(update.ids, param), update.values
     if jnp.finfo(param.dtype).bits < 32:  # else the sum would be rounded after each duplicate
         _, (ids, values, _) = _dedupe.combine(None, ids, values.astype(jnp.float32), param.rows)
     weight = param.weight.at[ids].add(values.astype(param.dtype), mode="drop")
     return dataclasses.replace(param, weight=weight)
-
-
-def without_padding(table: Table, values: Shaped[Array, "rows *dim"]) -> Shaped[Array, "rows *dim"]:
-    """Set the padding row of a dense gradient or update to zero."""
-    return values if table.padding_idx is None else values.at[np.asarray(table.padding_idx)].set(0)
 
 
 def checked_update(call: str, table: Table, update: Any) -> "RowGrad | Table":

@@ -117,4 +117,4 @@ def _array(value: Any) -> Any:
     try:
         return jnp.asarray(np.asarray(value))
     except TypeError:  # torch's bfloat16, which NumPy does not have
-        return jnp.from_dlpack(value)
+        return jnp.array(jnp.from_dlpack(value))  # in memory of its own: a donated step writes into it

@@ -11,7 +11,6 @@ import numpy as np
 from jaxtyping import Array, DTypeLike, Key, Shaped
 
 from . import _check
-from ._mesh import explicit_sharding
 
 PaddingRows = int | tuple[int, ...] | None
 OutOfRange = Literal["error", "clip", "nan", "zero"]
@@ -226,12 +225,31 @@ def _fresh_rows(
 
 
 def with_zero_padding(table: Table) -> Table:
-    """Set the padding rows of a table to zero, where the weight is laid out as it is."""
-    if table.padding_idx is None:
-        return table
-    sharding = explicit_sharding(table.weight)
-    zeroed = table.weight.at[np.asarray(table.padding_idx)].set(0, out_sharding=sharding)
-    return dataclasses.replace(table, weight=zeroed)
+    """Set the padding rows of a table to zero."""
+    return dataclasses.replace(table, weight=without_padding(table.padding_idx, table.weight))
+
+
+def without_padding(
+    padding_idx: PaddingRows, values: Shaped[Array, "rows *dim"], instead: Any = None
+) -> Shaped[Array, "rows *dim"]:
+    """Put zeros, or the rows of another array, in place of the padding rows.
+
+    By selection: to write these rows alone is no less work where all rows are made anew, and of a sharded array jaxlib
+    0.10.2 then writes a row of the next shard, too.
+
+    Args:
+      padding_idx: The padding rows of a table.
+      values: An array of all of its rows.
+      instead: An array of the same shape, or None for zeros.
+
+    Returns:
+      A new array, laid out as the old one.
+    """
+    if padding_idx is None:
+        return values
+    is_padding = jnp.isin(jnp.arange(values.shape[0]), jnp.asarray(padding_idx))
+    mask = jnp.expand_dims(is_padding, tuple(range(1, values.ndim)))
+    return jnp.where(mask, jnp.zeros((), values.dtype) if instead is None else instead, values)
 
 
 def resize(table: Table, rows: int, key: Key[Array, ""] | None = None, *, init: Initializer | None = None) -> Table:

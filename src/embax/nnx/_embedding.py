@@ -8,12 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from flax.errors import TraceContextError
-from jax.sharding import reshard
-from jaxtyping import Array, DTypeLike, Shaped
+from jaxtyping import Array, DTypeLike, Float, Shaped
 
 from .. import _check, _ids
+from .._attend import attend
 from .._layer import TableLayer
 from .._lookup import clipped_weight, read
+from .._mesh import laid_out
 from .._table import RULES, OutOfRange, PaddingRows, Table, rules_of, with_zero_padding
 from .._write_back import clipped_table
 
@@ -128,7 +129,29 @@ class Embedding(nnx.Module, TableLayer):
         ids = _ids.prepare("embax.nnx.Embedding(inputs=...)", inputs, table)
         rows = read(table, ids, self._output_dtype(table))
         self._store(table, ids)
-        return rows if out_sharding is None else reshard(rows, out_sharding)
+        return rows if out_sharding is None else laid_out(rows, out_sharding)
+
+    def attend(  # pyright: ignore[reportIncompatibleMethodOverride] (NNX's names)
+        self, query: Any, out_sharding: Any = None, *, mask_padding: bool = False
+    ) -> Float[Array, "*batch rows"]:
+        """Multiply vectors by every row: the logits of a head that is tied to this layer, as `embax.attend`.
+
+        Args:
+          query: Vectors `(*batch, *features)`.
+          out_sharding: How the logits are laid out on a mesh. Default: XLA chooses.
+          mask_padding: Whether the logits of padding rows are minus infinity.
+
+        Returns:
+          One logit a row, `(*batch, num_embeddings)`, in the dtype of the output of the layer.
+
+        Raises:
+          TypeError: As `embax.attend`.
+          ValueError: As `embax.attend`.
+        """
+        table = self.table
+        dtype = self._output_dtype(table) or table.dtype
+        logits = attend(table, query, mask_padding=mask_padding, dtype=dtype)
+        return logits if out_sharding is None else laid_out(logits, out_sharding)
 
     def _output_dtype(self, table: Table) -> np.dtype | None:
         if self.promote_dtype is None:

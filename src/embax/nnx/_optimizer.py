@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from .._rows import apply_updates, is_trained
+from .._rows import apply_updates
 from .._table import Table
 from ..optim._states import check_takes_tables, prepared_gradient
 from ._params import tables_of, tree_of, with_values
@@ -69,7 +69,9 @@ class Optimizer(nnx.Optimizer):
         self.step = nnx.OptState(jnp.zeros((), jnp.uint32))
         self.tx, self.wrt, self.graph = tx, wrt, None
         self.opt_state = nnx.data(jax.tree.map(nnx.OptArray, opt_state))
-        self._trained = _trained(params)
+        nodes, _ = _flatten(params)
+        tables = {jax.tree_util.keystr(path): node for path, node in nodes if isinstance(node, Table)}
+        self._rules = nnx.static({name: (table.padding_idx, table.freeze) for name, table in tables.items()})
 
     def update(self, model: Any, grads: Any, /, **kwargs: Any) -> Any:
         """Make a step: write the new weights into the model.
@@ -84,37 +86,45 @@ class Optimizer(nnx.Optimizer):
 
         Raises:
           TypeError: If a RowGrad is given for what is no Embedding's Param.
-          ValueError: If a gradient is missing or does not fit, or if other tables are frozen than at the start.
+          ValueError: If a gradient is missing or does not fit, or if a table is no longer frozen.
         """
+        call = f"{_CALL}.update"
         state = nnx.state(model, self.wrt)
-        params = tree_of(state, tables_of(model))
-        if _trained(params) != self._trained:
+        now = tree_of(state, tables_of(model))
+        nodes, structure = _flatten(now)
+        names = [jax.tree_util.keystr(path) for path, _ in nodes]
+        # The state of `tx` is of these rules; what became padding or frozen since is left alone at the end.
+        params = [self._at_start(call, name, param) for name, (_, param) in zip(names, nodes, strict=True)]
+        try:
+            given = structure.flatten_up_to(tree_of(nnx.state(grads, self.wrt), {}))
+        except ValueError as error:
             raise ValueError(
-                f"`{_CALL}.update(model=...)` must have the same tables frozen as when the optimizer was made, got "
-                f"{_trained(params)} trained, then {self._trained}. Make it anew."
-            )
-        nodes, structure = _flatten(params)
-        given = structure.flatten_up_to(tree_of(nnx.state(grads, self.wrt), {}))
-        pairs = zip(nodes, given, strict=True)
-        gradients = [
-            prepared_gradient(f"{_CALL}.update", jax.tree_util.keystr(path), param, gradient)
-            for (path, param), gradient in pairs
-        ]
+                f"`{call}(grads=...)` must have a gradient for each Variable that is trained, {', '.join(names)}, got "
+                f"another structure ({error}). Differentiate for the same filter."
+            ) from error
+        gradients = [prepared_gradient(call, *parts) for parts in zip(names, params, given, strict=True)]
+        params = structure.unflatten(params)
         variables = jax.tree.leaves(self.opt_state, is_leaf=lambda node: isinstance(node, nnx.Variable))
         opt_state = jax.tree.structure(nnx.as_pure(self.opt_state)).unflatten([x.get_value() for x in variables])
         updates, opt_state = self.tx.update(structure.unflatten(gradients), opt_state, params, **kwargs)
-        nnx.update(model, with_values(state, apply_updates(params, updates)))
+        nnx.update(model, with_values(state, apply_updates(now, updates)))
         for variable, value in zip(variables, jax.tree.leaves(opt_state), strict=True):
             variable.set_value(value)
         self.step[...] += 1
         return updates
 
+    def _at_start(self, call: str, name: str, param: Any) -> Any:
+        """Give a table the rules that it had when the optimizer was made."""
+        if not isinstance(param, Table) or name not in self._rules:
+            return param
+        padding_idx, freeze = self._rules[name]
+        if freeze and not param.freeze:
+            raise ValueError(
+                f"`{call}(model=...)` must not have a table trained that was frozen when the optimizer was made, got "
+                f"{name}. Make the optimizer anew."
+            )
+        return Table(param.weight, padding_idx=padding_idx, freeze=freeze)
+
 
 def _flatten(params: Any) -> Any:
     return jax.tree.flatten_with_path(params, is_leaf=lambda node: isinstance(node, Table))
-
-
-def _trained(params: Any) -> tuple[str, ...]:
-    """Name the tables that are trained."""
-    nodes, _ = _flatten(params)
-    return tuple(jax.tree_util.keystr(path) for path, node in nodes if isinstance(node, Table) and is_trained(node))

@@ -40,19 +40,22 @@ def tree_of(state: Any, tables: Mapping[int, Table]) -> Any:
         if not isinstance(variable, nnx.Variable):
             return variable
         array = variable.get_value()
-        return with_weight(tables[id(variable)], array) if id(variable) in tables else array
+        return with_weight(tables[id(variable)], array) if id(variable) in tables else array  # which may be a Table
 
     return _mapped(state, value)
 
 
 def with_values(state: Any, tree: Any) -> Any:
-    """Put values into the Variables of a state, in new ones; of a Table its weight."""
+    """Put values into the Variables of a state, in new ones; of a layer's Table its weight."""
 
     def replaced(variable: Any, value: Any) -> Any:
-        value = value.weight if isinstance(value, Table) else value
-        return variable.replace(value) if isinstance(variable, nnx.Variable) else value
+        if not isinstance(variable, nnx.Variable):
+            return value
+        of_layer = isinstance(value, Table) and not isinstance(variable.get_value(), Table)
+        return variable.replace(value.weight if of_layer else value)
 
-    return nnx.State(_mapped(state, replaced, tree))
+    mapped = _mapped(state, replaced, tree)
+    return nnx.State(mapped) if isinstance(state, Mapping) else mapped
 
 
 def _mapped(state: Any, function: Any, *trees: Any) -> Any:

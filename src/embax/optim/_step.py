@@ -11,8 +11,8 @@ import optax
 from jaxtyping import Array, Int, Shaped
 
 from .._dedupe import Distinct
-from .._rows import is_trained, row_grad, without_padding
-from .._table import Table, with_weight
+from .._rows import is_trained, row_grad
+from .._table import Table, with_weight, without_padding
 from ._separable import Plan
 
 # Numbers in a block of rows, so that the arrays of a step stay in a core's cache.
@@ -53,7 +53,7 @@ class Step:
             elif (k := next(numbers)) not in parts:
                 out.append(None)
             elif (rows := parts[k]) is None:
-                out.append(with_weight(param, without_padding(param, update.weight)))
+                out.append(with_weight(param, without_padding(param.padding_idx, update.weight)))
             else:
                 out.append(row_grad(rows.ids, update.weight.astype(gradient.dtype), param.rows))
         merged = [
@@ -131,7 +131,7 @@ class Step:
                 gradients.append(with_weight(param, None))
             elif (rows := parts.get(next(numbers), _no_rows(param))) is None:
                 params.append(param)
-                gradients.append(with_weight(param, without_padding(param, gradient.weight)))
+                gradients.append(with_weight(param, without_padding(param.padding_idx, gradient.weight)))
             else:
                 params.append(with_weight(param, _gather(param.weight, rows.ids)))
                 gradients.append(with_weight(param, rows.values))

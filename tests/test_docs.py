@@ -1,0 +1,63 @@
+"""The site, without building it: every public name, page and command has its place."""
+
+import re
+from collections import Counter
+from pathlib import Path
+
+import embax
+from embax.cli._main import app
+
+DOCS = Path(__file__).parents[1] / "docs"
+PAGES = {path.relative_to(DOCS).with_suffix("").as_posix(): path.read_text("utf-8") for path in DOCS.rglob("*.md")}
+PACKAGE = Path(embax.__file__).parent
+
+# As `.. autofunction:: embax.lookup`.
+DIRECTIVE = re.compile(r"^\.\. (?:auto|py:)\w+:: (embax[\w.]*)", re.MULTILINE)
+# As `from ._lift import lift as lift`.
+EXPORT = re.compile(r"^from \S+ import (\w+) as \1$", re.MULTILINE)
+TOCTREE = re.compile(r"^```\{toctree\}\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def documented():
+    """How often each name has a directive in the pages of the API."""
+    return Counter(name for page, text in PAGES.items() if page.startswith("api/") for name in DIRECTIVE.findall(text))
+
+
+def exported():
+    """The public names of each package, but those that have a shorter one."""
+    packages = {PACKAGE / name / "__init__.py": f"embax.{name}" for name in embax._LAZY}
+    for init in packages.keys() & set(PACKAGE.glob("*/__init__.py")):
+        names = EXPORT.findall(init.read_text("utf-8"))
+        yield from (f"{packages[init]}.{name}" for name in names if embax._LAZY.get(name) != packages[init])
+
+
+def test_each_public_name_is_documented_once():
+    names = documented()
+    assert {f"embax.{name}" for name in embax._LAZY} - names.keys() == set()
+    assert [name for name, times in names.items() if times > 1] == []
+
+
+def test_each_name_of_a_package_is_documented():
+    assert set(exported()) - documented().keys() == set()
+
+
+def test_each_page_is_in_one_table_of_contents():
+    listed = Counter()
+    for page, text in PAGES.items():
+        for tree in TOCTREE.findall(text):
+            for line in tree.splitlines():
+                if line and not line.startswith(":"):
+                    target = re.sub(r".*<(.*)>", r"\1", line)
+                    listed[(Path(page).parent / target).as_posix()] += 1
+    assert listed == Counter(PAGES.keys() - {"index"})
+
+
+def test_each_command_has_a_section():
+    sections = re.findall(r"^## embax (\w+)$", PAGES["api/cli"], re.MULTILINE)
+    assert sections == [command.name for command in app.registered_commands]
+
+
+def test_each_page_with_code_cells_is_run():
+    cells = {page for page, text in PAGES.items() if "```{code-cell}" in text}
+    assert cells
+    assert [page for page in cells if not PAGES[page].startswith("---\njupytext:")] == []
