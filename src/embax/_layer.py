@@ -21,7 +21,8 @@ class TableLayer:
     def from_table(cls, table: Table, **options: Any) -> Self:
         """Make a layer of a table: its weight as it is, padding row included, and its rules.
 
-        `embedding.table` of a layer in another framework is one, so that this is how a layer moves between them.
+        `embedding.table` of a layer in another framework is one, so that this is how a layer moves between them. The
+        layer of brainstate takes one padding row, those of NNX and Equinox also a tuple.
 
         Args:
           table: The table.

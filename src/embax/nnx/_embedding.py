@@ -29,7 +29,8 @@ class Embedding(nnx.Module, TableLayer):
     attributes and may be changed between calls.
 
     With `max_norm`, the rows that are read are also stored clipped in the Param, eagerly and under NNX's
-    transformations. Where NNX lets no Variable be written, in a raw JAX transformation, the output alone is clipped.
+    transformations. Where NNX lets no Variable be written, in a raw JAX transformation, or drops what is
+    written, in an `nnx.scan` to which the module is broadcast, the output alone is clipped.
 
     Args:
       num_embeddings: The number of rows, 0 or more.
