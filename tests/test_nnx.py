@@ -72,7 +72,7 @@ def promote_to_float16(arrays, *, dtype, inexact=True):
         {"promote_dtype": nnx.nn.dtypes.promote_dtype, "dtype": jnp.bfloat16},
         {"embedding_init": nnx.initializers.ones_init()},
     ],
-    ids=str,
+    ids=lambda options: "-".join(options) or "none",  # the same in every process
 )
 def test_options_of_nnx_embed_mean_the_same(options):
     ours, theirs = (cls(5, 3, rngs=nnx.Rngs(0), **options) for cls in (Embedding, nnx.Embed))
