@@ -1,8 +1,12 @@
 """Strict JAX settings for all tests, and the examples of docstrings and pages as tests."""
 
+import ctypes
+import gc
 import os
+from pathlib import Path
 
 import jax
+import pytest
 from sybil import Sybil
 from sybil.document import PythonDocStringDocument
 from sybil.parsers.markdown import PythonCodeBlockParser
@@ -49,6 +53,22 @@ def _strict(namespace=None):
 def _as_users_have_it(namespace):
     """Examples run under the defaults of JAX, which optax relies on, too."""
     _promote("standard", "allow")
+
+
+# What a process may hold of memory, in bytes, before it lets go of the programs that it has compiled. The whole suite
+# would add up to 16 GB of them.
+_MOST = 3 << 30
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _let_go_of_programs():
+    yield
+    pages = Path("/proc/self/statm")
+    if pages.exists() and int(pages.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") > _MOST:
+        jax.clear_caches()
+        gc.collect()
+        if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # of glibc, which keeps what is freed
+            trim(0)
 
 
 _strict()
