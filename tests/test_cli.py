@@ -198,7 +198,7 @@ def test_train_tells_when_memory_does_not_suffice(text, tmp_path):
 
 
 @pytest.mark.skipif(
-    signal.getsignal(signal.SIGINT) is signal.SIG_IGN, reason="interrupts are ignored here, as in a job in the background"
+    signal.getsignal(signal.SIGINT) is signal.SIG_IGN, reason="interrupts are ignored here, as in a background job"
 )
 def test_train_ended_by_an_interrupt_leaves_nothing_behind(text, tmp_path):
     arguments = command("train", text, "-o", tmp_path / "v", "--dim", 4, "--epochs", 1_000_000)
