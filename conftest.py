@@ -38,7 +38,7 @@ def _compile_as_shipped(self, compiler_options=None, **options):
 _FLAGS = " ".join(f"--{name}={str(value).lower()}" for name, value in _QUICK.items())
 if jax.__version_info__ < (0, 11) and os.environ.setdefault("XLA_FLAGS", _FLAGS) == _FLAGS:
     jax.stages.Lowered.compile = _compile_as_shipped
-jax.config.update("jax_num_cpu_devices", 4)
+jax.config.update("jax_num_cpu_devices", 8)
 
 
 def _promote(dtypes: str, ranks: str) -> None:

@@ -189,13 +189,19 @@ def test_vectors_make_an_index_once_and_keep_it_beside_their_file(tmp_path, monk
     path = tmp_path / "v.bin"
     Vectors([f"t{row}" for row in range(len(weight))], weight).save(path)
     vectors = Vectors.load(path)
-    exact = vectors.most_similar_batch(["t1", ["t2", "t3"]], k=5)
-    assert vectors.most_similar_batch(["t1", ["t2", "t3"]], k=5, approx=True) == exact
+    # An index is built by several threads, and may miss a neighbour; which one is not the same each time.
+    found = vectors.most_similar_batch(["t1", ["t2", "t3"]], k=5, approx=True)
+    for near, exact in zip(found, vectors.most_similar_batch(["t1", ["t2", "t3"]], k=len(weight)), strict=True):
+        assert set(near) <= set(exact)
+        assert len(set(near) & set(exact[:5])) >= 3
     assert _approximate.beside(path).endswith("v.bin.usearch")
     monkeypatch.setattr(Approximate, "build", lambda unit: pytest.fail("made again"))
-    assert Vectors.load(path).most_similar("t1", k=5, approx=True) == exact[0]
+    assert Vectors.load(path).most_similar("t1", k=5, approx=True) == found[0]
     monkeypatch.undo()
     Vectors([f"t{row}" for row in range(len(weight))], -weight[::-1]).save(path)  # the index is of others now
     changed = Vectors.load(path)
-    assert changed.most_similar("t1", k=5, approx=True) == changed.most_similar("t1", k=5)
+    exact = changed.most_similar("t1", k=len(weight))
+    near = changed.most_similar("t1", k=5, approx=True)
+    assert set(near) <= set(exact)
+    assert len(set(near) & set(exact[:5])) >= 3
     assert Vectors(["a", "b"], np.eye(2)).most_similar("a", approx=True) == [("b", 0.0)]

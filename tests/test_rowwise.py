@@ -77,7 +77,7 @@ def test_rowwise_adagrad_equals_dense_training_over_100_steps(options, of_refere
                 dense[row] += rule(of_all[row], dense[row], memories[row], i)
     np.testing.assert_allclose(params["table"].weight, dense, rtol=1e-5, atol=5e-6)  # float32
     sums = [memory.get("sum", of_reference.get("start", 0)) for memory in memories]
-    np.testing.assert_allclose(state.inner[0].sum_of_squares["table"], sums, rtol=1e-5)  # float32
+    np.testing.assert_allclose(state.inner[0].sum_of_squares["table"].weight, sums, rtol=1e-5)  # float32
 
 
 @pytest.mark.parametrize(
@@ -109,11 +109,11 @@ def test_rowwise_adam_equals_the_lazy_reference(tx, rule, shape):
 def test_the_state_of_a_table_is_a_number_a_row():
     params = {"table": Table(weight("bfloat16")), "bias": jnp.ones(3)}
     sums = rowwise_adagrad(0.1, initial_accumulator=0.5).init(params).inner[0].sum_of_squares
-    assert (sums["table"].shape, sums["table"].dtype, sums["bias"].shape) == ((ROWS,), jnp.float32, (3,))
-    np.testing.assert_array_equal(sums["table"], np.full(ROWS, 0.5))
+    assert (sums["table"].weight.shape, sums["table"].dtype, sums["bias"].shape) == ((ROWS,), jnp.float32, (3,))
+    np.testing.assert_array_equal(sums["table"].weight, np.full(ROWS, 0.5))
     adam = rowwise_adam(0.1).init(params).inner[0]
     assert (adam.mean["table"].weight.shape, adam.mean["table"].weight.dtype) == ((ROWS, DIM), jnp.bfloat16)
-    assert (adam.mean_square["table"].shape, adam.mean_square["bias"].shape) == ((ROWS,), (3,))
+    assert (adam.mean_square["table"].weight.shape, adam.mean_square["bias"].shape) == ((ROWS,), (3,))
 
 
 @pytest.mark.parametrize("make", [rowwise_adagrad, rowwise_adam])

@@ -30,6 +30,8 @@ if _TYPE_CHECKING:
     from ._table import resize as resize
     from .brainstate import Embedding as Embedding
     from .brainstate import EmbeddingBag as EmbeddingBag
+    from .sharding import shard as shard
+    from .sharding import unshard as unshard
     from .vectors import Vectors as Vectors
     from .vocabulary import Vocabulary as Vocabulary
 
@@ -53,6 +55,7 @@ _LAZY = {
     "apply_updates": "embax._rows",
     "attend": "embax._attend",
     "brainstate": "embax.brainstate",
+    "checkpoint": "embax.checkpoint",
     "embedding_bag": "embax._bag",
     "equinox": "embax.equinox",
     "evaluate": "embax.evaluate",
@@ -69,9 +72,12 @@ _LAZY = {
     "resize": "embax._table",
     "restack": "embax._collection",
     "sampled_softmax": "embax._sampled_softmax",
+    "shard": "embax.sharding",
+    "sharding": "embax.sharding",
     "softmax_cross_entropy": "embax._cross_entropy",
     "to_state_dict": "embax._state_dict",
     "train": "embax.train",
+    "unshard": "embax.sharding",
     "unstack": "embax._collection",
     "value_and_grad": "embax._grad",
     "vectors": "embax.vectors",

@@ -1,6 +1,5 @@
 """attend: a vector against every row of a table, as the head of a language model does."""
 
-import functools
 from typing import Any
 
 import jax
@@ -11,7 +10,7 @@ from jaxtyping import Array, DTypeLike, Float, Shaped
 from . import _ids, _tape
 from ._dedupe import accumulator
 from ._lookup import clipped_rows
-from ._table import PaddingRows, Table, without_padding
+from ._table import Table, with_weight, without_padding
 
 
 def attend(
@@ -73,17 +72,17 @@ def trained_whole(table: Table) -> Shaped[Array, "rows *dim"]:
         return jax.lax.stop_gradient(weight)
     if found is not None:
         weight = found[0].whole(found[1], weight)
-    return weight if table.padding_idx is None else _without_padding(weight, table.padding_idx)
+    return weight if table.padding_idx is None else _without_padding(with_weight(table, None), weight)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
-def _without_padding(weight: Shaped[Array, "rows *dim"], padding_idx: PaddingRows) -> Shaped[Array, "rows *dim"]:
+@jax.custom_jvp
+def _without_padding(rules: Table, weight: Shaped[Array, "rows *dim"]) -> Shaped[Array, "rows *dim"]:
     return weight
 
 
 @_without_padding.defjvp
-def _without_padding_jvp(padding_idx: PaddingRows, primals: Any, tangents: Any) -> tuple[Array, Array]:
-    return primals[0], without_padding(padding_idx, tangents[0])
+def _without_padding_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
+    return primals[1], without_padding(primals[0], tangents[1])
 
 
 def checked_vectors(call: str, table: Table, x: Any) -> Float[Array, "*batch_dim"]:

@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from . import _bag, _check, _ids, _pool
 from ._lookup import read
+from ._placed import joined, parted
 from ._ragged import Ragged
 from ._stacks import Member, cut_out, members_of, stacks_of
 from ._table import Table, with_weight
@@ -181,7 +182,8 @@ class Collection:
         """Check the ids of a feature and turn them into rows of its stack."""
         member = next(member for member in self._members if member.name == feature.table)
         stack = self.stacks[member.stack]
-        own = with_weight(stack, jax.ShapeDtypeStruct((member.rows, *stack.dim), stack.dtype))
+        shape = jax.ShapeDtypeStruct((member.rows, *stack.dim), stack.dtype)
+        own = with_weight(stack, shape, placement=None)
         call = f"embax.Collection(batch[{feature.name!r}])"
         if feature.mode is None:
             if weights is not None or isinstance(ids, Ragged):
@@ -210,8 +212,10 @@ class Collection:
         mode = part.feature.mode
         how = "rows" if mode is None else "max" if mode == "max" else "sum"
         length = -1 if mode is None or part.layout.offsets is not None else part.ids.shape[-1]
-        # The frequency of an id is that within its feature.
-        alone = part.feature.name if self.stacks[part.stack].scale_grad_by_freq else ""
+        # The frequency of an id is that within its feature. On a mesh, bags of different lengths are where they are.
+        stack = self.stacks[part.stack]
+        apart = stack.placement is not None and part.layout.offsets is not None
+        alone = part.feature.name if stack.scale_grad_by_freq or apart else ""
         return part.stack, how, length, part.weights is not None, alone
 
     def __repr__(self) -> str:
@@ -297,19 +301,22 @@ jax.tree_util.register_pytree_with_keys(
 def _read_together(table: Table, parts: Sequence[_Input]) -> list[Shaped[Array, "..."]]:
     """Read features of one kind in one lookup."""
     if parts[0].feature.mode is None:
-        rows = read(table, jnp.concatenate([jnp.ravel(part.ids) for part in parts]), None)
-        # Cut by one split, of which the derivative is one concatenation; that of slices is a sum of as many arrays.
-        cut = jax.lax.split(rows, [part.ids.size for part in parts])
+        rows = read(table, joined(table.placement, [jnp.ravel(part.ids) for part in parts], table.rows), None)
+        cut = parted(table.placement, rows, [part.ids.size for part in parts])
         return [jnp.reshape(own, (*part.ids.shape, *table.dim)) for own, part in zip(cut, parts, strict=True)]
     # Padding is left out already, of what is counted and of the ids.
     table = dataclasses.replace(table, padding_idx=None)
     layout, sizes = _joined([part.layout for part in parts], [part.ids.shape for part in parts])
-    flat = [_flat([getattr(part, name) for part in parts], layout) for name in ("ids", "counted", "weights")]
-    ids, counted, weights = flat
+    fills = {"ids": table.rows, "counted": False, "weights": 0}
+    ids, counted, weights = (
+        _flat(table, [getattr(part, name) for part in parts], layout, fill) for name, fill in fills.items()
+    )
+    if layout.offsets is None:
+        layout = _pool.Layout(counted.shape[:1], None)
     mode = "max" if parts[0].feature.mode == "max" else "sum"
     total = _pool.pool_rows(table, ids, counted, weights, layout, mode)
     out = []
-    for own, part in zip(jax.lax.split(total, sizes), parts, strict=True):
+    for own, part in zip(parted(table.placement, total, sizes), parts, strict=True):
         bags = math.prod(part.layout.shape)
         own = jnp.reshape(own[:bags], (*part.layout.shape, *table.dim))
         own = _pool.divided(own, part.counted, part.weights, part.layout, part.feature.mode or "sum")
@@ -331,12 +338,13 @@ def _joined(layouts: Sequence[_pool.Layout], shapes: Sequence[tuple[int, ...]]) 
     return _pool.Layout((offsets.shape[0] - 1,), offsets), sizes
 
 
-def _flat(arrays: Sequence[Any], layout: _pool.Layout) -> Any:
+def _flat(table: Table, arrays: Sequence[Any], layout: _pool.Layout, fill: Any) -> Any:
     if arrays[0] is None:
         return None
-    if layout.offsets is None:
-        arrays = [jnp.reshape(x, (math.prod(x.shape[:-1]), x.shape[-1])) for x in arrays]
-    return jnp.concatenate(arrays)
+    if layout.offsets is not None:
+        return jnp.concatenate(arrays)
+    arrays = [jnp.reshape(x, (math.prod(x.shape[:-1]), x.shape[-1])) for x in arrays]
+    return joined(table.placement, arrays, fill)
 
 
 def _listed(names: Iterable[str]) -> str:

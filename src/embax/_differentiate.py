@@ -10,7 +10,7 @@ from jax.core import Tracer
 from jax.extend.core import jaxpr_as_fun
 from jaxtyping import Array, Shaped
 
-from . import _ids, _tape
+from . import _ids, _placed, _tape
 from ._modules import fixed_leaves
 from ._rows import RowGrad, apply_updates, is_trained, no_rows, row_grad
 from ._table import Table, with_weight
@@ -266,6 +266,10 @@ def gathered(table: Table, ids: Sequence[Array], cotangents: Sequence[Array]) ->
     """Put the gradients of a table's lookups together."""
     if not ids:
         return _none_read(table)
+    if table.placement is not None:
+        flat_ids = _placed.joined(table.placement, [jnp.ravel(x) for x in ids], table.rows)
+        values = [jnp.reshape(x, (n.size, *table.dim)) for x, n in zip(cotangents, ids, strict=True)]
+        return row_grad(flat_ids, _placed.joined(table.placement, values, 0), table.rows)
     ids, cotangents = ([_ids.on_every_device(x) for x in arrays] for arrays in (ids, cotangents))
     flat_ids = jnp.concatenate([jnp.ravel(x) for x in ids])
     values = jnp.concatenate([jnp.reshape(x, (n.size, *table.dim)) for x, n in zip(cotangents, ids, strict=True)])

@@ -8,6 +8,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Int
 
+from ._index import index_dtype as index_dtype
 from ._mesh import explicit_sharding as explicit_sharding
 from ._mesh import on_every_device as on_every_device
 from ._table import OutOfRange, PaddingRows, Table
@@ -124,18 +125,6 @@ def narrow(ids: Any, rows: int, xp: Any) -> Any:
     if info.min == 0:
         return xp.minimum(ids, xp.asarray(rows, ids.dtype)).astype(index)
     return xp.clip(ids, xp.asarray(-rows - 1, ids.dtype), xp.asarray(rows, ids.dtype)).astype(index)
-
-
-def index_dtype(rows: int) -> np.dtype:
-    """The dtype of row numbers; ValueError where JAX has none that is wide enough."""
-    if rows <= np.iinfo(np.int32).max:
-        return np.dtype(np.int32)
-    if jax.dtypes.canonicalize_dtype(np.int64) != np.int64:
-        raise ValueError(
-            f"A table of more than {np.iinfo(np.int32).max} rows must be read with 64-bit ids, got {rows} rows while "
-            "jax_enable_x64 is off. Switch it on, or split the table."
-        )
-    return np.dtype(np.int64)
 
 
 def _raise_if_out_of_range(argument: str, ids: np.ndarray, rows: int) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import reshard
 from jaxtyping import Array, Bool, DTypeLike, Int, Shaped
 
-from . import _ids, _tape
+from . import _ids, _placed, _tape
 from ._dedupe import accumulator
 from ._table import Table, with_weight
 
@@ -88,7 +88,7 @@ def read(
       table: The table.
       ids: The ids.
       dtype: As in `lookup`.
-      counted: Which of the ids are to be read. The others must be `rows`; they read the first row, which the caller
+      counted: Which of the ids are to be read. The others must be `rows`; they read any row, which the caller
         leaves out, and have no gradient, so that checkify finds no error. Default: all.
 
     Returns:
@@ -157,7 +157,7 @@ def _gather(
     table: Table, ids: Int[Array, "*batch"], counted: Bool[Array, "*batch"] | None
 ) -> Shaped[Array, "*batch_dim"]:
     if not jnp.issubdtype(table.dtype, jnp.inexact):
-        return _take(table.weight, _or_first(ids, counted), 0)
+        return _take(table, _or_first(table, ids, counted), 0)
     if table.freeze:
         table = dataclasses.replace(table, weight=jax.lax.stop_gradient(table.weight))
     return _gather_with_rules(table, ids, counted)
@@ -168,7 +168,7 @@ def _gather_with_rules(
     table: Table, ids: Int[Array, "*batch"], counted: Bool[Array, "*batch"] | None
 ) -> Shaped[Array, "*batch_dim"]:
     # np.nan, not a fresh float("nan"): NaN differs from itself, so a new object would compile every eager call anew.
-    return _take(table.weight, _or_first(ids, counted), 0 if table.out_of_range == "zero" else np.nan)
+    return _take(table, _or_first(table, ids, counted), 0 if table.out_of_range == "zero" else np.nan)
 
 
 @_gather_with_rules.defjvp
@@ -177,15 +177,15 @@ def _gather_with_rules_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
     # The transpose of this gather adds up duplicates, so it runs in float32: 4096 bfloat16 ones would sum to 256. The
     # cast of the whole tangent is fused into the gather.
     tangent = tangents[0].weight.astype(accumulator(table.dtype))
-    tangent = gradient_rules(table, ids, _take(tangent, _or_first(ids, counted), 0))
+    tangent = gradient_rules(table, ids, _take(with_weight(table, tangent), _or_first(table, ids, counted), 0))
     if counted is not None:
         tangent = jnp.where(_over_rows(counted, tangent), tangent, jnp.zeros((), tangent.dtype))
     return _gather_with_rules(*primals), tangent.astype(table.dtype)
 
 
-def _or_first(ids: Int[Array, "*batch"], counted: Bool[Array, "*batch"] | None) -> Int[Array, "*batch"]:
-    """Put the first row in the place of what is not to be read."""
-    return ids if counted is None else jnp.where(counted, ids, 0)
+def _or_first(table: Table, ids: Int[Array, "*batch"], counted: Bool[Array, "*batch"] | None) -> Int[Array, "*batch"]:
+    """Put the first row in the place of what is not to be read; on a mesh no row, lest all ask one device for it."""
+    return ids if counted is None or table.placement is not None else jnp.where(counted, ids, 0)
 
 
 def gradient_rules(
@@ -202,22 +202,26 @@ def gradient_rules(
       The same with the padding row at zero (by selection: 0 * NaN is NaN) and duplicates divided by their number.
     """
     if table.scale_grad_by_freq:
-        rows = _divided_by_frequency(ids, rows)
+        rows = _divided_by_frequency(table, ids, rows)
     if table.padding_idx is not None:
         rows = jnp.where(_over_rows(_ids.is_padding(ids, table.padding_idx), rows), jnp.zeros((), rows.dtype), rows)
     return rows
 
 
-def _divided_by_frequency(ids: Int[Array, "*batch"], rows: Shaped[Array, "*batch_dim"]) -> Shaped[Array, "*batch_dim"]:
+def _divided_by_frequency(
+    table: Table, ids: Int[Array, "*batch"], rows: Shaped[Array, "*batch_dim"]
+) -> Shaped[Array, "*batch_dim"]:
     # All occurrences take the row of the first one. In the transpose they are summed there before the division: 70,000
     # ones are 70,000 / 70,000, where the float32 sum of their quotients is 1.0006.
     first, count = _ids.occurrences(ids)
+    if table.placement is not None:  # where to go to the first one is to travel
+        return rows / _over_rows(jnp.reshape(count, ids.shape), rows).astype(rows.dtype)
     flat = jnp.reshape(_ids.on_every_device(rows), (ids.size, *rows.shape[ids.ndim :]))
     flat = flat / _over_rows(count, flat).astype(rows.dtype)
     first = jnp.reshape(first, ids.shape)
     if (sharding := _ids.explicit_sharding(ids)) is not None:
         first = reshard(first, sharding)
-    return _take(flat, first, 0)
+    return _take(Table(flat), first, 0)
 
 
 def clipped_rows(
@@ -268,9 +272,13 @@ def _clip_norm_jvp(axes: Any, max_norm: Any, norm_type: Any, primals: Any, tange
 
 @jax.custom_jvp
 def _renormalized(table: Table, ids: _ids.Ids) -> Shaped[Array, "rows *dim"]:
-    ids = _ids.on_every_device(_ids.resolve(ids, table.rows, table.out_of_range))
+    ids = _ids.resolve(ids, table.rows, table.out_of_range)
+    if table.placement is not None:
+        ids = jnp.ravel(ids)
+        return _placed.put(table.placement, table.weight, ids, clipped_rows(table, ids, _take(table, ids, 0)), "set")
+    ids = _ids.on_every_device(ids)
     # Duplicates write one and the same value, and the padding row its own.
-    rows = clipped_rows(table, ids, _take(table.weight, ids, 0))
+    rows = clipped_rows(table, ids, _take(table, ids, 0))
     sharding = _ids.explicit_sharding(table.weight)
     return table.weight.at[ids].set(rows, mode="drop", wrap_negative_indices=False, out_sharding=sharding)
 
@@ -283,8 +291,11 @@ def _renormalized_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
 _clipped_table = jax.jit(_renormalized)
 
 
-def _take(weight: Shaped[Array, "rows *dim"], ids: Int[Array, "*batch"], fill: float) -> Shaped[Array, "*batch_dim"]:
-    """Gather rows; `fill` where an id has none."""
+def _take(table: Table, ids: Int[Array, "*batch"], fill: float) -> Shaped[Array, "*batch_dim"]:
+    """Gather rows, without any rule; `fill` where an id has none."""
+    weight = table.weight
+    if table.placement is not None:
+        return _placed.take(table.placement, weight, ids, fill)
     if weight.shape[0] == 0:  # XLA has no gather from nothing
         return jnp.full((*ids.shape, *weight.shape[1:]), fill, weight.dtype)
     sharding = _ids.explicit_sharding(ids, trailing=weight.ndim - 1)

@@ -1,6 +1,7 @@
 """How arrays are laid out on a mesh whose axes are explicit."""
 
 import jax
+from jax.core import Tracer
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, reshard
 from jaxtyping import Array, Shaped
 
@@ -23,6 +24,8 @@ def explicit_sharding(ids: Shaped[Array, "*batch"], trailing: int = 0) -> NamedS
 
 def laid_out(array: Shaped[Array, "*shape"], sharding: NamedSharding | PartitionSpec) -> Shaped[Array, "*shape"]:
     """Lay an array out as a caller asks, whether the axes of the mesh are explicit or left to XLA."""
+    if isinstance(sharding, NamedSharding) and not isinstance(array, Tracer):
+        return array if isinstance(array, jax.Array) and array.sharding == sharding else jax.device_put(array, sharding)
     mesh = sharding.mesh if isinstance(sharding, NamedSharding) else jax.sharding.get_abstract_mesh()
     if AxisType.Explicit in mesh.axis_types:
         return reshard(array, sharding)

@@ -12,9 +12,10 @@ import numpy as np
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Bool, Float, Int, Int32, Shaped
 
-from . import _ids, _tape
+from . import _ids, _placed, _tape
 from ._dedupe import accumulator
 from ._lookup import gradient_rules, read, read_untaped
+from ._placement import Placement
 from ._ragged import segments_of
 from ._table import Table, with_weight
 
@@ -122,17 +123,36 @@ def _sum_of_rows(
     offsets: Int32[Array, " bags_and_1"] | None,
     shape: tuple[int, ...],
 ) -> Float[Array, "*bags_dim"]:
-    def terms(ids: Array, counted: Array, weights: Array | None) -> Float[Array, "*batch_dim"]:
-        return _terms(read_untaped(table, ids, None), counted, weights)
+    inputs: Array
+    if offsets is None and table.max_norm is None and (placement := table.placement) and placement.layout == "columns":
+        # A device has its columns of all rows, and sends those of a bag instead of those of its ids.
+        def pool_here(weight: Array, ids: Array, *others: Any) -> Array:
+            part = with_weight(table, weight, placement=None)
+            return _sum_of_rows(part, ids, *others, None, None, ids.shape[:-1])
 
-    ids = jnp.where(counted, ids, 0)
+        return _placed.pooled(placement, table.weight, pool_here, ids, counted, weights)
+    if table.placement is None:
+        inputs = jnp.where(counted, ids, 0)
+    else:  # one exchange of all rows, which are then summed in the same order where they have arrived
+        inputs = read_untaped(table, jnp.where(counted, ids, table.rows), None)
+        if offsets is not None:
+            return _summed(_terms(inputs, counted, weights), Layout(shape, offsets), table.placement)
+        inputs = jnp.moveaxis(inputs, len(shape), -1)
+
+    def terms(part: Array, counted: Array, weights: Array | None) -> Float[Array, "*batch_dim"]:
+        if table.placement is None:
+            part = read_untaped(table, part, None)
+        elif counted.ndim > len(shape):  # several places
+            part = jnp.moveaxis(part, -1, len(shape))
+        return _terms(part, counted, weights)
+
     start = jnp.zeros((*shape, *table.dim), accumulator(table.dtype))
     # XLA's CPU backend has no bfloat16: for gathers in a row or a loop it would convert the whole table once.
     converts = jax.default_backend() == "cpu" and table.dtype not in (np.float16, start.dtype)
     add = _at_once if converts else functools.partial(_by_places, unroll=table.max_norm is None)
     if offsets is None:
-        return add(terms, start, ids, counted, weights)
-    return _by_pieces(add, terms, start, ids, counted, weights, offsets)
+        return add(terms, start, inputs, counted, weights)
+    return _by_pieces(add, terms, start, inputs, counted, weights, offsets)
 
 
 @functools.partial(_sum_of_rows.defjvp, symbolic_zeros=True)
@@ -145,12 +165,13 @@ def _sum_of_rows_jvp(shape: Any, primals: Any, tangents: Any) -> tuple[Array, An
     if tap is not None and not isinstance(of_tap, SymbolicZero):
         # What does not count has no row in the gradient, so that its values need no zeros.
         of_rows = gradient_rules(table, ids, of_tap.astype(accumulator(table.dtype)))
-        tangent += _summed(_terms(of_rows, None, weights), layout)
+        tangent += _summed(_terms(of_rows, None, weights), layout, table.placement)
     if not isinstance(of_table.weight, SymbolicZero):
         of_rows = jax.jvp(lambda table: read_untaped(table, ids, None, counted), (table,), (of_table,))[1]
-        tangent += _summed(_terms(of_rows, counted, weights), layout)
+        tangent += _summed(_terms(of_rows, counted, weights), layout, table.placement)
     if weights is not None and not isinstance(of_weights, SymbolicZero):
-        tangent += _summed(_terms(read_untaped(table, ids, None, counted), counted, of_weights), layout)
+        of_rows = _terms(read_untaped(table, ids, None, counted), counted, of_weights)
+        tangent += _summed(of_rows, layout, table.placement)
     return out, tangent
 
 
@@ -169,14 +190,22 @@ def _terms(
     return rows * jnp.expand_dims(weights.astype(rows.dtype), range(weights.ndim, rows.ndim))
 
 
-def _summed(terms: Float[Array, "*batch_dim"], layout: Layout) -> Float[Array, "*bags_dim"]:
-    """Sum what stands there for each id, bag by bag; behind the last one is zero, or what has no row."""
+def _summed(
+    terms: Float[Array, "*batch_dim"], layout: Layout, placement: Placement | None = None
+) -> Float[Array, "*bags_dim"]:
+    """Sum what stands there for each id, bag by bag; behind the last one is zero, or what has no row.
+
+    Of a table on a mesh, the bags are split over its devices as their ids are, and what is of another device's bag goes
+    there.
+    """
     if layout.offsets is None:
         return terms.sum(axis=len(layout.shape))
     start = jnp.zeros((*layout.shape, *terms.shape[1:]), terms.dtype)
     if layout.shape == (0,):
         return start
     bags = _bag_of(layout.offsets, terms.shape[0])
+    if placement is not None:
+        return _placed.summed_by(placement, bags, terms, layout.shape[0])
     return start.at[bags].add(terms, mode="drop", indices_are_sorted=True)
 
 
@@ -186,24 +215,24 @@ def _bag_of(offsets: Int32[Array, " bags_and_1"], capacity: int) -> Int32[Array,
 
 
 def _at_once(
-    terms: Callable[..., Array], total: Array, ids: Array, counted: Array, weights: Array | None
+    terms: Callable[..., Array], total: Array, inputs: Array, counted: Array, weights: Array | None
 ) -> Float[Array, "*bags_dim"]:
     """Sum bags of one length with all of their rows in memory."""
-    return total + terms(ids, counted, weights).sum(axis=ids.ndim - 1)
+    return total + terms(inputs, counted, weights).sum(axis=counted.ndim - 1)
 
 
 def _by_places(
-    terms: Callable[..., Array], total: Array, ids: Array, counted: Array, weights: Array | None, unroll: bool
+    terms: Callable[..., Array], total: Array, of_ids: Array, counted: Array, weights: Array | None, unroll: bool
 ) -> Float[Array, "*bags_dim"]:
     """Sum bags of one length: the first id of all bags, then the second, and so on."""
-    axis, length = ids.ndim - 1, ids.shape[-1]
-    inputs = ids, counted, weights
+    axis, length = counted.ndim - 1, counted.shape[-1]
+    inputs = of_ids, counted, weights
     if unroll and length <= _UNROLLED:
         for place in range(length):
             total += terms(*(None if x is None else x[..., place] for x in inputs))
         return total
     # A few places at a time where there are few bags.
-    width = min(max(1, _BLOCK // max(1, math.prod(ids.shape[:-1]))), max(1, length))
+    width = min(max(1, _BLOCK // max(1, math.prod(counted.shape[:-1]))), max(1, length))
     inputs = [None if x is None else _cut(x, width) for x in inputs]
 
     def step(total: Array, part: Sequence[Any]) -> tuple[Array, None]:

@@ -10,7 +10,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Float, Float32, Int, Key, Shaped
 
-from . import _check, _dedupe, _ids
+from . import _check, _dedupe, _ids, _placed
 from ._table import Table, without_padding
 
 # Ids are held as random keys of this implementation: two words of 32 bits.
@@ -51,11 +51,12 @@ class RowGrad:
       (1000, 2)
     """
 
-    __slots__ = ("_keys", "rows", "values")
+    __slots__ = ("_keys", "at_owners", "rows", "values")
     __array_ufunc__ = None  # so that a NumPy scalar leaves `c * g` to us
     _keys: Key[Array, " length"]
     values: Float[Array, "length *dim"]
     rows: int
+    at_owners: bool  # whether the rows are laid out as those of a placed table: as its optimizer leaves them
 
     def __init__(self, ids: Any, values: Any, rows: int):
         rows = _check.size("embax.RowGrad(rows=...)", rows)
@@ -98,13 +99,15 @@ class RowGrad:
 
     def to_dense(self) -> Float[Array, "rows *dim"]:
         """Return the gradient as an array of all rows; duplicates are summed in float32 or wider."""
-        wide = self.values.astype(_dedupe.accumulator(self.dtype))
+        ids, values = _ids.on_every_device(self.ids), _ids.on_every_device(self.values)
+        wide = values.astype(_dedupe.accumulator(self.dtype))
         dense = jnp.zeros((self.rows, *self.dim), wide.dtype)
-        return dense.at[self.ids].add(wide, mode="drop").astype(self.dtype)
+        return dense.at[ids].add(wide, mode="drop").astype(self.dtype)
 
     def deduplicated(self) -> "RowGrad":
         """Return the same gradient with each id once, in rising order, of the same length; sums as in `to_dense`."""
-        _, distinct = _dedupe.combine(None, self.ids, self.values, self.rows)
+        ids, values = _ids.on_every_device(self.ids), _ids.on_every_device(self.values)
+        _, distinct = _dedupe.combine(None, ids, values, self.rows)
         return row_grad(distinct.ids, distinct.values, self.rows)
 
     def __add__(self, other: Any) -> "RowGrad":
@@ -115,7 +118,8 @@ class RowGrad:
                 "`RowGrad + RowGrad` must be of tables of the same rows, dim and dtype, got "
                 f"{self!r} and {other!r}. Add gradients of one table only."
             )
-        return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), self, other)
+        keys = jnp.concatenate([self._keys, other._keys])
+        return _fill(object.__new__(RowGrad), keys, jnp.concatenate([self.values, other.values]), self.rows)
 
     def __mul__(self, factor: Any) -> "RowGrad":
         if isinstance(factor, RowGrad) or (not hasattr(factor, "shape") and not isinstance(factor, int | float)):
@@ -126,7 +130,7 @@ class RowGrad:
                 "Scale `values` for a factor an id."
             )
         values = self.values * jnp.asarray(factor, self.dtype)
-        return _fill(object.__new__(RowGrad), self._keys, values, self.rows)
+        return _fill(object.__new__(RowGrad), self._keys, values, self.rows, self.at_owners)
 
     __rmul__ = __mul__
 
@@ -138,9 +142,11 @@ class RowGrad:
         return f"RowGrad({math.prod(self._keys.shape)} ids of {self.rows} rows, {values.dtype}[{shape}])"
 
 
-def row_grad(ids: Int[Array, " length"], values: Shaped[Array, "length *dim"], rows: int) -> RowGrad:
+def row_grad(
+    ids: Int[Array, " length"], values: Shaped[Array, "length *dim"], rows: int, *, at_owners: bool = False
+) -> RowGrad:
     """`RowGrad` without its checks; any id outside of `[0, rows)` means none."""
-    return _fill(object.__new__(RowGrad), _encode(ids, rows), values, rows)
+    return _fill(object.__new__(RowGrad), _encode(ids, rows), values, rows, at_owners)
 
 
 def no_rows(table: Table) -> RowGrad:
@@ -149,8 +155,8 @@ def no_rows(table: Table) -> RowGrad:
     return row_grad(jnp.zeros(0, jnp.int32), jnp.zeros((0, *table.dim), dtype), table.rows)
 
 
-def _fill(gradient: RowGrad, keys: Any, values: Any, rows: int) -> RowGrad:
-    gradient._keys, gradient.values, gradient.rows = keys, values, rows
+def _fill(gradient: RowGrad, keys: Any, values: Any, rows: int, at_owners: bool = False) -> RowGrad:
+    gradient._keys, gradient.values, gradient.rows, gradient.at_owners = keys, values, rows, at_owners
     return gradient
 
 
@@ -158,11 +164,11 @@ jax.tree_util.register_pytree_with_keys(
     RowGrad,
     lambda gradient: (
         ((jax.tree_util.GetAttrKey("ids"), gradient._keys), (jax.tree_util.GetAttrKey("values"), gradient.values)),
-        gradient.rows,
+        (gradient.rows, gradient.at_owners),
     ),
     # JAX rebuilds pytrees with None, bools and shapes in place of arrays.
-    lambda rows, leaves: _fill(object.__new__(RowGrad), *leaves, rows),  # pyright: ignore[reportCallIssue]
-    lambda gradient: ((gradient._keys, gradient.values), gradient.rows),
+    lambda static, leaves: _fill(object.__new__(RowGrad), *leaves, *static),  # pyright: ignore[reportCallIssue]
+    lambda gradient: ((gradient._keys, gradient.values), (gradient.rows, gradient.at_owners)),
 )
 
 
@@ -255,13 +261,26 @@ def _apply(param: Any, update: Any) -> Any:
         return param
     if isinstance(update, Table):
         # Not by adding 0, which makes 0.0 of -0.0.
-        weight = without_padding(param.padding_idx, _apply(param.weight, update.weight), instead=param.weight)
+        weight = without_padding(param, _apply(param.weight, update.weight), instead=param.weight)
         return dataclasses.replace(param, weight=weight)
     ids, values = _ids.trained(update.ids, param), update.values
+    if param.placement is not None:
+        return dataclasses.replace(param, weight=_added_where_stored(param, ids, values, update.at_owners))
     if jnp.finfo(param.dtype).bits < 32:  # else the sum would be rounded after each duplicate
         _, (ids, values, _) = _dedupe.combine(None, ids, values.astype(jnp.float32), param.rows)
     weight = param.weight.at[ids].add(values.astype(param.dtype), mode="drop")
     return dataclasses.replace(param, weight=weight)
+
+
+def _added_where_stored(
+    table: Table, ids: Int[Array, " length"], values: Float[Array, "length *dim"], at_owners: bool
+) -> Float[Array, "stored *dim"]:
+    placement: Any = table.placement
+    if not at_owners and jnp.finfo(table.dtype).bits >= 32:
+        return _placed.put(placement, table.weight, ids, values, "add")
+    if not at_owners:
+        (ids, values, _), _ = _placed.combine(placement, ids, values.astype(jnp.float32), table.dim)
+    return _placed.store_at_owners(placement, table.weight, ids, values.astype(table.dtype), table.dim, "add")
 
 
 def checked_update(call: str, table: Table, update: Any) -> "RowGrad | Table":

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from . import _ids
+from . import _ids, _placed
+from ._placement import Placement
 from ._rows import RowGrad, row_grad
 from ._table import Table, with_weight
 
@@ -56,9 +57,24 @@ def stacks_of(tables: Mapping[str, Any], members: Sequence[Member], like: Sequen
         if weights[0] is None:
             stacks.append(with_weight(like[of_stack[0].stack], None))
             continue
+        if like and (placement := like[of_stack[0].stack].placement) is not None:
+            weight = _put_together(placement, parts, of_stack)
+            stacks.append(
+                with_weight(parts[0], weight, placement=placement, padding_idx=like[of_stack[0].stack].padding_idx)
+            )
+            continue
         weight = weights[0] if len(weights) == 1 else jnp.concatenate(weights)
         stacks.append(dataclasses.replace(parts[0], weight=weight, padding_idx=tuple(padding)))
     return stacks
+
+
+def _put_together(placement: Placement, tables: Sequence[Table], members: Sequence[Member]) -> jax.Array:
+    """Lay tables on a mesh out as one."""
+    shape, dim = (placement.stored_rows, *tables[0].weight.shape[1:]), tables[0].weight.shape[1:]
+    weight = jnp.zeros(shape, tables[0].dtype, device=placement.sharding(shape, dim))
+    for table, member in zip(tables, members, strict=True):
+        weight = _placed.moved_into(placement, weight, member.start, table.placement, table.weight)
+    return weight
 
 
 def cut_out(stack: Any, member: Member) -> Any:
@@ -71,6 +87,10 @@ def cut_out(stack: Any, member: Member) -> Any:
         return None if stack is None else stack[member.start : end]
     if stack.weight is None:
         return stack
+    if stack.placement is not None:
+        placement = dataclasses.replace(stack.placement, rows=member.rows)
+        weight = _placed.moved(stack.placement, stack.weight, placement, member.start)
+        return with_weight(stack, weight, placement=placement, padding_idx=member.padding_idx)
     whole = stack.rows == member.rows
     weight = stack.weight if whole else stack.weight[member.start : end]
     return dataclasses.replace(stack, weight=weight, padding_idx=member.padding_idx)

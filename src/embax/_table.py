@@ -8,9 +8,12 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AxisType, Mesh
 from jaxtyping import Array, DTypeLike, Key, Shaped
 
-from . import _check
+from . import _check, _placed
+from ._mesh import laid_out
+from ._placement import Layout, Placement, placement_of
 
 PaddingRows = int | tuple[int, ...] | None
 OutOfRange = Literal["error", "clip", "nan", "zero"]
@@ -35,6 +38,7 @@ class Table:
       out_of_range: What an id without a row reads. `"error"`: an IndexError where the ids are concrete, NaN (integer
         tables: 0) where they are traced, and an exact error under `jax.experimental.checkify.checkify` with its
         `index_checks`. `"clip"`: the nearest row. `"nan"`: NaN (integer tables: 0). `"zero"`: 0.
+      placement: Where the rows are on a mesh, as `embax.shard` gives it. Default: one array as any other.
 
     Raises:
       TypeError: If an argument is of the wrong type, or `max_norm` is given for an integer table.
@@ -57,6 +61,7 @@ class Table:
     scale_grad_by_freq: bool = False
     freeze: bool = False
     out_of_range: OutOfRange = "error"
+    placement: Placement | None = None
 
     def __post_init__(self):
         weight = self.weight
@@ -64,12 +69,18 @@ class Table:
             weight = jnp.asarray(weight)
         if weight.ndim < 1:
             raise ValueError("`embax.Table(weight=...)` must have an axis of rows, got a scalar. Pass (rows, *dim).")
+        if self.placement is not None and weight.shape[0] != self.placement.stored_rows:
+            raise ValueError(
+                f"`embax.Table(weight=...)` must have the {self.placement.stored_rows} stored rows of its placement, "
+                f"got {weight.shape[0]}. Make it with embax.shard."
+            )
+        total = weight.shape[0] if self.placement is None else self.placement.rows
         padding_idx, max_norm = self.padding_idx, self.max_norm
         if isinstance(padding_idx, tuple):
-            rows = {_check.row("embax.Table(padding_idx=...)", row, weight.shape[0]) for row in padding_idx}
+            rows = {_check.row("embax.Table(padding_idx=...)", row, total) for row in padding_idx}
             padding_idx = tuple(sorted(rows)) if len(rows) > 1 else rows.pop() if rows else None
         elif padding_idx is not None:
-            padding_idx = _check.row("embax.Table(padding_idx=...)", padding_idx, weight.shape[0])
+            padding_idx = _check.row("embax.Table(padding_idx=...)", padding_idx, total)
         if max_norm is not None:
             max_norm = _check.positive("embax.Table(max_norm=...)", max_norm)
             if not jnp.issubdtype(weight.dtype, jnp.inexact):
@@ -98,9 +109,16 @@ class Table:
         *,
         init: Initializer | None = None,
         dtype: DTypeLike = jnp.float32,
+        mesh: Any = None,
+        axis: str | Sequence[str] = (),
+        layout: Layout = "rows",
+        columns: str | None = None,
+        skew: float = 2.0,
         **rules: Any,
     ) -> "Table":
         """Make a table of fresh rows; the padding row is zero.
+
+        On a mesh, each device makes its own rows: those that the same key gives without one, to rounding.
 
         Args:
           key: A JAX random key.
@@ -109,6 +127,11 @@ class Table:
           init: Called as `init(key, (rows, *dim), dtype)`, as `jax.nn.initializers` are. Default: normal with the
             standard deviation `1 / sqrt(dim)`, so that rows have a norm near 1.
           dtype: The dtype of the weight.
+          mesh: The mesh that the table is to be split over, as by `embax.shard`. Default: none.
+          axis: With a mesh, as there.
+          layout: With a mesh, as there.
+          columns: With a mesh, as there.
+          skew: With a mesh, as there.
           **rules: The rules of `Table`, by name.
 
         Returns:
@@ -116,7 +139,8 @@ class Table:
 
         Raises:
           TypeError: If a size is not a whole number, or a rule is unknown or of the wrong type.
-          ValueError: If a size is negative, `init` gives another shape, or a rule is outside its range.
+          ValueError: If a size is negative, `init` gives another shape, or a rule is outside its range; for a mesh, as
+            `embax.shard`.
 
         Example:
           >>> import embax, jax
@@ -126,13 +150,19 @@ class Table:
         rows = _check.size("embax.Table.create(rows=...)", rows)
         axes = tuple(dim) if isinstance(dim, Sequence) else (dim,)
         axes = tuple(_check.size("embax.Table.create(dim=...)", axis) for axis in axes)
-        table = cls(_fresh_rows("embax.Table.create", key, rows, axes, init, dtype), **rules)
-        return with_zero_padding(table)
+
+        def fresh() -> "Table":
+            return with_zero_padding(cls(_fresh_rows("embax.Table.create", key, rows, axes, init, dtype), **rules))
+
+        if mesh is None:
+            return fresh()
+        placement = placement_of("embax.Table.create", mesh, axis, layout, columns, skew, (rows, *axes))
+        return _created(fresh, placement)
 
     @property
     def rows(self) -> int:
-        """The number of rows."""
-        return self.weight.shape[0]
+        """The number of rows; of those that fill up a placed table, none counts."""
+        return self.weight.shape[0] if self.placement is None else self.placement.rows
 
     @property
     def dim(self) -> tuple[int, ...]:
@@ -147,17 +177,20 @@ class Table:
     def __repr__(self) -> str:
         weight = self.weight
         if hasattr(weight, "shape") and hasattr(weight, "dtype"):
-            weight = f"{weight.dtype}[{','.join(map(str, weight.shape))}]"
+            shape = weight.shape if self.placement is None else (self.placement.rows, *weight.shape[1:])
+            weight = f"{weight.dtype}[{','.join(map(str, shape))}]"
         fields = dataclasses.fields(self)[1:]
         rules = [f", {f.name}={value!r}" for f in fields if (value := getattr(self, f.name)) != f.default]
         return f"Table({weight}{''.join(rules)})"
 
 
-RULES = tuple(field.name for field in dataclasses.fields(Table)[1:])
+_STATIC = tuple(field.name for field in dataclasses.fields(Table)[1:])
+# Where a table is says nothing of how it is read.
+RULES = tuple(name for name in _STATIC if name != "placement")
 
 
 def _flatten(table: Table) -> tuple[tuple[Any], tuple[Any, ...]]:
-    return (table.weight,), tuple(getattr(table, name) for name in RULES)
+    return (table.weight,), tuple(getattr(table, name) for name in _STATIC)
 
 
 def _flatten_with_keys(table: Table) -> tuple[tuple[Any], tuple[Any, ...]]:
@@ -170,7 +203,7 @@ def _unflatten(rules: tuple[Any, ...], children: Iterable[Any]) -> Table:
     table = object.__new__(Table)
     (weight,) = children
     object.__setattr__(table, "weight", weight)
-    for name, rule in zip(RULES, rules, strict=True):
+    for name, rule in zip(_STATIC, rules, strict=True):
         object.__setattr__(table, name, rule)
     return table
 
@@ -197,12 +230,14 @@ def shared_rules(tables: Iterable[Table]) -> Table:
     tables = list(tables)
     paddings = {table.padding_idx for table in tables}
     padding_idx = paddings.pop() if len(paddings) == 1 else None
-    return Table(tables[0].weight, padding_idx=padding_idx, freeze=all(table.freeze for table in tables))
+    freeze = all(table.freeze for table in tables)
+    return Table(tables[0].weight, padding_idx=padding_idx, freeze=freeze, placement=tables[0].placement)
 
 
-def with_weight(table: Table, weight: Any) -> Table:
-    """The same rules for any leaf, unchecked: other rows, a gradient, None."""
-    return _unflatten(_flatten(table)[1], (weight,))
+def with_weight(table: Table, weight: Any, **rules: Any) -> Table:
+    """The same rules, but for those given, for any leaf, unchecked: other rows, a gradient, None."""
+    static = {name: getattr(table, name) for name in _STATIC} | rules
+    return _unflatten(tuple(static.values()), (weight,))
 
 
 def _fresh_rows(
@@ -224,13 +259,35 @@ def _fresh_rows(
     return weight
 
 
+def _created(fresh: Callable[[], Table], placement: Placement) -> Table:
+    """Make a table on a mesh, each device its own rows."""
+    # XLA splits what it makes by blocks; on explicit axes it would have to be told how.
+    mesh = placement.mesh
+    mesh = Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
+    of_blocks = dataclasses.replace(placement, cyclic=False, mesh=mesh)
+
+    def blocks() -> Table:
+        table = fresh()
+        more = placement.stored_rows - table.rows
+        weight = jnp.pad(table.weight, [(0, more), *[(0, 0)] * (table.weight.ndim - 1)])
+        weight = laid_out(weight, of_blocks.sharding(weight.shape, table.dim))
+        return with_weight(table, weight, placement=of_blocks)
+
+    table = jax.jit(blocks)()
+    weight = table.weight
+    if placement.cyclic:
+        weight = _placed.moved(of_blocks, weight, dataclasses.replace(of_blocks, cyclic=True))
+    weight = jax.device_put(weight, placement.sharding(weight.shape, table.dim))
+    return with_weight(table, weight, placement=placement)
+
+
 def with_zero_padding(table: Table) -> Table:
     """Set the padding rows of a table to zero."""
-    return dataclasses.replace(table, weight=without_padding(table.padding_idx, table.weight))
+    return dataclasses.replace(table, weight=without_padding(table, table.weight))
 
 
 def without_padding(
-    padding_idx: PaddingRows, values: Shaped[Array, "rows *dim"], instead: Any = None
+    table: Table, values: Shaped[Array, "rows *dim"], instead: Any = None
 ) -> Shaped[Array, "rows *dim"]:
     """Put zeros, or the rows of another array, in place of the padding rows.
 
@@ -238,16 +295,19 @@ def without_padding(
     0.10.2 then writes a row of the next shard, too.
 
     Args:
-      padding_idx: The padding rows of a table.
+      table: The table whose rules hold.
       values: An array of all of its rows.
       instead: An array of the same shape, or None for zeros.
 
     Returns:
       A new array, laid out as the old one.
     """
-    if padding_idx is None:
+    if table.padding_idx is None:
         return values
-    is_padding = jnp.isin(jnp.arange(values.shape[0]), jnp.asarray(padding_idx))
+    padding = jnp.asarray(table.padding_idx)
+    if table.placement is not None:
+        padding = table.placement.positions(padding)
+    is_padding = jnp.isin(jnp.arange(values.shape[0]), padding)
     mask = jnp.expand_dims(is_padding, tuple(range(1, values.ndim)))
     return jnp.where(mask, jnp.zeros((), values.dtype) if instead is None else instead, values)
 
@@ -279,6 +339,11 @@ def resize(table: Table, rows: int, key: Key[Array, ""] | None = None, *, init: 
       Table(float32[8,4])
     """
     rows = _check.size("embax.resize(rows=...)", rows)
+    if table.placement is not None:
+        raise ValueError(
+            f"`embax.resize(table=...)` must not be on a mesh, got {table!r}. Resize embax.unshard(table), or "
+            "the table before it is sharded."
+        )
     if table.padding_idx is not None and rows <= np.max(table.padding_idx):
         raise ValueError(
             f"`embax.resize(rows=...)` must keep the padding row {table.padding_idx}, got {rows}. "

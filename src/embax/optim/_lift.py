@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from .. import _dedupe, _ids
+from .. import _dedupe, _ids, _placed
 from .._rows import checked_update, is_trained
 from .._table import Table, with_weight
 from ._separable import plan
-from ._step import Step
+from ._step import Step, laid_out_state
 
 
 class LiftState(NamedTuple):
@@ -18,6 +18,7 @@ class LiftState(NamedTuple):
 
     inner: Any  # of the transformation itself; where it has an entry a row, along the first axis
     slots: tuple[_dedupe.Slots, ...]  # int32 (rows,) for each table whose duplicates are summed by slots, else None
+    dealt_out: jax.Array  # () int32, how often rows of a placed table crowded on one device; see `embax.shard`
 
 
 def lift(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
@@ -88,9 +89,14 @@ def lift(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraA
             if isinstance(node, states):
                 raise _gathers_steps(type(node).__name__.removesuffix("State"))
         trained = [leaf for leaf in leaves if _is_table(leaf) and is_trained(leaf)]
-        kinds = plan(tx, without).kinds
-        slots = [None if kind == "scaled" else _dedupe.scratch(t.rows) for t, kind in zip(trained, kinds, strict=True)]
-        return LiftState(inner, tuple(slots))
+        of_tx = plan(tx, without)
+        kinds = of_tx.kinds
+        slots = [
+            None if kind == "scaled" or table.placement is not None else _dedupe.scratch(table.rows)
+            for table, kind in zip(trained, kinds, strict=True)
+        ]
+        state = LiftState(inner, tuple(slots), jnp.zeros((), jnp.int32))
+        return laid_out_state(state, of_tx.owners, trained)
 
     def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
         if params is None:
@@ -105,7 +111,7 @@ def lift(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraA
         of_tx = plan(tx, structure.unflatten([_untrained(leaf) for leaf in leaves]))
         step = Step(tx, of_tx, structure, leaves, gradients, state.inner, extra_args)
 
-        slots = list(state.slots)
+        slots, dealt_out = list(state.slots), state.dealt_out
         touched: list[_dedupe.Distinct | None] = []  # None where the gradient is dense
         for k, i in enumerate(trained):
             if isinstance(gradients[i], Table):
@@ -115,6 +121,11 @@ def lift(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraA
             if of_tx.kinds[k] == "scaled":  # the sum of the updates is the update of the sum
                 touched.append(_dedupe.Distinct(ids, values, jnp.int32(ids.shape[0])))
                 continue
+            if leaves[i].placement is not None:
+                distinct, crowded = _placed.combine(leaves[i].placement, ids, values, leaves[i].dim)
+                touched.append(distinct)
+                dealt_out += crowded
+                continue
             slots[k], distinct = _dedupe.combine(slots[k], ids, values, leaves[i].rows)
             touched.append(distinct)
 
@@ -122,7 +133,7 @@ def lift(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraA
         out, inner = step.run({k: rows for k, rows in enumerate(touched) if k not in alone})
         for k, rows in alone.items():
             out[trained[k]], inner = step.run_alone(k, rows, inner)
-        return structure.unflatten(out), LiftState(inner, tuple(slots))
+        return structure.unflatten(out), LiftState(inner, tuple(slots), dealt_out)
 
     return optax.GradientTransformationExtraArgs(init, update)
 

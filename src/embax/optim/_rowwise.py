@@ -17,7 +17,7 @@ from ._lift import lift
 class RowwiseAdagradState(NamedTuple):
     """What row-wise Adagrad remembers."""
 
-    sum_of_squares: Any  # float32, (rows,) for a Table, else as the parameter
+    sum_of_squares: Any  # float32; for a Table one whose weight is (rows,), else as the parameter
 
 
 class RowwiseAdamState(NamedTuple):
@@ -25,7 +25,7 @@ class RowwiseAdamState(NamedTuple):
 
     steps: Int32[Array, ""]  # so far
     mean: Any  # as the parameters
-    mean_square: Any  # float32, (rows,) for a Table, else as the parameter
+    mean_square: Any  # float32; for a Table one whose weight is (rows,), else as the parameter
 
 
 def rowwise_adagrad(
@@ -67,16 +67,15 @@ def rowwise_adagrad(
     eps = _not_negative(f"{call}(eps=...)", eps)
 
     def init(params: Any) -> Any:
-        return RowwiseAdagradState(
-            _map(lambda leaf: jnp.full(_second_moment(leaf)[0], start, _second_moment(leaf)[1]), params)
-        )
+        return RowwiseAdagradState(_map(lambda leaf: _second_moment(leaf, start), params))
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        sums = _map(lambda g, a: a + _square(g), updates, state.sum_of_squares)
-        # Without any gradient so far there is nothing to divide by.
-        scaled = _map(
-            lambda g, a: _scale(g, jnp.where(a > 0, 1 / (jnp.sqrt(jnp.where(a > 0, a, 1)) + eps), 0)), updates, sums
-        )
+        sums = _map(lambda g, a: _with_values(a, _values(a) + _square(g)), updates, state.sum_of_squares)
+
+        def inverse_root(a: Any) -> Any:  # without any gradient so far there is nothing to divide by
+            return jnp.where(a > 0, 1 / (jnp.sqrt(jnp.where(a > 0, a, 1)) + eps), 0)
+
+        scaled = _map(lambda g, a: _scale(g, inverse_root(_values(a))), updates, sums)
         return scaled, RowwiseAdagradState(sums)
 
     return lift(optax.chain(optax.GradientTransformation(init, update), optax.scale_by_learning_rate(learning_rate)))
@@ -121,17 +120,19 @@ def rowwise_adam(
             raise ValueError(f"`{call}({name}=...)` must be in [0, 1), got {value}. Pass a number below 1.")
 
     def init(params: Any) -> Any:
-        mean_square = _map(lambda leaf: jnp.zeros(*_second_moment(leaf)), params)
+        mean_square = _map(lambda leaf: _second_moment(leaf, 0.0), params)
         return RowwiseAdamState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.zeros_like, params), mean_square)
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         steps: Any = optax.safe_increment(state.steps)
         mean = jax.tree.map(lambda g, m: b1 * m + (1 - b1) * g, updates, state.mean)
-        mean_square = _map(lambda g, v: b2 * v + (1 - b2) * _square(g), updates, state.mean_square)
+        mean_square = _map(
+            lambda g, v: _with_values(v, b2 * _values(v) + (1 - b2) * _square(g)), updates, state.mean_square
+        )
 
         def corrected(m: Any, v: Any) -> Any:
             first, second = (1 - decay ** steps.astype(v.dtype) for decay in (b1, b2))
-            return _scale(m, 1 / (first * (jnp.sqrt(v / second) + eps)))
+            return _scale(m, 1 / (first * (jnp.sqrt(_values(v) / second) + eps)))
 
         scaled = _map(corrected, mean, mean_square)
         return scaled, RowwiseAdamState(steps, mean, mean_square)
@@ -148,18 +149,24 @@ def _map(function: Callable[..., Any], tree: Any, *others: Any) -> Any:
     return jax.tree.map(of_leaf, tree, *others, is_leaf=lambda node: isinstance(node, Table))
 
 
-def _second_moment(leaf: Any) -> tuple[tuple[int, ...], Any]:
-    """The shape and dtype of a second moment."""
-    return (
-        (leaf.shape, accumulator(leaf.dtype))
-        if not isinstance(leaf, Table)
-        else ((leaf.rows,), accumulator(leaf.dtype))
-    )
+def _second_moment(leaf: Any, start: float) -> Any:
+    """What a second moment is before the first step; of a table, a Table with one number a row."""
+    values = _values(leaf)
+    shape = values.shape[:1] if isinstance(leaf, Table) else values.shape
+    return _with_values(leaf, jnp.full(shape, start, accumulator(values.dtype)))
+
+
+def _values(leaf: Any) -> Any:
+    return leaf.weight if isinstance(leaf, Table) else leaf
+
+
+def _with_values(leaf: Any, values: Any) -> Any:
+    return with_weight(leaf, values) if isinstance(leaf, Table) else values
 
 
 def _square(gradient: Any) -> Float32[Array, "..."]:
     """The square of a gradient; of a table's, the mean over each row."""
-    values = gradient.weight if isinstance(gradient, Table) else gradient
+    values = _values(gradient)
     squares = jnp.square(jnp.abs(values.astype(accumulator(values.dtype))))
     return squares.mean(axis=tuple(range(1, squares.ndim))) if isinstance(gradient, Table) else squares
 

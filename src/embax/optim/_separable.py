@@ -41,6 +41,12 @@ def plan(tx: optax.GradientTransformationExtraArgs, params: Any) -> Plan:
     Raises:
       ValueError: If rows mix, or the state follows the rows otherwise than along the first axis of a leaf.
     """
+    # Rows are stored rows here, wherever they are.
+    params = jax.tree.map(
+        lambda node: with_weight(Table(jnp.zeros(0)), node.weight) if isinstance(node, Table) else node,
+        params,
+        is_leaf=lambda node: isinstance(node, Table),
+    )
     return _plan(tx.init, tx.update, *_abstract(params))
 
 

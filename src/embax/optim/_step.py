@@ -8,10 +8,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Int, Shaped
 
+from .. import _placed
 from .._dedupe import Distinct
-from .._rows import is_trained, row_grad
+from .._mesh import laid_out
+from .._rows import RowGrad, is_trained, row_grad
 from .._table import Table, with_weight, without_padding
 from ._separable import Plan
 
@@ -53,11 +56,11 @@ class Step:
             elif (k := next(numbers)) not in parts:
                 out.append(None)
             elif (rows := parts[k]) is None:
-                out.append(with_weight(param, without_padding(param.padding_idx, update.weight)))
+                out.append(with_weight(param, without_padding(param, update.weight)))
             else:
-                out.append(row_grad(rows.ids, update.weight.astype(gradient.dtype), param.rows))
+                out.append(_update(param, rows.ids, update.weight.astype(gradient.dtype)))
         merged = [
-            old if owner is not None and owner not in parts else _merge(old, new, parts, owner)
+            old if owner is not None and owner not in parts else self._merge(old, new, parts, owner)
             for old, new, owner in zip(self._state, state, self.plan.owners, strict=True)
         ]
         return out, jax.tree.structure(self.inner).unflatten(merged)
@@ -79,6 +82,7 @@ class Step:
         owned = [i for i, owner in enumerate(self.plan.owners) if owner == number]
         at = [i for i, param in enumerate(self.params) if isinstance(param, Table) and is_trained(param)][number]
         table = self.params[at]
+        scaled = self.plan.kinds[number] == "scaled"
         dtype, length = rows.values.dtype, rows.ids.shape[0]
 
         def run_block(
@@ -89,10 +93,10 @@ class Step:
                 state[i] = leaf
             part = {number: Distinct(ids, values, jnp.int32(0))}
             updates, new = self._call(part, state)
-            return updates[at].weight.astype(dtype), [_store(state[i], ids, new[i]) for i in owned]
+            return updates[at].weight.astype(dtype), [_store(table, state[i], ids, new[i]) for i in owned]
 
         block = _block(length, math.prod(table.dim))
-        if block >= length or self.plan.kinds[number] == "scaled":
+        if block >= length or scaled or table.placement is not None:
             update, new = run_block(rows.ids, rows.values, [leaves[i] for i in owned])
         else:
             padded = -(-length // block) * block
@@ -113,7 +117,17 @@ class Step:
             update = update[:length]
         for i, leaf in zip(owned, new, strict=True):
             leaves[i] = leaf
-        return row_grad(rows.ids, update, table.rows), structure.unflatten(leaves)
+        if scaled:  # as they came
+            return row_grad(rows.ids, update, table.rows), structure.unflatten(leaves)
+        return _update(table, rows.ids, update), structure.unflatten(leaves)
+
+    def _merge(self, old: Array, new: Array, parts: Parts, owner: int | None) -> Array:
+        rows = None if owner is None else parts[owner]
+        return new if rows is None else _store(self._tables[owner or 0], old, rows.ids, new)
+
+    @property
+    def _tables(self) -> list[Table]:
+        return [param for param in self.params if isinstance(param, Table) and is_trained(param)]
 
     @property
     def _state(self) -> list[Array]:
@@ -129,11 +143,14 @@ class Step:
             elif not is_trained(param):
                 params.append(with_weight(param, None))
                 gradients.append(with_weight(param, None))
-            elif (rows := parts.get(next(numbers), _no_rows(param))) is None:
+            elif (rows := parts.get(k := next(numbers), _no_rows(param))) is None:
                 params.append(param)
-                gradients.append(with_weight(param, without_padding(param.padding_idx, gradient.weight)))
+                gradients.append(with_weight(param, without_padding(param, gradient.weight)))
             else:
-                params.append(with_weight(param, _gather(param.weight, rows.ids)))
+                # What only scales its gradient does not look at the weight.
+                scaled = self.plan.kinds[k] == "scaled"
+                weight = jnp.zeros_like(rows.values) if scaled else _gather(param, param.weight, rows.ids)
+                params.append(with_weight(param, weight))
                 gradients.append(with_weight(param, rows.values))
         small = []
         for leaf, owner in zip(state, self.plan.owners, strict=True):
@@ -143,7 +160,7 @@ class Step:
                 small.append(leaf[:0])
             else:
                 rows = parts[owner]
-                small.append(leaf if rows is None else _gather(leaf, rows.ids))
+                small.append(leaf if rows is None else _gather(self._tables[owner], leaf, rows.ids))
         structure = jax.tree.structure(self.inner)
         updates, new = self.tx.update(
             self.structure.unflatten(gradients),
@@ -164,17 +181,44 @@ def _no_rows(table: Table) -> Distinct:
     return Distinct(jnp.zeros(0, jnp.int32), jnp.zeros((0, *table.dim), table.dtype), jnp.int32(0))
 
 
-def _gather(leaf: Shaped[Array, "rows ..."], ids: Int[Array, " length"]) -> Shaped[Array, "length ..."]:
+def laid_out_state(state: Any, owners: Sequence[int | None], tables: Sequence[Table]) -> Any:
+    """Lay out the state of a transformation as the rows that it belongs to, and its counters on all devices.
+
+    Args:
+      state: The state; first the leaves that `owners` speaks of, then others.
+      owners: For each of its leaves, the table whose rows it holds along its first axis, or None.
+      tables: The tables that are trained.
+
+    Returns:
+      The same state.
+    """
+    meshes = [table.placement.mesh for table in tables if table.placement is not None]
+    if not meshes:
+        return state
+    leaves, structure = jax.tree.flatten(state)
+    for i, leaf in enumerate(leaves):
+        owner = owners[i] if i < len(owners) else None
+        if owner is not None and (placement := tables[owner].placement) is not None:
+            leaves[i] = laid_out(leaf, placement.sharding(leaf.shape, tables[owner].dim))
+        elif jnp.ndim(leaf) == 0:
+            leaves[i] = laid_out(leaf, NamedSharding(meshes[0], PartitionSpec()))
+    return structure.unflatten(leaves)
+
+
+def _update(table: Table, ids: Int[Array, " length"], values: Shaped[Array, "length *dim"]) -> RowGrad:
+    return row_grad(ids, values, table.rows, at_owners=table.placement is not None)
+
+
+def _gather(table: Table, leaf: Shaped[Array, "rows ..."], ids: Int[Array, " length"]) -> Shaped[Array, "length ..."]:
+    if table.placement is not None and ids.shape[0]:
+        return _placed.gather_at_owners(table.placement, leaf, ids, table.dim)
     return leaf.at[ids].get(mode="fill", fill_value=0, wrap_negative_indices=False)
 
 
 def _store(
-    leaf: Shaped[Array, "rows ..."], ids: Int[Array, " length"], rows: Shaped[Array, "length ..."]
+    table: Table, leaf: Shaped[Array, "rows ..."], ids: Int[Array, " length"], rows: Shaped[Array, "length ..."]
 ) -> Shaped[Array, "rows ..."]:
+    if table.placement is not None:
+        return _placed.store_at_owners(table.placement, leaf, ids, rows.astype(leaf.dtype), table.dim)
     # Places without a row lie outside and are dropped. They are equal, though, so that the ids are not called unique.
     return leaf.at[ids].set(rows.astype(leaf.dtype), mode="drop", wrap_negative_indices=False)
-
-
-def _merge(old: Array, new: Array, parts: Parts, owner: int | None) -> Array:
-    rows = None if owner is None else parts[owner]
-    return new if rows is None else _store(old, rows.ids, new)

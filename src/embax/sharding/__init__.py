@@ -1,0 +1,11 @@
+"""Tables over a device mesh."""
+
+from .._placement import Layout as Layout
+from .._placement import Placement as Placement
+from ._plan import plan as plan
+from ._results import Plan as Plan
+from ._results import TablePlan as TablePlan
+from ._results import Transfer as Transfer
+from ._shard import rounds as rounds
+from ._shard import shard as shard
+from ._shard import unshard as unshard

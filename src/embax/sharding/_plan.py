@@ -1,0 +1,122 @@
+"""plan: what a layout of tables will send, hold and balance, computed before anything is allocated."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AbstractMesh, Mesh
+
+from .. import _check
+from .._placement import Layout, placement_of
+from .._rows import is_trained
+from .._table import Table
+from ._frequencies import CALL, Frequencies, law_of
+from ._results import Optimizer, Plan
+from ._traffic import Step
+
+
+def plan(
+    tables: Mapping[str, Table | jax.ShapeDtypeStruct],
+    mesh: Mapping[str, int] | Mesh | AbstractMesh,
+    ids: int | Mapping[str, int | Sequence[int]],
+    axis: str | Sequence[str],
+    layout: Layout = "rows",
+    *,
+    columns: str | None = None,
+    skew: float = 2.0,
+    frequencies: Frequencies | Mapping[str, Frequencies] = "uniform",
+    optimizer: Optimizer = "rowwise_adagrad",
+) -> Plan:
+    """Say what tables on a mesh will send, hold and balance, before anything is allocated.
+
+    No device is needed: the mesh may be far larger than this machine, and the tables are shapes. What is sent follows
+    from the capacity, and so from shapes alone, to the byte: the compiled program sends as much whatever the ids are,
+    as long as they do not crowd. How much of it is useful, and how likely they do, follows from how often each row is
+    read.
+
+    The plan is of a step that looks ids up, which are split evenly over all devices, takes `embax.value_and_grad`, and
+    applies a lifted optimizer, which works where rows are stored and sends nothing but a few flags. Not in it: the
+    model; the counts of `scale_grad_by_freq`; what it takes to bring ids and rows from and to another layout.
+
+    Args:
+      tables: Tables by name, or their shapes, `jax.ShapeDtypeStruct((rows, *dim), dtype)`. For a table that is frozen
+        or of integers there is no gradient and no state.
+      mesh: The sizes of the mesh's axes by name, the first one being the major one; or a mesh.
+      ids: How many ids a step looks up in each table, on all devices together: one number for all tables, or a
+        number by table, or the numbers of several lookups in one table. An id of a bag counts as any other.
+      axis: As in `embax.shard`.
+      layout: As there.
+      columns: As there.
+      skew: As there.
+      frequencies: How often each row is read: `"uniform"`; the exponent `s` of Zipf's law, row `r` being read in
+        proportion to `1 / (r + 1)**s`, as in a vocabulary in order of frequency; or one count, or probability, a row.
+        By table, or one for all. Ids are taken to be drawn independently of each other.
+      optimizer: Whose state is counted: `"sgd"`, `"adagrad"`, `"rowwise_adagrad"`, `"adam"` or `"rowwise_adam"`.
+
+    Returns:
+      The plan of each table, and sums. Bytes are those of one device in one step, devices being alike.
+
+    Raises:
+      TypeError: If a table, the mesh or a number is of the wrong type.
+      ValueError: If a number is out of its range, a table has no entry, or the layout does not fit mesh and table.
+
+    Example:
+      >>> import embax, jax
+      >>> tables = {"items": jax.ShapeDtypeStruct((1_000_000_000, 128), "float32")}
+      >>> plan = embax.sharding.plan(tables, {"x": 256}, 1_048_576, "x", "rows-cyclic", frequencies=1.05)
+      >>> plan.sent("forward"), round(plan.tables["items"].rows_balance, 2)
+      (5263200, 1.05)
+    """
+    sizes = _axis_sizes(mesh)
+    abstract: Any = AbstractMesh(tuple(sizes.values()), tuple(sizes))
+    if not isinstance(tables, Mapping) or not all(isinstance(x, Table | jax.ShapeDtypeStruct) for x in tables.values()):
+        raise TypeError(
+            f"`{CALL}(tables=...)` must be Tables or jax.ShapeDtypeStructs by name, got {tables!r}. Pass "
+            "{'items': jax.ShapeDtypeStruct((rows, dim), 'float32')}, say."
+        )
+    optimizer = _check.choice(f"{CALL}(optimizer=...)", optimizer, Optimizer)
+    plans = {}
+    for name, table in tables.items():
+        shape, dtype, trained = _shape(name, table)
+        placement = placement_of(CALL, abstract, axis, layout, columns, skew, shape)
+        numbers = _of_table("ids", ids, name)
+        numbers = numbers if isinstance(numbers, Sequence) and not isinstance(numbers, str) else (numbers,)
+        lookups = tuple(_check.size(f"{CALL}(ids=...)", number) for number in numbers)
+        law = law_of(placement, name, _of_table("frequencies", frequencies, name))
+        plans[name] = Step(placement, law, shape[1:], dtype, lookups, optimizer if trained else None).planned(name)
+    return Plan(plans)
+
+
+def _axis_sizes(mesh: Any) -> dict[str, int]:
+    if isinstance(mesh, Mesh | AbstractMesh):
+        return dict(mesh.shape)
+    if not isinstance(mesh, Mapping) or not mesh:
+        raise TypeError(
+            f"`{CALL}(mesh=...)` must be a mesh, or the sizes of its axes by name, got {mesh!r}. Pass {{'x': 256}}."
+        )
+    sizes = {name: _check.size(f"{CALL}(mesh=...)", number) for name, number in mesh.items()}
+    if 0 in sizes.values():
+        raise ValueError(f"`{CALL}(mesh=...)` must have axes of 1 device or more, got {sizes}. Leave out such an axis.")
+    return sizes
+
+
+def _shape(name: str, table: Table | jax.ShapeDtypeStruct) -> tuple[tuple[int, ...], np.dtype, bool]:
+    """The logical shape of a table, its dtype, and whether it is trained."""
+    if isinstance(table, Table):
+        return (table.rows, *table.dim), np.dtype(table.dtype), bool(is_trained(table))
+    if not table.shape:
+        raise ValueError(f"`{CALL}(tables=...)` must have an axis of rows, got () for {name!r}. Pass (rows, *dim).")
+    return tuple(table.shape), np.dtype(table.dtype), bool(jnp.issubdtype(table.dtype, jnp.inexact))
+
+
+def _of_table(argument: str, value: Any, name: str) -> Any:
+    if not isinstance(value, Mapping):
+        return value
+    if name not in value:
+        raise ValueError(
+            f"`{CALL}({argument}=...)` must have an entry for each table, got none for {name!r}. Add it, or pass one "
+            "value for all tables."
+        )
+    return value[name]

@@ -1,0 +1,202 @@
+"""What a step of one table sends and needs, as the exchange does it."""
+
+import dataclasses
+import math
+
+import numpy as np
+from jaxtyping import Float64
+
+from .._dedupe import accumulator
+from .._placement import Placement
+from ._frequencies import Law
+from ._results import Collective, Optimizer, Phase, TablePlan, Transfer
+
+# Further rounds that are rarer than this are not counted.
+_NEVER = 1e-12
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """A step of one table, as seen from a device."""
+
+    placement: Placement
+    law: Law
+    dim: tuple[int, ...]
+    dtype: np.dtype
+    ids: tuple[int, ...]
+    optimizer: Optimizer | None
+
+    def planned(self, name: str) -> TablePlan:
+        """The plan of the table."""
+        placement, law = self.placement, self.law
+        rounds = [self._rounds(number) for number in self.lookups]
+        backward, crowded = self._backward() if self.optimizer and self.lookups else ([], 0.0)
+        asked = sum((law.distinct(self.real(number))[0] for number in self.lookups), np.zeros(placement.shards))
+        return TablePlan(
+            name=name,
+            shape=(placement.rows, *self.dim),
+            dtype=self.dtype,
+            placement=placement,
+            ids=self.ids,
+            transfers=(*(x for number in self.lookups for x in self._forward(number)), *backward),
+            weight_bytes=placement.block * self.part * self.dtype.itemsize,
+            state_bytes=placement.block * self.state_of_row,
+            buffer_bytes=self._buffers(),
+            distinct=float(law.distinct(sum(self.lookups))[0].sum()),
+            asked=float(asked.sum()),
+            ids_balance=_balance(law.by_owner(law.probability)),
+            rows_balance=_balance(asked),
+            rounds=max((expected for expected, _ in rounds), default=1.0),
+            further=1 - math.prod(1 - further for _, further in rounds),
+            crowded=crowded,
+        )
+
+    @property
+    def part(self) -> int:
+        """How many numbers of a row a device has."""
+        return math.prod(self.dim) // self.placement.column_shards
+
+    @property
+    def lookups(self) -> tuple[int, ...]:
+        """The ids of the lookups that read anything."""
+        return tuple(number for number in self.ids if number and self.placement.rows and self.part)
+
+    @property
+    def index(self) -> int:
+        """The bytes of an id: see `embax._ids.index_dtype`."""
+        return 4 if self.placement.rows <= np.iinfo(np.int32).max else 8
+
+    @property
+    def adds(self) -> bool:
+        """Whether the optimizer only scales gradients, so that they are added to the rows as they come."""
+        return self.optimizer == "sgd" and accumulator(self.dtype) == self.dtype
+
+    @property
+    def state_of_row(self) -> int:
+        """The bytes of a row's state on a device."""
+        row, of_row = self.part * self.dtype.itemsize, accumulator(self.dtype).itemsize if self.optimizer else 0
+        sizes = {"adagrad": row, "rowwise_adagrad": of_row, "adam": 2 * row, "rowwise_adam": row + of_row}
+        return sizes.get(self.optimizer or "sgd", 0)
+
+    @property
+    def _group(self) -> int:
+        """How many ids of all lookups a device has, with columns those of its group: see `embax._placed.joined`."""
+        return sum(map(self.placement.ids_of_device, self.lookups))
+
+    def real(self, ids: int) -> float:
+        """How many ids a device sees to, without those that fill them up; with columns, those of its group."""
+        return ids / self.placement.devices * self.placement.column_shards
+
+    def _forward(self, ids: int) -> list[Transfer]:
+        """The collectives of a lookup: see `embax._placed.take`."""
+        columns, shards, row = self.placement.column_shards, self.placement.shards, self.part * self.dtype.itemsize
+        group = self.placement.ids_of_device(ids)
+        of_others = self.real(ids) * (columns - 1) / columns
+        sent = []
+        if columns > 1:
+            sent.append(_transfer("forward", "ids of a group", "all_gather", columns, group, of_others, self.index))
+        if shards > 1:
+            capacity = self.placement.capacity(group)
+            useful = np.minimum(self.law.distinct(self.real(ids))[0], capacity).sum() * (shards - 1) / shards
+            for what, size in ("ids", self.index), ("rows", row):
+                sent.append(_transfer("forward", what, "all_to_all", shards, shards * capacity, useful, size))
+        if columns > 1:
+            sent.append(_transfer("forward", "parts of rows", "all_to_all", columns, group, of_others, row))
+        return sent
+
+    def _backward(self) -> tuple[list[Transfer], float]:
+        """The collectives of an optimizer's step, and the probability that rows crowd.
+
+        See `embax._placed.put`, by which SGD adds gradients to rows, and `embax._placed.combine`, which sums them for
+        the other optimizers.
+        """
+        placement, sent = self.placement, []
+        columns, shards, copies = placement.column_shards, placement.shards, _copies(placement)
+        group = self._group
+        capacity, own = placement.capacity(group), self.real(sum(self.lookups)) / columns
+        # To add, each device sums what it has, and nobody looks at what is alike in a group.
+        draws, times = (own, columns) if self.adds else (own * columns, 1)
+        means, variances = (times * x for x in self.law.distinct(draws))
+        arriving = float(np.minimum(means, capacity).sum())
+        row = self.part * (self.dtype if self.adds else accumulator(self.dtype)).itemsize
+
+        def send(collective: Collective, devices: int, entries: int, useful: float) -> None:
+            if devices > 1:
+                for what, size in ("ids", self.index), ("gradients", row):
+                    sent.append(_transfer("backward", what, collective, devices, entries, useful, size))
+
+        if columns > 1:
+            useful = (columns - 1) * (means.sum() / columns if self.adds else own)
+            sent.append(_transfer("backward", "ids of a group", "all_gather", columns, group, useful, self.index))
+            size = self.part * self.dtype.itemsize
+            sent.append(_transfer("backward", "parts of gradients", "all_to_all", columns, group, useful, size))
+        if self.adds:
+            send("all_gather", copies, group * copies, (copies - 1) * means.sum() / shards)
+            arriving *= (shards - 1) / shards  # its own rows have been added
+        send("all_to_all", shards, shards * capacity, arriving if self.adds else arriving * (shards - 1) / shards)
+        if shards > 1 or not self.adds:
+            send("all_gather", copies, shards * capacity * copies, (copies - 1) * arriving)
+        askers = copies * (shards - 1 if self.adds else shards)
+        return sent, _any_above(means, variances, capacity, askers) if capacity < group else 0.0
+
+    def _rounds(self, ids: int) -> tuple[float, float]:
+        """The expected number of rounds of a lookup, and the probability that it takes more than one."""
+        placement, group = self.placement, self.placement.ids_of_device(ids)
+        means, variances = self.law.distinct(self.real(ids))
+        capacity, askers = placement.capacity(group), _copies(placement) * (placement.shards - 1)
+        expected, further = 1.0, 0.0
+        for number in range(1, -(-group // capacity)):
+            more = _any_above(means, variances, number * capacity, askers)
+            expected, further = expected + more, max(further, more)
+            if more < _NEVER:
+                break
+        return expected, further
+
+    def _buffers(self) -> int:
+        """About what XLA takes for the rows of a step, counted in the arrays that were seen alive at once on a CPU."""
+        placement, group = self.placement, self._group
+        sent = placement.shards * placement.capacity(group) if placement.shards > 1 else 0
+        held = (sent or group) * _copies(placement)
+        dtype = accumulator(self.dtype) if self.optimizer else self.dtype
+        entry = self.part * dtype.itemsize + 2 * self.index  # an id, and a place in some order
+        if not self.optimizer:
+            return entry * (group + 2 * sent)
+        own = group * (3 if sent else 1)  # gradients; in the order of their rows; summed
+        if self.adds:
+            return entry * (own + max(2 * sent, held))
+        # What was sent, what came in; in order, summed, the update; and rows of the state.
+        states = {"adagrad": 1, "adam": 2, "rowwise_adam": 1}.get(self.optimizer, 0)
+        return entry * (own + 2 * sent + (3 + states) * held)
+
+
+def _transfer(
+    phase: Phase, what: str, collective: Collective, devices: int, entries: int, useful: float, size: int
+) -> Transfer:
+    return Transfer(phase, what, collective, devices, entries * size, float(useful * size))
+
+
+def _copies(placement: Placement) -> int:
+    return math.prod(placement.mesh.shape[name] for name in placement.copies)
+
+
+def _balance(loads: Float64[np.ndarray, " shards"]) -> float:
+    return float(loads.max() / loads.mean()) if loads.any() else 1.0
+
+
+def _any_above(
+    means: Float64[np.ndarray, " shards"], variances: Float64[np.ndarray, " shards"], capacity: int, askers: int
+) -> float:
+    """The probability that any of some devices asks any owner for more rows than the capacity says.
+
+    Each number of rows is taken for binomial, of the given mean and variance, and independent of the others.
+    """
+    from scipy import special
+
+    chance = np.clip(1 - variances / np.maximum(means, 1e-300), 0, 1)
+    number = means / np.maximum(chance, 1e-300)
+    poisson = (chance < 1e-6) | (number > 1e12)  # where the other one loses its digits
+    above = np.where(means > capacity, 1.0, 0.0)  # of a number without variance
+    some = ~poisson & (number > capacity) & (chance < 1)
+    above[some] = special.betainc(capacity + 1, (number - capacity)[some], chance[some])
+    above[some | poisson] = np.where(poisson, special.gammainc(capacity + 1, means), above)[some | poisson]
+    return abs(float(np.expm1(askers * np.log1p(-np.minimum(above, 1 - 1e-16)).sum())))

@@ -1,0 +1,33 @@
+"""Meshes of the test's devices, and the layouts of a table on them."""
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+# The shape and the axes of a mesh, and the arguments of `embax.shard`.
+LAYOUTS = {
+    "rows": ({"x": 8}, {"axis": "x"}),
+    "rows-cyclic": ({"x": 8}, {"axis": "x", "layout": "rows-cyclic"}),
+    "columns": ({"x": 8}, {"axis": "x", "layout": "columns"}),
+    "replicated": ({"x": 8}, {"axis": "x", "layout": "replicated"}),
+    "rows and copies": ({"x": 4, "y": 2}, {"axis": "x"}),
+    "rows and columns": ({"x": 4, "y": 2}, {"axis": "x", "layout": "rows-cyclic", "columns": "y"}),
+    "rows over two axes": ({"x": 4, "y": 2}, {"axis": ("x", "y")}),
+}
+AXES = {"auto": AxisType.Auto, "explicit": AxisType.Explicit}
+
+
+def mesh_of(sizes, axes="auto"):
+    """A mesh of the first of the test's devices."""
+    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AXES[axes],) * len(sizes))
+
+
+def split(mesh, array):
+    """An array split over all devices of a mesh along its first axis."""
+    return jax.device_put(np.asarray(array), NamedSharding(mesh, PartitionSpec(tuple(mesh.axis_names))))
+
+
+def everywhere(mesh, array):
+    """An array of which every device of a mesh has a copy; its sharding is written as JAX does for what it returns."""
+    axes = [None] * np.ndim(array) if AxisType.Explicit in mesh.axis_types else []
+    return jax.device_put(np.asarray(array), NamedSharding(mesh, PartitionSpec(*axes)))

@@ -1,0 +1,292 @@
+"""The plan of a sharding against compiled steps, and its expectations against draws."""
+
+import math
+import re
+from collections import Counter
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
+
+import embax
+from embax.sharding._plan import plan
+
+
+def usual_collectives(hlo):
+    """The collectives of a compiled program, as (name, devices, bytes), those in rarely taken branches left out.
+
+    All conditions of the exchange ask for the rare case, so that the usual path is the branch of false, the first one.
+    """
+    bodies, name = {}, ""
+    for line in hlo.splitlines():
+        if found := re.match(r"(ENTRY )?%?([\w.\-]+) .*\{$", line):
+            name = found[2]
+            start = name  # the last one is that of the program
+            bodies[name] = []
+        elif line.startswith(" "):
+            bodies[name].append(line)
+    found = Counter()
+
+    def walk(name):
+        for line in bodies[name]:
+            if " conditional(" in line:
+                branches = re.search(r"branch_computations=\{%?([\w.\-]+)", line)
+                walk((branches or re.search(r"false_computation=%?([\w.\-]+)", line))[1])
+                continue
+            if collective := re.search(r" = (.*?) (all-to-all|all-gather)(?:-start)?\(", line):
+                groups = re.search(r"replica_groups=\{\{([\d,]+)\}", line)[1]
+                arrays = re.findall(r"\b[a-z]+(\d+)\[([\d,]*)\]", collective[1])
+                size = sum(
+                    int(bits) // 8 * math.prod(map(int, filter(None, shape.split(",")))) for bits, shape in arrays
+                )
+                found[collective[2].replace("-", "_"), groups.count(",") + 1, size] += 1
+            for inner in re.findall(r"(?:calls|to_apply|body|condition)=%?([\w.\-]+)", line):
+                walk(inner)
+
+    walk(start)
+    return found
+
+
+OPTIMIZERS = {
+    "sgd": lambda: embax.optim.lift(optax.sgd(0.1)),
+    "adagrad": lambda: embax.optim.lift(optax.adagrad(0.1)),
+    "rowwise_adagrad": lambda: embax.optim.rowwise_adagrad(0.1),
+    "adam": lambda: embax.optim.lift(optax.adam(0.1)),
+    "rowwise_adam": lambda: embax.optim.rowwise_adam(0.1),
+}
+STEPS = {
+    "rows-sgd": ((4,), {"axis": "x"}, "sgd", "float32", [4096]),
+    "rows-cyclic-adam-two-lookups": ((4,), {"axis": "x", "layout": "rows-cyclic"}, "adam", "float32", [2048, 1020]),
+    "rows-float16": ((2,), {"axis": "x", "skew": 1.5}, "sgd", "float16", [2048]),
+    "columns": ((4,), {"axis": "x", "layout": "columns"}, "rowwise_adam", "float32", [4096]),
+    "replicated": ((2, 2), {"axis": "x", "layout": "replicated"}, "adagrad", "float32", [2048]),
+    "copies-sgd": ((2, 2), {"axis": "y"}, "sgd", "float32", [2048]),
+    "copies-rowwise-adagrad": ((2, 2), {"axis": "x", "skew": 1.25}, "rowwise_adagrad", "float32", [2048]),
+    "rows-and-columns-sgd": ((2, 2), {"axis": "x", "columns": "y"}, "sgd", "float32", [2048]),
+    "rows-and-columns-adam": ((2, 2), {"axis": "y", "columns": "x", "skew": 1.25}, "adam", "float32", [2048]),
+}
+
+
+@pytest.mark.parametrize("case", STEPS)
+def test_plan_is_what_the_compiled_step_sends_and_holds(case):
+    shape, layout, optimizer, dtype, lookups = STEPS[case]
+    mesh = jax.make_mesh(shape, ("x", "y")[: len(shape)], devices=jax.devices()[: math.prod(shape)])
+    tables = embax.shard({"t": embax.Table(jnp.zeros((1001, 32), dtype))}, mesh, **layout)
+    tx = OPTIMIZERS[optimizer]()
+
+    def loss(tables, ids):
+        return sum((embax.lookup(tables["t"], x).astype(jnp.float32) ** 2).sum() for x in ids)
+
+    def step(tables, state, ids):
+        value, gradient = embax.value_and_grad(loss)(tables, ids)
+        updates, state = tx.update(gradient, state, tables)
+        return embax.apply_updates(tables, updates), state, value
+
+    with jax.numpy_dtype_promotion("standard"):  # optax needs it
+        state = tx.init(tables)
+        over_all = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+        ids = [jax.device_put(np.zeros(number, np.int32), over_all) for number in lookups]
+        compiled = jax.jit(step, donate_argnums=(0, 1)).lower(tables, state, ids).compile()
+
+    planned = plan(tables, mesh, {"t": lookups}, **layout, optimizer=optimizer).tables["t"]
+    assert Counter((x.collective, x.devices, x.buffer) for x in planned.transfers) == usual_collectives(
+        compiled.as_text()
+    )
+    first = jax.devices()[0]
+    on_first = [
+        x.data.nbytes
+        for leaf in jax.tree.leaves(state)
+        if leaf.ndim
+        for x in leaf.addressable_shards
+        if x.device == first
+    ]
+    assert planned.state_bytes == sum(on_first)
+    assert planned.weight_bytes == tables["t"].weight.addressable_shards[0].data.nbytes
+    assert 0.5 < planned.buffer_bytes / compiled.memory_analysis().temp_size_in_bytes < 2  # an estimate
+
+
+def draws(rows, exponent, number, trials):
+    """Ids by Zipf's law, (trials, number)."""
+    weights = np.arange(1, rows + 1.0) ** -exponent
+    return np.random.default_rng(0).choice(rows, (trials, number), p=weights / weights.sum())
+
+
+MESHES = {
+    "rows": ({"x": 8}, {"axis": "x"}),
+    "rows-cyclic": ({"x": 8}, {"axis": "x", "layout": "rows-cyclic"}),
+    "copies": ({"x": 4, "y": 2}, {"axis": "x", "layout": "rows-cyclic"}),
+    "rows-and-columns": ({"x": 4, "y": 2}, {"axis": "x", "layout": "rows-cyclic", "columns": "y"}),
+}
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+@pytest.mark.parametrize("exponent", [0.0, 1.05])
+@pytest.mark.parametrize("case", MESHES)
+def test_expectations_are_what_draws_give(case, exponent, optimizer):
+    mesh, layout = MESHES[case]
+    rows, number, trials = 5003, 256, 400
+    table = jax.ShapeDtypeStruct((rows, 8), np.float32)
+    planned = plan({"t": table}, mesh, number, **layout, skew=1.5, frequencies=exponent, optimizer=optimizer).tables[
+        "t"
+    ]
+    where, devices = planned.placement, math.prod(mesh.values())
+    shards, columns = where.shards, where.column_shards
+    groups = draws(rows, exponent, number, trials).reshape(trials, devices // columns, -1)
+    owners = groups % shards if where.cyclic else groups // where.block
+    # Which group asks which owner for how many rows; devices with the same rows come one after the other.
+    asked = np.array(
+        [
+            [[len(np.unique(ids[own == k])) for k in range(shards)] for ids, own in zip(*trial, strict=True)]
+            for trial in zip(groups, owners, strict=True)
+        ]
+    )
+    at_home = np.repeat(np.arange(shards), devices // columns // shards)[:, None] == np.arange(shards)
+    foreign = np.where(at_home, 0, asked)
+    capacity = where.capacity(number // devices * columns)
+
+    distinct = np.mean([len(np.unique(ids)) for ids in groups.reshape(trials, -1)])
+    assert planned.distinct == pytest.approx(distinct, rel=0.01)
+    assert planned.asked == pytest.approx(asked.sum(2).mean(), rel=0.01)
+    by_owner = asked.mean((0, 1))
+    assert planned.rows_balance == pytest.approx(by_owner.max() / by_owner.mean(), rel=0.05)
+    by_owner = np.bincount(owners.ravel(), minlength=shards)
+    assert planned.ids_balance == pytest.approx(by_owner.max() / by_owner.mean(), rel=0.05)
+    rounds = -(-foreign.max((1, 2)) // capacity)
+    assert planned.further == pytest.approx(np.mean(rounds > 1), abs=0.08)
+    assert planned.rounds == pytest.approx(np.maximum(rounds, 1).mean(), rel=0.1)
+    sent = np.minimum(foreign, capacity).sum(2).mean()
+    useful = {x.what: x.useful for x in planned.transfers if x.phase == "forward"}
+    assert useful["rows"] == pytest.approx(sent * 8 // columns * 4, rel=0.05)
+    if optimizer == "adam":
+        assert planned.crowded == pytest.approx(np.mean(asked.max((1, 2)) > capacity), abs=0.08)
+
+
+@pytest.mark.parametrize("layout", ["rows", "rows-cyclic", "replicated"])
+@pytest.mark.parametrize("exponent", [0.7, 1.0, 1.3])
+def test_zipf_is_the_sum_over_all_rows(exponent, layout):
+    rows, mesh = 1_000_003, {"x": 96}
+    counts = np.arange(1, rows + 1.0) ** -exponent
+    table = {"t": jax.ShapeDtypeStruct((rows, 4), np.float32)}
+    by_law, by_rows = (plan(table, mesh, 1 << 18, "x", layout, frequencies=f).tables["t"] for f in (exponent, counts))
+    assert by_law.distinct == pytest.approx(by_rows.distinct, rel=1e-9)
+    for name in ("asked", "ids_balance", "rows_balance", "rounds", "further", "crowded"):
+        assert getattr(by_law, name) == pytest.approx(getattr(by_rows, name), rel=1e-3), name
+
+
+def test_plan_of_a_billion_rows_takes_no_memory_or_device():
+    tables = {
+        "items": jax.ShapeDtypeStruct((10**9, 128), jnp.float32),
+        "users": jax.ShapeDtypeStruct((3 * 10**9, 64), jnp.bfloat16),
+    }
+    planned = plan(
+        tables, {"x": 1024}, {"items": [1 << 22, 1 << 20], "users": 1 << 22}, "x", "rows-cyclic", frequencies=1.05
+    )
+    items, users = planned.tables.values()
+    assert items.weight_bytes == 976_563 * 512
+    assert items.state_bytes == 976_563 * 4
+    assert users.transfers[0].buffer == 1024 * 16 * 8  # ids of 64 bits
+    assert users.transfers[1].buffer == 1024 * 16 * 64 * 2
+    assert users.transfers[-1].buffer == 1024 * 16 * 64 * 4  # gradients are summed in float32
+    assert 1e6 < items.distinct < 1 << 22
+    assert items.rows_balance < 2 < items.ids_balance
+    assert planned.sent() == items.sent("forward") + items.sent("backward") + users.sent()
+    assert planned.useful("forward") == items.useful("forward") + users.useful("forward")
+    assert 0 < planned.useful() < planned.sent()
+    assert planned.memory == items.memory + users.memory
+
+
+def test_meshes_and_tables_may_be_real_or_shapes():
+    mesh = jax.make_mesh((2, 2), ("x", "y"))
+    table = embax.Table(jnp.zeros((101, 8)))
+    plans = [
+        plan({"t": leaf}, of, 64, "x", columns="y", frequencies=1.2)
+        for leaf in (table, embax.shard(table, mesh, "x"), jax.ShapeDtypeStruct((101, 8), np.float32))
+        for of in (mesh, AbstractMesh((2, 2), ("x", "y")), {"x": 2, "y": 2})
+    ]
+    assert all(x == plans[0] for x in plans)
+
+
+@pytest.mark.parametrize(
+    "table",
+    [embax.Table(np.zeros((64, 8), np.float32), freeze=True), jax.ShapeDtypeStruct((64, 8), np.int8)],
+    ids=["frozen", "integers"],
+)
+def test_what_is_not_trained_has_no_gradient_and_no_state(table):
+    planned = plan({"t": table}, {"x": 4}, 32, "x", optimizer="adam").tables["t"]
+    assert {x.phase for x in planned.transfers} == {"forward"}
+    assert planned.state_bytes == planned.crowded == 0
+
+
+@pytest.mark.parametrize(
+    ("rows", "dim", "ids"), [(0, 8, 16), (8, 0, 16), (8, 8, 0)], ids=["no-rows", "no-dim", "no-ids"]
+)
+@pytest.mark.parametrize("frequencies", ["uniform", 1.05])
+def test_nothing_sends_nothing(rows, dim, ids, frequencies):
+    planned = plan({"t": jax.ShapeDtypeStruct((rows, dim), np.float32)}, {"x": 4}, ids, "x", frequencies=frequencies)
+    assert planned.sent() == planned.useful() == planned.tables["t"].buffer_bytes == 0
+
+
+def test_one_device_sends_nothing_and_rows_that_are_always_read_are_one():
+    tables = {"t": jax.ShapeDtypeStruct((5, 2), np.float32)}
+    planned = plan(tables, {"x": 1}, 64, "x", frequencies=[0, 0, 3, 0, 0])
+    assert planned.sent() == 0
+    assert planned.tables["t"].distinct == 1
+    crowded = plan(tables, {"x": 5}, 100, "x", frequencies=[0, 0, 3, 0, 0]).tables["t"]
+    assert (crowded.rounds, crowded.further, crowded.rows_balance) == (1, 0, 5)
+
+
+def test_str_has_a_line_for_each_table_and_their_sum():
+    tables = {name: jax.ShapeDtypeStruct((1 << 20, 64), np.float32) for name in ("films", "users")}
+    text = str(plan(tables, {"x": 16}, 1 << 14, "x", frequencies={"films": 1.1, "users": "uniform"}))
+    first, *lines = text.splitlines()
+    assert first == "Placement('rows' over 16 of 'x')"
+    assert [line.split()[0] for line in lines] == ["a", "films", "users", "in", "ids", "films", "users"]
+    assert len({len(line) for line in lines[:4]}) == 1
+    assert "16.00 MiB" in lines[1]  # of the weight
+    assert "32.00 MiB" in lines[3]
+
+
+TABLE = {"t": jax.ShapeDtypeStruct((10, 6), np.float32)}
+REFUSED = {
+    "tables-list": (dict(tables=[(10, 6)]), TypeError, r"plan\(tables=...\)` must be Tables or jax.ShapeDtypeStructs"),
+    "tables-tuple": (dict(tables={"t": (10, 6)}), TypeError, r"plan\(tables=...\)` must be Tables or"),
+    "tables-scalar": (
+        dict(tables={"t": jax.ShapeDtypeStruct((), np.float32)}),
+        ValueError,
+        "must have an axis of rows",
+    ),
+    "mesh-number": (dict(mesh=256), TypeError, r"plan\(mesh=...\)` must be a mesh, or the sizes of its axes by name"),
+    "mesh-empty": (dict(mesh={}), TypeError, r"plan\(mesh=...\)` must be a mesh, or the sizes"),
+    "mesh-zero": (dict(mesh={"x": 0}), ValueError, r"plan\(mesh=...\)` must have axes of 1 device or more"),
+    "mesh-float": (dict(mesh={"x": 1.5}), TypeError, r"plan\(mesh=...\)` must be a whole number"),
+    "ids-negative": (dict(ids=-1), ValueError, r"plan\(ids=...\)` must not be negative"),
+    "ids-text": (dict(ids="64"), TypeError, r"plan\(ids=...\)` must be a whole number"),
+    "ids-of-another": (dict(ids={"u": 3}), ValueError, r"plan\(ids=...\)` must have an entry for each table, got none"),
+    "frequencies-of-another": (dict(frequencies={}), ValueError, r"plan\(frequencies=...\)` must have an entry for"),
+    "frequencies-name": (dict(frequencies="zipf"), ValueError, r"plan\(frequencies=...\)` must be one of 'uniform'"),
+    "frequencies-exponent": (dict(frequencies=-1.0), ValueError, r"plan\(frequencies=...\)` must be positive"),
+    "frequencies-infinite": (
+        dict(frequencies=np.inf),
+        ValueError,
+        r"plan\(frequencies=...\)` must be a finite exponent",
+    ),
+    "frequencies-shape": (dict(frequencies=[1.0, 2.0]), ValueError, r"must be a count for each of the 10 rows of 't'"),
+    "frequencies-negative": (dict(frequencies=np.arange(-1, 9)), ValueError, "none negative and not all 0"),
+    "frequencies-zero": (dict(frequencies=np.zeros(10)), ValueError, "none negative and not all 0"),
+    "frequencies-nan": (dict(frequencies=np.full(10, np.nan)), ValueError, "none negative and not all 0"),
+    "axis": (dict(axis="z"), ValueError, r"plan\(axis=..., columns=...\)` must be different axes of the mesh"),
+    "layout": (dict(layout="diagonal"), ValueError, r"plan\(layout=...\)` must be one of"),
+    "columns": (dict(layout="columns"), ValueError, r"plan` must have rows whose first axis divides by 4"),
+    "skew": (dict(skew=0.5), ValueError, r"plan\(skew=...\)` must be finite and at least 1"),
+    "optimizer": (dict(optimizer="lamb"), ValueError, r"plan\(optimizer=...\)` must be one of"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_plan_refuses(case):
+    given, error, message = REFUSED[case]
+    with pytest.raises(error, match=message):
+        plan(**{"tables": TABLE, "mesh": {"x": 4}, "ids": 16, "axis": "x", **given})
