@@ -1,6 +1,7 @@
 """Checkpoints: what was saved on one mesh comes back on any other, whole, and training goes on as if never stopped."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,11 +12,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 from meshes import LAYOUTS, everywhere, mesh_of, split
 
 import embax
-from embax import Collection, Feature, Table, checkpoint, lookup
+from embax import Collection, Feature, Table, _placed, checkpoint, lookup
+from embax.checkpoint import _save
 
 WEIGHT = np.random.default_rng(0).normal(size=(101, 8)).astype(np.float32)
 
@@ -40,50 +44,96 @@ def assert_same(one, other):
         assert a.sharding.is_equivalent_to(b.sharding, a.ndim)
 
 
+def marked(state, params):
+    """A state of row-wise Adam with a number of its own in each row."""
+
+    def first_column(v, x):
+        return jax.device_put(np.asarray(x)[:, 0], v.sharding) if v.ndim == 1 else v
+
+    adam = state.inner[0]
+    mean_square = jax.tree.map(first_column, adam.mean_square, params)
+    adam = adam._replace(steps=adam.steps + 7, mean=params, mean_square=mean_square)
+    return state._replace(inner=(adam, *state.inner[1:]), dealt_out=state.dealt_out + 2)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_from_a_layout_to_none_to_another_number_of_devices_and_back(layout, tmp_path):
+def test_from_a_layout_to_none_to_another_number_of_devices_and_back(layout, tmp_path, monkeypatch):
+    monkeypatch.setattr(_save, "_PIECE", 3 * 32)  # so that blocks are filled up to a multiple of three rows
     tx = embax.optim.rowwise_adam(optax.linear_schedule(0.1, 0.01, 10))
     off = made()
     sizes, how = LAYOUTS[layout]
     on = embax.shard(off, mesh_of(sizes, "explicit"), **how)
     of_three = embax.shard(off, jax.make_mesh((3,), ("z",), devices=jax.devices()[:3]), "z", "rows-cyclic")
 
-    def marked(params):
-        """A state with a number of its own in each row."""
-        state = tx.init(params)
-        inner = jax.tree.map(lambda leaf: leaf, state.inner)
-        adam = inner[0]._replace(steps=inner[0].steps + 7, mean=params)
-        return state._replace(inner=(adam, *inner[1:]), dealt_out=state.dealt_out + 2)
-
-    checkpoint.save(tmp_path / "a", {"params": on, "state": marked(on)})
+    checkpoint.save(tmp_path / "a", {"params": on, "state": marked(tx.init(on), on)})
     for params in off, of_three, on:
         like = {"params": params, "state": tx.init(params)}
         back = checkpoint.restore(tmp_path / "a", jax.tree.map(jnp.zeros_like, like))
         assert_same(back["params"], params)
-        assert_same(back["state"].inner[0].mean, params)
-        assert back["state"].inner[0].steps == 7
-        assert back["state"].dealt_out == 2
         assert jax.tree.structure(back) == jax.tree.structure(like)
+        adam, laid_out = back["state"].inner[0], like["state"].inner[0]
+        assert_same(adam.mean, params)
+        for table, expected in [
+            (adam.mean_square["words"], -WEIGHT[:, 0]),
+            (adam.mean_square["rows"]["user"], WEIGHT[:30, 0] + 1),
+        ]:
+            np.testing.assert_array_equal(embax.unshard(table).weight, expected)
+        for a, b in zip(jax.tree.leaves(adam.mean_square), jax.tree.leaves(laid_out.mean_square), strict=True):
+            assert a.sharding.is_equivalent_to(b.sharding, a.ndim)
+        assert adam.steps == 7
+        assert back["state"].dealt_out == 2
     checkpoint.save(tmp_path / "b", {"params": off})
     assert_same(checkpoint.restore(tmp_path / "b", {"params": on})["params"], on)
-    abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), of_three["words"])
-    assert_same(
-        checkpoint.restore(tmp_path / "b", {"params": {"words": abstract}})["params"]["words"], of_three["words"]
-    )
+    words = {"params": {"words": jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), of_three["words"])}}
+    back = checkpoint.restore(tmp_path / "b", words, partial=True)
+    assert_same(back["params"]["words"], of_three["words"])
 
 
-def test_tables_are_saved_under_their_own_names(tmp_path):
-    import orbax.checkpoint as ocp
+def test_tables_are_saved_under_their_own_names_in_pieces(tmp_path, monkeypatch):
+    monkeypatch.setattr(_save, "_PIECE", 8 * 32)
+    off = made()
+    on = embax.shard(off, mesh_of({"x": 4, "y": 2}), "x", columns="y")
+    pieces = {}
+    for name, params in {"off": off, "on": on}.items():
+        checkpoint.save(tmp_path / name, {"params": params}, step=4)
+        tree = ocp.PyTreeCheckpointer().metadata(tmp_path / name / "4" / "arrays").item_metadata.tree
+        assert set(tree["params"]) == {"words", "rows", "dense"}
+        assert set(tree["params"]["rows"]) == {"film", "user"}
+        pieces[name] = [
+            (x.shape, x.storage.chunk_shape) for x in (tree["params"]["words"], tree["params"]["rows"]["user"])
+        ]
+    assert pieces["off"] == [((101, 8), (1, 8)), ((30, 8), (6, 8))]  # 101 is a prime
+    assert pieces["on"] == [((8 * 16, 8), (8, 8)), ((8 * 4, 8), (4, 8))]
 
-    checkpoint.save(tmp_path, {"params": made()}, step=4)
-    tree = ocp.PyTreeCheckpointer().metadata(tmp_path / "4" / "tree").item_metadata.tree
-    assert set(tree["params"]) == {"words", "rows", "dense"}
-    assert tree["params"]["rows"]["film"].shape == (101, 8)
+
+@pytest.mark.parametrize("layout", ["rows-cyclic", "columns"])
+def test_no_device_holds_a_whole_copy(layout, tmp_path, monkeypatch):
+    table = embax.shard(Table(np.arange(400_000, dtype=np.float32).reshape(50_000, 8)), mesh_of({"x": 8}), "x", layout)
+    part, move, write = table.weight.nbytes / 8, _placed.moved, ocp.args.PyTreeSave
+    moves, written = [], []
+
+    def moved(*args):
+        memory = move.lower(*args).compile().memory_analysis()
+        moves.append(memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes)
+        return move(*args)
+
+    def watched(item, *rest):
+        written.extend(shard.data.nbytes for x in jax.tree.leaves(item) for shard in x.addressable_shards)
+        return write(item, *rest)
+
+    monkeypatch.setattr(_placed, "moved", moved)
+    monkeypatch.setattr(ocp.args, "PyTreeSave", watched)
+    checkpoint.save(tmp_path, table)
+    assert_same(checkpoint.restore(tmp_path, jax.tree.map(jnp.zeros_like, table)), table)
+    assert written == [part] * 8
+    assert len(moves) == 2
+    assert max(moves) < 3 * part
 
 
 def step_of(tx):
     def loss(params, ids):
-        return jnp.mean(jnp.sin(lookup(params["table"], ids) @ params["dense"]))
+        alone = jnp.sum(jnp.sin(lookup(params["alone"], ids)))
+        return jnp.mean(jnp.sin(lookup(params["table"], ids) @ params["dense"])) + alone
 
     @jax.jit
     def step(params, state, ids):
@@ -97,10 +147,10 @@ def test_saved_on_eight_devices_and_restored_on_three_training_goes_on_as_if_nev
     tx = embax.optim.lift(optax.adam(optax.cosine_decay_schedule(0.1, 8)))
     step = step_of(tx)
     batches = [np.random.default_rng(k).permutation(101)[:24].astype(np.int32) for k in range(6)]  # distinct ids
-    start = {"table": Table(WEIGHT), "dense": jnp.ones((8, 2))}
 
     def placed(mesh, layout):
-        return {"table": embax.shard(start["table"], mesh, "x", layout), "dense": everywhere(mesh, start["dense"])}
+        tables = embax.shard({"table": Table(WEIGHT), "alone": Table(-WEIGHT)}, mesh, "x", layout)
+        return {**tables, "dense": everywhere(mesh, np.ones((8, 2), np.float32))}
 
     mesh = mesh_of({"x": 8}, "explicit")
     params = placed(mesh, "rows-cyclic")
@@ -119,29 +169,59 @@ def test_saved_on_eight_devices_and_restored_on_three_training_goes_on_as_if_nev
     np.testing.assert_allclose(
         embax.unshard(again["table"]).weight, embax.unshard(params["table"]).weight, rtol=1e-5, atol=1e-6
     )
+    # Nothing is summed over the batch here, so that the number of devices does not even matter for the last digit.
+    np.testing.assert_array_equal(embax.unshard(again["alone"]).weight, embax.unshard(params["alone"]).weight)
     np.testing.assert_allclose(again["dense"], params["dense"], rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(of_again.inner[0].count, state.inner[0].count)
 
 
 def test_keys_numbers_and_low_precision(tmp_path):
+    mesh = mesh_of({"x": 8})
     tree = {
         "key": jax.random.key(5),
-        "keys": jax.random.split(jax.random.key(1), 3),
+        "keys": split(mesh, np.arange(8)),
         "epoch": 3,
         "rate": 0.1,
         "done": True,
         "host": np.arange(3),
+        "number": np.float32(0.5),
         "half": Table(jnp.asarray(WEIGHT, jnp.bfloat16)),
         "scalar": jnp.int32(4),
+        "bound": jax.device_put(jnp.ones(3), jax.devices()[3]),
     }
+    keys = jax.vmap(lambda seed: jax.random.key(seed, impl="rbg"))(jnp.arange(8))
+    tree["keys"] = jax.device_put(keys, NamedSharding(mesh, PartitionSpec("x")))
     checkpoint.save(tmp_path, tree)
-    back = checkpoint.restore(tmp_path, tree | {"epoch": 0, "rate": 0.0, "done": False, "key": jax.random.key(0)})
-    assert (back["epoch"], back["rate"], back["done"], type(back["done"])) == (3, 0.1, True, bool)
-    assert isinstance(back["host"], np.ndarray)
-    np.testing.assert_array_equal(jax.random.key_data(back["key"]), jax.random.key_data(tree["key"]))
-    np.testing.assert_array_equal(jax.random.key_data(back["keys"]), jax.random.key_data(tree["keys"]))
+    others = {"key": jax.eval_shape(lambda: jax.random.key(0)), "epoch": 0, "rate": 0.0, "done": False}
+    back = checkpoint.restore(tmp_path, tree | others)
+    assert {name: type(value) for name, value in back.items()} == {name: type(value) for name, value in tree.items()}
+    assert (back["epoch"], back["rate"], back["done"], back["number"], back["scalar"]) == (3, 0.1, True, 0.5, 4)
+    np.testing.assert_array_equal(back["host"], tree["host"])
     np.testing.assert_array_equal(back["half"].weight, tree["half"].weight)
-    assert back["scalar"] == 4
+    for name in "key", "keys":
+        assert back[name].dtype == tree[name].dtype
+        np.testing.assert_array_equal(jax.random.key_data(back[name]), jax.random.key_data(tree[name]))
+    assert back["keys"].sharding == tree["keys"].sharding
+    assert back["bound"].sharding == tree["bound"].sharding
+    assert not back["scalar"].committed
+
+
+def test_what_is_empty(tmp_path):
+    mesh = mesh_of({"x": 8})
+    empty = Table(jnp.zeros((0, 4)))
+    collection = Collection({"none": empty, "some": Table(jnp.ones((3, 4)))}, [Feature("some", "some")])
+    trees = [
+        {},
+        {"left": None, "table": empty, "narrow": Table(jnp.zeros((3, 0))), "host": np.zeros((0, 2))},
+        embax.shard({"table": empty, "rows": collection, "frozen": Table(jnp.ones((3, 4)), freeze=True)}, mesh, "x"),
+    ]
+    trees[2]["state"] = embax.optim.lift(optax.adam(0.1)).init(trees[2])  # without an entry for the frozen table
+    for number, tree in enumerate(trees):
+        checkpoint.save(tmp_path / str(number), tree)
+        back = checkpoint.restore(tmp_path / str(number), tree)
+        assert jax.tree.structure(back) == jax.tree.structure(tree)
+        for a, b in zip(jax.tree.leaves(back), jax.tree.leaves(tree), strict=True):
+            np.testing.assert_array_equal(a, b)
 
 
 def test_steps_are_kept_and_named(tmp_path):
@@ -152,34 +232,103 @@ def test_steps_are_kept_and_named(tmp_path):
     assert checkpoint.restore(tmp_path, like, step=20)["a"][0] == 2
     checkpoint.save(tmp_path, {"a": jnp.full(2, 9)})
     assert sorted(os.listdir(tmp_path)) == ["31"]
-    with pytest.raises(ValueError, match=r"`embax.checkpoint.save\(step=...\)` must be new in .*got 31"):
-        checkpoint.save(tmp_path, like, step=31)
+    for step in 31, 25:
+        with pytest.raises(ValueError, match=rf"`embax.checkpoint.save\(step=...\)` must be above 31, .*got {step}"):
+            checkpoint.save(tmp_path, like, step=step)
     with pytest.raises(FileNotFoundError, match=r"a whole checkpoint of step 30, got .* with the steps \[31\]"):
         checkpoint.restore(tmp_path, like, step=30)
 
 
-def test_what_does_not_fit_is_refused(tmp_path):
+def test_what_is_not_in_the_checkpoint_is_refused(tmp_path):
     table = Table(WEIGHT)
-    checkpoint.save(tmp_path / "a", {"table": table})
-    with pytest.raises(FileNotFoundError, match="must be a directory with checkpoints"):
-        checkpoint.restore(tmp_path / "none", {"table": table})
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(FileNotFoundError, match="must have a whole checkpoint, got"):
-        checkpoint.restore(tmp_path / "empty", {"table": table})
-    with pytest.raises(ValueError, match="got 'other', which it lacks"):
-        checkpoint.restore(tmp_path / "a", {"table": table, "other": table})
+    checkpoint.save(tmp_path, {"table": table, "user": table})
+    with pytest.raises(ValueError, match=r"got 'film', 'other', which it lacks. It has 'table', 'user'"):
+        checkpoint.restore(tmp_path, {"film": table, "other": table, "table": table})
+    with pytest.raises(
+        ValueError, match=r"must have all that is in the checkpoint, got nothing for 'user'. Add it, or"
+    ):
+        checkpoint.restore(tmp_path, {"table": table})
+    assert set(checkpoint.restore(tmp_path, {"table": table}, partial=True)) == {"table"}
     for other in Table(WEIGHT[:100]), Table(WEIGHT[:, :4]), Table(jnp.asarray(WEIGHT, jnp.bfloat16)):
         with pytest.raises(ValueError, match=r"got \w+\[\d+, \d\] for 'table', which is float32\[101, 8\]"):
-            checkpoint.restore(tmp_path / "a", {"table": other})
-    mesh = mesh_of({"x": 8})
+            checkpoint.restore(tmp_path, {"table": other, "user": table})
+    longer = embax.shard(np.zeros((104, 8), np.float32), mesh_of({"x": 8}), "x")
     with pytest.raises(ValueError, match=r"got float32\[104, 8\] for 'table'"):  # as many as are stored of 101
-        checkpoint.restore(tmp_path / "a", {"table": embax.shard(np.zeros((104, 8), np.float32), mesh, "x")})
-    with pytest.raises(TypeError, match="got str for 'name'"):
-        checkpoint.save(tmp_path / "b", {"name": "x"})
+        checkpoint.restore(tmp_path, {"table": longer}, partial=True)
+
+
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        ({"name": "x"}, "must have a tree of arrays, random keys and numbers, got str for 'name'"),
+        ({"number": 2**70}, "got a number of 71 bits for 'number'"),
+        ({"text": np.array(["x"])}, "got an array of <U1 for 'text'"),
+        ({"small": np.zeros(2, jnp.uint4)}, "got an array of uint4 for 'small'"),
+        ({"shape": jax.ShapeDtypeStruct((2,), jnp.float32)}, "must have values to write, got the shape .* for 'shape'"),
+    ],
+)
+def test_what_cannot_be_written_is_refused(tree, message, tmp_path):
+    with pytest.raises(TypeError, match=message):
+        checkpoint.save(tmp_path, tree)
+
+
+def test_values_out_of_range_are_refused(tmp_path):
     with pytest.raises(ValueError, match="must have a name of its own for each leaf, got 'a/b'"):
-        checkpoint.save(tmp_path / "b", {"a": {"b": 1}, "a/b": 2})
+        checkpoint.save(tmp_path, {"a": {"b": 1}, "a/b": 2})
+    with pytest.raises(ValueError, match="must have a name of its own for each leaf, got 'a'"):
+        checkpoint.save(tmp_path, {"a/b": {"c": 1}, "a": 2})
     with pytest.raises(ValueError, match="must be at least 1"):
-        checkpoint.save(tmp_path / "b", {"a": 1}, keep=0)
+        checkpoint.save(tmp_path, {"a": 1}, keep=0)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"must be a directory, got '.*file', a file"):
+        checkpoint.save(tmp_path / "file", {"a": 1})
+
+
+def test_what_is_no_checkpoint_is_refused(tmp_path):
+    like = {"table": Table(WEIGHT)}
+    for name in "none", "file":
+        (tmp_path / "file").write_text("")
+        with pytest.raises(FileNotFoundError, match="must be a directory with checkpoints"):
+            checkpoint.restore(tmp_path / name, like)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"must have a whole checkpoint, got .* with the steps \[\]"):
+        checkpoint.restore(tmp_path / "empty", like)
+    with ocp.CheckpointManager(tmp_path / "orbax") as manager:
+        manager.save(3, args=ocp.args.StandardSave({"table": WEIGHT}))
+    with pytest.raises(ValueError, match=r"must be of embax.checkpoint.save, got .*, whose step 3 is not"):
+        checkpoint.restore(tmp_path / "orbax", like)
+    checkpoint.save(tmp_path / "new", like)
+    about = tmp_path / "new" / "0" / "embax" / "metadata"
+    about.write_text(about.read_text().replace('"format":1', '"format":2').replace('"format": 1', '"format": 2'))
+    with pytest.raises(ValueError, match=r"must be of the format 1, got 2"):
+        checkpoint.restore(tmp_path / "new", like)
+
+
+def test_damaged_files_are_refused(tmp_path):
+    like = {"table": Table(WEIGHT)}
+    checkpoint.save(tmp_path / "whole", like)
+    files = [path.relative_to(tmp_path / "whole") for path in (tmp_path / "whole").rglob("*") if path.is_file()]
+    refused = 0
+    for file in files:
+        shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+        content = (tmp_path / "cut" / file).read_bytes()
+        (tmp_path / "cut" / file).write_bytes(content[: len(content) // 2])
+        try:  # some of them only repeat what stands in others
+            back = checkpoint.restore(tmp_path / "cut", like)
+            np.testing.assert_array_equal(back["table"].weight, WEIGHT)
+        except ValueError as error:
+            assert "`embax.checkpoint.restore(path=...)` must have whole files, got" in str(error)  # noqa: PT017
+            refused += 1
+        shutil.rmtree(tmp_path / "cut")
+    assert refused >= 4  # what describes the arrays, how they are named, their index and their numbers
+
+
+def test_without_orbax_the_import_says_what_to_install():
+    code = "import sys; sys.modules['orbax.checkpoint'] = None; import embax; embax.checkpoint"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert run.stderr.strip().splitlines()[-1] == (
+        'ImportError: embax.checkpoint needs Orbax, which is not installed: pip install "embax[checkpoint]"'
+    )
 
 
 _SAVES = """

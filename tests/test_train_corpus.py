@@ -94,3 +94,11 @@ def test_encode_says_why_a_corpus_is_empty():
 def test_encode_refuses_a_string_for_a_sequence():
     with pytest.raises(TypeError, match="got the string 'to be'"):
         encode(["to be"], 1)
+
+
+def test_paragraphs_are_cut_as_tokenize_cuts_them():
+    text = "One two.\n\n***\n\nThree,\nfour.\n \nKing's"
+    pieces = [text[i : i + 5] for i in range(0, len(text), 5)]
+    words = [list(paragraph) for paragraph in train.paragraphs(pieces)]
+    assert words == [["one", "two"], [], ["three", "four"], ["king's"]]
+    assert [each for each in words if each] == list(train.tokenize(pieces))

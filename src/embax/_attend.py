@@ -1,15 +1,17 @@
 """attend: a vector against every row of a table, as the head of a language model does."""
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, DTypeLike, Float, Shaped
+from jaxtyping import Array, DTypeLike, Float, Int, Shaped
 
 from . import _ids, _tape
 from ._dedupe import accumulator
 from ._lookup import clipped_rows
+from ._placed_heads import OwnRows, Tokens, on_owners
 from ._table import Table, with_weight, without_padding
 
 
@@ -48,13 +50,57 @@ def attend(
     """
     x = checked_vectors("embax.attend", table, x)
     weight = trained_whole(table)
-    common = common_dtype(table, x)
-    rows = clipped_rows(table, jnp.arange(table.rows), weight).astype(common)
-    axes = tuple(range(x.ndim - len(table.dim), x.ndim)), tuple(range(1, rows.ndim))
+    out = common_dtype(table, x) if dtype is None else jnp.dtype(dtype)
+    rules = with_weight(table, None)
+    if table.placement is not None:
+        return _placed_logits(out, bool(mask_padding), rules, weight, x)
+    return _logits(out, mask_padding, rules, jnp.arange(table.rows), weight, x)
+
+
+def _logits(
+    dtype: np.dtype,
+    mask_padding: bool,
+    rules: Table,
+    ids: Int[Array, " some"],
+    weight: Float[Array, "some *dim"],
+    x: Float[Array, "*batch_dim"],
+) -> Float[Array, "*batch some"]:
+    """Return the logits of some rows."""
+    common = common_dtype(with_weight(rules, weight), x)
+    rows = clipped_rows(rules, ids, weight).astype(common)
+    axes = tuple(range(x.ndim - rows.ndim + 1, x.ndim)), tuple(range(1, rows.ndim))
     logits = jax.lax.dot_general(x.astype(common), rows, (axes, ((), ())), preferred_element_type=accumulator(common))
-    if mask_padding and table.padding_idx is not None:
-        logits = jnp.where(_ids.is_padding(jnp.arange(table.rows), table.padding_idx), -np.inf, logits)
-    return logits.astype(common if dtype is None else dtype)
+    if mask_padding and rules.padding_idx is not None:
+        logits = jnp.where(_ids.is_padding(ids, rules.padding_idx), -np.inf, logits)
+    return logits.astype(dtype)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
+def _placed_logits(
+    dtype: np.dtype,
+    mask_padding: bool,
+    rules: Table,
+    weight: Float[Array, "stored *dim"],
+    x: Float[Array, "*batch_dim"],
+) -> Float[Array, "*batch rows"]:
+    """Return the logits of all rows of a table on a mesh, each device having multiplied its own ones."""
+    placement: Any = rules.placement
+    tokens = Tokens(placement, x.shape[: x.ndim - weight.ndim + 1])
+
+    def local(weight: Array, vectors: Array) -> tuple[Array]:
+        own = OwnRows.of(rules, weight)
+        block = own.read(weight, jnp.zeros((), _ids.index_dtype(own.rows)), weight.shape[0])
+        rows = block.rows
+        if own.filled_up:  # by selection, so that what is no row has no gradient: 0 * NaN is NaN
+            exist = jnp.expand_dims(own.exist(block.ids), tuple(range(1, rows.ndim)))
+            rows = jnp.where(exist, rows, jnp.zeros((), rows.dtype))
+        logits = _logits(dtype, mask_padding, rules, block.ids, rows, vectors.astype(x.dtype))
+        return (tokens.joined(logits),)
+
+    # Wide, since the gradients that all owners have of a vector are summed.
+    vectors = tokens.laid_out(x.astype(accumulator(x.dtype)))
+    (logits,) = on_owners(tokens, local, (tokens.parted_spec,), weight, vectors)
+    return tokens.restored(logits, x)
 
 
 def trained_whole(table: Table) -> Shaped[Array, "rows *dim"]:
@@ -72,7 +118,11 @@ def trained_whole(table: Table) -> Shaped[Array, "rows *dim"]:
         return jax.lax.stop_gradient(weight)
     if found is not None:
         weight = found[0].whole(found[1], weight)
-    return weight if table.padding_idx is None else _without_padding(with_weight(table, None), weight)
+    if table.padding_idx is None:
+        return weight
+    # On explicit axes, JAX pulls back through no operation outside of jit that meets what is on no mesh.
+    without = _without_padding if table.placement is None else _jitted_without_padding
+    return without(with_weight(table, None), weight)
 
 
 @jax.custom_jvp
@@ -83,6 +133,9 @@ def _without_padding(rules: Table, weight: Shaped[Array, "rows *dim"]) -> Shaped
 @_without_padding.defjvp
 def _without_padding_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
     return primals[1], without_padding(primals[0], tangents[1])
+
+
+_jitted_without_padding = jax.jit(_without_padding, inline=True)
 
 
 def checked_vectors(call: str, table: Table, x: Any) -> Float[Array, "*batch_dim"]:

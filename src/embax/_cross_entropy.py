@@ -16,7 +16,8 @@ from ._attend import checked_vectors, common_dtype, trained_whole
 from ._dedupe import accumulator
 from ._layouts import varying_alike, with_auto_axes, zeros_as
 from ._lookup import clipped_rows
-from ._row_blocks import over_blocks, read_block, write_block
+from ._placed_heads import Block, OwnRows, Tokens, on_owners
+from ._row_blocks import over_blocks
 from ._table import Table, with_weight
 
 # Numbers in a block of logits, 2 MB of float32, and in the rows of one: a block stays in the second-level cache from
@@ -73,8 +74,9 @@ def softmax_cross_entropy(
     mask_padding = _check.flag("embax.softmax_cross_entropy(mask_padding=...)", mask_padding)
     chunk = _rows_of_block(chunk, labels.size, table)
     # The padding row's gradient is left out block by block instead.
-    weight = _ids.on_every_device(trained_whole(dataclasses.replace(table, padding_idx=None)))
-    weight, x, labels = varying_alike(weight, x, labels)
+    weight = trained_whole(dataclasses.replace(table, padding_idx=None))
+    if table.placement is None:
+        weight, x, labels = varying_alike(_ids.on_every_device(weight), x, labels)
     return _jitted(chunk, mask_padding, with_weight(table, None), weight, x, labels)
 
 
@@ -107,6 +109,10 @@ def checked_batch(call: str, table: Table, x: Any, labels: Any) -> tuple[Array, 
 
 
 def _rows_of_block(chunk: int | None, tokens: int, table: Table) -> int:
+    rows = table.rows
+    if table.placement is not None:  # those of a device
+        tokens = -(-tokens // Tokens(table.placement, (tokens,)).copies)
+        rows = -(-table.placement.block // table.placement.column_shards)
     if chunk is None:
         width = max(tokens, int(np.prod(table.dim)), 1)
         chunk = max(_BLOCK // width, _LEAST_ROWS)
@@ -115,7 +121,7 @@ def _rows_of_block(chunk: int | None, tokens: int, table: Table) -> int:
         raise ValueError(
             f"`embax.softmax_cross_entropy(chunk=...)` must be at least 1, got {chunk}. Pass the rows of a block."
         )
-    return max(min(chunk, table.rows), 1)
+    return max(min(chunk, rows), 1)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -128,17 +134,37 @@ _jitted = jax.jit(_losses, static_argnums=(0, 1), inline=True)
 
 
 def _losses_fwd(chunk: int, mask_padding: bool, *args: Any) -> tuple[Array, Any]:
-    _, _, x, labels = args
-    of_token = PartitionSpec(*jax.typeof(x).sharding.spec[: labels.ndim])
-    loss, *normalizer = with_auto_axes(functools.partial(_forward, chunk, mask_padding), (of_token,) * 3, args)
+    rules, weight, x, labels = args
+    forward = functools.partial(_forward, chunk, mask_padding, rules)
+    if rules.placement is None:
+        of_token = PartitionSpec(*jax.typeof(x).sharding.spec[: labels.ndim])
+        of_tokens = with_auto_axes(forward, (of_token,) * 3, (weight, x, labels))
+    else:
+        tokens = Tokens(rules.placement, labels.shape)
+        given = tokens.laid_out(x), tokens.laid_out(labels, rules.placement.rows)
+        of_tokens = on_owners(tokens, forward, (tokens.spec,) * 3, weight, *given)
+        of_tokens = tuple(tokens.restored(values, x) for values in of_tokens)
+    loss, *normalizer = of_tokens
     return loss, (*args, *normalizer)
 
 
 def _losses_bwd(chunk: int, mask_padding: bool, saved: Any, cotangent: Array) -> tuple[None, Array, Array, None]:
-    _, weight, x, *_ = saved
-    specs = jax.typeof(weight).sharding.spec, jax.typeof(x).sharding.spec
-    of_weight, of_x = with_auto_axes(functools.partial(_backward, chunk, mask_padding), specs, (*saved, cotangent))
-    return None, of_weight, of_x, None
+    rules, weight, x, labels, *of_tokens = (*saved, cotangent)
+    backward = functools.partial(_backward, chunk, mask_padding, rules)
+    if rules.placement is None:
+        specs = jax.typeof(weight).sharding.spec, jax.typeof(x).sharding.spec
+        of_weight, of_x = with_auto_axes(backward, specs, (weight, x, labels, *of_tokens))
+        return None, of_weight, of_x.astype(x.dtype), None
+    tokens = Tokens(rules.placement, labels.shape)
+
+    def local(*args: Array) -> tuple[Array, Array]:
+        of_weight, of_x = backward(*args)
+        return of_weight, tokens.summed(of_x).astype(x.dtype)
+
+    given = tokens.laid_out(x), tokens.laid_out(labels, rules.placement.rows), *map(tokens.laid_out, of_tokens)
+    specs = rules.placement.spec(weight.shape, weight.shape[1:]), tokens.parted_spec
+    of_weight, of_x = on_owners(tokens, local, specs, weight, *given)
+    return None, of_weight, tokens.restored(of_x, x), None
 
 
 _losses.defvjp(_losses_fwd, _losses_bwd)
@@ -151,35 +177,45 @@ def _forward(
 
     These are two, since of large logits `m + log(sum)` would lose the logarithm's digits.
     """
-    block_of, wide = _blocks(mask_padding, rules, weight, x), accumulator(common_dtype(with_weight(rules, weight), x))
+    own, wide = OwnRows.of(rules, weight), accumulator(common_dtype(with_weight(rules, weight), x))
+    logits_of, places = _logits_of(mask_padding, rules, weight, x), own.places(labels)
 
     def step(start: Any, size: int, carry: Any) -> Any:
         largest, total, of_label = carry
-        logits = block_of(start, size)[1]
+        block = own.read(weight, start, size)
+        logits = logits_of(block)[1]
         # Any number of the size of the logits would do in place of the largest, so it has no derivative.
         higher = jnp.maximum(largest, jax.lax.stop_gradient(jnp.max(logits, axis=-1)))
         # Where all rows so far are masked, nothing is subtracted: infinity less itself is NaN.
         finite = _finite(higher)
         total = total * jnp.exp(largest - finite) + jnp.sum(jnp.exp(logits - finite[..., None]), axis=-1)
-        place = labels - start
-        picked = jnp.take_along_axis(logits, jnp.clip(place, 0, size - 1)[..., None], axis=-1, mode="clip")[..., 0]
-        return higher, total, jnp.where((place >= 0) & (place < size), picked, of_label)
+        place, last = places - block.first, logits.shape[-1] - 1
+        picked = jnp.take_along_axis(logits, jnp.clip(place, 0, last)[..., None], axis=-1, mode="clip")[..., 0]
+        return higher, total, jnp.where((place >= 0) & (place <= last), picked, of_label)
 
     zeros = zeros_as(x, labels.shape, wide)
-    largest, total, of_label = over_blocks(step, weight.shape[0], chunk, (zeros - np.inf, zeros, zeros))
+    carry = over_blocks(step, weight.shape[0], chunk * own.parts, (zeros - np.inf, zeros, zeros))
+    largest, total, of_label = _of_all_owners(own, *carry)
     loss = largest - of_label + jnp.log(total)
-    loss = jnp.where(_is_row(rules, weight.shape[0], labels), loss, np.nan)
+    loss = jnp.where(_is_row(rules, own.rows, labels), loss, np.nan)
     if mask_padding:
         loss = jnp.where(_ids.is_padding(labels, rules.padding_idx), 0, loss)
     return loss, largest, total
 
 
+def _of_all_owners(own: OwnRows, largest: Array, total: Array, of_label: Array) -> tuple[Array, Array, Array]:
+    """Join what the devices that have other rows have found of the same tokens; only one of them has the label."""
+    highest = own.highest(largest)
+    return highest, own.summed(total * jnp.exp(largest - _finite(highest))), own.summed(of_label)
+
+
 def _backward(
     chunk: int, mask_padding: bool, rules: Table, weight: Array, x: Array, labels: Array, *of_tokens: Array
 ) -> tuple[Array, Array]:
-    """Return the gradients of the weight and of `x`."""
+    """Return the gradients of the weight, and of `x` by the rows that are here, which is wide."""
     largest, total, g = of_tokens
-    counted = _is_row(rules, weight.shape[0], labels)
+    own = OwnRows.of(rules, weight)
+    counted = _is_row(rules, own.rows, labels)
     if mask_padding:
         counted &= ~_ids.is_padding(labels, rules.padding_idx)
     # By selection, also of the vectors: 0 * NaN is NaN.
@@ -187,42 +223,45 @@ def _backward(
     vectors = jnp.where(jnp.expand_dims(counted, tuple(range(labels.ndim, x.ndim))), x, 0)
     largest, g = jnp.where(counted, _finite(largest), 0), jnp.where(counted, g, 0)
     of_normalizer = g / jnp.where(counted & (total != 0), total, 1)
-    block_of, wide = _blocks(mask_padding, rules, weight, vectors), g.dtype
+    logits_of, places, wide = _logits_of(mask_padding, rules, weight, vectors), own.places(labels), g.dtype
 
     def step(start: Any, size: int, carry: Any) -> Any:
         of_weight, of_x = carry
-        rows, logits = block_of(start, size)
-        here = over_last(jnp.arange(size, dtype=labels.dtype), logits.ndim) == (labels - start)[..., None]
+        block = own.read(weight, start, size)
+        rows, logits = logits_of(block)
+        here = (
+            over_last(jnp.arange(rows.shape[0], dtype=labels.dtype), logits.ndim) == (places - block.first)[..., None]
+        )
         error = jnp.exp(logits - largest[..., None]) * of_normalizer[..., None] - jnp.where(here, g[..., None], 0)
         of_x += _dot(error, rows.astype(wide), (labels.ndim,), (0,), wide)
-        of_rows = _dot(error, vectors.astype(wide), batch, batch, wide)
-        if rules.padding_idx is not None:
-            padding = _ids.is_padding(start + jnp.arange(size, dtype=start.dtype), rules.padding_idx)
-            of_rows = jnp.where(jnp.expand_dims(padding, tuple(range(1, of_rows.ndim))), 0, of_rows)
-        return write_block(of_weight, of_rows.astype(weight.dtype), start), of_x
+        of_rows = own.summed_over_copies(_dot(error, vectors.astype(wide), batch, batch, wide))
+        if rules.padding_idx is not None or own.filled_up:
+            left_out = _ids.is_padding(block.ids, rules.padding_idx) | ~own.exist(block.ids)
+            of_rows = jnp.where(jnp.expand_dims(left_out, tuple(range(1, of_rows.ndim))), 0, of_rows)
+        return own.write(of_weight, of_rows.astype(weight.dtype), start, size), of_x
 
     start = zeros_as(x, weight.shape, weight.dtype), zeros_as(x, x.shape, wide)
-    of_weight, of_x = over_blocks(step, weight.shape[0], chunk, start)
-    return of_weight, of_x.astype(x.dtype)
+    return over_blocks(step, weight.shape[0], chunk * own.parts, start)
 
 
-def _blocks(
-    mask_padding: bool, rules: Table, weight: Float[Array, "rows *dim"], x: Float[Array, "*batch_dim"]
-) -> Callable[[Any, int], tuple[Float[Array, "block *dim"], Float[Array, "*batch block"]]]:
-    """Make the function that gives a block of rows as they are read, and their logits."""
-    common = common_dtype(with_weight(rules, weight), x)
+def _logits_of(
+    mask_padding: bool, rules: Table, weight: Float[Array, "stored *part"], x: Float[Array, "*batch_dim"]
+) -> Callable[[Block], tuple[Float[Array, "block *dim"], Float[Array, "*batch block"]]]:
+    """Make the function that gives the rows of a block as they are read, and their logits."""
+    own, common = OwnRows.of(rules, weight), common_dtype(with_weight(rules, weight), x)
     vectors, wide = x.astype(common), accumulator(common)
     axes = tuple(range(x.ndim - weight.ndim + 1, x.ndim)), tuple(range(1, weight.ndim))
+    masked = rules.padding_idx if mask_padding else None
 
-    def block(start: Any, size: int) -> tuple[Array, Array]:
-        ids = start + jnp.arange(size, dtype=_ids.index_dtype(weight.shape[0]))
-        rows = clipped_rows(rules, ids, read_block(weight, start, size)).astype(common)
+    def logits_of(block: Block) -> tuple[Array, Array]:
+        rows = clipped_rows(rules, block.ids, block.rows).astype(common)
         logits = _dot(vectors, rows, *axes, wide)
-        if mask_padding and rules.padding_idx is not None:
-            logits = jnp.where(over_last(_ids.is_padding(ids, rules.padding_idx), logits.ndim), -np.inf, logits)
+        if masked is not None or own.filled_up:
+            left_out = _ids.is_padding(block.ids, masked) | ~own.exist(block.ids)
+            logits = jnp.where(over_last(left_out, logits.ndim), -np.inf, logits)
         return rows, logits
 
-    return block
+    return logits_of
 
 
 def _dot(a: Array, b: Array, axes_a: tuple[int, ...], axes_b: tuple[int, ...], dtype: np.dtype) -> Array:

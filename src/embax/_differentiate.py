@@ -8,10 +8,13 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 from jax.extend.core import jaxpr_as_fun
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array, Shaped
 
 from . import _ids, _placed, _tape
+from ._mesh import laid_out
 from ._modules import fixed_leaves
+from ._placement import Placement
 from ._rows import RowGrad, apply_updates, is_trained, no_rows, row_grad
 from ._table import Table, with_weight
 
@@ -154,7 +157,7 @@ def _differentiate(
     # What a head reads is differentiated as any other leaf, beside the taps of its lookups.
     left_out = {*sparse, *constant, *fixed} - {*seen.whole}
     others = [None if i in left_out else leaf for i, leaf in enumerate(leaves)]
-    taps = [tap_of(lookup, weights[lookup.table]) for lookup in lookups]
+    taps = [tap_of(lookup, weights[lookup.table], leaves[sparse[lookup.table]].placement) for lookup in lookups]
     outputs: list[Any] = []
 
     def with_taps(others: Sequence[Any], taps: Sequence[Array], stand_ins: Sequence[Any]) -> Any:
@@ -242,9 +245,16 @@ def checked_pair(call: str, has_aux: bool, out: Any) -> tuple[Any, Any]:
     return out[0], out[1]
 
 
-def tap_of(lookup: _tape.Lookup, weight: Array) -> Shaped[Array, "*batch_dim"]:
-    """Zeros that vary over the axes of a `shard_map` as the rows do, lest their gradient is summed over these."""
+def tap_of(lookup: _tape.Lookup, weight: Array, placement: Placement | None = None) -> Shaped[Array, "*batch_dim"]:
+    """Zeros that vary over the axes of a `shard_map` as the rows do, lest their gradient is summed over these.
+
+    Of a table on a mesh with explicit axes, they are laid out as the rows are, too.
+    """
     tap = jnp.zeros(lookup.shape, lookup.dtype)
+    if placement is not None and AxisType.Explicit in placement.mesh.axis_types:
+        explicit = AxisType.Explicit in lookup.ids.sharding.mesh.axis_types
+        spec = PartitionSpec(*(lookup.ids.sharding.spec if explicit else ()))
+        return laid_out(tap, NamedSharding(placement.mesh, spec))
     axes = lookup.ids.manual_axis_type.varying | jax.typeof(weight).manual_axis_type.varying
     return jax.lax.pcast(tap, tuple(axes), to="varying") if axes else tap
 

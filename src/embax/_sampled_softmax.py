@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec, reshard
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from . import _candidates, _check, _ids
@@ -78,6 +79,7 @@ def sampled_softmax(
     """
     call = "embax.sampled_softmax"
     x, labels = checked_batch(call, table, x, labels)
+    labels = _laid_out_as(x, labels)
     candidates = _candidates.checked_candidates(f"{call}(candidates=...)", candidates, table.rows)
     samples = _check.integer(f"{call}(samples=...)", samples)
     if samples < 1:
@@ -97,6 +99,14 @@ def sampled_softmax(
     others = jnp.where(_left_out(table, labels, drawn, remove_hits), -np.inf, others)
     loss = jnp.where(counted, _cross_entropy(of_label, others), 0)
     return jnp.where(valid, loss, np.nan)
+
+
+def _laid_out_as(x: Float[Array, "*batch_dim"], labels: Int[Array, "*batch"]) -> Int[Array, "*batch"]:
+    """Lay labels out as their vectors, where axes are explicit, which meet only if they are laid out alike."""
+    sharding = _ids.explicit_sharding(x)
+    if sharding is None:
+        return labels
+    return reshard(labels, NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[: labels.ndim])))
 
 
 def _products(vectors: Float[Array, "*batch_dim"], rows: Float[Array, "*batch_dim"], batch: int) -> Array:

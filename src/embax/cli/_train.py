@@ -1,14 +1,20 @@
 """`embax train`: a text to vectors."""
 
-from typing import Annotated
+import contextlib
+import re
+from typing import Annotated, Any
 
 import typer
 
 from ._common import Json, UserError, at_least_one, is_same_file, not_negative, print_json, printable, rule
 from ._display import Display
+from ._processes import address, together
 
 _share = rule(lambda value: 0 <= value <= 1, "a number from 0 to 1")
 _rate = rule(lambda value: 0 < value <= 1, "above 0 and at most 1")
+_host_and_port = rule(
+    lambda value: re.fullmatch(r"\S+:\d{1,5}", value) is not None, "a host and a port such as 10.0.0.1:1234"
+)
 
 
 def train(
@@ -36,42 +42,69 @@ def train(
     seed: Annotated[
         int, typer.Option(callback=not_negative, help="The same seed gives the same file on the same machine.")
     ] = 0,
+    checkpoint: Annotated[
+        str | None,
+        typer.Option(
+            help="A directory in which training is saved now and then, and from which the same command goes on where "
+            "it was ended. All processes have to see it.",
+        ),
+    ] = None,
+    checkpoint_every: Annotated[
+        int, typer.Option(callback=at_least_one, help="Steps of training from one checkpoint to the next.")
+    ] = 10_000,
+    distributed: Annotated[
+        bool,
+        typer.Option(
+            "--distributed",
+            help="Train together with other processes that run the same command, as Slurm, MPI or Kubernetes start "
+            "them. Each learns from its part of the text; the first one prints and writes.",
+        ),
+    ] = False,
+    coordinator: Annotated[
+        str | None,
+        typer.Option(
+            callback=_host_and_port,
+            metavar="HOST:PORT",
+            help="With --distributed, where the first process listens. Default: what the cluster says.",
+        ),
+    ] = None,
+    num_processes: Annotated[
+        int | None, typer.Option(callback=at_least_one, help="With --coordinator, how many processes there are.")
+    ] = None,
+    process_id: Annotated[
+        int | None,
+        typer.Option(callback=not_negative, help="With --coordinator, which one of them this is, from 0 up."),
+    ] = None,
     json: Json = False,
 ) -> None:
     """Learn word vectors from a text, by skip-gram with negative sampling (Mikolov et al., 2013).
 
     Words are lower-cased; a blank line ends the context of a word.
     """
-    import embax.files
-    import embax.train
+    where = address(distributed, coordinator, num_processes, process_id)
+    if checkpoint is None:
+        lost = "Start all of them again; with --checkpoint they would go on where they were."
+    else:
+        lost = "Start again with the same --checkpoint to go on."
+    options = {
+        "dim": dim,
+        "window": window,
+        "negative": negative,
+        "epochs": epochs,
+        "min_count": min_count,
+        "sample": sample,
+        "learning_rate": learning_rate,
+        "seed": seed,
+    }
+    if checkpoint is not None:
+        options |= {"checkpoint": checkpoint, "checkpoint_every": checkpoint_every}
+    with together(where, lost) as is_first:
+        if where is not None:
+            import jax
 
-    embax.files.check_writable(output)
-    name = "standard input" if text == "-" else text
-    if text != "-" and is_same_file(text, output):
-        raise UserError(f"{output}: is the text itself. Name another file for the vectors.")
-    with Display() as display:
-        try:
-            vectors = embax.train.skipgram(
-                display.reading(embax.train.tokenize(embax.files.read_text(text))),
-                dim=dim,
-                window=window,
-                negative=negative,
-                epochs=epochs,
-                min_count=min_count,
-                sample=sample,
-                learning_rate=learning_rate,
-                seed=seed,
-                progress=display.training,
-            )
-        except embax.train.CorpusError as error:
-            raise UserError(f"{name}: {error.reason}") from None
-        except (MemoryError, RuntimeError) as error:  # JAX's own error of a lack of memory is a RuntimeError
-            if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            raise UserError("not enough memory. Lower --dim or --window, or raise --min-count.") from None
-        vectors.save(output)
-        display.say(f"wrote {printable(output)}: {len(vectors):,} words, {dim} dimensions")
-    if json:
+            options["mesh"] = jax.make_mesh((jax.device_count(),), ("devices",))
+        vectors = _train(text, output, options, is_first)
+    if json and is_first:
         print_json(
             {
                 "output": output,
@@ -81,3 +114,39 @@ def train(
                 "seed": seed,
             }
         )
+
+
+def _train(text: str, output: str, options: dict[str, Any], is_first: bool) -> Any:
+    """Train, and if this process is the first one, tell of it and write what it gives."""
+    import embax.files
+    import embax.train
+
+    if is_first:
+        embax.files.check_writable(output)
+    name = "standard input" if text == "-" else text
+    if text != "-" and is_same_file(text, output):
+        raise UserError(f"{output}: is the text itself. Name another file for the vectors.")
+    with Display() if is_first else contextlib.nullcontext() as display:
+        pieces = embax.files.read_text(text)
+        if "mesh" in options:  # each process looks for the words of its own paragraphs only
+            sequences = embax.train.paragraphs(pieces)
+        else:
+            sequences = embax.train.tokenize(pieces)
+            if display is not None:
+                sequences = display.reading(sequences)
+        try:
+            vectors = embax.train.skipgram(sequences, **options, progress=None if display is None else display.training)
+        except embax.train.CorpusError as error:
+            raise UserError(f"{name}: {error.reason}") from None
+        except embax.train.CheckpointError as error:
+            raise UserError(f"{error.path}: {error.reason}") from None
+        except ImportError as error:
+            raise UserError(str(error)) from None
+        except (MemoryError, RuntimeError) as error:  # JAX's own error of a lack of memory is a RuntimeError
+            if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            raise UserError("not enough memory. Lower --dim or --window, or raise --min-count.") from None
+        if display is not None:
+            vectors.save(output)
+            display.say(f"wrote {printable(output)}: {len(vectors):,} words, {options['dim']} dimensions")
+    return vectors

@@ -3,6 +3,7 @@
 import array
 import collections
 import functools
+import json
 import re
 import sys
 import unicodedata
@@ -11,6 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Int32, Int64
+
+from ._parts import WHOLE, Parts
 
 # Stands between two sequences in `Corpus.ids`.
 BREAK = -1
@@ -41,6 +44,52 @@ class Corpus(NamedTuple):
     ids: Int32[np.ndarray, " length"]  # row numbers, with BREAK after each sequence
 
 
+class Paragraph:
+    """A paragraph of text that is cut into words only when it is iterated over.
+
+    Args:
+      text: The text.
+    """
+
+    __slots__ = ("text",)
+
+    def __init__(self, text: str):
+        self.text = text
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(_words_of(self.text))
+
+
+def paragraphs(pieces: Iterable[str]) -> Iterator[Paragraph]:
+    r"""Cut text into paragraphs whose words nobody has looked for yet.
+
+    Of several processes that train together, each has to know how many paragraphs there are, but looks for the words of
+    its own ones only.
+
+    Args:
+      pieces: As in `tokenize`.
+
+    Yields:
+      The paragraphs as `tokenize` cuts them, those without words included.
+
+    Example:
+      >>> import embax.train
+      >>> [list(words) for words in embax.train.paragraphs(["Bright angel!\n\n***\n\nO, speak."])]
+      [['bright', 'angel'], [], ['o', 'speak']]
+    """
+    pending = ""
+    for piece in pieces:
+        pending += piece
+        if len(pending) >= _LONGEST:
+            complete = _PARAGRAPH.split(pending)
+            pending = complete.pop()
+            if not complete:
+                cut = pending.rfind(" ") + 1 or pending.rfind("\n") + 1 or len(pending)
+                complete, pending = [pending[:cut]], pending[cut:]
+            yield from map(Paragraph, complete)
+    yield from map(Paragraph, _PARAGRAPH.split(pending))
+
+
 def tokenize(pieces: Iterable[str]) -> Iterator[list[str]]:
     r"""Cut text into paragraphs of lower-cased words.
 
@@ -59,28 +108,30 @@ def tokenize(pieces: Iterable[str]) -> Iterator[list[str]]:
       >>> list(embax.train.tokenize(["O, speak ag", "ain, bright angel!\n\nROMEO'S love."]))
       [['o', 'speak', 'again', 'bright', 'angel'], ["romeo's", 'love']]
     """
-    pending = ""
-    for piece in pieces:
-        pending += piece
-        if len(pending) >= _LONGEST:
-            paragraphs = _PARAGRAPH.split(pending)
-            pending = paragraphs.pop()
-            if not paragraphs:
-                cut = pending.rfind(" ") + 1 or pending.rfind("\n") + 1 or len(pending)
-                paragraphs, pending = [pending[:cut]], pending[cut:]
-            yield from _words_of(paragraphs)
-    yield from _words_of(_PARAGRAPH.split(pending))
+    for paragraph in paragraphs(pieces):
+        if words := _words_of(paragraph.text):
+            yield words
 
 
 def encode(sequences: Iterable[Iterable[str]], min_count: int) -> Corpus:
+    """Number the words of a corpus, as `encode_parts` does of a corpus that is in one part."""
+    return encode_parts(sequences, min_count, WHOLE)[0]
+
+
+def encode_parts(sequences: Iterable[Iterable[str]], min_count: int, parts: Parts) -> list[Corpus]:
     """Number the words of a corpus in one pass, four bytes a word; its text is not kept.
 
+    Sequence `i` belongs to part `i mod n`. A process keeps the sequences of its own parts, counts their words, and adds
+    up the counts with the other processes.
+
     Args:
-      sequences: The words of each sequence. No window reaches from one into another.
+      sequences: The words of each sequence, the same in all processes. No window reaches from one into another.
       min_count: Words that occur less often are left out, as though they had not been there.
+      parts: The parts.
 
     Returns:
-      The vocabulary, by falling count and then by spelling, and the corpus in its row numbers.
+      For each part of this process, the vocabulary of all, by falling count and then by spelling, and the part in its
+      row numbers.
 
     Raises:
       TypeError: If a sequence is a string, whose items are characters.
@@ -88,26 +139,38 @@ def encode(sequences: Iterable[Iterable[str]], min_count: int) -> Corpus:
     """
     seen: collections.defaultdict[str, int] = collections.defaultdict()
     seen.default_factory = seen.__len__
-    ids = array.array("i")
-    for sequence in sequences:
+    own = {number: array.array("i") for number in parts.own}
+    for number, sequence in enumerate(sequences):
         if isinstance(sequence, str):
             raise TypeError(
                 f"`embax.train.skipgram(sequences=...)` must be sequences of words, got the string {sequence[:40]!r}. "
                 "Split it, as in embax.train.tokenize([text])."
             )
-        ids.extend(map(seen.__getitem__, sequence))
-        ids.append(BREAK)
-    encoded = np.frombuffer(ids, np.int32) if ids else np.zeros(0, np.int32)
-    counts = np.bincount(encoded[encoded != BREAK], minlength=len(seen))
-    spellings = list(seen)
+        if (ids := own.get(number % parts.number)) is not None:
+            ids.extend(map(seen.__getitem__, sequence))
+            ids.append(BREAK)
+    encoded = [np.frombuffer(ids, np.int32) if ids else np.zeros(0, np.int32) for ids in own.values()]
+    own_counts = sum(np.bincount(ids[ids != BREAK], minlength=len(seen)) for ids in encoded)
+    spellings, counts = _of_all_processes(list(seen), np.asarray(own_counts), parts)
     order = sorted(np.flatnonzero(counts >= min_count).tolist(), key=lambda first: (-counts[first], spellings[first]))
     if not order:
         raise CorpusError(_why_empty(spellings, counts, min_count))
-    rows = np.full(len(seen) + 1, BREAK - 1, np.int32)
-    rows[order] = np.arange(len(order), dtype=np.int32)
-    rows[BREAK] = BREAK
-    encoded = rows[encoded]
-    return Corpus([spellings[first] for first in order], counts[order], encoded[encoded >= BREAK])
+    tokens, counts = [spellings[first] for first in order], counts[order]
+    row_of = dict(zip(tokens, range(len(tokens)), strict=True))
+    rows = np.asarray([*(row_of.get(word, BREAK - 1) for word in seen), BREAK], np.int32)
+    return [Corpus(tokens, counts, (found := rows[ids])[found >= BREAK]) for ids in encoded]
+
+
+def _of_all_processes(
+    spellings: list[str], counts: Int64[np.ndarray, " distinct"], parts: Parts
+) -> tuple[list[str], Int64[np.ndarray, " distinct"]]:
+    """Add up the counts of all processes, word by word."""
+    if not parts.is_shared:
+        return spellings, counts
+    total: collections.Counter[str] = collections.Counter()
+    for found in parts.gather(json.dumps([spellings, counts.tolist()]).encode()):
+        total.update(dict(zip(*json.loads(found), strict=True)))
+    return list(total), np.asarray(list(total.values()), np.int64)
 
 
 def _why_empty(spellings: list[str], counts: Int64[np.ndarray, " distinct"], min_count: int) -> str:
@@ -120,13 +183,11 @@ def _why_empty(spellings: list[str], counts: Int64[np.ndarray, " distinct"], min
     )
 
 
-def _words_of(paragraphs: Iterable[str]) -> Iterator[list[str]]:
-    for paragraph in paragraphs:
-        text, word = paragraph, _ASCII_WORD
-        if not text.isascii():
-            text, word = unicodedata.normalize("NFC", text).replace("\u2019", "'"), _any_word()
-        if words := word.findall(text.lower().replace("_", " ")):
-            yield words
+def _words_of(text: str) -> list[str]:
+    word = _ASCII_WORD
+    if not text.isascii():
+        text, word = unicodedata.normalize("NFC", text).replace("\u2019", "'"), _any_word()
+    return word.findall(text.lower().replace("_", " "))
 
 
 @functools.cache

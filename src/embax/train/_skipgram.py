@@ -2,6 +2,7 @@
 
 import functools
 import math
+import os
 import time
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
@@ -9,17 +10,21 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float32, Int32, Int64, Key, Shaped, UInt32
 
-from .. import _check, _dedupe
+from .. import _check, _dedupe, _placed
 from .._candidates import draw_pieces, pieces
 from .._grad import value_and_grad
 from .._lookup import lookup
-from .._rows import RowGrad, apply_updates
+from .._rows import RowGrad, apply_updates, row_grad
 from .._table import Table
+from ..sharding import unshard
 from ..vectors import Vectors
-from ._corpus import encode
-from ._windows import batches
+from ._corpus import encode_parts
+from ._parts import AXIS, WHOLE, Parts, parts_of
+from ._resume import Checkpoints, fingerprint
+from ._windows import STEPS_A_CALL, batches_of_parts
 
 # The most that a row moves in a step, in units of its mean gradient. The logistic loss has a curvature of at most
 # |row|^2 / 4, and rows stay shorter than about 3, so that 0.8 keeps clear of the edge of stability at 2 / curvature.
@@ -37,11 +42,12 @@ class Progress(NamedTuple):
     total_words: int  # of all epochs
     loss: Array  # () float32, in nats a pair; to read it is to wait for the device
     seconds: float  # since the first step began, compilation included
+    words_before: int = 0  # of the words, those of the run that this one goes on from
 
     @property
     def words_per_second(self) -> float:
         """The mean speed so far."""
-        return self.words / max(self.seconds, 1e-9)
+        return (self.words - self.words_before) / max(self.seconds, 1e-9)
 
     @property
     def seconds_left(self) -> float:
@@ -70,6 +76,9 @@ def skipgram(
     learning_rate: float = 0.025,
     seed: int = 0,
     progress: Callable[[Progress], None] | None = None,
+    mesh: Mesh | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    checkpoint_every: int = 10_000,
 ) -> Vectors:
     """Learn word vectors by skip-gram with negative sampling.
 
@@ -79,6 +88,12 @@ def skipgram(
     The noise words of a centre are shared by the words of its window (Ji et al.). A step descends the summed gradient
     of up to 1024 centres. As it stands that would diverge for rows that occur in hundreds of them, so no row moves
     further than 0.8 times its mean gradient. The same seed gives the same vectors on the same machine.
+
+    On a mesh, each device holds its part of both tables and learns from its part of the corpus, which is every `n`-th
+    sequence. The mesh may be one of several processes. Each of them then calls this with the same arguments and goes
+    through all sequences, but looks into and keeps only those of its own devices; each gets the same vectors. These
+    depend on the number of devices, but not on that of the processes they belong to. `embax.train.paragraphs` gives
+    sequences that take no work until they are looked into.
 
     Args:
       sequences: The words of each sequence, such as `embax.train.tokenize` gives; read once. No window reaches from one
@@ -94,14 +109,22 @@ def skipgram(
         It falls linearly to a ten-thousandth. In (0, 1].
       seed: Any number from 0 up; the start of all that is random.
       progress: Called after each few steps. It need not read `Progress.loss` each time.
+      mesh: A mesh of all devices that take part. Default: none, and the default device alone.
+      checkpoint: A directory that all processes see, in which the run is saved now and then. If it holds a checkpoint
+        of the same run, with the same arguments and as many devices, the run goes on from there, and gives what it
+        would have given without the interruption. Default: none.
+      checkpoint_every: The number of steps from one checkpoint to the next, rounded up to a multiple of 16. An epoch
+        has about 512 steps, or as many as there are times 1024 words.
 
     Returns:
       The vectors, by falling count and then by spelling.
 
     Raises:
       CorpusError: If no word occurs `min_count` times; a ValueError.
+      CheckpointError: If the directory holds checkpoints of another run, or damaged ones; a ValueError.
       TypeError: If an argument is of the wrong type.
       ValueError: If an argument is outside its range.
+      ImportError: If there is to be a checkpoint, and Orbax is not installed.
 
     Example:
       >>> import embax.train
@@ -116,30 +139,48 @@ def skipgram(
     """
     call = "embax.train.skipgram"
     sizes = {"dim": dim, "window": window, "negative": negative, "epochs": epochs, "min_count": min_count}
-    dim, window, negative, epochs, min_count = (
+    sizes |= {"checkpoint_every": checkpoint_every}
+    dim, window, negative, epochs, min_count, checkpoint_every = (
         _at_least_one(f"{call}({name}=...)", value) for name, value in sizes.items()
     )
     learning_rate = _at_most_one(f"{call}(learning_rate=...)", learning_rate)
     # Above a frequency that no word has, nothing is left out.
     sample = _at_most_one(f"{call}(sample=...)", sample) if sample != 0 else math.inf
-    rng = np.random.default_rng(_check.size(f"{call}(seed=...)", seed))
-    corpus = encode(sequences, min_count)
+    seed = _check.size(f"{call}(seed=...)", seed)
+    parts = parts_of(call, mesh)
+    corpora = encode_parts(sequences, min_count, parts)
+    tokens, counts = corpora[0].tokens, corpora[0].counts
 
-    rows = len(corpus.tokens)
-    state = _start(jax.random.key(int(rng.integers(2**31))), rows, dim)
-    noise = _noise(corpus.counts)
-    total = epochs * int(corpus.counts.sum())
-    began, words, loss_before = time.monotonic(), 0, None
-    for windows in batches(corpus, window, epochs, sample, rng):
-        rate = learning_rate * max(_LAST_RATE, 1 - words / total)
-        state, loss = _train(state, noise, windows.centres, windows.contexts, jnp.float32(rate), negative)
-        words = windows.words
+    rng = np.random.default_rng(seed)
+    state = _start(jax.random.key(int(rng.integers(2**31))), len(tokens), dim, parts)
+    noise = parts.everywhere(_noise(counts))
+    streams = [rng] if mesh is None else rng.spawn(parts.number)
+    rngs = [streams[i] for i in parts.own]
+    total = epochs * int(counts.sum())
+    saved, calls = None, 0
+    if checkpoint is not None:
+        options = sizes | {"learning_rate": learning_rate, "sample": sample, "seed": seed, "mesh": mesh is not None}
+        del options["checkpoint_every"]
+        every = -(-checkpoint_every // STEPS_A_CALL)
+        saved = Checkpoints(checkpoint, every, fingerprint(corpora, parts, options), parts)
+        kept, calls = saved.restore(_without_scratch(state))
+        state = kept._replace(key=parts.everywhere(kept.key), slots=state.slots)
+    began, words_before, loss_before = time.monotonic(), None, None
+    for windows in batches_of_parts(corpora, parts, window, epochs, sample, rngs, skip=calls):
+        words_before = windows.words_before if words_before is None else words_before
+        rate = np.float32(learning_rate * max(_LAST_RATE, 1 - windows.words_before / total))
+        centres, contexts = parts.split(windows.centres), parts.split(windows.contexts)
+        state, loss = _train(state, noise, centres, contexts, rate, negative)
+        calls += 1
         # One call is prepared while the one before it runs, and no more: else they would pile up in memory.
         jax.block_until_ready(loss_before)
         loss_before = loss
+        if saved is not None:
+            saved.save(_without_scratch(state), calls)
         if progress is not None:
-            progress(Progress(windows.epoch, epochs, words, total, loss, time.monotonic() - began))
-    return Vectors(corpus.tokens, np.asarray(state.inputs.weight), corpus.counts)
+            seconds = time.monotonic() - began
+            progress(Progress(windows.epoch, epochs, windows.words, total, loss, seconds, words_before))
+    return Vectors(tokens, np.asarray(unshard(state.inputs).weight), counts)
 
 
 @functools.partial(jax.jit, static_argnames="negative", donate_argnames="state")
@@ -199,10 +240,18 @@ def _descend(
     slots: _dedupe.Slots,
 ) -> tuple[Table, _dedupe.Slots]:
     """Take a step down the gradient, its length limited for rows that were used often."""
-    values = gradient.values, jnp.ravel(uses).astype(jnp.float32)
-    slots, (ids, (summed, total), _) = _dedupe.combine(slots, gradient.ids, values, table.rows)
+    placement, uses = table.placement, jnp.ravel(uses).astype(jnp.float32)
+    if placement is None:
+        slots, (ids, (summed, total), _) = _dedupe.combine(slots, gradient.ids, (gradient.values, uses), table.rows)
+    else:
+        # In the order of the gradient, and as one more of its columns, so that both take one way to the owners.
+        uses = _placed.joined(placement, [uses], 0)
+        values = jnp.concatenate([gradient.values, uses[:, None]], axis=1)
+        (ids, values, _), _ = _placed.combine(placement, gradient.ids, values, (values.shape[1],))
+        summed, total = values[:, :-1], values[:, -1]
     rates = jnp.minimum(rate, _LARGEST_MOVE / jnp.maximum(total, 1))
-    return apply_updates(table, RowGrad(ids, -rates[:, None] * summed, table.rows)), slots
+    update = row_grad(ids, -rates[:, None] * summed, table.rows, at_owners=placement is not None)
+    return apply_updates(table, update), slots
 
 
 def _exists(ids: Int32[Array, "*batch"], table: Table) -> Bool[Array, "*batch"]:
@@ -210,7 +259,7 @@ def _exists(ids: Int32[Array, "*batch"], table: Table) -> Bool[Array, "*batch"]:
     return ids < table.rows
 
 
-def _start(key: Key[Array, ""], rows: int, dim: int) -> State:
+def _start(key: Key[Array, ""], rows: int, dim: int, parts: Parts = WHOLE) -> State:
     """Start as word2vec does: small random inputs, outputs of zero."""
     key_inputs, key = jax.random.split(key)
 
@@ -218,9 +267,20 @@ def _start(key: Key[Array, ""], rows: int, dim: int) -> State:
         return jax.random.uniform(key, shape, dtype, -0.5 / dim, 0.5 / dim)
 
     # An id without a row reads zero and trains nothing, so that padding needs no mask but in the loss.
-    inputs = Table.create(key_inputs, rows, dim, init=small, out_of_range="zero")
-    outputs = Table(jnp.zeros((rows, dim), jnp.float32), out_of_range="zero")
-    return State(inputs, outputs, key, (_dedupe.scratch(rows), _dedupe.scratch(rows)))
+    rules: dict[str, Any] = {"out_of_range": "zero"}
+    if parts.mesh is None:
+        inputs = Table.create(key_inputs, rows, dim, init=small, **rules)
+        outputs = Table(jnp.zeros((rows, dim), jnp.float32), **rules)
+        return State(inputs, outputs, key, (_dedupe.scratch(rows), _dedupe.scratch(rows)))
+    # Rows are in the order of their frequency: in blocks, the first device would have all the work.
+    rules |= {"mesh": parts.mesh, "axis": AXIS, "layout": "rows-cyclic"}
+    inputs = Table.create(key_inputs, rows, dim, init=small, **rules)
+    outputs = Table.create(key_inputs, rows, dim, init=jax.nn.initializers.zeros, **rules)
+    return State(inputs, outputs, parts.everywhere(key), (None, None))
+
+
+def _without_scratch(state: State) -> State:
+    return state._replace(slots=(None, None))
 
 
 def _noise(counts: Int64[np.ndarray, " rows"]) -> UInt32[Array, " rows"]:

@@ -1,0 +1,146 @@
+"""Entries: the arrays of a tree under the names of its nodes and tables."""
+
+import dataclasses
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .._collection import Collection
+from .._placement import Placement
+from .._stacks import cut_out
+from .._table import Table
+from ..optim import LiftState
+
+# Dtypes that TensorStore, and so Orbax, has no name for.
+_UNKNOWN = {"object", "uint2", "uint4", "float8_e4m3"}
+
+
+class Entry(NamedTuple):
+    """One array of a tree, or the rows of a table that are stored in it."""
+
+    name: str  # the names of the nodes above it, joined by "/"
+    value: Any  # an array, a shape or a number
+    placement: Placement | None = None  # where its rows are, if it has those of a placed table
+    start: int = 0  # from which of them on they belong to the table
+    rows: int | None = None  # how many of them; None where it is not a table
+
+
+def entries_of(call: str, tree: Any) -> list[Entry]:
+    """List the arrays of a tree.
+
+    Args:
+      call: The call for the messages.
+      tree: A pytree. A Collection in it has its tables for nodes.
+
+    Returns:
+      The entries, in the order of the tree's leaves.
+
+    Raises:
+      TypeError: If a leaf is no array, random key or number.
+      ValueError: If two leaves have one name.
+    """
+    entries = _entries(call, tree, ())
+    taken: set[str] = set()
+    nodes = {"/".join(parts[:n]) for entry in entries for parts in [entry.name.split("/")] for n in range(len(parts))}
+    for name in (entry.name for entry in entries):
+        if name in taken or name in nodes:
+            raise ValueError(f"`{call}` must have a name of its own for each leaf, got {name!r} twice. Rename a node.")
+        taken.add(name)
+    return entries
+
+
+def _entries(call: str, tree: Any, above: tuple[Any, ...]) -> list[Entry]:
+    found = []
+    for path, node in jax.tree.flatten_with_path(tree, is_leaf=lambda node: isinstance(node, Table | Collection))[0]:
+        path = (*above, *path)
+        name = jax.tree_util.keystr(path, simple=True, separator="/") or "tree"
+        if isinstance(node, Collection):
+            for member in node._members:
+                stack, of_member = node.stacks[member.stack], (*path, jax.tree_util.DictKey(member.name))
+                if isinstance(stack, Table) and stack.weight is not None and stack.placement is not None:
+                    name = jax.tree_util.keystr(of_member, simple=True, separator="/")
+                    found.append(Entry(name, stack.weight, stack.placement, member.start, member.rows))
+                else:
+                    found += _entries(call, cut_out(stack, member), of_member)
+        elif isinstance(node, Table):
+            if node.weight is not None:
+                found.append(Entry(name, node.weight, node.placement, 0, node.rows))
+        elif _can_be_written(node):
+            found.append(Entry(name, node))
+        else:
+            raise TypeError(
+                f"`{call}` must have a tree of arrays, random keys and numbers, got {_kind(node)} for {name!r}. "
+                "Leave it out."
+            )
+    return found
+
+
+def _can_be_written(value: Any) -> bool:
+    if not (hasattr(value, "shape") and hasattr(value, "dtype")):
+        return isinstance(value, float | complex) or (isinstance(value, int) and -(2**63) <= value < 2**63)
+    if is_key(value):
+        return True
+    dtype = np.dtype(value.dtype)
+    return dtype.kind not in "USMm" and dtype.names is None and dtype.name not in _UNKNOWN
+
+
+def _kind(value: Any) -> str:
+    if hasattr(value, "dtype"):
+        return f"an array of {value.dtype}"
+    return f"a number of {value.bit_length()} bits" if isinstance(value, int) else type(value).__name__
+
+
+def is_key(value: Any) -> bool:
+    """Whether a leaf is an array of random keys."""
+    return hasattr(value, "dtype") and jnp.issubdtype(value.dtype, jax.dtypes.prng_key)
+
+
+def described(entry: Entry) -> dict[str, Any]:
+    """What an entry of a checkpoint has to fit: the shape without what fills up a placed table, and the dtype."""
+    shape = np.shape(entry.value)
+    if entry.placement is not None:
+        shape = (entry.rows, *shape[1:])
+    dtype = entry.value.dtype if hasattr(entry.value, "dtype") else np.asarray(entry.value).dtype
+    return {"shape": list(shape), "dtype": str(dtype)}
+
+
+def is_empty(entry: Entry) -> bool:
+    """Whether an entry has no numbers; Orbax takes no such thing."""
+    return math.prod(described(entry)["shape"]) == 0
+
+
+def by_blocks(placement: Placement, rows: int) -> Placement:
+    """How rows are laid out that are written or read: in their order, in as many blocks as there are devices.
+
+    Args:
+      placement: How they are laid out otherwise.
+      rows: How many there are.
+
+    Returns:
+      A placement on the same mesh.
+    """
+    axes = (*placement.axes, *(name for name in placement.mesh.axis_names if name not in placement.axes))
+    return dataclasses.replace(placement, axes=axes, columns=None, cyclic=False, rows=rows)
+
+
+def without_scratch(tree: Any) -> Any:
+    """Leave out what `embax.optim.lift` keeps from step to step and does not look at."""
+    return jax.tree.map(lambda node: node._replace(slots=()) if _is_lifted(node) else node, tree, is_leaf=_is_lifted)
+
+
+def with_scratch(tree: Any, like: Any) -> Any:
+    """Put it back, as another tree has it."""
+
+    def put_back(node: Any, of_like: Any) -> Any:
+        if not _is_lifted(node):
+            return node
+        return node._replace(slots=tuple(None if x is None else jnp.zeros(x.shape, x.dtype) for x in of_like.slots))
+
+    return jax.tree.map(put_back, tree, like, is_leaf=_is_lifted)
+
+
+def _is_lifted(node: Any) -> bool:
+    return isinstance(node, LiftState)

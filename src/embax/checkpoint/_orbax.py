@@ -1,0 +1,58 @@
+"""The steps of a directory, as Orbax manages them."""
+
+import os
+from typing import Any
+
+try:
+    import orbax.checkpoint as ocp
+    from etils import epath
+except ImportError as error:
+    raise ImportError(
+        'embax.checkpoint needs Orbax, which is not installed: pip install "embax[checkpoint]"'
+    ) from error
+
+# The items of a step: the arrays, and what there is to say of them.
+ARRAYS, ABOUT = "arrays", "embax"
+FORMAT = 1
+
+
+def path_of(path: str | os.PathLike[str]) -> Any:
+    """A path as Orbax wants it: absolute, and perhaps that of a bucket."""
+    return epath.Path(path) if "://" in os.fspath(path) else epath.Path(path).absolute()
+
+
+def manager_of(path: str | os.PathLike[str], keep: int | None, *, writes: bool) -> ocp.CheckpointManager:
+    """Open a directory.
+
+    Args:
+      path: The directory.
+      keep: How many steps are kept when another one is written; None for all.
+      writes: Whether to write. If so, the directory is made, and what a process that was killed has left is removed.
+
+    Returns:
+      The manager, a context manager.
+    """
+    options = ocp.CheckpointManagerOptions(
+        max_to_keep=keep, enable_async_checkpointing=False, create=writes, cleanup_tmp_directories=writes
+    )
+    return ocp.CheckpointManager(path_of(path), options=options)
+
+
+def nested(values: dict[str, Any]) -> dict[str, Any]:
+    """Make a tree of what has names of nodes, joined by "/": Orbax keeps the names of a tree."""
+    tree: dict[str, Any] = {}
+    for name, value in values.items():
+        *nodes, last = name.split("/")
+        inner = tree
+        for node in nodes:
+            inner = inner.setdefault(node, {})
+        inner[last] = value
+    return tree
+
+
+def taken(tree: dict[str, Any], name: str) -> Any:
+    """Take a value out of such a tree."""
+    *nodes, last = name.split("/")
+    for node in nodes:
+        tree = tree[node]
+    return tree.pop(last)

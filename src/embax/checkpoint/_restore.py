@@ -1,0 +1,232 @@
+"""restore: each device reads a block of rows, and gives those to the others that they are to hold."""
+
+import functools
+import math
+import os
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from .. import _check, _placed
+from .._collection import Collection, restack
+from .._mesh import laid_out
+from .._table import Table, with_weight
+from ._entries import Entry, by_blocks, described, entries_of, is_key, with_scratch, without_scratch
+from ._orbax import ABOUT, ARRAYS, FORMAT, manager_of, nested, ocp, path_of, taken
+
+# What Orbax and TensorStore raise about files that are cut off, missing or altered.
+_OF_DAMAGE = (KeyError, TypeError, ValueError, OSError)
+
+
+def restore(path: str | os.PathLike[str], like: Any, *, step: int | None = None, partial: bool = False) -> Any:
+    """Read a tree that `save` has written, laid out as another one is.
+
+    A table may come back on another number of devices, in another layout, in another Collection, or on no mesh at all.
+    Each device reads a block of rows, and sends to the others what they are to hold; none has the whole.
+
+    Args:
+      path: The directory.
+      like: A pytree of the structure, shapes and dtypes that is wanted: what training began with, or with
+        `jax.ShapeDtypeStruct` for its arrays. The placements of its tables, and the shardings of its arrays, say where
+        everything goes.
+      step: Which checkpoint. Default: the last one.
+      partial: Whether `like` may leave out what is in the checkpoint, which then is not read.
+
+    Returns:
+      The tree, with the values of the checkpoint.
+
+    Raises:
+      FileNotFoundError: If there is no such directory, or no whole checkpoint in it.
+      TypeError: If a leaf of `like` is no array, random key or number.
+      ValueError: If the checkpoint lacks an array, has one more or one of another shape or dtype, or is damaged or not
+        of `save`.
+
+    Example:
+      >>> import embax, jax, jax.numpy as jnp, tempfile
+      >>> mesh = jax.make_mesh((jax.device_count(),), ("x",))
+      >>> table = embax.Table(jnp.ones((10, 2)))
+      >>> with tempfile.TemporaryDirectory() as path:
+      ...     embax.checkpoint.save(path, table)
+      ...     embax.checkpoint.restore(path, embax.shard(table, mesh, "x"))  # doctest: +ELLIPSIS
+      Table(float32[10,2], placement=Placement('rows' over ...))
+    """
+    call = "embax.checkpoint.restore"
+    partial = _check.flag(f"{call}(partial=...)", partial)
+    step = None if step is None else _check.size(f"{call}(step=...)", step)
+    if not path_of(path).is_dir():
+        raise FileNotFoundError(
+            f"`{call}(path=...)` must be a directory with checkpoints, got {os.fspath(path)!r}. Save one first."
+        )
+    bare = without_scratch(like)
+    wanted, structure = jax.tree.flatten(bare, is_leaf=_is_node)
+    # Not the tables of a Collection, but what they would be.
+    nodes = [jax.eval_shape(lambda c: c.tables, node) if isinstance(node, Collection) else node for node in wanted]
+    entries = entries_of(call, structure.unflatten(nodes))
+    with manager_of(path, None, writes=False) as manager:
+        steps = sorted(manager.all_steps())
+        if not steps or (step is not None and step not in steps):
+            missing = "a whole checkpoint" if step is None else f"a whole checkpoint of step {step}"
+            raise FileNotFoundError(
+                f"`{call}(path=...)` must have {missing}, got {os.fspath(path)!r} with the steps {steps}. Name another."
+            )
+        values = _read(call, manager, path, steps[-1] if step is None else step, entries, partial)
+    left = iter(entries)
+
+    def filled(in_collection: bool, node: Any) -> Any:
+        if isinstance(node, Table) and node.weight is None:
+            return node
+        entry = next(left)
+        value = values.pop(entry.name)
+        if not isinstance(node, Table):
+            return value
+        if node.placement is None or entry.placement is None:
+            return with_weight(node, value)
+        blocks = by_blocks(node.placement, node.rows)
+        if in_collection:  # it moves the rows to their places itself
+            return with_weight(node, value, placement=blocks)
+        if blocks != node.placement:
+            value = _placed.moved(blocks, value, node.placement)
+        return with_weight(node, laid_out(value, node.placement.sharding(value.shape, node.dim)))
+
+    out = [
+        jax.tree.map(functools.partial(filled, isinstance(of_like, Collection)), node, is_leaf=_is_node)
+        for node, of_like in zip(nodes, wanted, strict=True)
+    ]
+    return with_scratch(restack(structure.unflatten(out), bare), like)
+
+
+def _is_node(node: Any) -> bool:
+    return isinstance(node, Table | Collection)
+
+
+def _read(
+    call: str, manager: Any, path: str | os.PathLike[str], step: int, entries: Sequence[Entry], partial: bool
+) -> dict[str, Any]:
+    """Read the value of each entry; of a placed table, blocks of its rows."""
+    if not (path_of(path) / str(step) / ABOUT).exists():
+        raise ValueError(
+            f"`{call}(path=...)` must be of embax.checkpoint.save, got {os.fspath(path)!r}, whose step {step} is not. "
+            "Read it with what has written it."
+        )
+    try:
+        about = manager.restore(step, args=ocp.args.Composite(**{ABOUT: ocp.args.JsonRestore()}))[ABOUT]
+        known, found = about["format"] == FORMAT, about["arrays"]
+    except _OF_DAMAGE as error:
+        raise _damaged(call, path, step, error) from error
+    if not known:
+        raise ValueError(
+            f"`{call}(path=...)` must be of the format {FORMAT}, got {about['format']} in {os.fspath(path)!r}. "
+            "Read it with a newer embax."
+        )
+    _check_fits(call, entries, found, partial)
+    targets = {entry.name: _target(entry) for entry in entries}
+    read = {name: target for name, target in targets.items() if math.prod(target.shape)}
+    try:
+        tree = _arrays(manager, step, read, {entry.name for entry in entries if entry.rows is not None})
+        values = {name: taken(tree, name) for name in read}
+    except _OF_DAMAGE as error:
+        raise _damaged(call, path, step, error) from error
+    for entry in entries:
+        target = targets[entry.name]
+        value = values.get(entry.name, np.zeros(target.shape, target.dtype))
+        values[entry.name] = _as_wanted(value, entry, target, found[entry.name])
+    return values
+
+
+def _arrays(manager: Any, step: int, targets: dict[str, Any], of_rows: set[str]) -> dict[str, Any]:
+    if not targets:
+        return {}
+
+    def arguments(name: str, target: Any) -> Any:
+        if isinstance(target.sharding, NamedSharding):
+            # Behind the last row of a table, there may be more or fewer than when it was written.
+            return ocp.ArrayRestoreArgs(
+                sharding=target.sharding, global_shape=target.shape, dtype=target.dtype, strict=name not in of_rows
+            )
+        return ocp.RestoreArgs(restore_type=np.ndarray, dtype=target.dtype)
+
+    wanted = ocp.args.PyTreeRestore(
+        nested(targets), nested({name: arguments(name, x) for name, x in targets.items()}), partial_restore=True
+    )
+    return manager.restore(step, args=ocp.args.Composite(**{ARRAYS: wanted}))[ARRAYS]
+
+
+def _target(entry: Entry) -> jax.ShapeDtypeStruct:
+    """The array to be read for an entry."""
+    value = entry.value
+    if entry.placement is not None:
+        blocks = by_blocks(entry.placement, entry.rows or 0)
+        shape = (blocks.stored_rows, *value.shape[1:])
+        return jax.ShapeDtypeStruct(shape, value.dtype, sharding=blocks.sharding(shape, shape[1:]))
+    if is_key(value):
+        data = jax.eval_shape(jax.random.key_data, value)
+        return jax.ShapeDtypeStruct(data.shape, data.dtype)
+    dtype = value.dtype if hasattr(value, "dtype") else np.asarray(value).dtype
+    sharding = _sharding(value)
+    return jax.ShapeDtypeStruct(np.shape(value), dtype, sharding=sharding)
+
+
+def _sharding(value: Any) -> Any:
+    """Where an array is; None where it is not bound to a device, so that it goes with others wherever they are."""
+    sharding = getattr(value, "sharding", None)
+    loose = isinstance(value, jax.Array) and not value.committed
+    abstract = isinstance(sharding, NamedSharding) and not isinstance(sharding.mesh, Mesh)
+    return None if loose or abstract else sharding
+
+
+def _check_fits(call: str, entries: Sequence[Entry], found: dict[str, Any], partial: bool) -> None:
+    missing = [entry.name for entry in entries if entry.name not in found]
+    if missing:
+        raise ValueError(
+            f"`{call}(like=...)` must have what is in the checkpoint, got {_listed(missing)}, which it lacks. It has "
+            f"{_listed(found) or 'nothing'}. Leave that out."
+        )
+    more = sorted(set(found) - {entry.name for entry in entries})
+    if more and not partial:
+        raise ValueError(
+            f"`{call}(like=...)` must have all that is in the checkpoint, got nothing for {_listed(more)}. Add it, or "
+            "pass partial=True."
+        )
+    for entry in entries:
+        wanted, saved = described(entry), found[entry.name]
+        if any(wanted[name] != saved[name] for name in wanted):
+            raise ValueError(
+                f"`{call}(like=...)` must have the shapes and dtypes of the checkpoint, got {wanted['dtype']}"
+                f"{wanted['shape']} for {entry.name!r}, which is {saved['dtype']}{saved['shape']}. Ask for that."
+            )
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(map(repr, names))
+
+
+def _damaged(call: str, path: str | os.PathLike[str], step: int, error: Exception) -> ValueError:
+    said = str(error).strip().partition("\n")[0]
+    return ValueError(
+        f"`{call}(path=...)` must have whole files, got {os.fspath(path)!r}, of which the step {step} cannot be read: "
+        f"{type(error).__name__}: {said}. Name an older step."
+    )
+
+
+def _as_wanted(value: Any, entry: Entry, target: jax.ShapeDtypeStruct, found: dict[str, Any]) -> Any:
+    """Give what was read the kind of what was asked for, and put it in its place."""
+    like = entry.value
+    if isinstance(value, jax.Array):  # where it belongs already
+        return value
+    if entry.rows is not None and entry.placement is None:  # a table saved on a mesh has rows behind its last one
+        value = value[: entry.rows]
+    if is_key(like):  # of several processes, keys of all of them are made by jit alone
+        return jax.jit(functools.partial(jax.random.wrap_key_data, impl=found["impl"]), out_shardings=_sharding(like))(
+            value
+        )
+    if isinstance(like, np.generic):
+        return like.dtype.type(value)
+    if isinstance(like, bool | int | float | complex):
+        return type(like)(value.item())
+    if isinstance(like, np.ndarray) and entry.placement is None:
+        return value
+    return jnp.asarray(value) if target.sharding is None else jax.device_put(value, target.sharding)

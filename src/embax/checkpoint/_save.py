@@ -1,0 +1,123 @@
+"""save: each device writes the rows that it holds, in their order."""
+
+import dataclasses
+import math
+import os
+from typing import Any
+
+import jax
+import numpy as np
+
+from .. import _check, _placed
+from .._placement import Placement
+from ._entries import Entry, by_blocks, described, entries_of, is_empty, is_key, without_scratch
+from ._orbax import ABOUT, ARRAYS, FORMAT, manager_of, nested, ocp, path_of
+
+# Rows are written in pieces of about as many bytes, so that a device which has others to read does not read too much.
+_PIECE = 32 << 20
+
+
+def save(path: str | os.PathLike[str], tree: Any, *, step: int | None = None, keep: int | None = 1) -> None:
+    """Write a tree to a directory: parameters, an optimizer's state, whatever training goes on from.
+
+    A checkpoint holds the rows of a table in their order and under the table's own name, however they are laid out on a
+    mesh and in whichever Collection they are stored, so that it can be restored in any other way. Each device writes a
+    block of rows, which it gets from the others where it does not hold it; none has the whole. Counters, schedules and
+    random keys are part of the tree; what `embax.optim.lift` keeps as scratch is left out.
+
+    It is written beside the ones before it and renamed when it is whole: a process that is killed leaves the last whole
+    one. Of several processes, all must call this, with one path that all of them see.
+
+    What has an entry for each row of a table is known by the Table node that it is in, as in the states of optax and of
+    `embax.optim`. An array elsewhere is written as it is.
+
+    Args:
+      path: The directory; made if need be.
+      tree: A pytree of Tables, Collections, arrays, random keys and numbers.
+      step: The number of the checkpoint, above that of the last one. Default: the next one; 0 to begin with.
+      keep: How many checkpoints are kept, this one included. None: all.
+
+    Raises:
+      TypeError: If a leaf of the tree is something else, or of a dtype that the files cannot hold.
+      ValueError: If two leaves have one name, the step is not above the last one, a number is outside of its range, or
+        the path is a file.
+
+    Example:
+      >>> import embax, jax.numpy as jnp, optax, tempfile
+      >>> params = {"film": embax.Table(jnp.ones((10, 2)))}
+      >>> state = embax.optim.lift(optax.adam(1e-3)).init(params)
+      >>> with tempfile.TemporaryDirectory() as path:
+      ...     embax.checkpoint.save(path, {"params": params, "state": state})
+      ...     embax.checkpoint.restore(path, {"params": params}, partial=True)
+      {'params': {'film': Table(float32[10,2])}}
+    """
+    call = "embax.checkpoint.save"
+    if keep is not None and (keep := _check.integer(f"{call}(keep=...)", keep)) < 1:
+        raise ValueError(f"`{call}(keep=...)` must be at least 1, or None for all, got {keep}. Keep one.")
+    step = None if step is None else _check.size(f"{call}(step=...)", step)
+    entries = entries_of(call, without_scratch(tree))
+    for name, value, *_ in entries:
+        if isinstance(value, jax.ShapeDtypeStruct):
+            raise TypeError(f"`{call}` must have values to write, got the shape {value} for {name!r}. Pass an array.")
+    if path_of(path).exists() and not path_of(path).is_dir():
+        raise ValueError(f"`{call}(path=...)` must be a directory, got {os.fspath(path)!r}, a file. Name another one.")
+    with manager_of(path, keep, writes=True) as manager:
+        last = max(manager.all_steps(), default=-1)
+        step = last + 1 if step is None else step
+        if step <= last:
+            raise ValueError(
+                f"`{call}(step=...)` must be above {last}, the last one in {os.fspath(path)!r}, got {step}. Count on, "
+                "or name another directory."
+            )
+        items: dict[str, Any] = {
+            ABOUT: ocp.args.JsonSave({"format": FORMAT, "arrays": {x.name: _about(x) for x in entries}})
+        }
+        written = [entry for entry in entries if not is_empty(entry)]
+        if written:
+            items[ARRAYS] = ocp.args.PyTreeSave(
+                nested({entry.name: _to_be_written(entry) for entry in written}),
+                nested({entry.name: ocp.SaveArgs(chunk_byte_size=_piece(entry)) for entry in written}),
+            )
+        manager.save(step, args=ocp.args.Composite(**items), force=True)
+        manager.wait_until_finished()
+
+
+def _about(entry: Entry) -> dict[str, Any]:
+    return described(entry) | ({"impl": str(jax.random.key_impl(entry.value))} if is_key(entry.value) else {})
+
+
+def _to_be_written(entry: Entry) -> Any:
+    value = entry.value
+    if entry.placement is not None:
+        blocks = _blocks(entry, entry.placement)
+        if entry.start or blocks != entry.placement:
+            value = _placed.moved(entry.placement, value, blocks, entry.start)
+    if is_key(value):
+        value = jax.random.key_data(value)
+    # Of several processes, one writes what each of them has.
+    alone = isinstance(value, jax.Array) and value.is_fully_addressable and jax.process_count() > 1
+    return np.asarray(value) if alone or not isinstance(value, jax.Array) else value
+
+
+def _blocks(entry: Entry, placement: Placement) -> Placement:
+    """Blocks of rows that can be written in pieces: as many rows more as it takes for them to be equal."""
+    blocks = by_blocks(placement, entry.rows or 0)
+    piece = max(1, _PIECE // _row_bytes(entry.value))
+    rows = -(-blocks.block // piece) * piece * blocks.shards
+    return blocks if blocks.block <= piece or rows > np.iinfo(np.int32).max else dataclasses.replace(blocks, rows=rows)
+
+
+def _piece(entry: Entry) -> int | None:
+    """How many bytes Orbax is to write at a time: a block, or a part into which it can be divided."""
+    value = entry.value
+    alone = isinstance(value, np.ndarray) or (isinstance(value, jax.Array) and len(value.sharding.device_set) == 1)
+    if is_key(value) or np.ndim(value) == 0 or (entry.placement is None and not alone):
+        return None
+    rows = value.shape[0] if entry.placement is None else _blocks(entry, entry.placement).block
+    fewest = -(-rows * _row_bytes(value) // _PIECE)
+    pieces = next((n for n in range(max(fewest, 1), 8 * fewest) if rows % n == 0), 1)
+    return None if pieces == 1 else rows // pieces * _row_bytes(value)
+
+
+def _row_bytes(value: Any) -> int:
+    return math.prod(value.shape[1:]) * value.dtype.itemsize

@@ -1,0 +1,160 @@
+"""Several processes that run one command together."""
+
+import atexit
+import contextlib
+import functools
+import os
+import re
+import socket
+import sys
+import threading
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import typer
+
+from ._common import UserError
+from ._lifelines import Lifelines, complain_and_leave
+
+# Seconds without a sign of life after which a process counts as lost. Most often its connections break at once.
+_HEARTBEAT = 60
+# Seconds that a process waits for the others to begin.
+_JOIN = 300
+# Seconds that the others wait at the end for the first process, which writes the file.
+_LAST_WRITE = 3600
+# What the collectives of CPUs and GPUs, and JAX's coordinator, say when another process has gone.
+_LOST = re.compile(
+    r"gloo|nccl|socket|connection|heartbeat|coordination|another task|UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED", re.I
+)
+
+
+class Address(NamedTuple):
+    """Where the processes meet; None where that is to be found out from the cluster."""
+
+    coordinator: str | None
+    number: int | None
+    process: int | None
+
+
+def address(distributed: bool, coordinator: str | None, number: int | None, process: int | None) -> Address | None:
+    """Check the options by which a process finds the others.
+
+    Args:
+      distributed: Whether there are others at all.
+      coordinator: Where the first one listens, `host:port`.
+      number: How many there are.
+      process: Which of them this is.
+
+    Returns:
+      The address, or None where this process is alone.
+
+    Raises:
+      BadParameter: If the options do not go together.
+    """
+    given = [coordinator is not None, number is not None, process is not None]
+    if any(given) and not distributed:
+        raise typer.BadParameter("--coordinator, --num-processes and --process-id need --distributed")
+    if any(given) and not all(given):
+        raise typer.BadParameter("--coordinator, --num-processes and --process-id must be given together, or none")
+    if number is not None and process is not None and process >= number:
+        raise typer.BadParameter(f"--process-id must be less than the {number} of --num-processes, got {process}")
+    return Address(coordinator, number, process) if distributed else None
+
+
+@contextlib.contextmanager
+def together(where: Address | None, lost: str) -> Iterator[bool]:
+    """Join the other processes, and end when one of them is lost.
+
+    A process that fails ends without waiting for the others, who find that out by their broken connections. Where
+    these stay, as after a loss of power, JAX ends the others when it misses a sign of life for a minute.
+
+    Args:
+      where: Where they meet; None for a process that is alone.
+      lost: What to do when another process is lost, as a sentence.
+
+    Yields:
+      Whether this process is the first one, which alone writes and prints.
+
+    Raises:
+      UserError: If the others cannot be joined, or one of them is lost.
+    """
+    if where is None:
+        yield True
+        return
+    import jax
+
+    _join(where)
+    message = f"another process was lost. {lost}"
+    with _quiet():
+        host = socket.gethostname() if where.coordinator is None else where.coordinator.rpartition(":")[0]
+        lifelines = Lifelines(host, functools.partial(complain_and_leave, message))
+        try:
+            yield jax.process_index() == 0
+        except BaseException as error:
+            lifelines.end()
+            # Before JAX's own, which waits for the others.
+            atexit.register(_leave, 130 if isinstance(error, KeyboardInterrupt) else 2)
+            if _is_loss(error):
+                raise UserError(message) from None
+            raise
+        lifelines.close()
+        jax.distributed.shutdown()
+
+
+def _join(where: Address) -> None:
+    import jax
+
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    # JAX would abort with a message about fatal errors.
+    message = f"the other processes have not come within {_JOIN} seconds. Start all of them with one address."
+    too_late = threading.Timer(_JOIN, complain_and_leave, [message])
+    too_late.daemon = True
+    too_late.start()
+    try:
+        jax.distributed.initialize(
+            *where,
+            initialization_timeout=_JOIN + 60,
+            heartbeat_timeout_seconds=_HEARTBEAT,
+            shutdown_timeout_seconds=_LAST_WRITE,
+        )
+    except (ValueError, RuntimeError) as error:
+        atexit.register(_leave, 2)
+        if where.coordinator is None:
+            raise UserError(
+                f"--distributed finds no cluster ({_first_line(error)}). Start it by Slurm, MPI or Kubernetes, or pass "
+                "--coordinator, --num-processes and --process-id."
+            ) from None
+        raise UserError(f"cannot join the other processes at {where.coordinator} ({_first_line(error)}).") from None
+    finally:
+        too_late.cancel()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
+def _is_loss(error: BaseException) -> bool:
+    """Whether an error is one of JAX's runtime, which begin with a status, and tells of a broken connection."""
+    return isinstance(error, ValueError | RuntimeError) and bool(
+        re.match(r"[A-Z_]+: ", str(error)) and _LOST.search(str(error))
+    )
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep standard output clean: Gloo prints its connections there, from C++."""
+    sys.stdout.flush()
+    kept, nothing = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, 1)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nothing)
+
+
+def _leave(status: int) -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)

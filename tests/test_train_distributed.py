@@ -1,0 +1,317 @@
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cli_runs import assert_one_line, command, run
+
+from embax import train, unshard
+from embax.train import _corpus, _skipgram
+from embax.train._corpus import BREAK, encode, encode_parts
+from embax.train._parts import Parts, parts_of
+from embax.train._windows import batches, batches_of_parts
+from embax.vectors import Vectors
+
+# Seconds in which each process has to end, so that one that hangs is a failure.
+LIMIT = 180
+DEVICES = 4
+OPTIONS = {"dim": 6, "epochs": 2, "min_count": 1, "seed": 3, "sample": 0.05}
+
+
+def paragraphs(number=200):
+    rng = np.random.default_rng(0)
+    return [[f"w{word % 50}" for word in rng.zipf(1.5, size=20)] for _ in range(number)]
+
+
+def mesh():
+    return jax.sharding.Mesh(np.asarray(jax.devices()[:DEVICES]), ("anything",))
+
+
+def part_of_process(number, own):
+    """Parts of a process among others, without these."""
+    return Parts(None, number, own)
+
+
+# --- The parts of a corpus ---
+
+
+def test_encode_parts_deals_out_the_sequences():
+    sequences = [["a", "b"], ["b"], [], ["c", "b"], ["a"], ["rare"]]
+    whole = encode(sequences, 2)
+    parts = encode_parts(sequences, 2, part_of_process(3, (0, 1, 2)))
+    assert [part.tokens for part in parts] == [["b", "a"]] * 3 == [whole.tokens] * 3
+    assert [part.counts.tolist() for part in parts] == [[3, 2]] * 3
+    a, b = 1, 0
+    assert [part.ids.tolist() for part in parts] == [[a, b, BREAK, b, BREAK], [b, BREAK, a, BREAK], [BREAK, BREAK]]
+
+
+def test_encode_parts_counts_the_words_of_all_processes(monkeypatch):
+    sequences, told = [["a", "b"], ["b", "é\n"], ["b", "only here"], ["a", "a"]], []
+    monkeypatch.setattr(Parts, "is_shared", property(lambda self: self.number == 2))
+    monkeypatch.setattr(Parts, "gather", lambda self, data: told.append(data) or told)
+    first, second = part_of_process(2, (0,)), part_of_process(2, (1,))
+    encode_parts(sequences, 1, first)
+    (corpus,) = encode_parts(sequences, 1, second)  # it hears of the first one's
+    whole = encode(sequences, 1)
+    assert (corpus.tokens, corpus.counts.tolist()) == (whole.tokens, whole.counts.tolist())
+    assert [corpus.tokens[row] for row in corpus.ids if row != BREAK] == ["b", "é\n", "a", "a"]
+
+
+def test_encode_parts_looks_for_the_words_of_its_own_parts_only(monkeypatch):
+    seen, words_of = [], _corpus._words_of
+    monkeypatch.setattr(_corpus, "_words_of", lambda text: seen.append(text) or words_of(text))
+    encode_parts(train.paragraphs(["a\n\nb\n\na c\n\nd"]), 1, part_of_process(2, (1,)))
+    assert seen == ["b", "d"]
+
+
+def test_batches_of_parts_take_every_word_once_an_epoch():
+    sequences = [[f"{number}"] * (1 + 7 * (number % 3)) for number in range(500)]
+    parts = part_of_process(3, (0, 1, 2))
+    corpora = encode_parts(sequences, 1, parts)
+    rngs = np.random.default_rng(0).spawn(3)
+    windows = list(batches_of_parts(corpora, parts, 2, 2, np.inf, rngs))
+    centres = np.concatenate([part.centres.ravel() for part in windows])
+    assert np.bincount(centres, minlength=501)[:500].tolist() == (2 * corpora[0].counts).tolist()
+    assert windows[-1].words == 2 * corpora[0].counts.sum()
+    assert {part.centres.shape for part in windows} == {(16, 33)}
+    of_part = [
+        {int(corpora[0].tokens[row]) % 3 for row in part.ravel() if row < 500}
+        for part in np.split(windows[0].centres, 3, 1)
+    ]
+    assert of_part == [{0}, {1}, {2}]
+
+
+@pytest.mark.parametrize("skip", [1, 3, 4])
+def test_batches_of_parts_go_on_as_they_would_have(skip):
+    corpus = encode([["a", "b"] * 700, ["c"] * 13], 1)
+    whole = list(batches(corpus, 2, 2, 0.3, np.random.default_rng(1)))
+    rest = list(batches_of_parts([corpus], part_of_process(1, (0,)), 2, 2, 0.3, [np.random.default_rng(1)], skip))
+    assert len(rest) == len(whole) - skip
+    for one, other in zip(rest, whole[skip:], strict=True):
+        assert one[:3] == other[:3]
+        np.testing.assert_array_equal(one.centres, other.centres)
+        np.testing.assert_array_equal(one.contexts, other.contexts)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "error", "match"), [("x", TypeError, r"skipgram\(mesh=\.\.\.\)` must be a jax.sharding.Mesh, got str")]
+)
+def test_skipgram_refuses_what_is_no_mesh(mesh, error, match):
+    with pytest.raises(error, match=match):
+        train.skipgram([["a"]], mesh=mesh)
+
+
+# --- A step on a mesh ---
+
+
+def test_train_on_a_mesh_equals_train_without_one():
+    rows, dim, steps, batch, slots = 13, 5, 3, 16, 4
+    rng = np.random.default_rng(0)
+    centres = rng.integers(0, rows + 1, (steps, batch)).astype(np.int32)
+    contexts = np.minimum(rng.integers(0, rows + 3, (steps, batch, slots)), rows).astype(np.int32)
+    contexts = np.where(centres[..., None] < rows, contexts, rows).astype(np.int32)
+    parts = parts_of("test", mesh())
+    assert (parts.number, parts.own) == (4, (0, 1, 2, 3))
+    noise, key = _skipgram._noise(np.arange(1, rows + 1)), jax.random.key(1)
+    expected, loss = _skipgram._train(_skipgram._start(key, rows, dim), noise, centres, contexts, jnp.float32(0.5), 3)
+    state = _skipgram._start(key, rows, dim, parts)
+    assert {shard.data.shape for shard in state.inputs.weight.addressable_shards} == {(4, dim)}
+    arrays = parts.everywhere(noise), parts.split(centres), parts.split(contexts)
+    state, same_loss = _skipgram._train(state, *arrays, jnp.float32(0.5), 3)
+    for one, other in zip(unshard(state[:2]), expected[:2], strict=True):
+        np.testing.assert_allclose(one.weight, other.weight, rtol=1e-4, atol=1e-5)  # float32
+    np.testing.assert_allclose(same_loss, loss, rtol=1e-5)  # float32
+
+
+# --- Checkpoints ---
+
+
+class Stopped(Exception):
+    pass
+
+
+def stop_after(calls):
+    reports = []
+
+    def progress(report):
+        reports.append(report)
+        if len(reports) == calls:
+            raise Stopped
+
+    return progress
+
+
+def test_skipgram_goes_on_from_a_checkpoint(tmp_path):
+    pytest.importorskip("orbax.checkpoint")
+    expected = train.skipgram(paragraphs(), **OPTIONS)
+    saved = {"checkpoint": tmp_path / "saved", "checkpoint_every": 33}
+    with pytest.raises(Stopped):
+        train.skipgram(paragraphs(), **OPTIONS, **saved, progress=stop_after(7))
+    assert [path.name for path in (tmp_path / "saved").iterdir()] == ["6"]  # of 16 steps each
+    reports = []
+    resumed = train.skipgram(paragraphs(), **OPTIONS, **saved, progress=reports.append)
+    np.testing.assert_array_equal(resumed.weight, expected.weight)
+    assert 0 < reports[0].words_before < reports[0].words
+    assert reports[-1].words_per_second * reports[-1].seconds < reports[-1].words
+    again = train.skipgram(paragraphs(), **OPTIONS, **saved)  # from its last checkpoint
+    np.testing.assert_array_equal(again.weight, expected.weight)
+    for other in ({"dim": 7}, {"seed": 4}, {"epochs": 3}, {"mesh": mesh()}):
+        with pytest.raises(train.CheckpointError, match=r"must fit the run, got .*saved.*other options"):
+            train.skipgram(paragraphs(), **(OPTIONS | other), **saved)
+    with pytest.raises(train.CheckpointError, match="another text"):
+        train.skipgram(paragraphs(201), **OPTIONS, **saved)
+
+
+def test_skipgram_refuses_checkpoints_of_something_else(tmp_path):
+    checkpoint = pytest.importorskip("embax.checkpoint")
+    checkpoint.save(tmp_path, {"other": jnp.zeros(3)})
+    with pytest.raises(train.CheckpointError, match=r"must fit the run, got .*of something else .*'other'"):
+        train.skipgram([["a"] * 9], checkpoint=tmp_path)
+    with pytest.raises(ValueError, match=r"checkpoint_every=\.\.\.\)` must be at least 1"):
+        train.skipgram([["a"] * 9], checkpoint=tmp_path, checkpoint_every=0)
+
+
+# --- Processes ---
+
+# The command line; the process that is told to kills itself in a call of the compiled program.
+PROGRAM = """
+import os, signal, sys
+from embax.train import _resume
+dies_in, save = int(sys.argv.pop(1)), _resume.Checkpoints.save
+def save_or_die(self, state, calls):
+    if calls == dies_in:
+        os.kill(os.getpid(), signal.SIGKILL)
+    save(self, state, calls)
+_resume.Checkpoints.save = save_or_die
+from embax import cli
+cli.main()
+"""
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def run_together(text, output, *options, dies_in=(0, 0)):
+    """Train in two processes of two devices each; return the status and what came out of each of them."""
+    flags = [part for name, value in OPTIONS.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2"}
+    where = ["--distributed", "--coordinator", f"127.0.0.1:{free_port()}", "--num-processes", "2", "--process-id"]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", PROGRAM, str(dies), "train", text, "-o", output, *flags, *options, *where, str(i)],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i, dies in enumerate(dies_in)
+    ]
+    try:
+        outputs = [process.communicate(timeout=LIMIT) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [(process.returncode, *out) for process, out in zip(processes, outputs, strict=True)]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("\n\n".join(" ".join(words) for words in paragraphs()))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def of_one_process():
+    return train.skipgram(paragraphs(), **OPTIONS, mesh=mesh())
+
+
+def test_two_processes_give_what_one_gives(text, of_one_process, tmp_path):
+    output = str(tmp_path / "v")
+    (status, out, err), other = run_together(text, output, "--json")
+    assert (status, other) == (0, (0, "", "")), err
+    assert json.loads(out)["words"] == 50
+    assert err.splitlines()[-1] == f"embax: wrote {output}: 50 words, 6 dimensions"
+    vectors = Vectors.load(output)
+    assert vectors.vocabulary.tokens() == of_one_process.vocabulary.tokens()
+    np.testing.assert_array_equal(vectors.counts, of_one_process.counts)
+    np.testing.assert_array_equal(vectors.weight, of_one_process.weight)
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_process_that_is_lost_ends_the_others_and_training_goes_on_later(text, of_one_process, tmp_path, lost):
+    pytest.importorskip("orbax.checkpoint")
+    output = str(tmp_path / "v")
+    saved = ["--checkpoint", str(tmp_path / "saved"), "--checkpoint-every", "48"]
+    ends = run_together(text, output, *saved, dies_in=[5 if i == lost else 0 for i in range(2)])
+    assert ends[lost][0] == -signal.SIGKILL
+    status, _, err = ends[1 - lost]
+    message = "embax: error: another process was lost. Start again with the same --checkpoint to go on."
+    if lost or status == 2:
+        assert (status, err.splitlines()[-1]) == (2, message), err
+    else:  # JAX's own thread, which ends the others when the first process is lost, was quicker
+        assert status == -signal.SIGABRT, err
+    assert not os.path.exists(output)
+    if lost:
+        ends = run_together(text, output, *saved)
+        assert [status for status, *_ in ends] == [0, 0], ends
+        np.testing.assert_array_equal(Vectors.load(output).weight, of_one_process.weight)
+
+
+@pytest.mark.parametrize(
+    ("options", "part"),
+    [
+        (["--coordinator", "h:1"], "--coordinator, --num-processes and --process-id need --distributed"),
+        (["--process-id", "0"], "need --distributed"),
+        (["--distributed", "--num-processes", "2"], "must be given together, or none"),
+        (["--distributed", "--coordinator", "h:1", "--process-id", "0"], "must be given together, or none"),
+        (
+            ["--distributed", "--coordinator", "h:1", "--num-processes", "2", "--process-id", "2"],
+            "--process-id must be less than the 2 of --num-processes, got 2",
+        ),
+        (["--distributed", "--coordinator", "host"], "a host and a port such as 10.0.0.1:1234, got 'host'"),
+        (["--num-processes", "0"], "at least 1"),
+        (["--checkpoint-every", "0"], "at least 1"),
+    ],
+)
+def test_train_refuses_options_that_do_not_go_together(text, tmp_path, options, part):
+    assert_one_line(*run("train", text, "-o", tmp_path / "v", *options), part)
+
+
+def test_train_without_a_cluster_says_so(text, tmp_path):
+    found = subprocess.run(
+        command("train", text, "-o", tmp_path / "v", "--distributed"), capture_output=True, text=True, timeout=LIMIT
+    )
+    assert_one_line(found.returncode, found.stdout, found.stderr, "--distributed finds no cluster", "--process-id")
+
+
+def test_train_does_not_wait_for_others_for_ever(text, tmp_path):
+    program = "from embax.cli import _processes, main; _processes._JOIN = 2; main()"
+    options = [
+        "--distributed",
+        "--coordinator",
+        f"127.0.0.1:{free_port()}",
+        "--num-processes",
+        "2",
+        "--process-id",
+        "0",
+    ]
+    arguments = [sys.executable, "-c", program, "train", text, "-o", str(tmp_path / "v"), *options]
+    found = subprocess.run(arguments, capture_output=True, text=True, timeout=LIMIT)
+    assert_one_line(found.returncode, found.stdout, found.stderr, "the other processes have not come within 2 seconds")
+
+
+def test_train_names_checkpoints_of_another_run(text, tmp_path):
+    checkpoint = pytest.importorskip("embax.checkpoint")
+    checkpoint.save(tmp_path / "saved", {"other": jnp.zeros(3)})
+    result = run("train", text, "-o", tmp_path / "v", "--checkpoint", tmp_path / "saved")
+    assert_one_line(*result, f"{tmp_path / 'saved'}: what is saved there is damaged or of something else")
