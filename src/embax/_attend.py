@@ -85,6 +85,9 @@ def _placed_logits(
 ) -> Float[Array, "*batch rows"]:
     """Return the logits of all rows of a table on a mesh, each device having multiplied its own ones."""
     placement: Any = rules.placement
+    if weight.size == 0:  # there is nothing to be sent, which XLA has no collectives for
+        no_rows = jnp.zeros((placement.rows, *weight.shape[1:]), weight.dtype)
+        return _logits(dtype, mask_padding, rules, jnp.arange(placement.rows), no_rows, x)
     tokens = Tokens(placement, x.shape[: x.ndim - weight.ndim + 1])
 
     def local(weight: Array, vectors: Array) -> tuple[Array]:
