@@ -18,7 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from meshes import LAYOUTS, everywhere, mesh_of, split
 
 import embax
-from embax import Collection, Feature, Table, _placed, checkpoint, lookup
+from embax import Collection, Feature, Table, _moves, checkpoint, lookup
 from embax.checkpoint import _save
 
 WEIGHT = np.random.default_rng(0).normal(size=(101, 8)).astype(np.float32)
@@ -109,7 +109,7 @@ def test_tables_are_saved_under_their_own_names_in_pieces(tmp_path, monkeypatch)
 @pytest.mark.parametrize("layout", ["rows-cyclic", "columns"])
 def test_no_device_holds_a_whole_copy(layout, tmp_path, monkeypatch):
     table = embax.shard(Table(np.arange(400_000, dtype=np.float32).reshape(50_000, 8)), mesh_of({"x": 8}), "x", layout)
-    part, move, write = table.weight.nbytes / 8, _placed.moved, ocp.args.PyTreeSave
+    part, move, write = table.weight.nbytes / 8, _moves.moved, ocp.args.PyTreeSave
     moves, written = [], []
 
     def moved(*args):
@@ -121,7 +121,7 @@ def test_no_device_holds_a_whole_copy(layout, tmp_path, monkeypatch):
         written.extend(shard.data.nbytes for x in jax.tree.leaves(item) for shard in x.addressable_shards)
         return write(item, *rest)
 
-    monkeypatch.setattr(_placed, "moved", moved)
+    monkeypatch.setattr(_moves, "moved", moved)
     monkeypatch.setattr(ocp.args, "PyTreeSave", watched)
     checkpoint.save(tmp_path, table)
     assert_same(checkpoint.restore(tmp_path, jax.tree.map(jnp.zeros_like, table)), table)

@@ -10,7 +10,7 @@ import pytest
 from meshes import AXES, LAYOUTS, mesh_of
 
 import embax
-from embax import Collection, Feature, Table, Vectors, _placed, _table
+from embax import Collection, Feature, Table, Vectors, _moves, _table
 
 WEIGHT = np.random.default_rng(0).normal(size=(101, 8)).astype(np.float32)
 of_layouts = pytest.mark.parametrize("layout", LAYOUTS)
@@ -84,7 +84,7 @@ def test_create_and_move_hold_a_part_on_each_device(monkeypatch):
     part = table.weight.nbytes / 8
     assert compiled[0].memory_analysis().temp_size_in_bytes < 4 * part
     cyclic = dataclasses.replace(table.placement, cyclic=True)
-    moved = _placed.moved.lower(table.placement, table.weight, cyclic).compile().memory_analysis()
+    moved = _moves.moved.lower(table.placement, table.weight, cyclic).compile().memory_analysis()
     assert moved.temp_size_in_bytes < part
     assert moved.output_size_in_bytes < 1.01 * part
 

@@ -15,6 +15,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec, reshard
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from . import _ids
+from ._exchange import start_of_device
 from ._placement import Placement
 from ._row_blocks import read_block, write_block
 from ._table import Table
@@ -63,7 +64,7 @@ class OwnRows:
         placement = self.placement
         if placement is None:
             return labels
-        local = placement.positions(labels) - self._start(labels.dtype)
+        local = placement.positions(labels) - start_of_device(placement, labels.dtype)
         return jnp.where((local >= 0) & (local < placement.block), local, -1)
 
     def read(self, weight: Float[Array, "stored *part"], start: Int[Array, ""], size: int) -> Block:
@@ -78,7 +79,7 @@ class OwnRows:
             rows = jax.lax.all_to_all(rows, placement.columns, 0, 1, tiled=True)
             start += jax.lax.axis_index(placement.columns).astype(index) * share
         local = start + jnp.arange(share, dtype=index)
-        ids = placement.ids(self._start(index) + local)
+        ids = placement.ids(start_of_device(placement, index) + local)
         return Block(start, jnp.where(local < placement.block, ids, self.rows), rows)
 
     def write(
@@ -111,11 +112,6 @@ class OwnRows:
         """The sum of what those make of a block that have the same rows, and other tokens."""
         names = () if self.placement is None else self.placement.copies
         return jax.lax.psum(values, names) if names else values
-
-    def _start(self, dtype: Any) -> Int[Array, ""]:
-        placement: Any = self.placement
-        number = jax.lax.axis_index(placement.axes) if placement.axes else 0
-        return jnp.asarray(number, dtype) * placement.block
 
 
 def owners(placement: Placement | None) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from . import _ids, _placed
+from . import _ids, _moves
 from ._placement import Placement
 from ._rows import RowGrad, row_grad
 from ._table import Table, with_weight
@@ -73,7 +73,7 @@ def _put_together(placement: Placement, tables: Sequence[Table], members: Sequen
     shape, dim = (placement.stored_rows, *tables[0].weight.shape[1:]), tables[0].weight.shape[1:]
     weight = jnp.zeros(shape, tables[0].dtype, device=placement.sharding(shape, dim))
     for table, member in zip(tables, members, strict=True):
-        weight = _placed.moved_into(placement, weight, member.start, table.placement, table.weight)
+        weight = _moves.moved_into(placement, weight, member.start, table.placement, table.weight)
     return weight
 
 
@@ -89,7 +89,7 @@ def cut_out(stack: Any, member: Member) -> Any:
         return stack
     if stack.placement is not None:
         placement = dataclasses.replace(stack.placement, rows=member.rows)
-        weight = _placed.moved(stack.placement, stack.weight, placement, member.start)
+        weight = _moves.moved(stack.placement, stack.weight, placement, member.start)
         return with_weight(stack, weight, placement=placement, padding_idx=member.padding_idx)
     whole = stack.rows == member.rows
     weight = stack.weight if whole else stack.weight[member.start : end]

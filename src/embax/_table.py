@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh
 from jaxtyping import Array, DTypeLike, Key, Shaped
 
-from . import _check, _placed
+from . import _check, _moves
 from ._mesh import laid_out
 from ._placement import Layout, Placement, placement_of
 
@@ -276,7 +276,7 @@ def _created(fresh: Callable[[], Table], placement: Placement) -> Table:
     table = jax.jit(blocks)()
     weight = table.weight
     if placement.cyclic:
-        weight = _placed.moved(of_blocks, weight, dataclasses.replace(of_blocks, cyclic=True))
+        weight = _moves.moved(of_blocks, weight, dataclasses.replace(of_blocks, cyclic=True))
     weight = jax.device_put(weight, placement.sharding(weight.shape, table.dim))
     return with_weight(table, weight, placement=placement)
 

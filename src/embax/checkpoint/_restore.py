@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from .. import _check, _placed
+from .. import _check, _moves
 from .._collection import Collection, restack
 from .._mesh import laid_out
 from .._table import Table, with_weight
@@ -89,7 +89,7 @@ def restore(path: str | os.PathLike[str], like: Any, *, step: int | None = None,
         if in_collection:  # it moves the rows to their places itself
             return with_weight(node, value, placement=blocks)
         if blocks != node.placement:
-            value = _placed.moved(blocks, value, node.placement)
+            value = _moves.moved(blocks, value, node.placement)
         return with_weight(node, laid_out(value, node.placement.sharding(value.shape, node.dim)))
 
     out = [

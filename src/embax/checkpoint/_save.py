@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from .. import _check, _placed
+from .. import _check, _moves
 from .._placement import Placement
 from ._entries import Entry, by_blocks, described, entries_of, is_empty, is_key, without_scratch
 from ._orbax import ABOUT, ARRAYS, FORMAT, manager_of, nested, ocp, path_of
@@ -91,7 +91,7 @@ def _to_be_written(entry: Entry) -> Any:
     if entry.placement is not None:
         blocks = _blocks(entry, entry.placement)
         if entry.start or blocks != entry.placement:
-            value = _placed.moved(entry.placement, value, blocks, entry.start)
+            value = _moves.moved(entry.placement, value, blocks, entry.start)
     if is_key(value):
         value = jax.random.key_data(value)
     # Of several processes, one writes what each of them has.

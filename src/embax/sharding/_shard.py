@@ -11,7 +11,7 @@ from jax.core import Tracer
 from jax.sharding import Mesh
 from jaxtyping import Array, Int32
 
-from .. import _ids, _placed
+from .. import _ids, _moves, _placed
 from .._mesh import laid_out
 from .._placement import Layout, Placement, placement_of
 from .._table import Table, with_weight
@@ -98,7 +98,7 @@ def shard(
         shape = (node.rows, *node.weight.shape[1:])
         placement = place(shape)
         if node.placement is not None and node.placement.mesh == mesh:
-            weight = _placed.moved(node.placement, node.weight, placement)
+            weight = _moves.moved(node.placement, node.weight, placement)
             weight = laid_out(weight, placement.sharding(weight.shape, shape[1:]))
         else:
             reader = _of_array(node.weight) if node.placement is None else _of_placed(node)
@@ -138,7 +138,7 @@ def unshard(tree: Any) -> Any:
             weight = jnp.asarray(_of_placed(node)(slice(0, node.rows, 1), (slice(None),) * (weight.ndim - 1)))
         elif isinstance(weight, jax.Array):
             everywhere = Placement(node.placement.mesh, (), None, False, node.rows)
-            weight = _placed.moved(node.placement, weight, everywhere).addressable_data(0)
+            weight = _moves.moved(node.placement, weight, everywhere).addressable_data(0)
         return with_weight(node, weight, placement=None)
 
     return jax.tree.map(off_mesh, tree, is_leaf=_is_table)
