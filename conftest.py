@@ -34,9 +34,14 @@ def _compile_as_shipped(self, compiler_options=None, **options):
     return _compile(self, {**_AS_SHIPPED, **(compiler_options or {})}, **options)
 
 
+# Where few cores are busy with much else, one of 8 devices may come to a collective a minute after the first. XLA would
+# end the process after 40 seconds.
+_PATIENT = {"xla_cpu_collective_call_terminate_timeout_seconds": 900}
+_IS_QUICK = jax.__version_info__ < (0, 11)
 # A process that runs tests for another one finds the flags set by it.
-_FLAGS = " ".join(f"--{name}={str(value).lower()}" for name, value in _QUICK.items())
-if jax.__version_info__ < (0, 11) and os.environ.setdefault("XLA_FLAGS", _FLAGS) == _FLAGS:
+_CHOSEN = _PATIENT | _QUICK if _IS_QUICK else _PATIENT
+_FLAGS = " ".join(f"--{name}={str(value).lower()}" for name, value in _CHOSEN.items())
+if os.environ.setdefault("XLA_FLAGS", _FLAGS) == _FLAGS and _IS_QUICK:
     jax.stages.Lowered.compile = _compile_as_shipped
 jax.config.update("jax_num_cpu_devices", 8)
 

@@ -12,11 +12,12 @@ from meshes import AXES, LAYOUTS, everywhere, mesh_of, split
 import embax
 from embax import Table, attend, lookup, sampled_softmax, softmax_cross_entropy
 
-ROWS, DIM = 101, 8  # rows that neither four nor eight divide
+ROWS, DIM = 97, 8  # rows that neither four nor eight divide, and 25 of a device that two do not
 WEIGHT = np.random.default_rng(0).normal(size=(ROWS, DIM)).astype(np.float32)
 X = np.random.default_rng(1).normal(size=(8, 3, DIM)).astype(np.float32)
 LABELS = np.random.default_rng(2).integers(-ROWS, ROWS, X.shape[:-1]).astype(np.int32)
 LABELS[0, 1], LABELS[2, 0], LABELS[4, 2] = 4, 500, -1  # the padding row, none, and the last one
+LABELS[1] = 1, 2, 3  # the first rows of other devices
 RULES = {"padding_idx": 4, "max_norm": 2.5}
 
 
@@ -41,7 +42,7 @@ def assert_close(values, expected, dtype=jnp.float32):
     finite = np.isfinite(expected)
     size = np.max(np.abs(expected[finite]), initial=1)
     error = np.max(np.abs(values[finite] - expected[finite]), initial=0)
-    assert error <= (1e-6 if dtype == jnp.float32 else 2**-7) * size
+    assert error <= (2e-6 if dtype == jnp.float32 else 2**-7) * size
 
 
 @jax.jit
@@ -106,15 +107,19 @@ def test_batches_of_any_shape_and_calls_outside_of_jit(axes):
         x, labels = (x[0], labels[0]) if batch == () else (x[: batch[0]], labels[: batch[0]])
         assert_close(attend(table, x), attend(off, x))
         assert_close(softmax_cross_entropy(table, x, labels), softmax_cross_entropy(off, x, labels))
-        of_table, of_x = jax.grad(lambda t, x, y: softmax_cross_entropy(t, x, y).sum(), (0, 1))(table, x, labels)
-        of_off, of_x_off = jax.grad(lambda t, x, y: softmax_cross_entropy(t, x, y).sum(), (0, 1))(off, x, labels)
+        gradient = jax.grad(lambda t, x, y: softmax_cross_entropy(t, x, y).sum(), (0, 1))
+        with jax.set_mesh(mesh):  # which JAX asks for to pull the sum back
+            of_table, of_x = gradient(table, x, labels)
+        of_off, of_x_off = gradient(off, x, labels)
         assert_close(embax.unshard(of_table).weight, of_off.weight)
         assert_close(of_x, of_x_off)
     with pytest.raises(IndexError, match="got 500 at position"):
         softmax_cross_entropy(table, X, LABELS)
 
 
-@pytest.mark.parametrize("rules", [{"out_of_range": "zero"}, {"out_of_range": "clip"}, {"freeze": True}])
+@pytest.mark.parametrize(
+    "rules", [{"out_of_range": "zero"}, {"out_of_range": "clip"}, {"out_of_range": "nan", "freeze": True}]
+)
 def test_labels_without_a_row_and_frozen_tables(rules):
     mesh = mesh_of({"x": 4, "y": 2})
     labels = split(mesh, np.tile([-ROWS - 1, 500, 3], (8, 1)))
@@ -188,13 +193,17 @@ def test_no_row_has_a_gradient_of_what_is_not_a_number():
         return softmax_cross_entropy(table, x, np.abs(LABELS) % ROWS).sum() + attend(table, x).sum()
 
     weight = np.asarray(jax.jit(jax.grad(loss))(table).weight)
-    assert not weight[[4, 101, 102, 103]].any()
+    assert not weight[[4, *range(ROWS, 104)]].any()
     assert np.isnan(weight[:4]).all()
 
 
 def test_tables_without_rows_or_columns():
     mesh = mesh_of({"x": 8})
-    for weight, x, labels in (WEIGHT[:0], X[0], []), (WEIGHT[:, :0], X[0, :, :0], [0, 1, 100]), (WEIGHT[:3], X[0], [2]):
+    for weight, x, labels in (
+        (WEIGHT[:0], X[0], []),
+        (WEIGHT[:, :0], X[0, :, :0], [0, 1, ROWS - 1]),
+        (WEIGHT[:3], X[0], [2]),
+    ):
         table, x_of_labels = embax.shard(Table(weight), mesh, "x"), x[: len(labels)]
         assert_close(attend(table, x), attend(Table(weight), x))
         losses = softmax_cross_entropy(Table(weight), x_of_labels, labels)

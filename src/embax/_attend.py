@@ -29,6 +29,11 @@ def attend(
     gradient, to which it adds the rows that were looked up. For a loss, `embax.softmax_cross_entropy` does without the
     logits.
 
+    Of a table on a mesh, each device multiplies its own rows; where columns are split, the devices that have parts of
+    the same rows first exchange these, so that each has some of the rows whole. The table is never on one device. The
+    logits are in the order of the ids, and each device gets those of a part of the batch, if its first axis divides by
+    the devices.
+
     Args:
       table: The table, of a floating-point dtype.
       x: Vectors `(*batch, *dim)` of a floating-point dtype; the trailing axes are those of a row.

@@ -38,6 +38,10 @@ def softmax_cross_entropy(
     Temporary memory follows the tokens and the block, not the rows; time is near that of the plain way. The gradient of
     the table is of all rows, and `embax.value_and_grad` treats it as that of `attend`, as it does the table's rules.
 
+    Of a table on a mesh, each device goes through its own rows in blocks, for the vectors of all devices with other
+    rows, and only what there is of a token is summed over these: largest logits, normalisers, and the gradient of `x`.
+    So a batch is best split over other mesh axes than the table, or over all; it is gathered over the table's.
+
     Works under `jit`, `vmap`, `scan`, `checkpoint`, `grad` and what is forward over reverse, `jax.hessian` among it. It
     has no forward-mode derivative of its own, so that `jax.jvp` and `jax.jacfwd` are refused: for those, take the
     logits of `attend`.
@@ -47,7 +51,8 @@ def softmax_cross_entropy(
       x: Vectors `(*batch, *dim)` of a floating-point dtype; the trailing axes are those of a row.
       labels: The right row of each vector, `(*batch)`, by the rules of `lookup` for ids. Where a traced one has no row,
         the loss is NaN, and neither the table nor `x` has a gradient of it; by `out_of_range="zero"` its logit is 0.
-      chunk: The rows of a block, 1 or more. Default: by the number of tokens, so that a block fits a processor's cache.
+      chunk: The rows of a block, 1 or more; on a mesh, those that a device multiplies at once. Default: by the number
+        of tokens, so that a block fits a processor's cache.
       mask_padding: Whether padding rows are left out, as rows that are never predicted and as labels: a token that has
         one for its label has the loss 0, and no gradient.
 
