@@ -33,8 +33,9 @@ def shard(
     """Split the tables of a tree over the devices of a mesh.
 
     A table that is placed is used as any other, in an ordinary `jax.jit` over the same mesh, whose axes may be explicit
-    or not: `lookup`, `embedding_bag`, `Collection`, `value_and_grad`, the optimizers and `apply_updates` give what they
-    give for the table as it was. The state that an optimizer makes for it is split as the table is.
+    or not: `lookup`, `embedding_bag`, `Collection`, `attend`, the cross-entropies, `value_and_grad`, the optimizers and
+    `apply_updates` give what they give for the table as it was. The state that an optimizer makes for it is split
+    as the table is.
 
     A lookup splits its ids over all devices. Each device asks the owners for the distinct rows that it needs, by an
     all-to-all in which it can ask each of them for `skew` times the mean number. Where ids crowd on one owner there are
