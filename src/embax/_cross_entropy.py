@@ -116,7 +116,7 @@ def checked_batch(call: str, table: Table, x: Any, labels: Any) -> tuple[Array, 
 def _rows_of_block(chunk: int | None, tokens: int, table: Table) -> int:
     rows = table.rows
     if table.placement is not None:  # those of a device
-        tokens = -(-tokens // Tokens(table.placement, (tokens,)).copies)
+        tokens = -(-tokens // table.placement.copies)
         rows = -(-table.placement.block // table.placement.column_shards)
     if chunk is None:
         width = max(tokens, int(np.prod(table.dim)), 1)

@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 from jax.extend.core import jaxpr_as_fun
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Shaped
 
 from . import _ids, _placed, _tape
-from ._mesh import laid_out
+from ._mesh import is_explicit, resharded
 from ._modules import fixed_leaves
 from ._placement import Placement
 from ._rows import RowGrad, apply_updates, is_trained, no_rows, row_grad
@@ -251,10 +251,9 @@ def tap_of(lookup: _tape.Lookup, weight: Array, placement: Placement | None = No
     Of a table on a mesh with explicit axes, they are laid out as the rows are, too.
     """
     tap = jnp.zeros(lookup.shape, lookup.dtype)
-    if placement is not None and AxisType.Explicit in placement.mesh.axis_types:
-        explicit = AxisType.Explicit in lookup.ids.sharding.mesh.axis_types
-        spec = PartitionSpec(*(lookup.ids.sharding.spec if explicit else ()))
-        return laid_out(tap, NamedSharding(placement.mesh, spec))
+    if placement is not None and is_explicit(placement.mesh):
+        of_ids = lookup.ids.sharding
+        return resharded(tap, placement.mesh, of_ids.spec if is_explicit(of_ids.mesh) else PartitionSpec())
     axes = lookup.ids.manual_axis_type.varying | jax.typeof(weight).manual_axis_type.varying
     return jax.lax.pcast(tap, tuple(axes), to="varying") if axes else tap
 

@@ -6,7 +6,6 @@ a static capacity says. There is one round as a rule, and there are as many as i
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -42,13 +41,11 @@ def fetch(
     Returns:
       One row for each position.
     """
-    local = positions - start_of_device(placement, positions.dtype)
+    local, owner, is_foreign = _owners(placement, positions)
     out = _at(block, local)
     if placement.shards == 1 or positions.shape[0] == 0:
         return out
     capacity = placement.capacity(positions.shape[0])
-    owner = positions // placement.block
-    is_foreign = (positions < placement.stored_rows) & ((local < 0) | (local >= placement.block))
 
     def turn(route: _Route, number: Any, out: Array) -> Array:
         places, exists = _outgoing(route, number, capacity)
@@ -100,21 +97,17 @@ def deliver(
 
     if positions.shape[0] == 0 or placement.block == 0:
         return block
-    local = positions - start_of_device(placement, positions.dtype)
+    local, owner, is_foreign = _owners(placement, positions)
     block = write(block, local, values)
     if placement.shards == 1:
         return block
     capacity = placement.capacity(positions.shape[0])
-    is_foreign = (positions < placement.stored_rows) & ((local < 0) | (local >= placement.block))
 
     def turn(route: _Route, number: Any, block: Array) -> Array:
         places, exists = _outgoing(route, number, capacity)
         local = jnp.where(exists, route.positions[places] % placement.block, placement.block)
-        sent = jnp.where(jnp.expand_dims(exists, tuple(range(2, values.ndim + 1))), values[route.places[places]], 0)
-        local, sent = _swapped(placement, local), _swapped(placement, sent)
-        return write(block, jnp.ravel(local), jnp.reshape(sent, (-1, *values.shape[1:])))
+        return write(block, *_sent(placement, local, jnp.where(exists, route.places[places], 0), exists, values))
 
-    owner = positions // placement.block
     plan = functools.partial(_ordered_route, placement, positions, is_foreign)
     return _in_rounds(placement, owner, is_foreign, capacity, plan, turn, block, expected)
 
@@ -157,23 +150,18 @@ def summed_at_owners(
 
     def at_owners() -> tuple[Array, Array]:
         places, exists = _outgoing(_Route(positions, jnp.zeros(0, jnp.int32), first), 0, capacity)
-        sent = jnp.where(exists, positions[places], none)
-        rows = jnp.where(jnp.expand_dims(exists, tuple(range(2, values.ndim + 1))), values[places], 0)
-        sent, rows = _swapped(placement, sent), _swapped(placement, rows)
-        return combined(jnp.ravel(sent), jnp.reshape(rows, (-1, *values.shape[1:])))
+        return combined(*_sent(placement, jnp.where(exists, positions[places], none), places, exists, values))
 
     if capacity >= length:
         return *at_owners(), jnp.zeros((), bool)
-    held = capacity * placement.shards * math.prod(placement.mesh.shape[name] for name in copies)
+    everyone_axes = (*placement.axes, *copies)
+    held = capacity * jax.lax.axis_size(everyone_axes)
 
     def dealt_out() -> tuple[Array, Array]:
-        everyone = jax.lax.all_gather(positions, (*placement.axes, *copies), tiled=True)
-        everyone = jnp.pad(
-            jnp.sort(everyone), (0, max(held * placement.shards - everyone.shape[0], 0)), constant_values=none
-        )
-        starts = jnp.concatenate([jnp.ones(1, bool), everyone[1:] != everyone[:-1]]) & (everyone < none)
-        places = jnp.where(starts, jnp.cumsum(starts.astype(jnp.int32)) - 1, everyone.shape[0])
-        distinct = jnp.full_like(everyone, none).at[places].set(everyone, mode="drop")
+        everyone = jax.lax.all_gather(positions, everyone_axes, tiled=True)
+        missing = max(held * placement.shards - everyone.shape[0], 0)
+        everyone = jnp.pad(everyone, (0, missing), constant_values=none)
+        _, (distinct, _, _) = _dedupe.combine(None, everyone, (), none)
         rank = jnp.searchsorted(distinct, positions).astype(positions.dtype)
         homes = dataclasses.replace(placement, rows=held * placement.shards, cyclic=False)
         rank = jnp.where(positions < none, rank, homes.stored_rows)
@@ -184,7 +172,7 @@ def summed_at_owners(
         return mine, sums.astype(dtype)
 
     crowded = jnp.max(jnp.diff(first)) > capacity
-    crowded = jax.lax.pmax(crowded.astype(jnp.int32), (*placement.axes, *copies)) > 0
+    crowded = jax.lax.pmax(crowded.astype(jnp.int32), everyone_axes) > 0
     return *jax.lax.cond(crowded, dealt_out, at_owners), crowded
 
 
@@ -192,8 +180,7 @@ def rounds_of(placement: Placement, positions: Int[Array, " ids"]) -> Int32[Arra
     """Say how many rounds `fetch` takes for some positions; the same on all devices."""
     if placement.shards == 1 or positions.shape[0] == 0:
         return jnp.ones((), jnp.int32)
-    local = positions - start_of_device(placement, positions.dtype)
-    is_foreign = (positions < placement.stored_rows) & ((local < 0) | (local >= placement.block))
+    _, _, is_foreign = _owners(placement, positions)
     first = _distinct_route(placement, positions, is_foreign).first
     return jnp.maximum(_rounds(placement, jnp.diff(first), placement.capacity(positions.shape[0])), 1)
 
@@ -273,6 +260,19 @@ def _outgoing(
     return jnp.where(exists, places, 0), exists
 
 
+def _sent(
+    placement: Placement,
+    local: Int[Array, "shards capacity"],
+    places: Int32[Array, "shards capacity"],
+    exists: Bool[Array, "shards capacity"],
+    values: Shaped[Array, "ids *dim"],
+) -> tuple[Int[Array, " received"], Shaped[Array, "received *dim"]]:
+    """Send the values of some places, and where they belong, and get those of the others; zero where there is none."""
+    rows = jnp.where(jnp.expand_dims(exists, tuple(range(2, values.ndim + 1))), values[places], 0)
+    local, rows = _swapped(placement, local), _swapped(placement, rows)
+    return jnp.ravel(local), jnp.reshape(rows, (-1, *values.shape[1:]))
+
+
 def _swapped(placement: Placement, parts: Shaped[Array, "shards ..."]) -> Shaped[Array, "shards ..."]:
     """Give each device its part, and get one from each."""
     return jax.lax.all_to_all(parts, placement.axes, 0, 0, tiled=True)
@@ -282,6 +282,15 @@ def start_of_device(placement: Placement, dtype: Any) -> Int[Array, ""]:
     """The position of the first row of this device."""
     number = jax.lax.axis_index(placement.axes) if placement.axes else 0
     return jnp.asarray(number, dtype) * placement.block
+
+
+def _owners(
+    placement: Placement, positions: Int[Array, " ids"]
+) -> tuple[Int[Array, " ids"], Int[Array, " ids"], Bool[Array, " ids"]]:
+    """Say where positions are among the rows of this device, which device they belong to, and whether to another."""
+    local = positions - start_of_device(placement, positions.dtype)
+    is_foreign = (positions < placement.stored_rows) & ((local < 0) | (local >= placement.block))
+    return local, positions // max(placement.block, 1), is_foreign
 
 
 def _at(block: Shaped[Array, "block *dim"], local: Int[Array, "*batch"]) -> Shaped[Array, "*batch_dim"]:

@@ -2,8 +2,13 @@
 
 import jax
 from jax.core import Tracer
-from jax.sharding import AxisType, NamedSharding, PartitionSpec, reshard
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, reshard
 from jaxtyping import Array, Shaped
+
+
+def is_explicit(mesh: Mesh | AbstractMesh) -> bool:
+    """Say whether arrays on a mesh have their layout in their type."""
+    return AxisType.Explicit in mesh.axis_types
 
 
 def explicit_sharding(ids: Shaped[Array, "*batch"], trailing: int = 0) -> NamedSharding | None:
@@ -17,7 +22,7 @@ def explicit_sharding(ids: Shaped[Array, "*batch"], trailing: int = 0) -> NamedS
       The sharding, or None where no mesh axis is explicit and XLA chooses.
     """
     sharding = jax.typeof(ids).sharding
-    if AxisType.Explicit not in sharding.mesh.axis_types:
+    if not is_explicit(sharding.mesh):
         return None
     return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec, *[None] * trailing))
 
@@ -27,13 +32,40 @@ def laid_out(array: Shaped[Array, "*shape"], sharding: NamedSharding | Partition
     if isinstance(sharding, NamedSharding) and not isinstance(array, Tracer):
         return array if isinstance(array, jax.Array) and array.sharding == sharding else jax.device_put(array, sharding)
     mesh = sharding.mesh if isinstance(sharding, NamedSharding) else jax.sharding.get_abstract_mesh()
-    if AxisType.Explicit in mesh.axis_types:
+    if is_explicit(mesh):
         return reshard(array, sharding)
     return jax.lax.with_sharding_constraint(array, sharding)
+
+
+def resharded(
+    array: Shaped[Array, "*shape"], mesh: Mesh | AbstractMesh, spec: PartitionSpec
+) -> Shaped[Array, "*shape"]:
+    """Lay an array out where the axes of the mesh are explicit; where they are not, XLA sees to it."""
+    # A NamedSharding, since a bare PartitionSpec needs `jax.set_mesh`.
+    return reshard(array, NamedSharding(mesh, spec)) if is_explicit(mesh) else array
+
+
+def laid_out_as(
+    like: Shaped[Array, "*batch"], array: Shaped[Array, "*batch_dim"], batch: int, mesh: Mesh | AbstractMesh
+) -> Shaped[Array, "*batch_dim"]:
+    """Lay an array out as the first axes of another one, where axes are explicit; else it is on every device.
+
+    Args:
+      like: The other one.
+      array: The array.
+      batch: How many axes they have in common.
+      mesh: The mesh of the array.
+
+    Returns:
+      The same array.
+    """
+    sharding = explicit_sharding(like)
+    if sharding is None:
+        return resharded(array, mesh, PartitionSpec())
+    return resharded(array, sharding.mesh, PartitionSpec(*sharding.spec[:batch], *[None] * (array.ndim - batch)))
 
 
 def on_every_device(array: Shaped[Array, "*batch"]) -> Shaped[Array, "*batch"]:
     """Replicate an array over the explicit axes of a mesh, for what depends on all ids of a call."""
     sharding = explicit_sharding(array)
-    # A NamedSharding, since a bare PartitionSpec needs `jax.set_mesh`.
-    return array if sharding is None else reshard(array, NamedSharding(sharding.mesh, PartitionSpec()))
+    return array if sharding is None else resharded(array, sharding.mesh, PartitionSpec())

@@ -4,11 +4,11 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, NamedSharding, PartitionSpec, reshard
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Shaped
 
 from ._index import index_dtype
-from ._mesh import laid_out
+from ._mesh import laid_out, resharded
 from ._placed import put, take
 from ._placement import Placement
 
@@ -41,9 +41,8 @@ def moved(
         shards = jnp.arange(to.shards, dtype=index)[:, None] * to.block
         ids = to.ids(shards + first + jnp.arange(chunk, dtype=index)[None, :])
         rows = take(placement, leaf, jnp.ravel(jnp.where(ids < to.rows, ids + start, placement.rows)), 0)
-        if AxisType.Explicit in to.mesh.axis_types:
-            rows = reshard(rows, NamedSharding(to.mesh, spec))
-        rows = laid_out(jnp.reshape(rows, (to.shards, chunk, *dim)), by_shard)
+        rows = jnp.reshape(resharded(rows, to.mesh, spec), (to.shards, chunk, *dim))
+        rows = laid_out(rows, by_shard)
         return jax.lax.dynamic_update_slice_in_dim(out, rows, first, 1)
 
     out = laid_out(jnp.zeros((to.shards, to.block, *dim), leaf.dtype), by_shard)

@@ -7,12 +7,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, NamedSharding, PartitionSpec, reshard
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Int, Int32, Shaped
 
 from . import _dedupe, _exchange
 from ._dedupe import Distinct
-from ._mesh import explicit_sharding, on_every_device
+from ._mesh import is_explicit, laid_out_as, on_every_device, resharded
 from ._placement import Placement
 
 
@@ -35,7 +35,7 @@ def take(
         exists = jnp.zeros((*ids.shape, *[1] * len(dim)), bool)
         return jnp.where(exists, jnp.zeros((), leaf.dtype), jnp.full((*ids.shape, *dim), fill, leaf.dtype))
     placement = _of_leaf(placement, dim)
-    split, shape = _split(placement, ids, placement.rows)
+    split, shape = _split(placement, ids)
 
     def local(leaf: Array, ids: Array) -> Array:
         positions = placement.positions(jnp.ravel(ids))
@@ -45,9 +45,8 @@ def take(
         rows = jnp.where(exists, rows, jnp.asarray(fill, rows.dtype))
         return jnp.reshape(rows, (*ids.shape, *dim))
 
-    rows = _on_devices(placement, local, (placement.spec(leaf.shape, dim), placement.batch_spec), placement.batch_spec)(
-        leaf, split
-    )
+    in_specs = placement.spec(leaf.shape, dim), placement.batch_spec
+    rows = on_devices(placement, local, in_specs, placement.batch_spec)(leaf, split)
     return _joined_back(placement, ids, rows, shape)
 
 
@@ -81,10 +80,10 @@ def put(
         if mode == "add":
             _, (positions, values, _) = _dedupe.combine(None, positions, values, placement.stored_rows)
         positions, values = _of_group(placement, positions), _own_columns(placement, values)
-        return _exchange.deliver(placement, leaf, positions, values, mode, expected=True, copies=placement.copies)
+        return _exchange.deliver(placement, leaf, positions, values, mode, expected=True, copies=placement.copy_axes)
 
     spec = placement.spec(leaf.shape, dim)
-    return _on_devices(placement, local, (spec, placement.batch_spec, placement.batch_spec), spec)(leaf, ids, values)
+    return on_devices(placement, local, (spec, placement.batch_spec, placement.batch_spec), spec)(leaf, ids, values)
 
 
 def combine(
@@ -105,11 +104,11 @@ def combine(
 
     def local(ids: Array, values: Array) -> tuple[Array, Array, Array]:
         positions, values = _of_group(placement, placement.positions(ids)), _own_columns(placement, values)
-        held, sums, crowded = _exchange.summed_at_owners(placement, positions, values, placement.copies)
+        held, sums, crowded = _exchange.summed_at_owners(placement, positions, values, placement.copy_axes)
         return placement.ids(held), sums, crowded.astype(jnp.int32)
 
     out = placement.owner_spec, placement.spec((0, *dim), dim), PartitionSpec()
-    ids, sums, crowded = _on_devices(placement, local, (placement.batch_spec, placement.batch_spec), out)(ids, values)
+    ids, sums, crowded = on_devices(placement, local, (placement.batch_spec, placement.batch_spec), out)(ids, values)
     return Distinct(ids, sums, jnp.zeros((), jnp.int32)), crowded
 
 
@@ -125,7 +124,7 @@ def gather_at_owners(
         return jnp.where(exists, rows, jnp.zeros((), rows.dtype))
 
     spec = placement.spec(leaf.shape, dim)
-    return _on_devices(placement, local, (spec, placement.owner_spec), spec)(leaf, ids)
+    return on_devices(placement, local, (spec, placement.owner_spec), spec)(leaf, ids)
 
 
 def store_at_owners(
@@ -142,7 +141,7 @@ def store_at_owners(
         return _exchange.deliver(placement, leaf, placement.positions(ids), values, mode, expected=False)
 
     spec = placement.spec(leaf.shape, dim)
-    return _on_devices(placement, local, (spec, placement.owner_spec, spec), spec)(leaf, ids, values)
+    return on_devices(placement, local, (spec, placement.owner_spec, spec), spec)(leaf, ids, values)
 
 
 def summed_by(
@@ -197,19 +196,19 @@ def pooled(
 
     spec = placement.batch_spec
     in_specs = (placement.spec(leaf.shape, dim), *(spec for _ in given))
-    sums = _first(placement, _on_devices(placement, local, in_specs, spec)(leaf, *given), number)
+    sums = _first(placement, on_devices(placement, local, in_specs, spec)(leaf, *given), number)
     return jnp.reshape(sums, (*bags, *dim))
 
 
 def rounds(placement: Placement, ids: Int[Array, "*batch"]) -> Int32[Array, ""]:
     """Say in how many rounds `take` reads some ids."""
-    split, _ = _split(placement, ids, placement.rows)
+    split, _ = _split(placement, ids)
 
     def local(ids: Array) -> Array:
         positions = _of_group(placement, placement.positions(jnp.ravel(ids)))
         return _exchange.rounds_of(placement, positions)
 
-    return _on_devices(placement, local, (placement.batch_spec,), PartitionSpec())(split)
+    return on_devices(placement, local, (placement.batch_spec,), PartitionSpec())(split)
 
 
 def joined(
@@ -231,7 +230,7 @@ def joined(
     if len(padded) == 1:
         return padded[0]
     spec = placement.batch_spec
-    return _on_devices(placement, lambda *parts: jnp.concatenate(parts), (spec,) * len(padded), spec)(*padded)
+    return on_devices(placement, lambda *parts: jnp.concatenate(parts), (spec,) * len(padded), spec)(*padded)
 
 
 def parted(
@@ -252,7 +251,7 @@ def parted(
         return list(jax.lax.split(array, lengths))
     sizes = [-(-length // placement.devices) for length in lengths]
     spec = placement.batch_spec
-    parts = _on_devices(placement, lambda x: tuple(jax.lax.split(x, sizes)), (spec,), (spec,) * len(sizes))(array)
+    parts = on_devices(placement, lambda x: tuple(jax.lax.split(x, sizes)), (spec,), (spec,) * len(sizes))(array)
     return [_first(placement, x, length) for x, length in zip(parts, lengths, strict=True)]
 
 
@@ -260,24 +259,26 @@ def _first(placement: Placement, array: Shaped[Array, "more ..."], length: int) 
     """Cut off what an array was filled up with."""
     if array.shape[0] == length:
         return array
-    if AxisType.Explicit in placement.mesh.axis_types:
-        array = reshard(array, NamedSharding(placement.mesh, PartitionSpec()))
-    return array[:length]
+    return resharded(array, placement.mesh, PartitionSpec())[:length]
 
 
-def _on_devices(
-    placement: Placement, function: Callable[..., Any], in_specs: Any, out_specs: Any
-) -> Callable[..., Any]:
-    mapped = jax.shard_map(function, mesh=placement.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
-    if AxisType.Explicit not in placement.mesh.axis_types:
+def on_devices(placement: Placement, function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
+    """Have a function called on each device of a mesh, its arguments laid out as it wants them.
+
+    Args:
+      placement: A placement on the mesh.
+      function: Called with each device's parts.
+      in_specs: How each argument is laid out.
+      out_specs: How what it returns is laid out.
+
+    Returns:
+      A function of whole arrays.
+    """
+    mesh = placement.mesh
+    mapped = jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+    if not is_explicit(mesh):
         return mapped
-
-    def with_resharding(*args: Array) -> Any:
-        return mapped(
-            *(reshard(x, NamedSharding(placement.mesh, spec)) for x, spec in zip(args, in_specs, strict=True))
-        )
-
-    return with_resharding
+    return lambda *args: mapped(*(resharded(x, mesh, spec) for x, spec in zip(args, in_specs, strict=True)))
 
 
 def _of_leaf(placement: Placement, dim: tuple[int, ...]) -> Placement:
@@ -285,36 +286,27 @@ def _of_leaf(placement: Placement, dim: tuple[int, ...]) -> Placement:
     return placement if dim else dataclasses.replace(placement, columns=None)
 
 
-def _split(placement: Placement, ids: Int[Array, "*batch"], none: int) -> tuple[Int[Array, "..."], tuple[int, ...]]:
+def _split(placement: Placement, ids: Int[Array, "*batch"]) -> tuple[Int[Array, "..."], tuple[int, ...]]:
     """Make ids divisible by the devices, along their first axis if it is as it stands."""
     if ids.ndim and ids.shape[0] % placement.devices == 0:
         return ids, ids.shape
-    return _padded(placement, jnp.reshape(on_every_device(ids), (ids.size,)), none), (ids.size,)
+    return _padded(placement, jnp.reshape(on_every_device(ids), (ids.size,)), placement.rows), (ids.size,)
 
 
 def _joined_back(
     placement: Placement, ids: Int[Array, "*batch"], rows: Shaped[Array, "..."], shape: tuple[int, ...]
 ) -> Shaped[Array, "*batch_dim"]:
-    explicit = AxisType.Explicit in placement.mesh.axis_types
-    dim = rows.shape[len(shape) :]
     if rows.shape[: len(shape)] != ids.shape:
-        rows = _first(placement, rows, ids.size)
-        if explicit:
-            rows = reshard(rows, NamedSharding(placement.mesh, PartitionSpec()))
-        rows = jnp.reshape(rows, (*ids.shape, *dim))
-    if explicit:
-        sharding = explicit_sharding(ids, trailing=len(dim))
-        rows = reshard(rows, sharding or NamedSharding(placement.mesh, PartitionSpec()))
-    return rows
+        rows = resharded(_first(placement, rows, ids.size), placement.mesh, PartitionSpec())
+        rows = jnp.reshape(rows, (*ids.shape, *rows.shape[1:]))
+    return laid_out_as(ids, rows, ids.ndim, placement.mesh)
 
 
 def _padded(placement: Placement, array: Shaped[Array, "length ..."], fill: Any) -> Shaped[Array, "more ..."]:
     missing = -array.shape[0] % placement.devices
     if not missing:
         return array
-    if (sharding := explicit_sharding(array)) is not None:
-        array = reshard(array, NamedSharding(sharding.mesh, PartitionSpec()))
-    return jnp.pad(array, [(0, missing), *[(0, 0)] * (array.ndim - 1)], constant_values=fill)
+    return jnp.pad(on_every_device(array), [(0, missing), *[(0, 0)] * (array.ndim - 1)], constant_values=fill)
 
 
 def _spread(

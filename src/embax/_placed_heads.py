@@ -11,11 +11,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, NamedSharding, PartitionSpec, reshard
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from . import _ids
 from ._exchange import start_of_device
+from ._mesh import laid_out_as, on_every_device, resharded
+from ._placed import on_devices
 from ._placement import Placement
 from ._row_blocks import read_block, write_block
 from ._table import Table
@@ -100,25 +102,18 @@ class OwnRows:
 
     def highest(self, values: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
         """The largest of all owners' values."""
-        names = owners(self.placement)
+        names = () if self.placement is None else self.placement.owner_axes
         return jax.lax.pmax(values, names) if names else values
 
     def summed(self, values: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
         """The sum of all owners' values."""
-        names = owners(self.placement)
+        names = () if self.placement is None else self.placement.owner_axes
         return jax.lax.psum(values, names) if names else values
 
     def summed_over_copies(self, values: Float[Array, "block *dim"]) -> Float[Array, "block *dim"]:
         """The sum of what those make of a block that have the same rows, and other tokens."""
-        names = () if self.placement is None else self.placement.copies
+        names = () if self.placement is None else self.placement.copy_axes
         return jax.lax.psum(values, names) if names else values
-
-
-def owners(placement: Placement | None) -> tuple[str, ...]:
-    """The mesh axes over which devices have other rows, or other parts of them."""
-    if placement is None:
-        return ()
-    return (*placement.axes, *([placement.columns] if placement.columns is not None else []))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,43 +129,39 @@ class Tokens:
     batch: tuple[int, ...]
 
     @property
-    def copies(self) -> int:
-        """Into how many parts the batch is split."""
-        return math.prod(self.placement.mesh.shape[name] for name in self.placement.copies)
-
-    @property
     def shape(self) -> tuple[int, ...]:
         """The batch's shape, flat and filled up where its first axis cannot be split."""
-        if self.copies == 1 or (self.batch and self.batch[0] % self.copies == 0):
+        if self.placement.copies == 1 or (self.batch and self.batch[0] % self.placement.copies == 0):
             return self.batch
-        return (-(-math.prod(self.batch) // self.copies) * self.copies,)
+        return (-(-math.prod(self.batch) // self.placement.copies) * self.placement.copies,)
 
     @property
     def spec(self) -> PartitionSpec:
         """How the batch is laid out."""
-        return PartitionSpec(self.placement.copies) if self.copies > 1 else PartitionSpec()
+        return PartitionSpec(self.placement.copy_axes) if self.placement.copies > 1 else PartitionSpec()
 
     @property
     def is_parted(self) -> bool:
         """Whether the owners of rows can take a part of the batch each."""
         parts = self.placement.shards * self.placement.column_shards
-        return parts > 1 and bool(self.shape) and self.shape[0] > 0 and self.shape[0] // self.copies % parts == 0
+        first = self.shape[0] // self.placement.copies if self.shape else 0
+        return parts > 1 and first > 0 and first % parts == 0
 
     @property
     def parted_spec(self) -> PartitionSpec:
         """How the batch is laid out if they do."""
-        return PartitionSpec((*self.placement.copies, *owners(self.placement))) if self.is_parted else self.spec
+        return PartitionSpec((*self.placement.copy_axes, *self.placement.owner_axes)) if self.is_parted else self.spec
 
     def summed(self, values: Float[Array, "*tokens_dim"]) -> Float[Array, "*part_dim"]:
         """The sum of all owners' values, laid out as `parted_spec` says."""
-        names = owners(self.placement)
+        names = self.placement.owner_axes
         if self.is_parted:
             return jax.lax.psum_scatter(values, names, scatter_dimension=0, tiled=True)
         return jax.lax.psum(values, names) if names else values
 
     def joined(self, logits: Float[Array, "*tokens own"]) -> Float[Array, "*part rows"]:
         """The logits of all owners' rows in the order of the ids, laid out as `parted_spec` says."""
-        placement, names, last = self.placement, owners(self.placement), logits.ndim - 1
+        placement, names, last = self.placement, self.placement.owner_axes, logits.ndim - 1
         if self.is_parted:
             logits = jax.lax.all_to_all(logits, names, 0, last, tiled=True)
         elif names:
@@ -187,25 +178,16 @@ class Tokens:
         if self.shape == self.batch:
             return array
         dim = array.shape[len(self.batch) :]
-        flat = jnp.reshape(_ids.on_every_device(array), (math.prod(self.batch), *dim))
+        flat = jnp.reshape(on_every_device(array), (math.prod(self.batch), *dim))
         missing = self.shape[0] - flat.shape[0]
         return jnp.pad(flat, [(0, missing), *[(0, 0)] * len(dim)], constant_values=fill)
 
     def restored(self, array: Shaped[Array, "*tokens_dim"], like: Array) -> Shaped[Array, "*batch_dim"]:
         """Give what there is for each token the batch's shape, and its layout where axes are explicit."""
-        dim = array.shape[len(self.shape) :]
-        explicit = AxisType.Explicit in self.placement.mesh.axis_types
         if self.shape != self.batch:
-            if explicit:
-                array = reshard(array, NamedSharding(self.placement.mesh, PartitionSpec()))
-            array = jnp.reshape(array[: math.prod(self.batch)], (*self.batch, *dim))
-        if not explicit:
-            return array
-        sharding = _ids.explicit_sharding(like)
-        if sharding is None:
-            return reshard(array, NamedSharding(self.placement.mesh, PartitionSpec()))
-        of_batch = [*sharding.spec, *[None] * len(self.batch)][: len(self.batch)]
-        return reshard(array, NamedSharding(sharding.mesh, PartitionSpec(*of_batch, *[None] * len(dim))))
+            array = resharded(array, self.placement.mesh, PartitionSpec())[: math.prod(self.batch)]
+            array = jnp.reshape(array, (*self.batch, *array.shape[1:]))
+        return laid_out_as(like, array, len(self.batch), self.placement.mesh)
 
 
 def on_owners(
@@ -227,10 +209,5 @@ def on_owners(
     Returns:
       What it returns.
     """
-    mesh = tokens.placement.mesh
     in_specs = (tokens.placement.spec(weight.shape, weight.shape[1:]), *(tokens.spec for _ in of_tokens))
-    args = (weight, *of_tokens)
-    if AxisType.Explicit in mesh.axis_types:
-        args = tuple(reshard(x, NamedSharding(mesh, spec)) for x, spec in zip(args, in_specs, strict=True))
-    mapped = jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=tuple(out_specs), check_vma=False)
-    return mapped(*args)
+    return on_devices(tokens.placement, function, in_specs, tuple(out_specs))(weight, *of_tokens)

@@ -7,10 +7,11 @@ from typing import Any, Literal
 
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
 from . import _check
+from ._mesh import is_explicit
 
 Layout = Literal["rows", "rows-cyclic", "columns", "replicated"]
 
@@ -48,7 +49,7 @@ class Placement:
     skew: float = 2.0
 
     def __repr__(self) -> str:
-        over = [f"{self.mesh.shape[name]} of {name!r}" for name in (*self.axes, *([self.columns] * bool(self.columns)))]
+        over = [f"{self.mesh.shape[name]} of {name!r}" for name in self.owner_axes]
         return f"Placement({self.layout!r} over {' x '.join(over) or 'copies'})"
 
     @property
@@ -84,9 +85,19 @@ class Placement:
         return self.mesh.size
 
     @property
-    def copies(self) -> tuple[str, ...]:
+    def copy_axes(self) -> tuple[str, ...]:
         """The mesh axes along which devices have the same rows."""
         return tuple(name for name in self.mesh.axis_names if name not in (*self.axes, self.columns))
+
+    @property
+    def copies(self) -> int:
+        """How many devices have the same rows."""
+        return math.prod(self.mesh.shape[name] for name in self.copy_axes)
+
+    @property
+    def owner_axes(self) -> tuple[str, ...]:
+        """The mesh axes along which devices have other rows, or other parts of them."""
+        return (*self.axes, *([self.columns] if self.columns is not None else []))
 
     @property
     def batch_spec(self) -> PartitionSpec:
@@ -111,8 +122,7 @@ class Placement:
         by_columns = self.columns is not None and shape[1:] == dim and len(dim) > 0
         names = (self.axes or None, *([self.columns] * by_columns))
         # As JAX writes it in the types of arrays, lest a step compile again for what it has itself returned.
-        explicit = AxisType.Explicit in self.mesh.axis_types
-        return PartitionSpec(*names, *[None] * (len(shape) - len(names)) * explicit)
+        return PartitionSpec(*names, *[None] * (len(shape) - len(names)) * is_explicit(self.mesh))
 
     def sharding(self, shape: tuple[int, ...], dim: tuple[int, ...]) -> NamedSharding:
         """`spec` on the mesh."""

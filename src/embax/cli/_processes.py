@@ -5,7 +5,6 @@ import contextlib
 import functools
 import os
 import re
-import socket
 import sys
 import threading
 from collections.abc import Iterator
@@ -14,7 +13,6 @@ from typing import NamedTuple
 import typer
 
 from ._common import UserError
-from ._lifelines import Lifelines, complain_and_leave
 
 # Seconds without a sign of life after which a process counts as lost. Most often its connections break at once.
 _HEARTBEAT = 60
@@ -81,7 +79,11 @@ def together(where: Address | None, lost: str) -> Iterator[bool]:
     if where is None:
         yield True
         return
+    import socket
+
     import jax
+
+    from ._lifelines import Lifelines, complain_and_leave
 
     _join(where)
     message = f"another process was lost. {lost}"
@@ -103,6 +105,8 @@ def together(where: Address | None, lost: str) -> Iterator[bool]:
 
 def _join(where: Address) -> None:
     import jax
+
+    from ._lifelines import complain_and_leave
 
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     # JAX would abort with a message about fatal errors.

@@ -111,7 +111,7 @@ class Step:
         the other optimizers.
         """
         placement, sent = self.placement, []
-        columns, shards, copies = placement.column_shards, placement.shards, _copies(placement)
+        columns, shards, copies = placement.column_shards, placement.shards, placement.copies
         group = self._group
         capacity, own = placement.capacity(group), self.real(sum(self.lookups)) / columns
         # To add, each device sums what it has, and nobody looks at what is alike in a group.
@@ -143,7 +143,7 @@ class Step:
         """The expected number of rounds of a lookup, and the probability that it takes more than one."""
         placement, group = self.placement, self.placement.ids_of_device(ids)
         means, variances = self.law.distinct(self.real(ids))
-        capacity, askers = placement.capacity(group), _copies(placement) * (placement.shards - 1)
+        capacity, askers = placement.capacity(group), placement.copies * (placement.shards - 1)
         expected, further = 1.0, 0.0
         for number in range(1, -(-group // capacity)):
             more = _any_above(means, variances, number * capacity, askers)
@@ -156,7 +156,7 @@ class Step:
         """About what XLA takes for the rows of a step, counted in the arrays that were seen alive at once on a CPU."""
         placement, group = self.placement, self._group
         sent = placement.shards * placement.capacity(group) if placement.shards > 1 else 0
-        held = (sent or group) * _copies(placement)
+        held = (sent or group) * placement.copies
         dtype = accumulator(self.dtype) if self.optimizer else self.dtype
         entry = self.part * dtype.itemsize + 2 * self.index  # an id, and a place in some order
         if not self.optimizer:
@@ -173,10 +173,6 @@ def _transfer(
     phase: Phase, what: str, collective: Collective, devices: int, entries: int, useful: float, size: int
 ) -> Transfer:
     return Transfer(phase, what, collective, devices, entries * size, float(useful * size))
-
-
-def _copies(placement: Placement) -> int:
-    return math.prod(placement.mesh.shape[name] for name in placement.copies)
 
 
 def _balance(loads: Float64[np.ndarray, " shards"]) -> float:
