@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from embax import train
 from embax.train._corpus import BREAK, encode
+from embax.train._parts import WHOLE
 
 
 @pytest.mark.parametrize(
@@ -60,7 +61,7 @@ def test_tokenize_does_not_hold_a_word_without_an_end():
 
 
 def test_encode_orders_by_count_and_then_by_spelling():
-    corpus = encode([["b", "a", "c", "rare"], ["c", "c", "a", "b"]], min_count=2)
+    (corpus,) = encode([["b", "a", "c", "rare"], ["c", "c", "a", "b"]], 2, WHOLE)
     assert corpus.tokens == ["c", "a", "b"]
     np.testing.assert_array_equal(corpus.counts, [3, 2, 2])
     np.testing.assert_array_equal(corpus.ids, [2, 1, 0, BREAK, 0, 0, 1, 2, BREAK])
@@ -74,9 +75,9 @@ def test_encode_keeps_exactly_the_words_that_occur_often_enough(sequences, min_c
     kept = [[word for word in sequence if words.count(word) >= min_count] for sequence in sequences]
     if not any(kept):
         with pytest.raises(train.CorpusError):
-            encode(sequences, min_count)
+            encode(sequences, min_count, WHOLE)
         return
-    corpus = encode(sequences, min_count)
+    (corpus,) = encode(sequences, min_count, WHOLE)
     decoded = [[]]
     for row in corpus.ids.tolist():
         decoded.append([]) if row == BREAK else decoded[-1].append(corpus.tokens[row])
@@ -86,14 +87,14 @@ def test_encode_keeps_exactly_the_words_that_occur_often_enough(sequences, min_c
 
 def test_encode_says_why_a_corpus_is_empty():
     with pytest.raises(train.CorpusError, match=r"must have words to learn: it holds no words\."):
-        encode([], 1)
+        encode([], 1, WHOLE)
     with pytest.raises(train.CorpusError, match=r"none of its 3 words occurs 5 times, .* 'a' with 2"):
-        encode([["a", "b"], ["a"]], 5)
+        encode([["a", "b"], ["a"]], 5, WHOLE)
 
 
 def test_encode_refuses_a_string_for_a_sequence():
     with pytest.raises(TypeError, match="got the string 'to be'"):
-        encode(["to be"], 1)
+        encode(["to be"], 1, WHOLE)
 
 
 def test_paragraphs_are_cut_as_tokenize_cuts_them():

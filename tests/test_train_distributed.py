@@ -13,9 +13,9 @@ from cli_runs import assert_one_line, command, run
 
 from embax import train, unshard
 from embax.train import _corpus, _skipgram
-from embax.train._corpus import BREAK, encode, encode_parts
-from embax.train._parts import Parts, parts_of
-from embax.train._windows import batches, batches_of_parts
+from embax.train._corpus import BREAK, encode
+from embax.train._parts import WHOLE, Parts, parts_of
+from embax.train._windows import batches
 from embax.vectors import Vectors
 
 # Seconds in which each process has to end, so that one that hangs is a failure.
@@ -43,8 +43,8 @@ def part_of_process(number, own):
 
 def test_encode_parts_deals_out_the_sequences():
     sequences = [["a", "b"], ["b"], [], ["c", "b"], ["a"], ["rare"]]
-    whole = encode(sequences, 2)
-    parts = encode_parts(sequences, 2, part_of_process(3, (0, 1, 2)))
+    whole = encode(sequences, 2, WHOLE)[0]
+    parts = encode(sequences, 2, part_of_process(3, (0, 1, 2)))
     assert [part.tokens for part in parts] == [["b", "a"]] * 3 == [whole.tokens] * 3
     assert [part.counts.tolist() for part in parts] == [[3, 2]] * 3
     a, b = 1, 0
@@ -56,9 +56,9 @@ def test_encode_parts_counts_the_words_of_all_processes(monkeypatch):
     monkeypatch.setattr(Parts, "is_shared", property(lambda self: self.number == 2))
     monkeypatch.setattr(Parts, "gather", lambda self, data: told.append(data) or told)
     first, second = part_of_process(2, (0,)), part_of_process(2, (1,))
-    encode_parts(sequences, 1, first)
-    (corpus,) = encode_parts(sequences, 1, second)  # it hears of the first one's
-    whole = encode(sequences, 1)
+    encode(sequences, 1, first)
+    (corpus,) = encode(sequences, 1, second)  # it hears of the first one's
+    whole = encode(sequences, 1, WHOLE)[0]
     assert (corpus.tokens, corpus.counts.tolist()) == (whole.tokens, whole.counts.tolist())
     assert [corpus.tokens[row] for row in corpus.ids if row != BREAK] == ["b", "é\n", "a", "a"]
 
@@ -66,16 +66,16 @@ def test_encode_parts_counts_the_words_of_all_processes(monkeypatch):
 def test_encode_parts_looks_for_the_words_of_its_own_parts_only(monkeypatch):
     seen, words_of = [], _corpus._words_of
     monkeypatch.setattr(_corpus, "_words_of", lambda text: seen.append(text) or words_of(text))
-    encode_parts(train.paragraphs(["a\n\nb\n\na c\n\nd"]), 1, part_of_process(2, (1,)))
+    encode(train.paragraphs(["a\n\nb\n\na c\n\nd"]), 1, part_of_process(2, (1,)))
     assert seen == ["b", "d"]
 
 
 def test_batches_of_parts_take_every_word_once_an_epoch():
     sequences = [[f"{number}"] * (1 + 7 * (number % 3)) for number in range(500)]
     parts = part_of_process(3, (0, 1, 2))
-    corpora = encode_parts(sequences, 1, parts)
+    corpora = encode(sequences, 1, parts)
     rngs = np.random.default_rng(0).spawn(3)
-    windows = list(batches_of_parts(corpora, parts, 2, 2, np.inf, rngs))
+    windows = list(batches(corpora, parts, 2, 2, np.inf, rngs))
     centres = np.concatenate([part.centres.ravel() for part in windows])
     assert np.bincount(centres, minlength=501)[:500].tolist() == (2 * corpora[0].counts).tolist()
     assert windows[-1].words == 2 * corpora[0].counts.sum()
@@ -89,9 +89,9 @@ def test_batches_of_parts_take_every_word_once_an_epoch():
 
 @pytest.mark.parametrize("skip", [1, 3, 4])
 def test_batches_of_parts_go_on_as_they_would_have(skip):
-    corpus = encode([["a", "b"] * 700, ["c"] * 13], 1)
-    whole = list(batches(corpus, 2, 2, 0.3, np.random.default_rng(1)))
-    rest = list(batches_of_parts([corpus], part_of_process(1, (0,)), 2, 2, 0.3, [np.random.default_rng(1)], skip))
+    (corpus,) = encode([["a", "b"] * 700, ["c"] * 13], 1, WHOLE)
+    whole = list(batches([corpus], WHOLE, 2, 2, 0.3, [np.random.default_rng(1)]))
+    rest = list(batches([corpus], WHOLE, 2, 2, 0.3, [np.random.default_rng(1)], skip))
     assert len(rest) == len(whole) - skip
     for one, other in zip(rest, whole[skip:], strict=True):
         assert one[:3] == other[:3]

@@ -2,12 +2,13 @@ import numpy as np
 import pytest
 
 from embax.train._corpus import encode
+from embax.train._parts import WHOLE
 from embax.train._windows import batches
 
 
 def drawn(sequences, window=2, epochs=1, sample=np.inf, seed=0):
-    corpus = encode(sequences, 1)
-    return corpus, list(batches(corpus, window, epochs, sample, np.random.default_rng(seed)))
+    (corpus,) = encode(sequences, 1, WHOLE)
+    return corpus, list(batches([corpus], WHOLE, window, epochs, sample, [np.random.default_rng(seed)]))
 
 
 def pairs_of(corpus, windows):

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int32, Int64
 
-from ._parts import WHOLE, Parts
+from ._parts import Parts
 
 # Stands between two sequences in `Corpus.ids`.
 BREAK = -1
@@ -113,12 +113,7 @@ def tokenize(pieces: Iterable[str]) -> Iterator[list[str]]:
             yield words
 
 
-def encode(sequences: Iterable[Iterable[str]], min_count: int) -> Corpus:
-    """Number the words of a corpus, as `encode_parts` does of a corpus that is in one part."""
-    return encode_parts(sequences, min_count, WHOLE)[0]
-
-
-def encode_parts(sequences: Iterable[Iterable[str]], min_count: int, parts: Parts) -> list[Corpus]:
+def encode(sequences: Iterable[Iterable[str]], min_count: int, parts: Parts) -> list[Corpus]:
     """Number the words of a corpus in one pass, four bytes a word; its text is not kept.
 
     Sequence `i` belongs to part `i mod n`. A process keeps the sequences of its own parts, counts their words, and adds

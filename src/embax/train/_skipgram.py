@@ -21,10 +21,10 @@ from .._rows import RowGrad, apply_updates, row_grad
 from .._table import Table
 from ..sharding import unshard
 from ..vectors import Vectors
-from ._corpus import encode_parts
+from ._corpus import encode
 from ._parts import AXIS, WHOLE, Parts, parts_of
 from ._resume import Checkpoints, fingerprint
-from ._windows import STEPS_A_CALL, batches_of_parts
+from ._windows import STEPS_A_CALL, batches
 
 # The most that a row moves in a step, in units of its mean gradient. The logistic loss has a curvature of at most
 # |row|^2 / 4, and rows stay shorter than about 3, so that 0.8 keeps clear of the edge of stability at 2 / curvature.
@@ -148,7 +148,7 @@ def skipgram(
     sample = _at_most_one(f"{call}(sample=...)", sample) if sample != 0 else math.inf
     seed = _check.size(f"{call}(seed=...)", seed)
     parts = parts_of(call, mesh)
-    corpora = encode_parts(sequences, min_count, parts)
+    corpora = encode(sequences, min_count, parts)
     tokens, counts = corpora[0].tokens, corpora[0].counts
 
     rng = np.random.default_rng(seed)
@@ -166,7 +166,7 @@ def skipgram(
         kept, calls = saved.restore(_without_scratch(state))
         state = kept._replace(key=parts.everywhere(kept.key), slots=state.slots)
     began, words_before, loss_before = time.monotonic(), None, None
-    for windows in batches_of_parts(corpora, parts, window, epochs, sample, rngs, skip=calls):
+    for windows in batches(corpora, parts, window, epochs, sample, rngs, skip=calls):
         words_before = windows.words_before if words_before is None else words_before
         rate = np.float32(learning_rate * max(_LAST_RATE, 1 - windows.words_before / total))
         centres, contexts = parts.split(windows.centres), parts.split(windows.contexts)

@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Float64, Int32, Int64
 
 from ._corpus import BREAK, Corpus
-from ._parts import WHOLE, Parts
+from ._parts import Parts
 
 # Centres in a step: few against the frequency of rows, as all of them see the same weights. A short corpus gets fewer,
 # so that an epoch still has about 512 steps.
@@ -38,12 +38,7 @@ class _Block(NamedTuple):
     width: Int64[np.ndarray, " words"]
 
 
-def batches(corpus: Corpus, window: int, epochs: int, sample: float, rng: np.random.Generator) -> Iterator[Windows]:
-    """Draw the windows of a corpus, as `batches_of_parts` does of a corpus that is in one part."""
-    return batches_of_parts([corpus], WHOLE, window, epochs, sample, [rng])
-
-
-def batches_of_parts(
+def batches(
     corpora: Sequence[Corpus],
     parts: Parts,
     window: int,
