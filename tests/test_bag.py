@@ -357,6 +357,18 @@ def test_largest_of_equals_nans_and_infinities(rows, ids, expected, row_of_colum
         np.testing.assert_array_equal(pull(jnp.ones(out.shape))[0].weight, gradient)
 
 
+def test_a_row_that_is_not_a_number_is_the_largest_wherever_it_stands():
+    weight = np.random.default_rng(0).normal(size=(22, 8)).astype(np.float32)
+    weight[21, :7] = np.nan
+    ids = np.random.default_rng(1).integers(0, 21, (16, 40))
+    ids[np.arange(16), np.arange(16) * 2] = 21
+    for bags in ids, Ragged.from_lists(ids.tolist()):
+        out, pull = jax.vjp(jax.jit(functools.partial(embedding_bag, bags=bags, mode="max")), Table(weight))
+        assert np.isnan(out[:, :7]).all()
+        np.testing.assert_array_equal(out[:, 7], weight[ids, 7].max(1))
+        np.testing.assert_array_equal(pull(jnp.ones(out.shape))[0].weight[21, :7], np.full(7, 16))
+
+
 @pytest.mark.parametrize(
     ("length", "mode", "weighted"),
     [

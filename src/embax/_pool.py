@@ -317,17 +317,20 @@ def _largest(
         return jnp.zeros((*layout.shape, *rows.shape[axis + 1 :]), rows.dtype)
     lowest = jnp.asarray(-jnp.inf, rows.dtype)
     values = jnp.where(candidates, jax.lax.stop_gradient(rows), lowest)
+    # Found apart from the largest: XLA's CPU backend may leave NaN out of a maximum.
+    is_nan = jnp.isnan(values)
     if layout.offsets is None:
-        is_largest = (values == values.max(axis=axis, keepdims=True)) | jnp.isnan(values)
-        first = jnp.argmax(candidates & is_largest, axis=axis)  # that of equals, or of NaNs
+        is_largest = candidates & (values == values.max(axis=axis, keepdims=True))
+        first = jnp.argmax(jnp.where(is_nan, 2, is_largest.astype(jnp.int32)), axis=axis)  # of NaNs, else of equals
         out = _numbers_at(rows, first, axis)
         return jnp.where(candidates.any(axis=axis), out, jnp.zeros((), rows.dtype))
     shape, bags = (*layout.shape, *rows.shape[1:]), _bag_of(layout.offsets, length)
     largest = jnp.full(shape, lowest).at[bags].max(values, mode="drop", indices_are_sorted=True)
-    is_largest = (values == largest[bags]) | jnp.isnan(values)
     position = jnp.expand_dims(jnp.arange(length, dtype=jnp.int32), trailing)
-    position = jnp.where(candidates & is_largest, position, length)
+    of_equals = jnp.where(candidates & (values == largest[bags]), position, length)
+    position = jnp.where(is_nan, position - length, of_equals)  # below 0, so that it comes first
     first = jnp.full(shape, length, jnp.int32).at[bags].min(position, mode="drop", indices_are_sorted=True)
+    first = jnp.where(first < 0, first + length, first)
     # By the numbers of the columns; checkify has no rule for the derivative of `take_along_axis`.
     columns = jnp.indices(shape, sparse=True)[1:]
     out = rows.at[(jnp.minimum(first, length - 1), *columns)].get(mode="promise_in_bounds", wrap_negative_indices=False)
