@@ -34,6 +34,12 @@ STEPS = {
 }
 
 
+def sent(compiled):
+    """The collectives of a program that a plan knows, which leaves out those of a few flags."""
+    found = [x for x in collectives(compiled) if x.kind in ("all-to-all", "all-gather")]
+    return Counter((x.kind.replace("-", "_"), x.devices, x.bytes) for x in found)
+
+
 @pytest.mark.parametrize("case", STEPS)
 def test_plan_is_what_the_compiled_step_sends_and_holds(case):
     shape, layout, optimizer, dtype, lookups = STEPS[case]
@@ -56,10 +62,7 @@ def test_plan_is_what_the_compiled_step_sends_and_holds(case):
         compiled = jax.jit(step, donate_argnums=(0, 1)).lower(tables, state, ids).compile()
 
     planned = plan(tables, mesh, {"t": lookups}, **layout, optimizer=optimizer).tables["t"]
-    sent = [x for x in collectives(compiled) if x.kind in ("all-to-all", "all-gather")]  # the plan leaves out sums
-    assert Counter((x.collective, x.devices, x.buffer) for x in planned.transfers) == Counter(
-        (x.kind.replace("-", "_"), x.devices, x.bytes) for x in sent
-    )
+    assert Counter((x.collective, x.devices, x.buffer) for x in planned.transfers) == sent(compiled)
     first = jax.devices()[0]
     on_first = [
         x.data.nbytes
@@ -71,6 +74,31 @@ def test_plan_is_what_the_compiled_step_sends_and_holds(case):
     assert planned.state_bytes == sum(on_first)
     assert planned.weight_bytes == tables["t"].weight.addressable_shards[0].data.nbytes
     assert 0.5 < planned.buffer_bytes / compiled.memory_analysis().temp_size_in_bytes < 2  # an estimate
+
+
+BAGS = {
+    "rows": ((4,), {"axis": "x"}, jnp.float32, 64),
+    "rows-cyclic-float16": ((2, 2), {"axis": "x", "layout": "rows-cyclic", "skew": 1.0}, jnp.float16, 32),
+    "rows-short": ((4,), {"axis": "x"}, jnp.float32, 1),
+    "columns": ((4,), {"axis": "x", "layout": "columns"}, jnp.float32, 16),
+    "rows-and-columns": ((2, 2), {"axis": "x", "columns": "y"}, jnp.float32, 32),
+}
+
+
+@pytest.mark.parametrize("case", BAGS)
+def test_plan_of_bags_is_what_the_compiled_program_sends(case):
+    shape, layout, dtype, length = BAGS[case]
+    layout |= {"pool_at_owners": True}
+    mesh = jax.make_mesh(shape, ("x", "y")[: len(shape)], devices=jax.devices()[: math.prod(shape)])
+    table = embax.shard(embax.Table(jnp.zeros((1001, 32), dtype), padding_idx=0), mesh, **layout)
+    bags = jax.device_put(np.zeros((128, length), np.int32), NamedSharding(mesh, PartitionSpec(mesh.axis_names)))
+    compiled = jax.jit(embax.embedding_bag).lower(table, bags).compile()
+    planned = plan({"t": table}, mesh, bags.size, **layout, bag_length=length).tables["t"]
+    assert Counter((x.collective, x.devices, x.buffer) for x in planned.transfers if x.phase == "forward") == sent(
+        compiled
+    )
+    sums = [x for x in planned.transfers if "sums" in x.what]
+    assert len(sums) == {"rows-short": 0, "rows-and-columns": 2}.get(case, 1)
 
 
 def draws(rows, exponent, number, trials):
@@ -127,6 +155,36 @@ def test_expectations_are_what_draws_give(case, exponent, optimizer):
     assert useful["rows"] == pytest.approx(sent * 8 // columns * 4, rel=0.05)
     if optimizer == "adam":
         assert planned.crowded == pytest.approx(np.mean(asked.max((1, 2)) > capacity), abs=0.08)
+
+
+@pytest.mark.parametrize("exponent", [0.0, 1.05])
+@pytest.mark.parametrize("case", MESHES)
+def test_expectations_of_bags_are_what_draws_give(case, exponent):
+    mesh, layout = MESHES[case]
+    rows, bags, length, trials = 5003, 32, 40, 100
+    planned = plan(
+        {"t": jax.ShapeDtypeStruct((rows, 64), np.float32)},
+        mesh,
+        bags * length,
+        **layout,
+        skew=1.0,
+        pool_at_owners=True,
+        bag_length=length,
+        frequencies=exponent,
+    ).tables["t"]
+    where, devices = planned.placement, math.prod(mesh.values())
+    shards, columns = where.shards, where.column_shards
+    ids = draws(rows, exponent, bags * length, trials).reshape(trials, devices // columns, -1, length)
+    owners = ids % shards if where.cyclic else ids // where.block
+    asked = np.stack([(owners == k).sum((2, 3)) for k in range(shards)], -1)  # of each group, of each owner
+    sums = np.stack([(owners == k).any(3).sum(2) for k in range(shards)], -1)
+    capacity, others = where.capacity(ids[0, 0].size), (shards - 1) / shards
+    useful = {x.what: x.useful for x in planned.transfers if x.phase == "forward"}
+    assert useful["ids"] == pytest.approx(4 * np.minimum(asked, capacity).sum(2).mean() * others, rel=0.05)
+    assert useful["sums"] == pytest.approx(4 * 64 // columns * sums.sum(2).mean() * others, rel=0.05)
+    rounds = -(-asked.max((1, 2)) // capacity)
+    assert planned.further == pytest.approx(np.mean(rounds > 1), abs=0.1)
+    assert planned.rounds == pytest.approx(rounds.mean(), rel=0.1)
 
 
 @pytest.mark.parametrize("layout", ["rows", "rows-cyclic", "replicated"])
@@ -246,6 +304,9 @@ REFUSED = {
     "layout": (dict(layout="diagonal"), ValueError, r"plan\(layout=...\)` must be one of"),
     "columns": (dict(layout="columns"), ValueError, r"plan` must have rows whose first axis divides by 4"),
     "skew": (dict(skew=0.5), ValueError, r"plan\(skew=...\)` must be finite and at least 1"),
+    "pool_at_owners": (dict(pool_at_owners="yes"), TypeError, r"plan\(pool_at_owners=...\)` must be"),
+    "bag_length": (dict(bag_length=3), ValueError, r"plan\(bag_length=...\)` must be 1 or more and divide the ids of"),
+    "bag_length-zero": (dict(bag_length={"t": 0}), ValueError, r"plan\(bag_length=...\)` must be 1 or more"),
     "optimizer": (dict(optimizer="lamb"), ValueError, r"plan\(optimizer=...\)` must be one of"),
 }
 

@@ -165,6 +165,7 @@ def test_collection_trains_on_a_mesh_as_off_it():
         ({"layout": "columns", "axis": ("x", "y")}, ValueError, "must have one axis and no other for columns"),
         ({"skew": 0.5}, ValueError, "must be finite and at least 1, got 0.5"),
         ({"skew": math.inf}, ValueError, "must be finite and at least 1"),
+        ({"pool_at_owners": 1}, TypeError, r"`embax.shard\(pool_at_owners=...\)` must be"),
         ({"layout": "columns", "tree": WEIGHT[:, :6]}, ValueError, "whose first axis divides by 4"),
         ({"layout": "columns", "tree": WEIGHT[:, 0]}, ValueError, "whose first axis divides by 4"),
         ({"tree": {"a": Table(WEIGHT)}, "padding_idx": 1}, TypeError, "must be for an array"),

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int, Int32, Shaped
+from jaxtyping import Array, Bool, Float, Int, Int32, Shaped
 
 from . import _dedupe
 from ._placement import Placement
@@ -42,7 +42,7 @@ def fetch(
       One row for each position.
     """
     local, owner, is_foreign = _owners(placement, positions)
-    out = _at(block, local)
+    out = rows_at(block, local)
     if placement.shards == 1 or positions.shape[0] == 0:
         return out
     capacity = placement.capacity(positions.shape[0])
@@ -50,7 +50,7 @@ def fetch(
     def turn(route: _Route, number: Any, out: Array) -> Array:
         places, exists = _outgoing(route, number, capacity)
         asked = jnp.where(exists, route.positions[places] % placement.block, 0)
-        answers = _at(block, _swapped(placement, asked))
+        answers = rows_at(block, _swapped(placement, asked))
         answers = _swapped(placement, answers)
         place = route.places - route.first[owner] - number * capacity
         here = is_foreign & (place >= 0) & (place < capacity)
@@ -176,6 +176,45 @@ def summed_at_owners(
     return *jax.lax.cond(crowded, dealt_out, at_owners), crowded
 
 
+def summed_by_owners(
+    placement: Placement,
+    positions: Int[Array, " ids"],
+    factors: Float[Array, " ids"] | None,
+    length: int,
+    terms: Callable[[Array, Array | None], Array],
+) -> Float[Array, "bags *dim"]:
+    """Sum the rows of bags where they are stored, and what all owners have of each bag where the bag is.
+
+    Args:
+      placement: Where the rows are.
+      positions: Where those of each id are stored, bag by bag; `stored_rows` adds nothing.
+      factors: What there is for each id besides, or None.
+      length: How many ids a bag has.
+      terms: Called as `terms(local, factors)` on the owner; returns what rows of this device add to their bags, and
+        zero for row `block`.
+
+    Returns:
+      One sum a bag.
+    """
+    capacity, bags = placement.capacity(positions.shape[0]), positions.shape[0] // length
+    of_row = jax.eval_shape(terms, positions[:1], None if factors is None else factors[:1])
+    sums = jnp.zeros((placement.shards, bags, *of_row.shape[1:]), of_row.dtype)
+    exists = positions < placement.stored_rows
+
+    def turn(route: _Route, number: Any, sums: Array) -> Array:
+        places, exists = _outgoing(route, number, capacity)
+        local = jnp.where(exists, route.positions[places] % placement.block, placement.block)
+        ids = route.places[places]
+        local, of = _swapped(placement, local), _swapped(placement, ids // length)
+        sent = None if factors is None else _swapped(placement, factors[ids])
+        return sums.at[jnp.arange(placement.shards)[:, None], of].add(terms(local, sent))
+
+    plan = functools.partial(_ordered_route, placement, positions, exists)
+    owner = positions // max(placement.block, 1)
+    sums = _in_rounds(placement, owner, exists, capacity, plan, turn, sums, expected=True)
+    return _swapped(placement, sums).sum(0)
+
+
 def rounds_of(placement: Placement, positions: Int[Array, " ids"]) -> Int32[Array, ""]:
     """Say how many rounds `fetch` takes for some positions; the same on all devices."""
     if placement.shards == 1 or positions.shape[0] == 0:
@@ -293,6 +332,6 @@ def _owners(
     return local, positions // max(placement.block, 1), is_foreign
 
 
-def _at(block: Shaped[Array, "block *dim"], local: Int[Array, "*batch"]) -> Shaped[Array, "*batch_dim"]:
+def rows_at(block: Shaped[Array, "block *dim"], local: Int[Array, "*batch"]) -> Shaped[Array, "*batch_dim"]:
     """Read rows of this device; any row where there is none."""
     return block.at[jnp.clip(local, 0, block.shape[0] - 1)].get(mode="promise_in_bounds")

@@ -39,8 +39,8 @@ def take(
 
     def local(leaf: Array, ids: Array) -> Array:
         positions = placement.positions(jnp.ravel(ids))
-        rows = _exchange.fetch(placement, leaf, _of_group(placement, positions), expected=True)
-        rows = _whole_rows(placement, rows)
+        rows = _exchange.fetch(placement, leaf, group_of(placement, positions), expected=True)
+        rows = whole_rows(placement, rows)
         exists = jnp.expand_dims(positions < placement.stored_rows, tuple(range(1, rows.ndim)))
         rows = jnp.where(exists, rows, jnp.asarray(fill, rows.dtype))
         return jnp.reshape(rows, (*ids.shape, *dim))
@@ -79,7 +79,7 @@ def put(
         positions = placement.positions(ids)
         if mode == "add":
             _, (positions, values, _) = _dedupe.combine(None, positions, values, placement.stored_rows)
-        positions, values = _of_group(placement, positions), _own_columns(placement, values)
+        positions, values = group_of(placement, positions), _own_columns(placement, values)
         return _exchange.deliver(placement, leaf, positions, values, mode, expected=True, copies=placement.copy_axes)
 
     spec = placement.spec(leaf.shape, dim)
@@ -103,7 +103,7 @@ def combine(
     ids, values = _spread(placement, ids, values)
 
     def local(ids: Array, values: Array) -> tuple[Array, Array, Array]:
-        positions, values = _of_group(placement, placement.positions(ids)), _own_columns(placement, values)
+        positions, values = group_of(placement, placement.positions(ids)), _own_columns(placement, values)
         held, sums, crowded = _exchange.summed_at_owners(placement, positions, values, placement.copy_axes)
         return placement.ids(held), sums, crowded.astype(jnp.int32)
 
@@ -162,42 +162,7 @@ def summed_by(
     of_bags = dataclasses.replace(placement, axes=axes, columns=None, cyclic=False, rows=number)
     zeros = jnp.zeros((of_bags.stored_rows, *terms.shape[1:]), terms.dtype)
     sums = put(of_bags, zeros, bags, terms, "add")
-    return _first(placement, sums, number)
-
-
-def pooled(
-    placement: Placement,
-    leaf: Shaped[Array, "stored *dim"],
-    pool: Callable[..., Array],
-    ids: Int[Array, "*bags length"],
-    *others: Shaped[Array, "*bags length"] | None,
-) -> Shaped[Array, "*bags dim"]:
-    """Pool bags where the columns of their rows are, the bags being split over all devices.
-
-    Args:
-      placement: Where the columns are; it does not split rows.
-      leaf: The rows.
-      pool: Called as `pool(columns, ids, *others)` on each device, for all bags of those that have other columns.
-      ids: Row numbers.
-      *others: What there is for each id besides.
-
-    Returns:
-      One vector a bag, in the dtype that `pool` gives.
-    """
-    bags, dim = ids.shape[:-1], leaf.shape[1:]
-    number, length = math.prod(bags), ids.shape[-1]
-    flat = [None if x is None else jnp.reshape(x, (number, length)) for x in (ids, *others)]
-    flat = [None if x is None else _padded(placement, x, placement.rows if i == 0 else 0) for i, x in enumerate(flat)]
-    given = [x for x in flat if x is not None]
-
-    def local(leaf: Array, *given: Array) -> Array:
-        parts = iter(_of_group(placement, x) for x in given)
-        return _whole_rows(placement, pool(leaf, *(None if x is None else next(parts) for x in flat)))
-
-    spec = placement.batch_spec
-    in_specs = (placement.spec(leaf.shape, dim), *(spec for _ in given))
-    sums = _first(placement, on_devices(placement, local, in_specs, spec)(leaf, *given), number)
-    return jnp.reshape(sums, (*bags, *dim))
+    return first_of(placement, sums, number)
 
 
 def rounds(placement: Placement, ids: Int[Array, "*batch"]) -> Int32[Array, ""]:
@@ -205,7 +170,7 @@ def rounds(placement: Placement, ids: Int[Array, "*batch"]) -> Int32[Array, ""]:
     split, _ = _split(placement, ids)
 
     def local(ids: Array) -> Array:
-        positions = _of_group(placement, placement.positions(jnp.ravel(ids)))
+        positions = group_of(placement, placement.positions(jnp.ravel(ids)))
         return _exchange.rounds_of(placement, positions)
 
     return on_devices(placement, local, (placement.batch_spec,), PartitionSpec())(split)
@@ -226,11 +191,11 @@ def joined(
     """
     if placement is None:
         return jnp.concatenate(arrays)
-    padded = [_padded(placement, x, fill) for x in arrays]
-    if len(padded) == 1:
-        return padded[0]
+    filled = [padded(placement, x, fill) for x in arrays]
+    if len(filled) == 1:
+        return filled[0]
     spec = placement.batch_spec
-    return on_devices(placement, lambda *parts: jnp.concatenate(parts), (spec,) * len(padded), spec)(*padded)
+    return on_devices(placement, lambda *parts: jnp.concatenate(parts), (spec,) * len(filled), spec)(*filled)
 
 
 def parted(
@@ -252,10 +217,10 @@ def parted(
     sizes = [-(-length // placement.devices) for length in lengths]
     spec = placement.batch_spec
     parts = on_devices(placement, lambda x: tuple(jax.lax.split(x, sizes)), (spec,), (spec,) * len(sizes))(array)
-    return [_first(placement, x, length) for x, length in zip(parts, lengths, strict=True)]
+    return [first_of(placement, x, length) for x, length in zip(parts, lengths, strict=True)]
 
 
-def _first(placement: Placement, array: Shaped[Array, "more ..."], length: int) -> Shaped[Array, "length ..."]:
+def first_of(placement: Placement, array: Shaped[Array, "more ..."], length: int) -> Shaped[Array, "length ..."]:
     """Cut off what an array was filled up with."""
     if array.shape[0] == length:
         return array
@@ -290,19 +255,20 @@ def _split(placement: Placement, ids: Int[Array, "*batch"]) -> tuple[Int[Array, 
     """Make ids divisible by the devices, along their first axis if it is as it stands."""
     if ids.ndim and ids.shape[0] % placement.devices == 0:
         return ids, ids.shape
-    return _padded(placement, jnp.reshape(on_every_device(ids), (ids.size,)), placement.rows), (ids.size,)
+    return padded(placement, jnp.reshape(on_every_device(ids), (ids.size,)), placement.rows), (ids.size,)
 
 
 def _joined_back(
     placement: Placement, ids: Int[Array, "*batch"], rows: Shaped[Array, "..."], shape: tuple[int, ...]
 ) -> Shaped[Array, "*batch_dim"]:
     if rows.shape[: len(shape)] != ids.shape:
-        rows = resharded(_first(placement, rows, ids.size), placement.mesh, PartitionSpec())
+        rows = resharded(first_of(placement, rows, ids.size), placement.mesh, PartitionSpec())
         rows = jnp.reshape(rows, (*ids.shape, *rows.shape[1:]))
     return laid_out_as(ids, rows, ids.ndim, placement.mesh)
 
 
-def _padded(placement: Placement, array: Shaped[Array, "length ..."], fill: Any) -> Shaped[Array, "more ..."]:
+def padded(placement: Placement, array: Shaped[Array, "length ..."], fill: Any) -> Shaped[Array, "more ..."]:
+    """Fill an array up so that it can be split over all devices."""
     missing = -array.shape[0] % placement.devices
     if not missing:
         return array
@@ -312,17 +278,15 @@ def _padded(placement: Placement, array: Shaped[Array, "length ..."], fill: Any)
 def _spread(
     placement: Placement, ids: Int[Array, " length"], values: Shaped[Array, "length *dim"]
 ) -> tuple[Int[Array, " more"], Shaped[Array, "more *dim"]]:
-    return _padded(placement, ids, placement.rows), _padded(placement, values, 0)
+    return padded(placement, ids, placement.rows), padded(placement, values, 0)
 
 
-def _of_group(placement: Placement, positions: Int[Array, " ids"]) -> Int[Array, " more"]:
-    """The positions of all devices that have parts of the same rows."""
-    if placement.columns is None:
-        return positions
-    return jax.lax.all_gather(positions, placement.columns, tiled=True)
+def group_of(placement: Placement, array: Shaped[Array, "ids ..."]) -> Shaped[Array, "more ..."]:
+    """What there is for the ids of all devices that have parts of the same rows."""
+    return array if placement.columns is None else jax.lax.all_gather(array, placement.columns, tiled=True)
 
 
-def _whole_rows(placement: Placement, rows: Shaped[Array, "group *part"]) -> Shaped[Array, "ids *dim"]:
+def whole_rows(placement: Placement, rows: Shaped[Array, "group *part"]) -> Shaped[Array, "ids *dim"]:
     """Put together the parts of the rows that this device asks for."""
     return rows if placement.columns is None else jax.lax.all_to_all(rows, placement.columns, 0, 1, tiled=True)
 

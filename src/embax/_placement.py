@@ -32,6 +32,7 @@ class Placement:
       rows: The number of rows that have a meaning.
       skew: How many times the mean number of rows a device may be asked for by another before a lookup takes a second
         round, 1 or more, dimensionless.
+      pool_at_owners: Whether owners of rows sum those of a bag, where that is less to be sent.
 
     Example:
       >>> import embax, jax, jax.numpy as jnp
@@ -47,6 +48,7 @@ class Placement:
     cyclic: bool
     rows: int
     skew: float = 2.0
+    pool_at_owners: bool = False
 
     def __repr__(self) -> str:
         over = [f"{self.mesh.shape[name]} of {name!r}" for name in self.owner_axes]
@@ -155,6 +157,28 @@ class Placement:
         # Of few ids, the number that falls to a device is often twice the mean: six standard deviations, if by chance.
         return min(ids, math.ceil(max(self.skew * mean, mean + 6 * math.sqrt(mean))))
 
+    def sums_travel(self, bags: int, length: int, row: int, total: int, weight: int) -> bool:
+        """Say whether bags of one length are pooled by the owners of their rows.
+
+        They are if that is asked for, and less is sent: for each bag a sum by each owner instead of rows.
+
+        Args:
+          bags: The number of bags, on all devices.
+          length: How many ids each has.
+          row: The size of what a device has of a row, in bytes.
+          total: That of what it has of a sum.
+          weight: That of the weight of an id, or 0.
+
+        Returns:
+          Whether they are.
+        """
+        if not self.pool_at_owners or self.shards == 1:
+            return False
+        group = self.ids_of_device(bags)
+        capacity = self.capacity(group * length)
+        number = np.dtype(np.int32).itemsize  # that of its bag goes with each id
+        return group * total + capacity * (number + weight) < capacity * row
+
     def ids_of_device(self, batch: int) -> int:
         """How many ids of a batch each device has to see to; with columns, those of its group."""
         return -(-batch // self.devices) * self.column_shards
@@ -167,6 +191,7 @@ def placement_of(
     layout: Layout,
     columns: str | None,
     skew: float,
+    pool_at_owners: bool,
     shape: Sequence[int],
 ) -> Placement:
     """Check how a table is to be placed.
@@ -178,6 +203,7 @@ def placement_of(
       layout: As there.
       columns: As there.
       skew: As there.
+      pool_at_owners: As there.
       shape: The rows and the sizes of a row's axes.
 
     Returns:
@@ -207,7 +233,8 @@ def placement_of(
     skew = _check.positive(f"{call}(skew=...)", skew)
     if not 1 <= skew < math.inf:
         raise ValueError(f"`{call}(skew=...)` must be finite and at least 1, got {skew}. Pass 2.0, say.")
-    placement = Placement(mesh, axes, columns, layout == "rows-cyclic", shape[0], skew)
+    pool_at_owners = _check.flag(f"{call}(pool_at_owners=...)", pool_at_owners)
+    placement = Placement(mesh, axes, columns, layout == "rows-cyclic", shape[0], skew, pool_at_owners)
     if shape[0] <= np.iinfo(np.int32).max < placement.stored_rows:
         raise ValueError(
             f"`{call}` must have rows that are numbered in 32 bits when they are filled up for {placement.shards} "

@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int, Int32, Shaped
 from . import _ids, _placed, _tape
 from ._dedupe import accumulator
 from ._lookup import gradient_rules, read, read_untaped
+from ._placed_bags import is_pooled_where_stored, pooled_where_stored
 from ._placement import Placement
 from ._ragged import segments_of
 from ._table import Table, with_weight
@@ -124,13 +125,12 @@ def _sum_of_rows(
     shape: tuple[int, ...],
 ) -> Float[Array, "*bags_dim"]:
     inputs: Array
-    if offsets is None and table.max_norm is None and (placement := table.placement) and placement.layout == "columns":
-        # A device has its columns of all rows, and sends those of a bag instead of those of its ids.
-        def pool_here(weight: Array, ids: Array, *others: Any) -> Array:
-            part = with_weight(table, weight, placement=None)
-            return _sum_of_rows(part, ids, *others, None, None, ids.shape[:-1])
+    if offsets is None and is_pooled_where_stored(table, shape, ids.shape[-1], weights is not None):
 
-        return _placed.pooled(placement, table.weight, pool_here, ids, counted, weights)
+        def pool_here(table: Table, ids: Array, *others: Any) -> Array:
+            return _sum_of_rows(table, ids, *others, None, None, ids.shape[:-1])
+
+        return pooled_where_stored(table, pool_here, ids, counted, weights)
     if table.placement is None:
         inputs = jnp.where(counted, ids, 0)
     else:  # one exchange of all rows, which are then summed in the same order where they have arrived

@@ -114,6 +114,7 @@ class Table:
         layout: Layout = "rows",
         columns: str | None = None,
         skew: float = 2.0,
+        pool_at_owners: bool = False,
         **rules: Any,
     ) -> "Table":
         """Make a table of fresh rows; the padding row is zero.
@@ -132,6 +133,7 @@ class Table:
           layout: With a mesh, as there.
           columns: With a mesh, as there.
           skew: With a mesh, as there.
+          pool_at_owners: With a mesh, as there.
           **rules: The rules of `Table`, by name.
 
         Returns:
@@ -156,7 +158,7 @@ class Table:
 
         if mesh is None:
             return fresh()
-        placement = placement_of("embax.Table.create", mesh, axis, layout, columns, skew, (rows, *axes))
+        placement = placement_of("embax.Table.create", mesh, axis, layout, columns, skew, pool_at_owners, (rows, *axes))
         return _created(fresh, placement)
 
     @property

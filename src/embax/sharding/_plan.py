@@ -11,7 +11,7 @@ from jax.sharding import AbstractMesh, Mesh
 from .. import _check
 from .._placement import Layout, placement_of
 from .._rows import is_trained
-from .._table import Table
+from .._table import Table, with_weight
 from ._frequencies import CALL, Frequencies, law_of
 from ._results import Optimizer, Plan
 from ._traffic import Step
@@ -26,6 +26,8 @@ def plan(
     *,
     columns: str | None = None,
     skew: float = 2.0,
+    pool_at_owners: bool = False,
+    bag_length: int | Mapping[str, int | None] | None = None,
     frequencies: Frequencies | Mapping[str, Frequencies] = "uniform",
     optimizer: Optimizer = "rowwise_adagrad",
 ) -> Plan:
@@ -45,11 +47,14 @@ def plan(
         or of integers there is no gradient and no state.
       mesh: The sizes of the mesh's axes by name, the first one being the major one; or a mesh.
       ids: How many ids a step looks up in each table, on all devices together: one number for all tables, or a
-        number by table, or the numbers of several lookups in one table. An id of a bag counts as any other.
+        number by table, or the numbers of several lookups in one table.
       axis: As in `embax.shard`.
       layout: As there.
       columns: As there.
       skew: As there.
+      pool_at_owners: As there.
+      bag_length: How many ids a bag has, if a table is read by `embax.embedding_bag` in bags of one length, which have
+        no weights and are summed or averaged; by table, or one for all. Default: none, ids are looked up.
       frequencies: How often each row is read: `"uniform"`; the exponent `s` of Zipf's law, row `r` being read in
         proportion to `1 / (r + 1)**s`, as in a vocabulary in order of frequency; or one count, or probability, a row.
         By table, or one for all. Ids are taken to be drawn independently of each other.
@@ -80,12 +85,15 @@ def plan(
     plans = {}
     for name, table in tables.items():
         shape, dtype, trained = _shape(name, table)
-        placement = placement_of(CALL, abstract, axis, layout, columns, skew, shape)
+        placement = placement_of(CALL, abstract, axis, layout, columns, skew, pool_at_owners, shape)
         numbers = _of_table("ids", ids, name)
         numbers = numbers if isinstance(numbers, Sequence) and not isinstance(numbers, str) else (numbers,)
         lookups = tuple(_check.size(f"{CALL}(ids=...)", number) for number in numbers)
         law = law_of(placement, name, _of_table("frequencies", frequencies, name))
-        plans[name] = Step(placement, law, shape[1:], dtype, lookups, optimizer if trained else None).planned(name)
+        of_bag = _bag_length(_of_table("bag_length", bag_length, name), lookups, name)
+        rules = table if isinstance(table, Table) else Table(jnp.zeros(0))
+        placed = with_weight(rules, jax.ShapeDtypeStruct(shape, dtype), placement=placement)
+        plans[name] = Step(placed, law, lookups, of_bag, optimizer if trained else None).planned(name)
     return Plan(plans)
 
 
@@ -109,6 +117,18 @@ def _shape(name: str, table: Table | jax.ShapeDtypeStruct) -> tuple[tuple[int, .
     if not table.shape:
         raise ValueError(f"`{CALL}(tables=...)` must have an axis of rows, got () for {name!r}. Pass (rows, *dim).")
     return tuple(table.shape), np.dtype(table.dtype), bool(jnp.issubdtype(table.dtype, jnp.inexact))
+
+
+def _bag_length(length: Any, lookups: Sequence[int], name: str) -> int | None:
+    if length is None:
+        return None
+    length = _check.size(f"{CALL}(bag_length=...)", length)
+    if length == 0 or any(ids % length for ids in lookups):
+        raise ValueError(
+            f"`{CALL}(bag_length=...)` must be 1 or more and divide the ids of {name!r}, {tuple(lookups)}, got "
+            f"{length}. Count the ids of whole bags."
+        )
+    return length
 
 
 def _of_table(argument: str, value: Any, name: str) -> Any:

@@ -28,6 +28,7 @@ def shard(
     *,
     columns: str | None = None,
     skew: float = 2.0,
+    pool_at_owners: bool = False,
     **rules: Any,
 ) -> Any:
     """Split the tables of a tree over the devices of a mesh.
@@ -60,6 +61,10 @@ def shard(
       layout: How.
       columns: With a layout of rows: the mesh axis over which the columns are split, too.
       skew: How many times the mean a device may ask another one for in a round, at least 1, dimensionless.
+      pool_at_owners: Whether the owners of rows sum, or average, those of a bag, and send a partial sum for each bag
+        instead of its rows. They do so for bags of one length wherever less is sent that way: where bags are longer, by
+        and large, than there are devices for rows. A bag is then summed in another order, owner by owner, so that it is
+        that of the table off the mesh to rounding, and not bit for bit. Gradients go the same way as without.
       **rules: Of an array: the rules of the Table that is made of it.
 
     Returns:
@@ -77,7 +82,7 @@ def shard(
       Array([[0., 1., 0.],
              [0., 0., 0.]], dtype=float32)
     """
-    place = functools.partial(placement_of, "embax.shard", mesh, axis, layout, columns, skew)
+    place = functools.partial(placement_of, "embax.shard", mesh, axis, layout, columns, skew, pool_at_owners)
     rows = getattr(tree, "weight", tree)
     if isinstance(rows, np.ndarray) and not isinstance(tree, Table):
         placement = place(rows.shape)

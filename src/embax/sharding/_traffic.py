@@ -2,12 +2,15 @@
 
 import dataclasses
 import math
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float64
 
 from .._dedupe import accumulator
+from .._placed_bags import is_pooled_where_stored
 from .._placement import Placement
+from .._table import Table
 from ._frequencies import Law
 from ._results import Collective, Optimizer, Phase, TablePlan, Transfer
 
@@ -19,11 +22,10 @@ _NEVER = 1e-12
 class Step:
     """A step of one table, as seen from a device."""
 
-    placement: Placement
+    table: Table  # as it is to be placed; its weight is a shape
     law: Law
-    dim: tuple[int, ...]
-    dtype: np.dtype
     ids: tuple[int, ...]
+    bag_length: int | None  # None where they are not pooled
     optimizer: Optimizer | None
 
     def planned(self, name: str) -> TablePlan:
@@ -34,7 +36,7 @@ class Step:
         asked = sum((law.distinct(self.real(number))[0] for number in self.lookups), np.zeros(placement.shards))
         return TablePlan(
             name=name,
-            shape=(placement.rows, *self.dim),
+            shape=(placement.rows, *self.table.dim),
             dtype=self.dtype,
             placement=placement,
             ids=self.ids,
@@ -52,9 +54,20 @@ class Step:
         )
 
     @property
+    def placement(self) -> Placement:
+        """Where the rows are to be."""
+        placement: Any = self.table.placement
+        return placement
+
+    @property
+    def dtype(self) -> np.dtype:
+        """That of the rows."""
+        return np.dtype(self.table.dtype)
+
+    @property
     def part(self) -> int:
         """How many numbers of a row a device has."""
-        return math.prod(self.dim) // self.placement.column_shards
+        return math.prod(self.table.dim) // self.placement.column_shards
 
     @property
     def lookups(self) -> tuple[int, ...]:
@@ -89,6 +102,8 @@ class Step:
 
     def _forward(self, ids: int) -> list[Transfer]:
         """The collectives of a lookup: see `embax._placed.take`."""
+        if self._is_pooled(ids):
+            return self._forward_of_bags(ids)
         columns, shards, row = self.placement.column_shards, self.placement.shards, self.part * self.dtype.itemsize
         group = self.placement.ids_of_device(ids)
         of_others = self.real(ids) * (columns - 1) / columns
@@ -102,6 +117,31 @@ class Step:
                 sent.append(_transfer("forward", what, "all_to_all", shards, shards * capacity, useful, size))
         if columns > 1:
             sent.append(_transfer("forward", "parts of rows", "all_to_all", columns, group, of_others, row))
+        return sent
+
+    def _is_pooled(self, ids: int) -> bool:
+        length = self.bag_length
+        return length is not None and is_pooled_where_stored(self.table, (ids // length,), length, weighted=False)
+
+    def _forward_of_bags(self, ids: int) -> list[Transfer]:
+        """The collectives of bags that are pooled where rows are: see `embax._placed_bags`."""
+        columns, shards, length = self.placement.column_shards, self.placement.shards, self.bag_length or 1
+        bags, own = self.placement.ids_of_device(ids // length), self.real(ids)
+        total, sent = self.part * accumulator(self.dtype).itemsize, []
+        if columns > 1:
+            group, useful = bags * length, own * (columns - 1) / columns
+            sent.append(_transfer("forward", "ids of a group", "all_gather", columns, group, useful, self.index))
+        if shards > 1:
+            capacity = self.placement.capacity(bags * length)
+            share = self.law.by_owner(self.law.probability)
+            useful = np.minimum(own * share, capacity).sum() * (shards - 1) / shards
+            for name, size in ("ids", self.index), ("bags of ids", 4):
+                sent.append(_transfer("forward", name, "all_to_all", shards, shards * capacity, useful, size))
+            useful = own / length * (1 - (1 - share) ** length).sum() * (shards - 1) / shards
+            sent.append(_transfer("forward", "sums", "all_to_all", shards, shards * bags, useful, total))
+        if columns > 1:
+            useful = own / length * (columns - 1) / columns
+            sent.append(_transfer("forward", "parts of sums", "all_to_all", columns, bags, useful, total))
         return sent
 
     def _backward(self) -> tuple[list[Transfer], float]:
@@ -143,7 +183,12 @@ class Step:
         """The expected number of rounds of a lookup, and the probability that it takes more than one."""
         placement, group = self.placement, self.placement.ids_of_device(ids)
         means, variances = self.law.distinct(self.real(ids))
-        capacity, askers = placement.capacity(group), placement.copies * (placement.shards - 1)
+        askers = placement.copies * (placement.shards - 1)
+        if self._is_pooled(ids):  # duplicates and its own ids, too
+            share, askers = self.law.by_owner(self.law.probability), placement.copies * placement.shards
+            means = self.real(ids) * share
+            variances = means * (1 - share)
+        capacity = placement.capacity(group)
         expected, further = 1.0, 0.0
         for number in range(1, -(-group // capacity)):
             more = _any_above(means, variances, number * capacity, askers)

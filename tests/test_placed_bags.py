@@ -1,0 +1,119 @@
+"""Bags that are pooled where their rows are stored: what they are off the mesh, and what they send."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hlo import arrays, collectives
+from meshes import AXES, LAYOUTS, everywhere, mesh_of, split
+
+import embax
+from embax import Table, embedding_bag
+
+ROWS, DIM, LENGTH = 21, 8, 40
+WEIGHT = np.random.default_rng(0).normal(size=(ROWS, DIM)).astype(np.float32)
+# Bags of negative ids, of one row only, of a padding row, of nothing else, and with one id without a row.
+BAGS = np.random.default_rng(1).integers(-ROWS, ROWS, (16, LENGTH)).astype(np.int32)
+BAGS[1], BAGS[2, :7], BAGS[3], BAGS[5, 3] = 5, 3, 3, 99
+FACTORS = np.random.default_rng(2).normal(size=BAGS.shape).astype(np.float32)
+MODES = "sum", "mean", "sqrtn"
+# Layouts whose owners sum these bags: not those without a split of rows, or whose sums would be as many as rows.
+POOLED = [layout for layout, (_, how) in LAYOUTS.items() if how.get("layout") not in ("columns", "replicated")]
+
+
+def placed(layout, axes="auto", weight=WEIGHT, **rules):
+    sizes, how = LAYOUTS[layout]
+    mesh = mesh_of(sizes, axes)
+    return mesh, embax.shard(Table(weight, **rules), mesh, **how, pool_at_owners=True)
+
+
+@jax.jit
+def modes(table, bags, factors):
+    pooled = {mode: embedding_bag(table, bags, mode=mode) for mode in MODES}
+    weighted = {mode: embedding_bag(table, bags, factors, mode) for mode in MODES}
+    return pooled, weighted
+
+
+@pytest.mark.parametrize("batch", [split, everywhere])
+@pytest.mark.parametrize("axes", AXES)
+@pytest.mark.parametrize("layout", POOLED)
+def test_sums_are_as_off_the_mesh(layout, axes, batch):
+    rules = {"padding_idx": 3} if layout == "rows and columns" else {"padding_idx": 3, "max_norm": 2.0}
+    mesh, table = placed(layout, axes, **rules)
+    factors = FACTORS.copy()
+    factors[2, 0] = np.nan  # of a padding row, which does not count
+    out = modes(table, batch(mesh, BAGS), batch(mesh, factors))
+    expected = modes(Table(WEIGHT, **rules), BAGS, factors)
+    for one, other in zip(jax.tree.leaves(out), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
+        assert np.isnan(np.asarray(one)[5]).any()  # it has an id without a row
+
+
+@pytest.mark.parametrize("layout", POOLED)
+def test_sums_of_whole_numbers_are_exact_and_gradients_those_of_rows(layout):
+    weight = np.round(8 * WEIGHT)
+    mesh, table = placed(layout, weight=weight, padding_idx=3, scale_grad_by_freq=True, out_of_range="zero")
+    factors = np.round(FACTORS)
+
+    @jax.jit
+    def run(table, bags, factors):
+        def loss(table, factors):
+            return (embedding_bag(table, bags, factors) * jnp.arange(float(DIM))[None]).sum()
+
+        return embedding_bag(table, bags, factors), embax.grad(loss)(table, factors), jax.grad(loss, 1)(table, factors)
+
+    off = Table(weight, padding_idx=3, scale_grad_by_freq=True, out_of_range="zero")
+    out, expected = run(table, split(mesh, BAGS), split(mesh, factors)), run(off, BAGS, factors)
+    np.testing.assert_array_equal(out[0], expected[0])
+    np.testing.assert_allclose(out[1].to_dense(), expected[1].to_dense(), rtol=2e-6, atol=2e-6)
+    np.testing.assert_array_equal(out[2], expected[2])
+
+
+@pytest.mark.parametrize("layout", ["rows", "rows and columns"])
+def test_ids_that_crowd_on_one_device_are_all_summed(layout):
+    mesh, table = placed(layout, weight=np.round(8 * WEIGHT))
+    bags = np.zeros((32, LENGTH), np.int32)  # all of them the first device's
+    bags[:, ::3] = 1
+    np.testing.assert_array_equal(jax.jit(embedding_bag)(table, split(mesh, bags)), np.round(8 * WEIGHT)[bags].sum(1))
+
+
+def test_bags_of_any_shape_and_number():
+    whole = np.round(8 * WEIGHT)
+    for axes in AXES:
+        _, table = placed("rows-cyclic", axes, weight=whole)
+        for shape in (3, 5, LENGTH), (11, LENGTH), (LENGTH,), (0, LENGTH), (4, 0):
+            ids = np.resize(np.abs(BAGS) % ROWS, shape)
+            np.testing.assert_array_equal(jax.jit(embedding_bag)(table, ids), whole[ids].sum(-2))
+        ids = np.abs(BAGS) % ROWS
+        np.testing.assert_array_equal(jax.vmap(embedding_bag, (None, 0))(table, ids), whole[ids].sum(1))
+    rows = np.round(8 * WEIGHT).reshape(ROWS, 4, 2)
+    _, table = placed("rows", weight=rows)
+    np.testing.assert_array_equal(embedding_bag(table, ids), rows[ids].sum(1))
+
+
+def test_many_ones_in_bfloat16_add_up():
+    _, table = placed("rows", weight=jnp.ones((ROWS, 2), jnp.bfloat16))
+    out = jax.jit(lambda table, bags: embedding_bag(table, bags, mode="mean"))(table, np.tile(BAGS[:1], (8, 100)))
+    assert out.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(out, np.ones((8, 2)))
+
+
+def compiled(table, bags):
+    return jax.jit(embedding_bag).lower(table, split(table.placement.mesh, bags)).compile()
+
+
+def test_long_bags_send_sums_and_short_ones_rows():
+    number, dim, length = 512, 32, 64
+    weight, bags = np.zeros((8_000, dim), np.float32), np.zeros((number, length), np.int32)
+    mesh, table = placed("rows-cyclic", weight=weight)
+    plain = embax.shard(Table(weight), mesh, "x", "rows-cyclic")
+    programs = compiled(table, bags), compiled(plain, bags)
+    sent, of_rows = (sum(x.bytes for x in collectives(program)) for program in programs)
+    assert sent < of_rows / 5
+    memory, of_rows = (program.memory_analysis().temp_size_in_bytes for program in programs)
+    assert memory < of_rows
+    # Neither the rows of all bags nor of all tables are on a device.
+    for _, shape in arrays(programs[0].as_text()):
+        assert np.prod(shape) < number * length * dim / 2
+    short = [compiled(x, bags[:, :1]) for x in (table, plain)]
+    assert [(x.kind, x.arrays) for x in collectives(short[0])] == [(x.kind, x.arrays) for x in collectives(short[1])]
