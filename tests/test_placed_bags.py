@@ -91,6 +91,14 @@ def test_bags_of_any_shape_and_number():
     np.testing.assert_array_equal(embedding_bag(table, ids), rows[ids].sum(1))
 
 
+@pytest.mark.parametrize("rows", [0, 1, 2, 9])
+def test_fewer_rows_than_devices(rows):
+    _, table = placed("rows", weight=WEIGHT[:rows], out_of_range="zero")
+    expected = np.where((BAGS == 0)[..., None], WEIGHT[0], 0).sum(1) if rows else np.zeros((16, DIM))
+    out = jax.jit(embedding_bag)(table, np.where(BAGS == 0, 0, 99))
+    np.testing.assert_allclose(out, expected, rtol=1e-6)
+
+
 def test_many_ones_in_bfloat16_add_up():
     _, table = placed("rows", weight=jnp.ones((ROWS, 2), jnp.bfloat16))
     out = jax.jit(lambda table, bags: embedding_bag(table, bags, mode="mean"))(table, np.tile(BAGS[:1], (8, 100)))

@@ -172,7 +172,7 @@ class Placement:
         Returns:
           Whether they are.
         """
-        if not self.pool_at_owners or self.shards == 1:
+        if not self.pool_at_owners or self.shards == 1 or self.rows == 0:
             return False
         group = self.ids_of_device(bags)
         capacity = self.capacity(group * length)
