@@ -122,7 +122,7 @@ def test_any_bytes_give_vectors_or_a_format_error(tmp_path_factory, how, data):
     path = tmp_path_factory.getbasetemp() / "mutated"
     path.write_bytes(whole[: data.draw(st.integers(0, len(whole)))])
     with contextlib.suppress(files.FormatError):
-        assert len(files.load(path).weight) <= 3
+        assert len(files.load(path).weight) <= 6  # lines: three changed bytes may end three more
 
 
 def test_a_zip_archive_whose_file_begins_before_it_is_a_format_error(tmp_path):
