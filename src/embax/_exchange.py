@@ -42,7 +42,7 @@ def fetch(
       One row for each position.
     """
     local, owner, is_foreign = _owners(placement, positions)
-    out = rows_at(block, local)
+    out = _at(block, local)
     if placement.shards == 1 or positions.shape[0] == 0:
         return out
     capacity = placement.capacity(positions.shape[0])
@@ -50,7 +50,7 @@ def fetch(
     def turn(route: _Route, number: Any, out: Array) -> Array:
         places, exists = _outgoing(route, number, capacity)
         asked = jnp.where(exists, route.positions[places] % placement.block, 0)
-        answers = rows_at(block, _swapped(placement, asked))
+        answers = _at(block, _swapped(placement, asked))
         answers = _swapped(placement, answers)
         place = route.places - route.first[owner] - number * capacity
         here = is_foreign & (place >= 0) & (place < capacity)
@@ -332,6 +332,6 @@ def _owners(
     return local, positions // max(placement.block, 1), is_foreign
 
 
-def rows_at(block: Shaped[Array, "block *dim"], local: Int[Array, "*batch"]) -> Shaped[Array, "*batch_dim"]:
+def _at(block: Shaped[Array, "block *dim"], local: Int[Array, "*batch"]) -> Shaped[Array, "*batch_dim"]:
     """Read rows of this device; any row where there is none."""
     return block.at[jnp.clip(local, 0, block.shape[0] - 1)].get(mode="promise_in_bounds")

@@ -10,7 +10,6 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from . import _exchange
 from ._dedupe import accumulator
-from ._lookup import clipped_rows
 from ._placed import first_of, group_of, on_devices, padded, whole_rows
 from ._table import Table, with_weight
 
@@ -64,30 +63,25 @@ def pooled_where_stored(
 
         return _on_bags(table, pool_here, jnp.where(counted, ids, -1), weights)
     missing = counted & ~((ids >= 0) & (ids < table.rows))
-    sums = _on_bags(table, _summed_by_owners(table), jnp.where(counted, ids, -1), weights)
+    sums = _on_bags(table, _summed_by_owners(table, pool), jnp.where(counted, ids, -1), weights)
     # Owners do not see what has no row: each such id adds what a lookup would have read.
     fill = 0 if table.out_of_range == "zero" else np.nan
     filled = jnp.where(missing, jnp.asarray(fill, sums.dtype) * (1 if weights is None else weights), 0).sum(-1)
     return sums + jnp.expand_dims(filled, tuple(range(filled.ndim, sums.ndim))).astype(sums.dtype)
 
 
-def _summed_by_owners(table: Table) -> Callable[..., Array]:
+def _summed_by_owners(table: Table, pool: Callable[..., Array]) -> Callable[..., Array]:
     placement: Any = table.placement
-    rules = with_weight(table, None)
 
     def sum_here(weight: Array, ids: Array, weights: Array | None) -> Array:
-        positions = placement.positions(jnp.ravel(ids))
-        factors = None if weights is None else jnp.ravel(weights)
-        start = _exchange.start_of_device(placement, positions.dtype)
+        # A device numbers its own rows, none of which is a padding row: that does not count, and is not sent.
+        own = with_weight(table, weight, placement=None, padding_idx=None)
 
         def terms(local: Array, factors: Array | None) -> Array:
-            rows = clipped_rows(rules, placement.ids(start + local), _exchange.rows_at(weight, local))
-            rows = rows.astype(accumulator(rows.dtype))
-            if factors is not None:
-                rows *= jnp.expand_dims(factors.astype(rows.dtype), tuple(range(factors.ndim, rows.ndim)))
-            exists = jnp.expand_dims(local < placement.block, tuple(range(local.ndim, rows.ndim)))
-            return jnp.where(exists, rows, jnp.zeros((), rows.dtype))
+            bags_of_one = (None if x is None else x[..., None] for x in (local, local < placement.block, factors))
+            return pool(own, *bags_of_one)
 
+        positions, factors = placement.positions(jnp.ravel(ids)), None if weights is None else jnp.ravel(weights)
         return whole_rows(placement, _exchange.summed_by_owners(placement, positions, factors, ids.shape[-1], terms))
 
     return sum_here
