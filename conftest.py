@@ -12,37 +12,38 @@ from sybil.document import PythonDocStringDocument
 from sybil.parsers.markdown import PythonCodeBlockParser
 from sybil.parsers.rest import DocTestParser
 
-# What a test runs once need not be fast machine code, which takes most of the time of a test to make. XLA takes these
-# flags up to jax 0.10; on newer ones, or by `XLA_FLAGS= make test`, the tests run in the machine code that users have.
+# Where compiled programs are kept: for the next run, for the other processes of this run, and for those that tests
+# start, which read the variables. The first variable may name another folder.
+_CACHE = os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent / "build" / "compiled"))
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+jax.config.update("jax_compilation_cache_dir", _CACHE)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+# A test runs most programs once, so optimising their machine code costs more than it saves. XLA takes these flags up to
+# jax 0.10; on newer versions, or by `XLA_FLAGS= make test`, the tests run the machine code that users have.
 _QUICK = {
     "xla_backend_optimization_level": 0,
     "xla_llvm_disable_expensive_passes": True,
     "xla_cpu_use_fusion_emitters": False,
     "xla_cpu_parallel_codegen_split_count": 1,
 }
-_AS_SHIPPED = {
-    "xla_backend_optimization_level": 3,
-    "xla_llvm_disable_expensive_passes": False,
-    "xla_cpu_use_fusion_emitters": True,
-    "xla_cpu_parallel_codegen_split_count": 32,
-}
+# A test that compiles ahead of time looks at the memory or the HLO of the program. These depend on the fusions, which
+# are therefore those that users have, and not on how well the machine code is optimised.
+_TO_LOOK_AT = {"xla_cpu_use_fusion_emitters": True}
 _compile = jax.stages.Lowered.compile
 
 
-def _compile_as_shipped(self, compiler_options=None, **options):
-    """A program that a test compiles ahead of time is one that it looks at: no haste with these."""
-    return _compile(self, {**_AS_SHIPPED, **(compiler_options or {})}, **options)
+def _compile_to_look_at(self, compiler_options=None, **options):
+    return _compile(self, {**_TO_LOOK_AT, **(compiler_options or {})}, **options)
 
 
-# Where few cores are busy with much else, one of 8 devices may come to a collective a minute after the first. XLA would
-# end the process after 40 seconds.
-_PATIENT = {"xla_cpu_collective_call_terminate_timeout_seconds": 900}
 _IS_QUICK = jax.__version_info__ < (0, 11)
 # A process that runs tests for another one finds the flags set by it.
-_CHOSEN = _PATIENT | _QUICK if _IS_QUICK else _PATIENT
-_FLAGS = " ".join(f"--{name}={str(value).lower()}" for name, value in _CHOSEN.items())
+_FLAGS = " ".join(f"--{name}={str(value).lower()}" for name, value in _QUICK.items()) if _IS_QUICK else ""
 if os.environ.setdefault("XLA_FLAGS", _FLAGS) == _FLAGS and _IS_QUICK:
-    jax.stages.Lowered.compile = _compile_as_shipped
+    jax.stages.Lowered.compile = _compile_to_look_at
 jax.config.update("jax_num_cpu_devices", 8)
 
 
