@@ -7,11 +7,13 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Key, UInt32
+from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
 from . import _check, _ids
 
 _NAMES = ("log_uniform", "uniform")
+# How many rows are drawn at a time, where more are drawn than a table has.
+_BLOCK = 1 << 16
 
 
 @jax.tree_util.register_dataclass
@@ -127,6 +129,45 @@ def checked_candidates(argument: str, candidates: Any, rows: int) -> Candidates:
             f"`{argument}` must be of the table's {rows} rows, got {candidates!r}. Make one of a count for each row."
         )
     return candidates
+
+
+def draw_distinct(
+    key: Key[Array, ""], candidates: Candidates, samples: int, rows: int
+) -> tuple[Int[Array, " candidates"], Bool[Array, " candidates"]]:
+    """Draw row numbers, with replacement, and mark one of each group of equal ones.
+
+    Args:
+      key: A random key.
+      candidates: How rows are drawn.
+      samples: How many are drawn.
+      rows: The number of rows to draw from.
+
+    Returns:
+      `min(samples, rows)` row numbers, each of which was drawn; and which of them to count, so that every row that was
+      drawn counts once. Memory follows their number, however many are drawn.
+    """
+    if samples <= rows:
+        drawn = draw(key, candidates, samples, rows)
+        first, _ = _ids.occurrences(drawn)
+        return drawn, first == jnp.arange(drawn.size, dtype=first.dtype)
+    was_drawn = _was_drawn(key, candidates, samples, rows)
+    ids = jnp.arange(rows, dtype=_ids.index_dtype(rows))
+    # The numbers of rows that were not drawn would give these rows a gradient, of zeros.
+    return jnp.where(was_drawn, ids, jnp.argmax(was_drawn).astype(ids.dtype)) if rows else ids, was_drawn
+
+
+def _was_drawn(key: Key[Array, ""], candidates: Candidates, samples: int, rows: int) -> Bool[Array, " rows"]:
+    """Tell for each row whether it is among so many that are drawn, block by block."""
+    blocks = -(-samples // _BLOCK)
+    size = min(samples, _BLOCK)
+
+    def add(block: Array, was_drawn: Bool[Array, " rows"]) -> Bool[Array, " rows"]:
+        block_key = jax.random.fold_in(key, block) if blocks > 1 else key
+        drawn = draw(block_key, candidates, size, rows)
+        in_block = jnp.where(block == blocks - 1, samples - (blocks - 1) * size, size)
+        return was_drawn.at[jnp.where(jnp.arange(size) < in_block, drawn, rows)].set(True, mode="drop")
+
+    return jax.lax.fori_loop(0, blocks, add, jnp.zeros(rows, bool)) if rows else jnp.zeros(0, bool)
 
 
 def draw(key: Key[Array, ""], candidates: Candidates, samples: int, rows: int) -> Int[Array, " samples"]:

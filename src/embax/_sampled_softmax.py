@@ -35,7 +35,8 @@ def sampled_softmax(
     The candidates are drawn with replacement and shared by all vectors of a call; each counts once, however often it
     was drawn. The more samples, the nearer the loss and its gradient are to those of `softmax_cross_entropy` with
     `mask_padding`; to judge a model, use that. Rows are read by `lookup`, so that under `embax.value_and_grad` the
-    gradient of the table holds the rows of labels and candidates, and time and memory follow their number.
+    gradient of the table holds the rows of labels and candidates. Memory follows the smaller of `samples` and the rows,
+    time the samples.
 
     Padding rows are not predicted: a candidate that is one does not count, and a token that has one for its label has
     the loss 0, and no gradient.
@@ -85,7 +86,7 @@ def sampled_softmax(
     if samples < 1:
         raise ValueError(f"`{call}(samples=...)` must be at least 1, got {samples}. Pass how many rows to draw.")
     remove_hits = _check.flag(f"{call}(remove_accidental_hits=...)", remove_accidental_hits)
-    drawn = _candidates.draw(key, candidates, samples, table.rows)
+    drawn, is_first = _candidates.draw_distinct(key, candidates, samples, table.rows)
     wide = accumulator(common_dtype(table, x))
     valid = (labels >= 0) & (labels < table.rows) | (table.out_of_range == "zero")
     counted = valid & ~_ids.is_padding(labels, table.padding_idx)
@@ -96,7 +97,7 @@ def sampled_softmax(
     dim = tuple(range(labels.ndim, x.ndim)), tuple(range(1, 1 + len(table.dim)))
     others = jax.lax.dot_general(vectors, lookup(table, drawn, wide), (dim, ((), ())))
     others -= over_last(_log_chance(candidates, drawn, samples, table.rows).astype(wide), others.ndim)
-    others = jnp.where(_left_out(table, labels, drawn, remove_hits), -np.inf, others)
+    others = jnp.where(_left_out(table, labels, drawn, is_first, remove_hits), -np.inf, others)
     loss = jnp.where(counted, _cross_entropy(of_label, others), 0)
     return jnp.where(valid, loss, np.nan)
 
@@ -122,11 +123,14 @@ def _cross_entropy(of_label: Float[Array, "*batch"], others: Float[Array, "*batc
 
 
 def _left_out(
-    table: Table, labels: Int[Array, "*batch"], drawn: Int[Array, " samples"], remove_hits: bool
+    table: Table,
+    labels: Int[Array, "*batch"],
+    drawn: Int[Array, " samples"],
+    is_first: Bool[Array, " samples"],
+    remove_hits: bool,
 ) -> Bool[Array, "*batch samples"]:
-    """Tell which candidates do not count: padding, all but the first of equals, and labels."""
-    first, _ = _ids.occurrences(drawn)
-    of_all = _ids.is_padding(drawn, table.padding_idx) | (first != jnp.arange(drawn.size, dtype=first.dtype))
+    """Tell which candidates do not count: padding, all but one of equals, and labels."""
+    of_all = _ids.is_padding(drawn, table.padding_idx) | ~is_first
     of_all = over_last(of_all, labels.ndim + 1)
     if not remove_hits:
         return of_all
@@ -136,5 +140,5 @@ def _left_out(
 def _log_chance(candidates: Candidates, ids: Int[Array, "*batch"], samples: int, rows: int) -> Float[Array, "*batch"]:
     """Return the logarithm of how likely each row is among the candidates; 0 where it never is."""
     chance = _candidates.probability(candidates, ids, rows)
-    drawn = -jnp.expm1(samples * jnp.log1p(-chance))
+    drawn = -jnp.expm1(float(samples) * jnp.log1p(-chance))
     return jnp.where(chance > 0, jnp.log(jnp.where(chance > 0, drawn, 1)), 0)

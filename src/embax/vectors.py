@@ -203,7 +203,7 @@ class Vectors:
           >>> [found[0][0] for found in vectors.most_similar_batch(["king", (["king", "woman"], ["man"])], k=1)]
           ['queen', 'queen']
         """
-        k = _check.size("embax.Vectors.most_similar(k=...)", k)
+        k = self._at_most_all("embax.Vectors.most_similar(k=...)", k)
         directions, asked = self._directions(list(queries))
         if approx:
             rows, cosines = self._approximate.search(self._unit, directions, k, asked)
@@ -245,7 +245,7 @@ class Vectors:
         """
         if _check.choice("embax.Vectors.analogy(method=...)", method, ("add", "mul")) == "add":
             return self.most_similar([a, c], [b], k)
-        k = _check.size("embax.Vectors.analogy(k=...)", k)
+        k = self._at_most_all("embax.Vectors.analogy(k=...)", k)
         directions, asked = self._directions([a, b, c])
         of_a, of_b, of_c = directions[:, None]
         rows, scores = _multiplied.best(self._unit, (of_a, of_c), of_b, k, asked.reshape(1, 3))
@@ -400,6 +400,10 @@ class Vectors:
 
     def __repr__(self) -> str:
         return f"Vectors({len(self)} tokens, dim={self.weight.shape[1]})"
+
+    def _at_most_all(self, argument: str, k: Any) -> int:
+        """Check how many tokens are asked for: where there are fewer, all, since memory is taken for each."""
+        return min(_check.size(argument, k), len(self))
 
     def _named(self, rows: np.ndarray, scores: np.ndarray) -> list[list[tuple[str, float]]]:
         """Name the rows that each query found, and leave out the places left over."""
