@@ -18,9 +18,16 @@ WORDS = ["man", "woman", "king", "queen", "boy", "girl"]
 WEIGHT = np.float32([[1, 0, 0], [0, 1, 0], [1, 0, 2], [0, 1, 2], [1, 0, -1], [0, 1, -1]])
 
 
-def run(*arguments):
-    """Return the status, and what came out on standard output and standard error."""
-    out, err = io.StringIO(), io.StringIO()
+class Terminal(io.StringIO):
+    """Keeps what is drawn on it."""
+
+    def isatty(self):
+        return True
+
+
+def run(*arguments, err=None):
+    """Return the status, and what came out on standard output and standard error, which may be of another kind."""
+    out, err = io.StringIO(), io.StringIO() if err is None else err
     status = None
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:

@@ -8,9 +8,10 @@ import signal
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
-from cli_runs import assert_one_line, command, drawn_on_terminal, run
+from cli_runs import Terminal, assert_one_line, command, run
 
 from embax import train
 from embax.cli import _display
@@ -88,11 +89,13 @@ def test_train_prints_lines_where_there_is_no_terminal(text, tmp_path, monkeypat
     assert steps[-1].startswith("embax: 100%, epoch 3/3")
 
 
-def test_train_draws_a_bar_on_a_terminal(text, tmp_path):
-    status, drawn = drawn_on_terminal("train", text, "-o", tmp_path / "v", *SMALL)
-    assert status == 0
-    assert b"\x1b[" in drawn
-    assert re.search(rb"100%.*epoch 1/1, loss \d\.\d{3}, [\d,]+ words/s, 0:00 left", drawn)
+def test_train_draws_a_bar_on_a_terminal(text, tmp_path, monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
+    status, out, drawn = run("train", text, "-o", tmp_path / "v", *SMALL, err=Terminal())
+    assert (status, out) == (0, "")
+    assert "\x1b[" in drawn
+    assert re.search(r"100%.*epoch 1/1, loss \d\.\d{3}, [\d,]+ words/s, 0:00 left", drawn)
 
 
 @pytest.mark.parametrize(
@@ -200,15 +203,22 @@ def test_train_tells_when_memory_does_not_suffice(text, tmp_path):
 @pytest.mark.skipif(
     signal.getsignal(signal.SIGINT) is signal.SIG_IGN, reason="interrupts are ignored here, as in a background job"
 )
-def test_train_ended_by_an_interrupt_leaves_nothing_behind(text, tmp_path):
-    arguments = command("train", text, "-o", tmp_path / "v", "--dim", 4, "--epochs", 1_000_000)
-    child = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True)
-    assert "epoch" in child.stderr.readline()
+def test_train_ended_by_an_interrupt_leaves_nothing_behind_and_has_loaded_no_framework(text, tmp_path):
+    at_the_end = "print([module for module in ('brainstate', 'flax', 'equinox', 'optax') if module in sys.modules])"
+    code = "import atexit, sys, embax.cli; from embax.cli import _display; _display._LINE = 0\n"
+    code += f"atexit.register(lambda: {at_the_end}); embax.cli.main()"
+    arguments = ["train", text, "-o", str(tmp_path / "v"), "--dim", "4", "--epochs", "1000000"]
+    # Of as many devices as here, for which the program is already compiled.
+    environment = os.environ | {"JAX_NUM_CPU_DEVICES": str(jax.local_device_count())}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    child = subprocess.Popen([sys.executable, "-c", code, *arguments], text=True, env=environment, **pipes)
+    assert any("epoch" in line for line in child.stderr)
     child.send_signal(signal.SIGINT)
-    _, err = child.communicate(timeout=60)
+    out, err = child.communicate(timeout=60)
     assert child.returncode == 130
     assert "Traceback" not in err
     assert os.listdir(tmp_path) == ["text.txt"]
+    assert out == "[]\n"
 
 
 def test_neighbors_prints_a_table_of_cosines(vectors):
@@ -288,11 +298,6 @@ def test_the_command_line_loads_nothing_heavy_before_it_must():
     assert subprocess.check_output([sys.executable, "-c", code], text=True, timeout=60) == "[]\n"
 
 
-def test_training_loads_no_framework():
-    code = "import sys, embax.train; print([m for m in ('brainstate', 'flax', 'equinox', 'optax') if m in sys.modules])"
-    assert subprocess.check_output([sys.executable, "-c", code], text=True, timeout=60) == "[]\n"
-
-
 def test_train_prints_json(text, tmp_path):
     status, out, _ = run("train", text, "-o", tmp_path / "v", *SMALL, "--json")
     assert status == 0
@@ -302,10 +307,18 @@ def test_train_prints_json(text, tmp_path):
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish", "powershell"])
-def test_completion_needs_no_terminal(shell):
+def test_completion_is_of_the_shell_asked_for(shell):
+    status, out, err = run("--show-completion", shell)
+    assert (status, err) == (0, "")
+    assert f"complete_{shell}" in out
+    assert "_EMBAX_COMPLETE" in out
+    assert "_EMBAX_COMPLETE" not in os.environ
+
+
+def test_completion_needs_no_terminal():
     environment = {name: value for name, value in os.environ.items() if name not in ("SHELL", "TERM")}
     script = subprocess.run(
-        command("--show-completion", shell),
+        command("--show-completion", "zsh"),
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
@@ -314,12 +327,17 @@ def test_completion_needs_no_terminal(shell):
         check=True,
     )
     assert script.stderr == ""
-    assert f"complete_{shell}" in script.stdout
+    assert "complete_zsh" in script.stdout
     assert "_EMBAX_COMPLETE" in script.stdout
 
 
 def test_completion_of_an_unknown_shell_is_an_error():
     assert_one_line(*run("--show-completion", "tcl\nsh"), "bash, zsh, fish, powershell", r"tcl\nsh")
+
+
+def completing(line):
+    """Return the environment in which bash asks for the words that may end a line."""
+    return {"_EMBAX_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(line.count(" "))}
 
 
 @pytest.mark.parametrize(
@@ -333,8 +351,14 @@ def test_completion_of_an_unknown_shell_is_an_error():
         ("embax map --method u", ["umap"]),
     ],
 )
-def test_completion_completes(line, expected):
-    words = line.split(" ")
-    environment = {"_EMBAX_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(len(words) - 1)}
-    found = subprocess.check_output(command(), text=True, timeout=60, env=os.environ | environment).split()
-    assert sorted(found) == sorted(expected)
+def test_completion_completes(monkeypatch, line, expected):
+    for name, value in completing(line).items():
+        monkeypatch.setenv(name, value)
+    status, out, err = run()
+    assert (status, err) == (0, "")
+    assert sorted(out.split()) == sorted(expected)
+
+
+def test_completion_completes_in_a_process_of_its_own():
+    environment = os.environ | completing("embax e")
+    assert subprocess.check_output(command(), text=True, timeout=60, env=environment).split() == ["evaluate"]
