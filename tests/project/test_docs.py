@@ -7,7 +7,7 @@ from pathlib import Path
 import embax
 from embax.cli._main import app
 
-DOCS = Path(__file__).parents[1] / "docs"
+DOCS = Path(__file__).parents[2] / "docs"
 PAGES = {path.relative_to(DOCS).with_suffix("").as_posix(): path.read_text("utf-8") for path in DOCS.rglob("*.md")}
 PACKAGE = Path(embax.__file__).parent
 

@@ -1,0 +1,87 @@
+"""The suite itself: it ends when a process dies or a test hangs, and what it keeps compiled reports the same."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hlo import arrays, collectives
+from jax.experimental.compilation_cache import compilation_cache
+from meshes import mesh_of
+
+import embax
+
+ROOT = Path(__file__).parents[2]
+
+# What a test does that never ends well. The second one holds Python's lock, as a library can that waits in C++.
+BAD = {"aborts": "import os\n    os.abort()", "hangs": "import ctypes\n    ctypes.PyDLL(None).sleep(600)"}
+
+
+def run_as_make_does(folder, *options):
+    """Run the tests of a folder by the command of `make test`."""
+    lines = subprocess.run(["make", "--dry-run", "test"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    (command,) = re.findall(r"^\S+/python (-m pytest .*)$", lines, re.MULTILINE)
+    command = [sys.executable, *shlex.split(command), f"--config-file={ROOT / 'pyproject.toml'}", *options, str(folder)]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=200)
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_a_process_that_dies_ends_the_run_with_the_name_of_its_test(what, tmp_path):
+    (tmp_path / "test_bad.py").write_text(f"def test_{what}():\n    {BAD[what]}\n\n\ndef test_after():\n    pass\n")
+    (tmp_path / "test_good.py").write_text("def test_good():\n    pass\n")
+    done = run_as_make_does(tmp_path, "-o", "faulthandler_timeout=3")
+    assert done.returncode == 1
+    assert re.search(rf"worker 'gw\d' crashed while running '.*::test_{what}'", done.stdout)
+    assert "worker restarting disabled" in done.stdout
+
+
+def test_a_test_has_five_minutes(pytestconfig):
+    assert pytestconfig.getini("faulthandler_timeout") == 300
+    assert pytestconfig.getini("faulthandler_exit_on_timeout")
+
+
+@pytest.fixture
+def own_cache(tmp_path):
+    """An empty folder for compiled programs."""
+    before = jax.config.jax_compilation_cache_dir
+    compilation_cache.reset_cache()
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path))
+    yield tmp_path
+    compilation_cache.reset_cache()
+    jax.config.update("jax_compilation_cache_dir", before)
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+def test_a_program_from_the_cache_reports_what_a_new_one_does(devices, own_cache):
+    """So that tests of memory and HLO may take programs from there."""
+    table = embax.Table(np.zeros((1000, 8), np.float32))
+    table = embax.shard(table, mesh_of({"x": devices}), "x") if devices > 1 else table
+    tx = embax.optim.rowwise_adagrad(0.1)
+    state = tx.init(table)
+
+    def step(table, state, ids):
+        gradient = embax.grad(lambda table: (embax.lookup(table, ids) ** 2).sum())(table)
+        updates, state = tx.update(gradient, state, table)
+        return embax.apply_updates(table, updates), state
+
+    def compiled():
+        jax.clear_caches()
+        program = jax.jit(step, donate_argnums=(0, 1)).lower(table, state, jnp.zeros(64, jnp.int32)).compile()
+        found = [(x.kind, x.devices, x.arrays) for x in collectives(program)]
+        return str(program.memory_analysis()), found, arrays(program.as_text())
+
+    hits = []
+    jax.monitoring.register_event_listener(count := lambda event, **_: hits.append(event) if "hit" in event else None)
+    try:
+        new, kept = compiled(), compiled()
+    finally:
+        jax.monitoring.unregister_event_listener(count)
+    assert any(own_cache.iterdir())
+    assert hits
+    assert new == kept
+    assert bool(new[1]) == (devices > 1)
