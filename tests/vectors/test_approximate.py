@@ -3,8 +3,7 @@ import sys
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from damage import damages, seeds, told
 
 from embax import Vectors, _approximate, _queries
 from embax._approximate import Approximate, StaleIndexError
@@ -144,30 +143,15 @@ def test_load_of_no_file_is_an_os_error(tmp_path):
         Approximate.load(tmp_path / "v", np.ones((2, 2)))
 
 
-@functools.cache
-def whole_file(folder):
-    weight, _, index = made()
-    index.save(folder / "whole", weight)
-    return (folder / "whole.usearch").read_bytes()
-
-
-@settings(max_examples=200, deadline=None)
-@given(st.data())
-def test_load_of_a_damaged_file_is_a_format_error(tmp_path_factory, data):
-    folder = tmp_path_factory.getbasetemp()
-    whole = whole_file(folder)
+@seeds
+def test_load_of_a_damaged_file_is_a_format_error(saved, seed):
+    path, weight = saved
+    file = path.parent / f"{path.name}.usearch"
     # Half of the damage is in the two lines before the index.
-    place = data.draw(st.integers(0, 200) | st.integers(0, len(whole) - 1))
-    length = data.draw(st.integers(0, 20))
-    inserted = data.draw(st.binary(max_size=20))
-    damaged = whole[:place] + inserted + whole[place + length :]
-    if data.draw(st.booleans()):
-        damaged = whole[:place]
-    if damaged == whole:
-        return
-    (folder / "damaged.usearch").write_bytes(damaged)
-    with pytest.raises((FormatError, StaleIndexError)):
-        Approximate.load(folder / "damaged", made()[0])
+    for name, data in damages(file.read_bytes(), 200, seed, head=200):
+        file.write_bytes(data)
+        with told(name), pytest.raises((FormatError, StaleIndexError)):
+            Approximate.load(path, weight)
 
 
 def test_build_without_usearch_says_what_to_install(monkeypatch):

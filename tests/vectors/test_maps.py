@@ -196,7 +196,7 @@ def test_maps_of_hostile_tokens_and_extreme_places(tmp_path):
     assert data["nearest"][1] == [["<!--", 0.5]]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(tokens=st.lists(st.text(st.characters(exclude_categories=["Cs"])), max_size=5))
 def test_html_holds_any_token_harmlessly(tmp_path_factory, tokens):
     page, data = drawn_page(tmp_path_factory.getbasetemp(), tokens)

@@ -103,7 +103,7 @@ def test_nearest_of_more_queries_than_a_block():
 SMALL = st.sampled_from([0.0, 1.0, -1.0, 2.0, 0.5, np.nan, 3e-8])
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(
     hnp.arrays(np.float32, (300, 3), elements=SMALL),
     hnp.arrays(np.float32, (12, 3), elements=SMALL),
