@@ -30,6 +30,9 @@ class TableLayer:
 
         Returns:
           The layer.
+
+        Raises:
+          ValueError: If the table is sharded: take it off the mesh by `embax.unshard` first.
         """
         raise NotImplementedError
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -24,7 +25,11 @@ class RowGrad:
 
     A pytree of static length: an id may occur many times, and `rows` stands where there is none. Made by
     `embax.value_and_grad`, taken by the optimizers of `embax.optim` and by `embax.apply_updates`. `g1 + g2` puts two
-    together, `c * g` scales one.
+    together, `g1 - g2` and `sum([g1, g2])` do so, too; `c * g`, `g / c` and `-g` scale one.
+
+    Leading axes are lanes, each with a gradient of its own: `jax.vmap` makes them of gradients by example, and
+    `jax.lax.scan` of the gradients of its steps. `g.sum(axis=0)` joins lanes to the gradient of their sum, which is how
+    gradients are accumulated; optimizers and `apply_updates` take it, and refuse lanes.
 
     Arithmetic that does not know it would move rows, such as `jax.tree.map(jnp.add, g1, g2)`, which would add up ids.
     So the leaf that holds the ids has the dtype of a random key, for which JAX refuses arithmetic with a TypeError, and
@@ -53,8 +58,8 @@ class RowGrad:
 
     __slots__ = ("_keys", "at_owners", "rows", "values")
     __array_ufunc__ = None  # so that a NumPy scalar leaves `c * g` to us
-    _keys: Key[Array, " length"]
-    values: Float[Array, "length *dim"]
+    _keys: Key[Array, "*lanes length"]
+    values: Float[Array, "*lanes_length_dim"]
     rows: int
     at_owners: bool  # whether the rows are laid out as those of a placed table: as its optimizer leaves them
 
@@ -83,34 +88,111 @@ class RowGrad:
         _fill(self, _encode(jnp.asarray(ids), rows), values, rows)
 
     @property
-    def ids(self) -> Int[Array, " length"]:
+    def ids(self) -> Int[Array, "*lanes length"]:
         """Row numbers, `rows` where there is none."""
         return _decode(self._keys, self.rows)
 
     @property
+    def lanes(self) -> tuple[int, ...]:
+        """The sizes of the leading axes, `()` for a gradient without lanes."""
+        return tuple(self._keys.shape[:-1])
+
+    @property
     def dim(self) -> tuple[int, ...]:
         """The sizes of a row's axes."""
-        return tuple(self.values.shape[1:])
+        return tuple(self.values.shape[self._keys.ndim :])
 
     @property
     def dtype(self) -> np.dtype:
         """The dtype of the values."""
         return self.values.dtype
 
-    def to_dense(self) -> Float[Array, "rows *dim"]:
+    def to_dense(self) -> Float[Array, "*lanes_rows_dim"]:
         """Return the gradient as an array of all rows; duplicates are summed in float32 or wider."""
-        ids, values = _ids.on_every_device(self.ids), _ids.on_every_device(self.values)
-        wide = values.astype(_dedupe.accumulator(self.dtype))
-        dense = jnp.zeros((self.rows, *self.dim), wide.dtype)
-        return dense.at[ids].add(wide, mode="drop").astype(self.dtype)
+
+        def dense(ids: Int[Array, " length"], values: Float[Array, "length *dim"]) -> Float[Array, "rows *dim"]:
+            wide = values.astype(_dedupe.accumulator(self.dtype))
+            zeros = jnp.zeros((self.rows, *self.dim), wide.dtype)
+            return zeros.at[ids].add(wide, mode="drop").astype(self.dtype)
+
+        return self._of_each_lane(dense)
 
     def deduplicated(self) -> "RowGrad":
         """Return the same gradient with each id once, in rising order, of the same length; sums as in `to_dense`."""
-        ids, values = _ids.on_every_device(self.ids), _ids.on_every_device(self.values)
-        _, distinct = _dedupe.combine(None, ids, values, self.rows)
-        return row_grad(distinct.ids, distinct.values, self.rows)
+
+        def distinct(ids: Int[Array, " length"], values: Float[Array, "length *dim"]) -> "RowGrad":
+            _, combined = _dedupe.combine(None, ids, values, self.rows)
+            return row_grad(combined.ids, combined.values, self.rows)
+
+        return self._of_each_lane(distinct)
+
+    def sum(self, axis: int | tuple[int, ...] | None = None) -> "RowGrad":
+        """Return the sum of lanes: a gradient with the rows of all of them.
+
+        `sum.to_dense() == to_dense().sum(axis)`, and the lengths add up.
+
+        Args:
+          axis: The axes of lanes that are summed. Default: all.
+
+        Returns:
+          The gradient, without these axes.
+
+        Raises:
+          ValueError: If an axis is not one of lanes.
+
+        Example:
+          >>> import embax, jax, jax.numpy as jnp
+          >>> table = embax.Table.create(jax.random.key(0), rows=1_000, dim=4)
+          >>> def add(_, ids):  # a step of gradient accumulation
+          ...     return None, embax.grad(lambda table: embax.lookup(table, ids).sum())(table)
+          ...
+          >>> jax.lax.scan(add, None, jnp.array([[3, 5], [5, 7]]))[1].sum(axis=0)
+          RowGrad(4 ids of 1000 rows, float32[4,4])
+        """
+        lanes = len(self.lanes)
+        axes = tuple(range(lanes)) if axis is None else (axis,) if isinstance(axis, int) else tuple(axis)
+        if len({axis % max(lanes, 1) for axis in axes}) < len(axes) or not all(-lanes <= axis < lanes for axis in axes):
+            raise ValueError(
+                f"`embax.RowGrad.sum(axis=...)` must name axes of the lanes {self.lanes}, got {axis}. Rows are summed "
+                "by to_dense().sum."
+            )
+        summed = sorted(axis % lanes for axis in axes)
+        kept = [axis for axis in range(lanes) if axis not in summed]
+        order = [*kept, *summed]
+        shape = (
+            *(self.lanes[axis] for axis in kept),
+            math.prod(self.lanes[axis] for axis in summed) * self._keys.shape[-1],
+        )
+        keys = jnp.transpose(self._keys, (*order, lanes)).reshape(shape)
+        rest = range(lanes, self.values.ndim)
+        values = jnp.transpose(self.values, (*order, *rest)).reshape(*shape, *self.dim)
+        return _fill(object.__new__(RowGrad), keys, values, self.rows, self.at_owners)
+
+    def psum(self, axis_name: Any) -> "RowGrad":
+        """Return the sum over a mapped axis, as `jax.lax.psum` does for arrays: a gradient with the rows of all.
+
+        Args:
+          axis_name: The name of an axis of `jax.vmap` or `jax.shard_map`.
+
+        Returns:
+          The gradient; every lane or device of the axis has it whole.
+
+        Example:
+          >>> import embax, jax, jax.numpy as jnp
+          >>> def gradient(ids):
+          ...     return embax.RowGrad(ids, jnp.ones((2, 1)), rows=4).psum("batch").to_dense()[:, 0]
+          ...
+          >>> jax.vmap(gradient, axis_name="batch")(jnp.array([[0, 1], [1, 3]]))[0]
+          Array([1., 2., 0., 1.], dtype=float32)
+        """
+        words = jax.lax.all_gather(jax.random.key_data(self._keys), axis_name)
+        keys = jax.random.wrap_key_data(words, impl=_KEYS)
+        values = jax.lax.all_gather(self.values, axis_name)
+        return _fill(object.__new__(RowGrad), keys, values, self.rows, self.at_owners).sum(axis=0)
 
     def __add__(self, other: Any) -> "RowGrad":
+        if isinstance(other, int) and other == 0:  # where sum() begins
+            return self
         if not isinstance(other, RowGrad):
             return NotImplemented
         if (self.rows, self.dim, self.dtype) != (other.rows, other.dim, other.dtype):
@@ -118,28 +200,66 @@ class RowGrad:
                 "`RowGrad + RowGrad` must be of tables of the same rows, dim and dtype, got "
                 f"{self!r} and {other!r}. Add gradients of one table only."
             )
-        keys = jnp.concatenate([self._keys, other._keys])
-        return _fill(object.__new__(RowGrad), keys, jnp.concatenate([self.values, other.values]), self.rows)
+        if self.lanes != other.lanes:
+            raise ValueError(
+                f"`RowGrad + RowGrad` must have the same lanes, got {self.lanes} and {other.lanes}. Sum lanes first: "
+                "g.sum(axis=0)."
+            )
+        length = len(self.lanes)
+        keys = jnp.concatenate([self._keys, other._keys], axis=length)
+        values = jnp.concatenate([self.values, other.values], axis=length)
+        return _fill(object.__new__(RowGrad), keys, values, self.rows)
+
+    __radd__ = __add__
+
+    def __sub__(self, other: Any) -> "RowGrad":
+        return self + -other if isinstance(other, RowGrad) else NotImplemented
+
+    def __neg__(self) -> "RowGrad":
+        return self._with_values(-self.values)
+
+    def __pos__(self) -> "RowGrad":
+        return self
 
     def __mul__(self, factor: Any) -> "RowGrad":
-        if isinstance(factor, RowGrad) or (not hasattr(factor, "shape") and not isinstance(factor, int | float)):
+        if not _is_factor(factor, "factor * RowGrad"):
             return NotImplemented
-        if jnp.ndim(factor):
-            raise ValueError(
-                f"`factor * RowGrad` must have a scalar factor, got shape {jnp.shape(factor)}. "
-                "Scale `values` for a factor an id."
-            )
-        values = self.values * jnp.asarray(factor, self.dtype)
-        return _fill(object.__new__(RowGrad), self._keys, values, self.rows, self.at_owners)
+        return self._with_values(self.values * jnp.asarray(factor, self.dtype))
 
     __rmul__ = __mul__
+
+    def __truediv__(self, divisor: Any) -> "RowGrad":
+        if not _is_factor(divisor, "RowGrad / divisor"):
+            return NotImplemented
+        return self._with_values(self.values / jnp.asarray(divisor, self.dtype))
+
+    def _with_values(self, values: Any) -> "RowGrad":
+        return _fill(object.__new__(RowGrad), self._keys, values, self.rows, self.at_owners)
+
+    def _of_each_lane(self, function: Callable[[Any, Any], Any]) -> Any:
+        """Call a function of the ids and the values of one lane for all of them."""
+        for _ in self.lanes:
+            function = jax.vmap(function)
+        return function(_ids.on_every_device(self.ids), _ids.on_every_device(self.values))
 
     def __repr__(self) -> str:
         values = self.values
         if not (hasattr(values, "shape") and hasattr(values, "dtype")):
             return f"RowGrad(of {self.rows} rows, {values!r})"
         shape = ",".join(map(str, values.shape))
-        return f"RowGrad({math.prod(self._keys.shape)} ids of {self.rows} rows, {values.dtype}[{shape}])"
+        lanes = f"lanes {self.lanes}, each of " if self.lanes else ""
+        return f"RowGrad({lanes}{self._keys.shape[-1]} ids of {self.rows} rows, {values.dtype}[{shape}])"
+
+
+def _is_factor(factor: Any, call: str) -> bool:
+    """Tell whether a gradient can be scaled by something, and refuse arrays."""
+    if isinstance(factor, RowGrad) or (not hasattr(factor, "shape") and not isinstance(factor, int | float)):
+        return False
+    if jnp.ndim(factor):
+        raise ValueError(
+            f"`{call}` must have a scalar factor, got shape {jnp.shape(factor)}. Scale `values` for a factor an id."
+        )
+    return True
 
 
 def row_grad(
@@ -306,9 +426,19 @@ def checked_update(call: str, table: Table, update: Any) -> "RowGrad | Table":
     if table.weight is None:  # as Equinox leaves out a table of integers
         return update
     if isinstance(update, RowGrad):
+        refuse_lanes(call, update)
         fits = (update.rows, update.dim) == (table.rows, table.dim)
     else:
         fits = update.weight is None or update.weight.shape == table.weight.shape
     if not fits:
         raise ValueError(f"`{call}(updates=...)` must fit the table {table!r}, got {update!r}. Pass its own gradient.")
     return update
+
+
+def refuse_lanes(call: str, gradient: RowGrad) -> None:
+    """Raise a ValueError for a gradient with lanes, of which a table has none."""
+    if gradient.lanes:
+        raise ValueError(
+            f"`{call}(updates=...)` must have a gradient without lanes for a table, got the lanes {gradient.lanes} of "
+            "jax.vmap or jax.lax.scan. Sum them: gradient.sum(axis=0)."
+        )

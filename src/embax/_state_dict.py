@@ -38,7 +38,8 @@ def to_state_dict(tables: Any, prefix: str = "") -> dict[str, Shaped[np.ndarray,
       prefix: Comes before each name.
 
     Returns:
-      Arrays of their own, `(rows, *dim)`, by name; a single table is `"weight"`.
+      Arrays of their own, `(rows, *dim)` in the order of rows, those of sharded tables, too, by name; a single table is
+      `"weight"`.
 
     Raises:
       TypeError: If there is something else among them.
@@ -49,6 +50,8 @@ def to_state_dict(tables: Any, prefix: str = "") -> dict[str, Shaped[np.ndarray,
       >>> list(embax.to_state_dict({"bert.embeddings.word_embeddings": table}))
       ['bert.embeddings.word_embeddings.weight']
     """
+    from .sharding import unshard
+
     if not isinstance(tables, Mapping):
         tables = {"": tables}
     out = {}
@@ -59,7 +62,7 @@ def to_state_dict(tables: Any, prefix: str = "") -> dict[str, Shaped[np.ndarray,
                 f"`embax.to_state_dict(tables=...)` must have tables or layers, got {type(node).__name__} for "
                 f"{module!r}. Name the layers of a model, as in {{'tokens': model.embedding}}."
             )
-        out[f"{prefix}{module}.weight" if module else f"{prefix}weight"] = np.array(table.weight)
+        out[f"{prefix}{module}.weight" if module else f"{prefix}weight"] = np.array(unshard(table).weight)
     return out
 
 

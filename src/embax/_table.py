@@ -214,7 +214,22 @@ jax.tree_util.register_pytree_with_keys(Table, _flatten_with_keys, _unflatten, _
 
 
 def rules_of(table: Table) -> dict[str, Any]:
-    """List the rules of a table by name."""
+    """List the rules of a table by name, for a weight that is held without it.
+
+    Args:
+      table: A table on no mesh.
+
+    Returns:
+      The rules.
+
+    Raises:
+      ValueError: If the table is sharded, since its weight holds rows in stored order, which is not that of ids.
+    """
+    if table.placement is not None:
+        raise ValueError(
+            "`from_table(table=...)` must not be given a sharded table, whose weight is in stored order, got "
+            f"{table!r}. Pass embax.unshard(table)."
+        )
     return {name: getattr(table, name) for name in RULES}
 
 

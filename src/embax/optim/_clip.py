@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from .. import _check, _dedupe
-from .._rows import RowGrad, is_trained, norm_of_distinct
+from .._rows import RowGrad, is_trained, norm_of_distinct, refuse_lanes
 from .._table import Table
 
 
@@ -48,6 +48,8 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
         leaves, structure = jax.tree.flatten(updates, is_leaf=lambda node: isinstance(node, RowGrad | Table))
         slots, distinct, number = list(state.slots), [], 0
         for leaf in leaves:
+            if isinstance(leaf, RowGrad):
+                refuse_lanes("embax.optim.clip_by_global_norm(...).update", leaf)
             if isinstance(leaf, RowGrad) and leaf.values.shape[0]:
                 slots[number], summed = _dedupe.combine(slots[number], leaf.ids, leaf.values, leaf.rows)
                 distinct.append(summed.values)
