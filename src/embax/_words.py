@@ -3,6 +3,7 @@
 import mmap
 import warnings
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -25,20 +26,28 @@ class NotFiniteWarning(UserWarning):
 
 def as_list(items: Any) -> list[Any]:
     """Make a list of one token or vector, or of several."""
-    if isinstance(items, str) or (isinstance(items, np.ndarray) and items.ndim == 1):
+    if isinstance(items, str) or is_vector(items):
         return [items]
     return list(items)
 
 
+def is_vector(item: Any) -> bool:
+    """Tell whether a query is one vector: an array of one axis, of any library, or a list of numbers."""
+    if hasattr(item, "ndim"):
+        return item.ndim == 1
+    return isinstance(item, list | tuple) and len(item) > 0 and all(isinstance(number, Real) for number in item)
+
+
 def directions_of(
-    vectors: Any, unit: Float32[np.ndarray, "rows dim"], queries: Sequence[Query]
+    call: str, vectors: Any, unit: Float32[np.ndarray, "rows dim"], queries: Sequence[Query]
 ) -> tuple[Float32[np.ndarray, "queries dim"], Int64[np.ndarray, "queries most"]]:
     """Add the directions of each query up.
 
     Args:
+      call: The call and its argument for the messages.
       vectors: The vectors.
       unit: Their directions.
-      queries: What is asked.
+      queries: Tokens and vectors, several of which may make up a query.
 
     Returns:
       A direction a query, of length 1 or 0; and the rows of the tokens that it names, -1 in the places left over.
@@ -47,7 +56,7 @@ def directions_of(
       UnknownTokenError: If there is no vector of a token.
       ValueError: If a query is empty, a vector is of another shape, or one holds NaN or infinity.
     """
-    parts = [_parts(query) for query in queries]
+    parts = [_parts(call, query) for query in queries]
     asked = np.full((len(parts), max(map(len, parts), default=0)), -1, np.int64)
     total = np.zeros((len(parts), unit.shape[1]), np.float32)
     items = [
@@ -68,13 +77,12 @@ def directions_of(
         found = of_subwords(vectors, [token for *_, token, _ in unknown])
         others += [(number, row, sign) for (number, *_, sign), row in zip(unknown, found, strict=True)]
     for number, vector, sign in others:
-        total[number] += sign * _direction(vector, unit.shape[1])
+        total[number] += sign * _direction(call, vector, unit.shape[1])
     bad = np.flatnonzero(~np.isfinite(total).all(axis=1))
     if bad.size:
         names = ", ".join(quoted(item) if isinstance(item, str) else "a vector" for item, _ in parts[bad[0]])
         raise ValueError(
-            f"`embax.Vectors.most_similar(positive=...)` must have finite vectors, got {names}, of which one holds NaN "
-            "or infinity. Ask for others."
+            f"`{call}` must have finite vectors, got {names}, of which one holds NaN or infinity. Ask for others."
         )
     return _queries.unit_rows(total), asked
 
@@ -136,23 +144,25 @@ def float_dtype(values: Any) -> np.dtype:
     return dtype if dtype.kind == "f" or "float" in dtype.name else np.dtype(np.float32)
 
 
-def _parts(query: Query) -> list[tuple[Any, float]]:
+def _parts(call: str, query: Query) -> list[tuple[Any, float]]:
     """The tokens and vectors of a query, with the sign of each."""
-    if isinstance(query, tuple) and len(query) == 2 and not any(isinstance(part, str) for part in query):
+    is_pair = isinstance(query, tuple) and len(query) == 2 and not is_vector(query)
+    if is_pair and not any(isinstance(part, str) for part in query):
         positive, negative = map(as_list, query)
     else:
         positive, negative = as_list(query), []
     parts = [(item, 1.0) for item in positive] + [(item, -1.0) for item in negative]
     if not parts:
-        raise ValueError("`embax.Vectors.most_similar(positive=...)` must name a token, got none. Pass one.")
+        raise ValueError(f"`{call}` must name a token, got none. Pass one.")
     return parts
 
 
-def _direction(vector: Any, dim: int) -> Float32[np.ndarray, " dim"]:
+def _direction(call: str, vector: Any, dim: int) -> Float32[np.ndarray, " dim"]:
     vector = np.asarray(vector)
-    if vector.shape != (dim,) or not np.issubdtype(vector.dtype, np.number):
+    # The floats of ml_dtypes, such as bfloat16, are of no kind of NumPy's.
+    if vector.shape != (dim,) or not (vector.dtype.kind in "iuf" or "float" in vector.dtype.name):
         raise ValueError(
-            f"`embax.Vectors.most_similar(positive=...)` must be tokens, or vectors of {dim} numbers, got "
-            f"{vector.dtype} of shape {vector.shape}. Pass one of these."
+            f"`{call}` must be tokens, or vectors of {dim} numbers, got {vector.dtype} of shape {vector.shape}. Pass "
+            "one of these."
         )
-    return _queries.unit_rows(vector[None].astype(np.float32))[0]
+    return _queries.unit_rows(vector[None].astype(np.float64))[0]

@@ -204,7 +204,7 @@ class Vectors:
           ['queen', 'queen']
         """
         k = self._at_most_all("embax.Vectors.most_similar(k=...)", k)
-        directions, asked = self._directions(list(queries))
+        directions, asked = self._directions("embax.Vectors.most_similar(positive=...)", list(queries))
         if approx:
             rows, cosines = self._approximate.search(self._unit, directions, k, asked)
         else:
@@ -214,15 +214,15 @@ class Vectors:
     def analogy(
         self, a: str, b: str, c: str, k: int = 10, *, method: Literal["add", "mul"] = "add"
     ) -> list[tuple[str, float]]:
-        """Find what is to `c` as `a` is to `b`: king to man as queen to woman.
+        """Answer "a is to b as c is to what?": man is to king as woman is to queen.
 
-        `"add"`, 3CosAdd: `cos(x, a) - cos(x, b) + cos(x, c)`, given as the cosine to the sum of directions.
-        `"mul"`, 3CosMul: `cos(x, a) cos(x, c) / (cos(x, b) + 1e-6)`, of cosines moved to `[0, 1]`.
+        `"add"`, 3CosAdd: `cos(x, b) - cos(x, a) + cos(x, c)`, given as the cosine to the sum of directions.
+        `"mul"`, 3CosMul: `cos(x, b) cos(x, c) / (cos(x, a) + 1e-6)`, of cosines moved to `[0, 1]`.
 
         Args:
-          a: A token.
-          b: What it is to `a`.
-          c: What the answer is to be to.
+          a: The first token of the pair that is known.
+          b: The second one.
+          c: The first token of the pair whose second one is asked for.
           k: How many to return, where there are as many.
           method: How they are ranked.
 
@@ -236,20 +236,22 @@ class Vectors:
         Example:
           >>> import embax
           >>> vectors = embax.Vectors(["man", "woman", "king", "queen"], [[1, 0, 0], [0, 1, 0], [1, 0, 2], [0, 1, 2]])
-          >>> vectors.analogy("king", "man", "woman", k=1)[0][0]
+          >>> vectors.analogy("man", "king", "woman", k=1)[0][0]
           'queen'
 
         References:
           Levy & Goldberg, Linguistic Regularities in Sparse and Explicit Word Representations, 2014,
           https://aclanthology.org/W14-1618, equations 3 and 4.
         """
-        if _check.choice("embax.Vectors.analogy(method=...)", method, ("add", "mul")) == "add":
-            return self.most_similar([a, c], [b], k)
+        call = "embax.Vectors.analogy(a=..., b=..., c=...)"
+        method = _check.choice("embax.Vectors.analogy(method=...)", method, ("add", "mul"))
         k = self._at_most_all("embax.Vectors.analogy(k=...)", k)
-        directions, asked = self._directions([a, b, c])
+        if method == "add":
+            directions, asked = self._directions(call, [([b, c], [a])])
+            return self._named(*_queries.nearest(self._unit, directions, k, asked))[0]
+        directions, asked = self._directions(call, [a, b, c])
         of_a, of_b, of_c = directions[:, None]
-        rows, scores = _multiplied.best(self._unit, (of_a, of_c), of_b, k, asked.reshape(1, 3))
-        return self._named(rows, scores)[0]
+        return self._named(*_multiplied.best(self._unit, (of_b, of_c), of_a, k, asked.reshape(1, 3)))[0]
 
     def similarity(self, a: Query, b: Query) -> float:
         """Return the cosine of two tokens, or of two sums of tokens.
@@ -270,7 +272,7 @@ class Vectors:
           >>> embax.Vectors(["a", "b"], [[1.0, 0.0], [3.0, 4.0]]).similarity("a", "b")
           0.6000000238418579
         """
-        (left, right), _ = self._directions([a, b])
+        (left, right), _ = self._directions("embax.Vectors.similarity(a=..., b=...)", [a, b])
         return float(left @ right)
 
     def doesnt_match(self, tokens: Iterable[str]) -> str:
@@ -295,7 +297,7 @@ class Vectors:
         tokens = as_list(tokens)
         if not tokens:
             raise ValueError("`embax.Vectors.doesnt_match(tokens=...)` must name tokens, got none. Pass some.")
-        directions, _ = self._directions(tokens)
+        directions, _ = self._directions("embax.Vectors.doesnt_match(tokens=...)", tokens)
         mean = _queries.unit_rows(directions.mean(axis=0, keepdims=True))[0]
         return tokens[int(np.argmin(directions @ mean))]
 
@@ -412,8 +414,8 @@ class Vectors:
             for found, of_found in zip(rows, scores, strict=True)
         ]
 
-    def _directions(self, queries: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
-        return directions_of(self, self._unit, queries)
+    def _directions(self, call: str, queries: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
+        return directions_of(call, self, self._unit, queries)
 
     def _say_what_is_not_finite(self, name: str) -> None:
         if not self._said:

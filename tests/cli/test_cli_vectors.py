@@ -220,18 +220,18 @@ def test_neighbors_of_vectors_that_are_not_finite(tmp_path):
 
 @pytest.mark.parametrize("method", ["add", "mul"])
 def test_analogy_finds_the_fourth_word(vectors, method):
-    found = answer("analogy", vectors, "king", "man", "woman", "-k", 3, "--method", method)
-    expected = Vectors.load(vectors).analogy("king", "man", "woman", k=3, method=method)
+    found = answer("analogy", vectors, "man", "king", "woman", "-k", 3, "--method", method)
+    expected = Vectors.load(vectors).analogy("man", "king", "woman", k=3, method=method)
     assert [(one["token"], one["score"]) for one in found.pop("candidates")] == expected
     assert expected[0][0] == "queen"
-    assert found == {"file": vectors, "a": "king", "b": "man", "c": "woman", "method": method}
-    lines = lines_of("analogy", vectors, "king", "man", "woman", "-k", 3, "--method", method)
-    assert lines[0].split() == ["king", "-", "man", "+", "woman", {"add": "cosine", "mul": "3CosMul"}[method]]
+    assert found == {"file": vectors, "a": "man", "b": "king", "c": "woman", "method": method}
+    lines = lines_of("analogy", vectors, "man", "king", "woman", "-k", 3, "--method", method)
+    assert lines[0].split() == ["man", ":", "king", "=", "woman", ":", "?", {"add": "cosine", "mul": "3CosMul"}[method]]
     assert [line.split() for line in lines[1:]] == [[token, f"{score:.3f}"] for token, score in expected]
 
 
 def test_analogy_tells_what_is_wrong(vectors):
-    assert_one_line(*run("analogy", vectors, "king", "men", "woman"), '"men" is not in the vocabulary', '"man"')
+    assert_one_line(*run("analogy", vectors, "men", "king", "woman"), '"men" is not in the vocabulary', '"man"')
     assert_one_line(*run("analogy", vectors, "king", "man"), "Missing argument")
     assert_one_line(*run("analogy", vectors, "king", "man", "woman", "--method", "x"), "add or mul, got 'x'")
 

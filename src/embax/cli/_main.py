@@ -28,7 +28,7 @@ for _name, _command, _help in (
     ("info", info, "Print what a file of vectors holds."),
     ("convert", convert, "Write vectors in another format."),
     ("neighbors", neighbors, "Print the words nearest to others."),
-    ("analogy", analogy, "Print what is to C as A is to B."),
+    ("analogy", analogy, "Answer: A is to B as C is to what?"),
     ("evaluate", evaluate, "Print how good vectors are."),
     ("map", map_, "Draw a map of words."),
 ):

@@ -59,9 +59,9 @@ def neighbors(
 
 def analogy(
     file: VectorsFile,
-    a: Annotated[str, typer.Argument(metavar="A", help="A word, such as king.")],
-    b: Annotated[str, typer.Argument(metavar="B", help="What it is to, such as man.")],
-    c: Annotated[str, typer.Argument(metavar="C", help="What the answer is to be to, such as woman.")],
+    a: Annotated[str, typer.Argument(metavar="A", help="A word, such as man.")],
+    b: Annotated[str, typer.Argument(metavar="B", help="The word that A is to, such as king.")],
+    c: Annotated[str, typer.Argument(metavar="C", help="The word that is to the answer as A is to B, such as woman.")],
     number: Number = 10,
     method: Annotated[
         str,
@@ -77,7 +77,7 @@ def analogy(
     max_expansion: MaxExpansion = 100.0,
     json: Json = False,
 ) -> None:
-    """Print what is to C as A is to B: `embax analogy FILE king man woman` finds queen."""
+    """Answer "A is to B as C is to what?": `embax analogy FILE man king woman` finds queen."""
     vectors = load(file, format=format, limit=limit, encoding=encoding, max_expansion=max_expansion)
     with waiting("looking for the answer"), in_one_line():
         found = vectors.analogy(a, b, c, k=number, method="mul" if method == "mul" else "add")
@@ -85,7 +85,7 @@ def analogy(
         candidates = [{"token": token, "score": score} for token, score in found]
         print_json({"file": file, "a": a, "b": b, "c": c, "method": method, "candidates": candidates})
         return
-    print_table(_column(f"{a} - {b} + {c}", found, "cosine" if method == "add" else "3CosMul"))
+    print_table(_column(f"{a} : {b} = {c} : ?", found, "cosine" if method == "add" else "3CosMul"))
 
 
 def load(file: str, **options: Any) -> "Vectors":
