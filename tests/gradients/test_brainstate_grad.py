@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from leaks import checking_leaks
 
 import embax
 
@@ -645,6 +646,6 @@ def test_copies_of_a_layer_have_gradients_of_their_own():
 
 def test_no_tracer_is_left_behind():
     model = Model(max_norm=1.0)
-    with jax.checking_leaks():
+    with checking_leaks():
         step = embax.brainstate.jit(embax.brainstate.grad(model, model.states(brainstate.ParamState)))
         step(IDS)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from cases import WEIGHT, assert_same_gradient
 from jax.sharding import AxisType, PartitionSpec
+from leaks import checking_leaks
 
 import embax
 from embax import DenseGradientWarning, RowGrad, Table, _tape, lookup, renormalize
@@ -278,7 +279,7 @@ MORE_LEAKS = "vmap_ids", "custom_vjp", "inner_grad", "attend"
 @pytest.mark.parametrize("name", [*LEAKS, *(pytest.param(name, marks=pytest.mark.exhaustive) for name in MORE_LEAKS)])
 def test_no_tracer_leaks(name):
     # Which only tracing can do; checked eagerly, every operation would be compiled anew.
-    with jax.checking_leaks():
+    with checking_leaks():
         jax.eval_shape(embax.value_and_grad(USES[name][0], on_dense="allow"), Table(WEIGHT))
 
 
@@ -288,7 +289,7 @@ def test_no_tracer_leaks_from_a_sparse_gradient():
         return energy(table, ids), (table, ids)
 
     table = Table(WEIGHT, max_norm=1.5)
-    with jax.checking_leaks():
+    with checking_leaks():
         jax.eval_shape(lambda ids: embax.value_and_grad(function, has_aux=True)(table, ids), IDS)
         jax.eval_shape(embax.value_and_grad(energy), Table(WEIGHT))
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from leaks import checking_leaks
 
 import embax
 from embax import RowGrad, Table
@@ -298,8 +299,15 @@ def tied():
 SHARED = {"module": lambda: (lambda one: nnx.List([one, one]))(layer()), "param": tied}
 
 
-@pytest.mark.parametrize("compile_", COMPILE)
-@pytest.mark.parametrize("make", SHARED)
+@pytest.mark.parametrize(
+    ("make", "compile_"),
+    [
+        ("module", "eager"),
+        ("param", "jit"),
+        pytest.param("module", "jit", marks=pytest.mark.exhaustive),
+        pytest.param("param", "eager", marks=pytest.mark.exhaustive),
+    ],
+)
 def test_shared_modules_and_params_have_one_gradient(make, compile_):
     fun = lambda ms, ids: (ms[0](ids) * ms[1](ids + 1)).sum()  # noqa: E731
     ours, theirs = both(SHARED[make], fun, IDS, compile_=COMPILE[compile_])
@@ -488,7 +496,7 @@ def test_allow_int_and_holomorphic():
 
 def test_no_tracer_is_left_behind():
     model = Model(max_norm=1.0)
-    with jax.checking_leaks():
+    with checking_leaks():
         nnx.jit(embax.nnx.grad(Model.__call__))(model, IDS)
     assert not [x for x in jax.tree.leaves(nnx.state(model)) if isinstance(x, jax.core.Tracer)]
 
