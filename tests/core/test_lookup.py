@@ -11,7 +11,6 @@ from cases import IDS, MAIN_RULES, RULES, WEIGHT, cotangent
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import embax
 from embax import Table, lookup
 
 POLICIES = ["error", "clip", "nan", "zero"]
@@ -230,14 +229,20 @@ any_ids = st.lists(st.integers(-9, 9) | st.integers(-(2**31), 2**31 - 1), min_si
 any_floats = st.floats(width=32, allow_nan=False, allow_infinity=False, allow_subnormal=False)
 
 
-@pytest.mark.parametrize("policy", POLICIES)
 @given(ids=any_ids, weight=st.lists(any_floats, min_size=21, max_size=21), cotangents=exact_cotangents)
 @settings(max_examples=40, deadline=None, derandomize=True)
-def test_lookup_of_drawn_values(policy, ids, weight, cotangents):
-    rules = {"padding_idx": 3, "max_norm": 2.0, "scale_grad_by_freq": True, "out_of_range": policy}
+def test_lookup_of_drawn_values(ids, weight, cotangents):
+    rules = {"padding_idx": 3, "max_norm": 2.0, "scale_grad_by_freq": True}
     weight = np.array(weight, np.float32).reshape(7, 3)
     cotangents = np.array(cotangents, np.float32).reshape(5, 3)
-    out, gradient = read_and_pull_back(embax.Table(weight, **rules), jnp.array(ids), cotangents)
-    # float32; what is below its smallest normal number may become zero
-    np.testing.assert_allclose(out, reference.lookup(weight, ids, **rules), rtol=RTOL, atol=2e-38)
-    np.testing.assert_allclose(gradient, reference.gradient(weight, ids, cotangents, **rules), rtol=1e-6)  # float32
+    of_policy = {policy: {**rules, "out_of_range": policy} for policy in POLICIES}
+    cases = {
+        policy: (Table(weight, **rules), np.array(ids, np.int32), cotangents) for policy, rules in of_policy.items()
+    }
+    for policy, (out, gradient) in read_and_pull_back_each(cases).items():
+        rules = of_policy[policy]
+        # float32; what is below its smallest normal number may become zero
+        expected = reference.lookup(weight, ids, **rules)
+        np.testing.assert_allclose(out, expected, rtol=RTOL, atol=2e-38, err_msg=policy)
+        expected = reference.gradient(weight, ids, cotangents, **rules)
+        np.testing.assert_allclose(gradient, expected, rtol=1e-6, err_msg=policy)  # float32
