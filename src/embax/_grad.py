@@ -62,7 +62,7 @@ def value_and_grad(
       >>> def loss(params, ids):
       ...     return (embax.lookup(params["table"], ids) * params["scale"]).sum()
       ...
-      >>> value, gradient = embax.value_and_grad(loss)(params, [3, 5, 3])
+      >>> value, gradient = jax.jit(embax.value_and_grad(loss))(params, jnp.array([3, 5, 3]))
       >>> gradient["table"]
       RowGrad(3 ids of 1000 rows, float32[3,4])
       >>> gradient["scale"].shape

@@ -326,9 +326,9 @@ def global_norm(tree: Any) -> Float32[Array, ""]:
       A scalar, in float32 or wider.
 
     Example:
-      >>> import embax, jax.numpy as jnp
+      >>> import embax, jax, jax.numpy as jnp
       >>> g = embax.RowGrad([4, 4], jnp.ones((2, 2)), rows=1_000)
-      >>> embax.global_norm({"table": g, "bias": jnp.ones(1)})
+      >>> jax.jit(embax.global_norm)({"table": g, "bias": jnp.ones(1)})
       Array(3., dtype=float32)
     """
     leaves = jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, RowGrad))

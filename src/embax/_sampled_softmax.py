@@ -69,7 +69,7 @@ def sampled_softmax(
       >>> def loss(table):
       ...     return embax.sampled_softmax(table, x, [3, 1, 4, 1], jax.random.key(2), samples=64).mean()
       ...
-      >>> embax.grad(loss)(table)
+      >>> jax.jit(embax.grad(loss))(table)
       RowGrad(68 ids of 100000 rows, float32[68,8])
 
     References:

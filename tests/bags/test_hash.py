@@ -61,31 +61,44 @@ def test_the_reference_is_murmur3():
     assert murmur3_32(hashes, 0) == 0xB0F57EE3
 
 
+SIZES = [(1, 0), (2, 1), (1000, 7), (65_536, 0), (70_001, 2**31), (MOST, 2**32 - 1)]  # rows, seed
+
+
 @pytest.mark.parametrize("dtype", INTEGERS)
-@pytest.mark.parametrize(("rows", "seed"), [(1, 0), (2, 1), (1000, 7), (65_536, 0), (70_001, 2**31), (MOST, 2**32 - 1)])
-def test_is_murmur3_of_the_64_bit_value(dtype, rows, seed):
+def test_is_murmur3_of_the_64_bit_value(dtype):
     values = samples(dtype)
-    rows_of = expected(values, rows, seed)
-    out = hash_ids(values, rows, seed)
-    assert isinstance(out, np.ndarray)
-    np.testing.assert_array_equal(out, rows_of)
+    rows_of = [expected(values, *size) for size in SIZES]
+
+    def run(values):
+        return [hash_ids(values, *size) for size in SIZES]
+
+    for (rows, seed), out, expected_rows in zip(SIZES, run(values), rows_of, strict=True):
+        assert isinstance(out, np.ndarray)
+        np.testing.assert_array_equal(out, expected_rows, err_msg=f"{rows} rows, seed {seed}")
     with jax.enable_x64(True):
-        for wrap in lambda f: f, jax.jit:
-            out = wrap(lambda values: hash_ids(values, rows, seed))(jnp.asarray(values))
-            assert isinstance(out, jax.Array)
+        wide = jax.jit(run)(values)
+        if dtype in ("int64", "uint16"):
+            eager = hash_ids(jnp.asarray(values), *SIZES[2])
+            assert isinstance(eager, jax.Array)
+            assert eager.dtype == jnp.int32
+            np.testing.assert_array_equal(eager, rows_of[2])
+    of_jax = [wide, jax.jit(run)(values)] if np.dtype(dtype).itemsize < 8 else [wide]
+    for outs in of_jax:
+        for (rows, seed), out, expected_rows in zip(SIZES, outs, rows_of, strict=True):
             assert out.dtype == jnp.int32
-            np.testing.assert_array_equal(out, rows_of)
-    if np.dtype(dtype).itemsize < 8:
-        np.testing.assert_array_equal(hash_ids(jnp.asarray(values), rows, seed), rows_of)
-    assert out.min() >= 0
-    assert out.max() < rows
+            np.testing.assert_array_equal(out, expected_rows, err_msg=f"{rows} rows, seed {seed}")
+            assert out.min() >= 0
+            assert out.max() < rows
 
 
 def test_a_number_has_one_row_whatever_its_dtype():
+    cases = [*itertools.product([(-3, -1, 0, 100)], INTEGERS[:4]), *itertools.product([(0, 1, 100)], INTEGERS)]
+    arrays = [np.array(values, dtype) for values, dtype in cases]
     with jax.enable_x64(True):
-        for values, dtypes in ([-3, -1, 0, 100], INTEGERS[:4]), ([0, 1, 100], INTEGERS):
-            for dtype, array in itertools.product(dtypes, [np.array, jnp.array]):
-                np.testing.assert_array_equal(hash_ids(array(values, dtype), 1000), expected(values, 1000))
+        of_jax = jax.jit(lambda arrays: [hash_ids(array, 1000) for array in arrays])(arrays)
+    for (values, dtype), array, out in zip(cases, arrays, of_jax, strict=True):
+        np.testing.assert_array_equal(hash_ids(array, 1000), expected(values, 1000), err_msg=dtype)
+        np.testing.assert_array_equal(out, expected(values, 1000), err_msg=dtype)
     assert hash_ids(np.array(2**64 - 1), 1000) == hash_ids(-1, 1000)
 
 
@@ -108,17 +121,21 @@ def test_vmap_and_jit_hash_each_number():
     np.testing.assert_array_equal(jax.jit(jax.vmap(lambda v: hash_ids(v, 50)))(values), expected(values, 50))
 
 
-@pytest.mark.parametrize("shape", [(), (0,), (2, 0, 3), (1,), (2, 3)])
+SHAPES = [(), (0,), (2, 0, 3), (1,), (2, 3)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
 def test_shape_is_that_of_the_values(shape):
     values = np.arange(math.prod(shape)).reshape(shape)
-    for array in (
-        values,
-        jnp.asarray(values),
-        values.astype(str),
-        values.astype(str).astype(object),
-        values.astype(bytes),
-    ):
+    for array in values, values.astype(str), values.astype(str).astype(object), values.astype(bytes):
         out = hash_ids(array, 1000)
+        assert out.shape == shape
+        assert out.dtype == np.int32
+
+
+def test_shape_is_that_of_the_values_of_jax():
+    arrays = [np.zeros(shape, np.int32) for shape in SHAPES]
+    for shape, out in zip(SHAPES, jax.jit(lambda arrays: [hash_ids(x, 1000) for x in arrays])(arrays), strict=True):
         assert out.shape == shape
         assert out.dtype == np.int32
 

@@ -11,7 +11,6 @@ from cases import IDS, MAIN_RULES, RULES, WEIGHT, cotangent
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import embax
 from embax import Table, lookup
 
 POLICIES = ["error", "clip", "nan", "zero"]
@@ -24,28 +23,49 @@ def read_and_pull_back(table, ids, cotangents):
     return out, pull(cotangents)[0].weight
 
 
-def assert_as_reference(weight, ids, **rules):
-    cotangents = cotangent(ids, weight)
-    out, gradient = read_and_pull_back(Table(weight, **rules), jnp.asarray(ids), cotangents)
-    assert out.shape == cotangents.shape
-    assert out.dtype == gradient.dtype == jnp.float32
-    np.testing.assert_allclose(out, reference.lookup(weight, ids, **rules), rtol=RTOL)  # float32
-    expected = reference.gradient(weight, ids, cotangents, **rules)
-    np.testing.assert_allclose(gradient, expected, rtol=RTOL, atol=1e-6)  # float32
+@jax.jit
+def read_and_pull_back_each(cases):
+    return {name: read_and_pull_back(*case) for name, case in cases.items()}
 
 
-@pytest.mark.parametrize("rules", RULES.values(), ids=RULES)
-def test_lookup_and_gradient_of_each_rule(rules):
-    assert_as_reference(WEIGHT, IDS["matrix"], **rules)
+def assert_as_reference(cases):
+    """Named cases `(weight, ids, rules)` in one program, for it takes longer to compile than to run."""
+    cotangents = {name: cotangent(ids, weight) for name, (weight, ids, _) in cases.items()}
+    results = read_and_pull_back_each(
+        {
+            name: (Table(weight, **rules), jnp.asarray(ids), cotangents[name])
+            for name, (weight, ids, rules) in cases.items()
+        }
+    )
+    for name, (weight, ids, rules) in cases.items():
+        out, gradient = results[name]
+        assert out.shape == cotangents[name].shape, name
+        assert out.dtype == gradient.dtype == jnp.float32, name
+        np.testing.assert_allclose(out, reference.lookup(weight, ids, **rules), rtol=RTOL, err_msg=name)  # float32
+        expected = reference.gradient(weight, ids, cotangents[name], **rules)
+        np.testing.assert_allclose(gradient, expected, rtol=RTOL, atol=1e-6, err_msg=name)  # float32
 
 
-@pytest.mark.parametrize("ids", IDS.values(), ids=IDS)
-@pytest.mark.parametrize("rules", [{}, RULES["all"]], ids=["none", "all"])
-def test_lookup_and_gradient_of_each_shape(rules, ids):
-    assert_as_reference(WEIGHT, ids, **rules)
+SOME_RULES = {"none": {}, "all": RULES["all"]}
 
 
-@pytest.mark.parametrize("rules", MAIN_RULES.values(), ids=MAIN_RULES)
+def test_lookup_and_gradient_of_each_rule():
+    assert_as_reference({name: (WEIGHT, IDS["matrix"], rules) for name, rules in RULES.items()})
+
+
+@pytest.mark.parametrize("rules", SOME_RULES.values(), ids=SOME_RULES)
+def test_lookup_and_gradient_of_each_shape(rules):
+    assert_as_reference({name: (WEIGHT, ids, rules) for name, ids in IDS.items()})
+
+
+@pytest.mark.parametrize(
+    "rules",
+    [
+        pytest.param(rules, marks=() if name in ("none", "freeze", "all") else pytest.mark.exhaustive)
+        for name, rules in MAIN_RULES.items()
+    ],
+    ids=MAIN_RULES,
+)
 def test_lookup_called_directly(rules):
     ids, table = IDS["negative"], Table(WEIGHT, **rules)
     cotangents = cotangent(ids)
@@ -58,11 +78,15 @@ def test_lookup_called_directly(rules):
     np.testing.assert_allclose(gradient.weight, expected, rtol=RTOL, atol=1e-6)  # float32
 
 
-@pytest.mark.parametrize("dim", [(), (0,), (1,), (2, 0), (2, 3)], ids=str)
-@pytest.mark.parametrize("rules", [{}, RULES["all"]], ids=["none", "all"])
-def test_lookup_of_rows_of_any_shape(dim, rules):
-    weight = np.random.default_rng(2).normal(scale=2, size=(5, *dim)).astype(np.float32)
-    assert_as_reference(weight, np.array([[0, 2, -1], [4, 4, 2]]), **rules)
+def test_lookup_of_rows_of_any_shape():
+    rng, ids = np.random.default_rng(2), np.array([[0, 2, -1], [4, 4, 2]])
+    assert_as_reference(
+        {
+            f"{dim}, {name}": (rng.normal(scale=2, size=(5, *dim)).astype(np.float32), ids, rules)
+            for dim in [(), (0,), (1,), (2, 0), (2, 3)]
+            for name, rules in SOME_RULES.items()
+        }
+    )
 
 
 def test_lookup_clips_over_all_trailing_axes():
@@ -70,24 +94,27 @@ def test_lookup_clips_over_all_trailing_axes():
     np.testing.assert_allclose(lookup(Table(weight, max_norm=1.0), [0]), np.full((1, 2, 2), 0.5), rtol=2e-7)  # float32
 
 
-@pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("rules", [{}, RULES["all"]], ids=["none", "all"])
-def test_lookup_forward_and_gradient_agree_on_the_row_of_a_bad_id(rules, policy):
+def test_lookup_forward_and_gradient_agree_on_the_row_of_a_bad_id():
     ids = np.array([[0, 7, -8, 6], [7, 2**31 - 1, -(2**31), -7]])
-    assert_as_reference(WEIGHT, ids, out_of_range=policy, **rules)
+    assert_as_reference(
+        {
+            f"{policy}, {name}": (WEIGHT, ids, {**rules, "out_of_range": policy})
+            for policy in POLICIES
+            for name, rules in SOME_RULES.items()
+        }
+    )
 
 
-@pytest.mark.parametrize("policy", POLICIES)
-def test_lookup_in_a_table_of_one_row(policy):
-    weight = np.array([[1.0, 2.0]], np.float32)
-    assert_as_reference(weight, np.array([0, -1, 1, -2, 5]), out_of_range=policy, scale_grad_by_freq=True)
-
-
-@pytest.mark.parametrize("policy", ["error", "nan", "zero"])
-def test_lookup_in_a_table_of_no_rows(policy):
-    weight, rules = np.zeros((0, 2), np.float32), {"max_norm": 1.0, "scale_grad_by_freq": True}
-    assert_as_reference(weight, np.array([0, -1]), out_of_range=policy, **rules)
-    assert_as_reference(weight, np.zeros((3, 0), int), out_of_range=policy, **rules)
+def test_lookup_in_a_table_of_one_row_or_none():
+    one, none = np.array([[1.0, 2.0]], np.float32), np.zeros((0, 2), np.float32)
+    cases = {}
+    for policy in POLICIES:
+        rules = {"out_of_range": policy, "scale_grad_by_freq": True}
+        cases[f"one, {policy}"] = one, np.array([0, -1, 1, -2, 5]), rules
+        if policy != "clip":
+            cases[f"none, {policy}"] = none, np.array([0, -1]), {**rules, "max_norm": 1.0}
+            cases[f"none, no ids, {policy}"] = none, np.zeros((3, 0), int), {**rules, "max_norm": 1.0}
+    assert_as_reference(cases)
 
 
 def test_lookup_in_a_table_of_no_rows_clips_to_nothing():
@@ -202,14 +229,20 @@ any_ids = st.lists(st.integers(-9, 9) | st.integers(-(2**31), 2**31 - 1), min_si
 any_floats = st.floats(width=32, allow_nan=False, allow_infinity=False, allow_subnormal=False)
 
 
-@pytest.mark.parametrize("policy", POLICIES)
 @given(ids=any_ids, weight=st.lists(any_floats, min_size=21, max_size=21), cotangents=exact_cotangents)
 @settings(max_examples=40, deadline=None, derandomize=True)
-def test_lookup_of_drawn_values(policy, ids, weight, cotangents):
-    rules = {"padding_idx": 3, "max_norm": 2.0, "scale_grad_by_freq": True, "out_of_range": policy}
+def test_lookup_of_drawn_values(ids, weight, cotangents):
+    rules = {"padding_idx": 3, "max_norm": 2.0, "scale_grad_by_freq": True}
     weight = np.array(weight, np.float32).reshape(7, 3)
     cotangents = np.array(cotangents, np.float32).reshape(5, 3)
-    out, gradient = read_and_pull_back(embax.Table(weight, **rules), jnp.array(ids), cotangents)
-    # float32; what is below its smallest normal number may become zero
-    np.testing.assert_allclose(out, reference.lookup(weight, ids, **rules), rtol=RTOL, atol=2e-38)
-    np.testing.assert_allclose(gradient, reference.gradient(weight, ids, cotangents, **rules), rtol=1e-6)  # float32
+    of_policy = {policy: {**rules, "out_of_range": policy} for policy in POLICIES}
+    cases = {
+        policy: (Table(weight, **rules), np.array(ids, np.int32), cotangents) for policy, rules in of_policy.items()
+    }
+    for policy, (out, gradient) in read_and_pull_back_each(cases).items():
+        rules = of_policy[policy]
+        # float32; what is below its smallest normal number may become zero
+        expected = reference.lookup(weight, ids, **rules)
+        np.testing.assert_allclose(out, expected, rtol=RTOL, atol=2e-38, err_msg=policy)
+        expected = reference.gradient(weight, ids, cotangents, **rules)
+        np.testing.assert_allclose(gradient, expected, rtol=1e-6, err_msg=policy)  # float32

@@ -53,17 +53,35 @@ def check(mesh, rules, ids_spec, weight_spec):
     assert_sharded_as(stored, mesh, *weight_spec)
 
 
-@with_axes
-@pytest.mark.parametrize("rules", [{}, RULES["all"]], ids=["none", "all"])
+AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
+
+
+def rest(*case):
+    return pytest.param(*case, marks=pytest.mark.exhaustive)
+
+
+@pytest.mark.parametrize(
+    ("axis_type", "rules"),
+    [(AUTO, RULES["all"]), (EXPLICIT, {}), rest(AUTO, {}), rest(EXPLICIT, RULES["all"])],
+    ids=str,
+)
 def test_without_and_with_rules_on_a_mesh(axis_type, rules):
     mesh = mesh_of(axis_type)
     with jax.set_mesh(mesh):
         check(mesh, rules, ("x", "y"), ())
 
 
-@with_axes
+LAYOUTS = [((), ("x",)), ((None, "x"), (None, "y")), ((("x", "y"),), ("y", "x"))]
+
+
 @pytest.mark.parametrize(
-    ("ids_spec", "weight_spec"), [((), ("x",)), ((None, "x"), (None, "y")), ((("x", "y"),), ("y", "x"))], ids=str
+    ("axis_type", "ids_spec", "weight_spec"),
+    [
+        *((EXPLICIT, *layout) for layout in LAYOUTS),
+        (AUTO, *LAYOUTS[2]),
+        *(rest(AUTO, *layout) for layout in LAYOUTS[:2]),
+    ],
+    ids=str,
 )
 def test_each_layout_of_ids_and_rows(axis_type, ids_spec, weight_spec):
     mesh = mesh_of(axis_type)
@@ -71,8 +89,9 @@ def test_each_layout_of_ids_and_rows(axis_type, ids_spec, weight_spec):
         check(mesh, RULES["all"], ids_spec, weight_spec)
 
 
-@with_axes
-@pytest.mark.parametrize("weight_spec", [(), ("x",)], ids=str)
+@pytest.mark.parametrize(
+    ("axis_type", "weight_spec"), [(AUTO, ("x",)), (EXPLICIT, ()), rest(AUTO, ()), rest(EXPLICIT, ("x",))], ids=str
+)
 def test_arrays_bring_their_mesh_along(axis_type, weight_spec):
     """No `jax.set_mesh` is needed."""
     mesh = mesh_of(axis_type)

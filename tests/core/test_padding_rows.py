@@ -80,7 +80,7 @@ def test_gradient_leaves_them_out_even_where_it_is_nan(as_rows, by_frequency):
     def loss(table):
         return (embax.lookup(table, IDS) * cotangent.reshape(*IDS.shape, 3)).sum()
 
-    gradient = (embax.grad if as_rows else jax.grad)(loss)(padded(scale_grad_by_freq=by_frequency))
+    gradient = jax.jit((embax.grad if as_rows else jax.grad)(loss))(padded(scale_grad_by_freq=by_frequency))
     dense = gradient.to_dense() if as_rows else gradient.weight
     np.testing.assert_allclose(dense, expected, rtol=1e-5, atol=1e-6)  # float32
     if as_rows:
@@ -98,9 +98,8 @@ def test_max_norm_leaves_them_as_they_are():
     assert after[[2, 5]].tobytes() == WEIGHT[[2, 5]].tobytes()
 
 
-@pytest.mark.parametrize("mode", ["sum", "mean", "sqrtn", "max"])
-@pytest.mark.parametrize("is_ragged", [False, True])
-def test_bags_do_not_count_them(mode, is_ragged):
+def expected_bags(mode):
+    """The bags, and the gradient of their sum."""
     expected, of_rows = np.zeros((len(IDS), 3)), np.zeros((ROWS, 3))
     for bag, ids in enumerate(IDS):
         counted = [row for row in ids % ROWS if row not in PADDING]
@@ -111,19 +110,31 @@ def test_bags_do_not_count_them(mode, is_ragged):
         expected[bag] = rows.max(axis=0) if mode == "max" else rows.sum(axis=0) / number
         for place, row in enumerate(counted):
             of_rows[row] += rows.argmax(axis=0) == place if mode == "max" else 1 / number
-    bags = embax.Ragged.from_lists(IDS.tolist()) if is_ragged else IDS
+    return expected, of_rows
 
-    def pool(table):
-        return embax.embedding_bag(table, bags, mode=mode)
+
+@pytest.mark.parametrize("is_ragged", [False, True])
+def test_bags_do_not_count_them(is_ragged):
+    bags = embax.Ragged.from_lists(IDS.tolist()) if is_ragged else IDS
 
     @jax.jit
     def pooled_and_gradients(table):
-        return pool(table), *(grad(lambda table: pool(table).sum())(table) for grad in (jax.grad, embax.grad))
+        results = {}
+        for mode in ("sum", "mean", "sqrtn", "max"):
 
-    pooled, dense, rows = pooled_and_gradients(padded())
-    np.testing.assert_allclose(pooled, expected, rtol=1e-6)  # float32
-    np.testing.assert_allclose(dense.weight, of_rows, rtol=1e-6)  # float32
-    np.testing.assert_allclose(rows.to_dense(), of_rows, rtol=1e-6)  # float32
+            def total(table, mode=mode):
+                pooled = embax.embedding_bag(table, bags, mode=mode)
+                return pooled.sum(), pooled
+
+            dense, pooled = jax.grad(total, has_aux=True)(table)
+            results[mode] = pooled, dense.weight, embax.grad(total, has_aux=True)(table)[0].to_dense()
+        return results
+
+    for mode, (pooled, *gradients) in pooled_and_gradients(padded()).items():
+        expected, of_rows = expected_bags(mode)
+        np.testing.assert_allclose(pooled, expected, rtol=1e-6, err_msg=mode)  # float32
+        for gradient in gradients:
+            np.testing.assert_allclose(gradient, of_rows, rtol=1e-6, err_msg=mode)  # float32
 
 
 ODD = np.array([[-0.0, np.nan, 1e-45], [np.inf, -0.0, 3e38]], np.float32)

@@ -13,38 +13,48 @@ RTOL = 2e-6  # float32
 jitted = jax.jit(renormalize)
 
 
-def assert_as_reference(weight, ids, **rules):
-    table = Table(weight, **rules)
-    after = jitted(table, jnp.asarray(ids))
-    expected = reference.renormalize(weight, ids, **rules)
-    np.testing.assert_allclose(after.weight, expected, rtol=RTOL)  # float32
-    untouched = (expected == weight).all(tuple(range(1, weight.ndim)))
-    np.testing.assert_array_equal(after.weight[untouched], weight[untouched])
-    np.testing.assert_array_equal(table.weight, weight)
-    assert jax.tree.structure(after) == jax.tree.structure(table)
+@jax.jit
+def renormalize_each(cases):
+    return {name: renormalize(*case) for name, case in cases.items()}
 
 
-@pytest.mark.parametrize("rules", RULES.values(), ids=RULES)
-def test_renormalize_of_each_rule(rules):
-    assert_as_reference(WEIGHT, IDS["matrix"], **rules)
+def assert_as_reference(cases):
+    """Named cases `(weight, ids, rules)` in one program, for it takes longer to compile than to run."""
+    tables = {name: Table(weight, **rules) for name, (weight, _, rules) in cases.items()}
+    results = renormalize_each({name: (tables[name], jnp.asarray(ids)) for name, (_, ids, _) in cases.items()})
+    for name, (weight, ids, rules) in cases.items():
+        after, expected = results[name], reference.renormalize(weight, ids, **rules)
+        np.testing.assert_allclose(after.weight, expected, rtol=RTOL, err_msg=name)  # float32
+        untouched = (expected == weight).all(tuple(range(1, weight.ndim)))
+        np.testing.assert_array_equal(np.asarray(after.weight)[untouched], weight[untouched], err_msg=name)
+        np.testing.assert_array_equal(tables[name].weight, weight, err_msg=name)
+        assert jax.tree.structure(after) == jax.tree.structure(tables[name]), name
 
 
-@pytest.mark.parametrize("ids", IDS.values(), ids=IDS)
-def test_renormalize_of_each_shape(ids):
-    assert_as_reference(WEIGHT, ids, **RULES["all"])
+def test_renormalize_of_each_rule():
+    assert_as_reference({name: (WEIGHT, IDS["matrix"], rules) for name, rules in RULES.items()})
 
 
-@pytest.mark.parametrize("dim", [(), (0,), (2, 3)], ids=str)
-def test_renormalize_of_rows_of_any_shape(dim):
-    weight = np.random.default_rng(2).normal(scale=2, size=(5, *dim)).astype(np.float32)
-    assert_as_reference(weight, np.array([0, -1, 0]), **RULES["all"])
+def test_renormalize_of_each_shape():
+    assert_as_reference({name: (WEIGHT, ids, RULES["all"]) for name, ids in IDS.items()})
 
 
-@pytest.mark.parametrize("policy", ["error", "clip", "nan", "zero"])
-def test_renormalize_writes_the_row_that_a_bad_id_reads_or_none(policy):
+def test_renormalize_of_rows_of_any_shape():
+    weights = [
+        np.random.default_rng(2).normal(scale=2, size=(5, *dim)).astype(np.float32) for dim in [(), (0,), (2, 3)]
+    ]
+    assert_as_reference({str(weight.shape): (weight, np.array([0, -1, 0]), RULES["all"]) for weight in weights})
+
+
+def test_renormalize_writes_the_row_that_a_bad_id_reads_or_none():
     ids = np.array([7, -8, 3, 2**31 - 1, -(2**31)])
-    assert_as_reference(WEIGHT, ids, max_norm=0.5, out_of_range=policy)
-    assert_as_reference(WEIGHT[:1], ids, max_norm=0.5, out_of_range=policy)
+    assert_as_reference(
+        {
+            f"{policy}, {len(weight)} rows": (weight, ids, {"max_norm": 0.5, "out_of_range": policy})
+            for policy in ("error", "clip", "nan", "zero")
+            for weight in (WEIGHT, WEIGHT[:1])
+        }
+    )
 
 
 def test_renormalize_of_no_rows():
@@ -85,29 +95,35 @@ def test_renormalize_under_vmap():
 def test_renormalize_passes_derivatives_straight_through():
     table, ids = Table(WEIGHT, max_norm=0.5, padding_idx=0), [1, 2, 2]
     cotangents = np.random.default_rng(1).normal(size=WEIGHT.shape).astype(np.float32)
-    gradient = jax.grad(lambda table: (renormalize(table, ids).weight * cotangents).sum())(table)
+
+    @jax.jit
+    def derivatives(table):
+        gradient = jax.grad(lambda table: (renormalize(table, ids).weight * cotangents).sum())(table)
+        _, tangent = jax.jvp(lambda table: renormalize(table, ids), (table,), (gradient,))
+        squares = lambda weight: (renormalize(Table(weight, max_norm=0.5), ids).weight ** 2).sum()  # noqa: E731
+        return gradient, tangent, jax.hessian(squares)(table.weight)
+
+    gradient, tangent, hessian = derivatives(table)
     np.testing.assert_array_equal(gradient.weight, cotangents)
-    _, tangent = jax.jvp(lambda table: renormalize(table, ids), (table,), (gradient,))
     np.testing.assert_array_equal(tangent.weight, cotangents)
-    hessian = jax.hessian(lambda weight: (renormalize(Table(weight, max_norm=0.5), ids).weight ** 2).sum())(
-        table.weight
-    )
     np.testing.assert_array_equal(hessian.reshape(21, 21), 2 * np.eye(21))
 
 
-@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit, jax.checkpoint], ids=["plain", "jit", "checkpoint"])
-def test_renormalize_then_lookup_keeps_the_gradients_of_both_lookups(wrap):
+def test_renormalize_then_lookup_keeps_the_gradients_of_both_lookups():
     rules, ids, again = {"max_norm": 0.5, "padding_idx": 2}, np.array([0, 2, 2, 1]), np.array([1, 1, 5, 2])
     cotangents = cotangent(ids)
 
-    @wrap
     def loss(table):
         first = (lookup(table, ids) * cotangents).sum()
         return first + (lookup(renormalize(table, ids), again) * cotangents).sum()
 
-    gradient = jax.grad(loss)(Table(WEIGHT, **rules)).weight
+    wraps = {"plain": lambda f: f, "jit": jax.jit, "checkpoint": jax.checkpoint}
+    table = Table(WEIGHT, **rules)
+    gradients = jax.jit(lambda table: {name: jax.grad(wrap(loss))(table) for name, wrap in wraps.items()})(table)
+    gradients["direct"] = jax.grad(loss)(table)
     expected = sum(reference.gradient(WEIGHT, i, cotangents, **rules) for i in (ids, again))
-    np.testing.assert_allclose(gradient, expected, rtol=RTOL, atol=1e-6)  # float32
+    for name, gradient in gradients.items():
+        np.testing.assert_allclose(gradient.weight, expected, rtol=RTOL, atol=1e-6, err_msg=name)  # float32
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
@@ -115,6 +131,7 @@ def test_renormalize_settles(dtype):
     """Written back a hundred times, a row does not creep towards zero."""
     table = Table(jnp.asarray(WEIGHT, dtype), max_norm=1.5)
     once = renormalize(table, np.arange(7))
-    often = jax.lax.fori_loop(0, 100, lambda _, table: renormalize(table, jnp.arange(7)), once)
+    ids = np.arange(7)
+    often = jax.jit(lambda table: jax.lax.fori_loop(0, 100, lambda _, table: renormalize(table, ids), table))(once)
     rtol = 4 * float(jnp.finfo(dtype).eps)
     np.testing.assert_allclose(*(np.asarray(t.weight, np.float64) for t in (often, once)), rtol=rtol)

@@ -11,7 +11,19 @@ from cases import IDS, RULES, WEIGHT, cotangent
 
 from embax import Table, lookup, renormalize
 
-with_rules = pytest.mark.parametrize("rules", [{}, RULES["all"]], ids=["none", "all"])
+NONE, ALL = {}, RULES["all"]
+with_rules = pytest.mark.parametrize("rules", [NONE, ALL], ids=["none", "all"])
+
+
+def in_pairs(names, *pairs):
+    """Those rules with those options; a pair that shows nothing new is left to the exhaustive runs, as `rest`."""
+    return pytest.mark.parametrize(names, pairs)
+
+
+def rest(*pair):
+    return pytest.param(*pair, marks=pytest.mark.exhaustive)
+
+
 TOLERANCE = {"rtol": 5e-6, "atol": 5e-6}  # float32
 
 # Each lane of a batch repeats ids, so that counts over all lanes would differ from counts a lane.
@@ -31,27 +43,31 @@ def assert_close(actual, expected):
     np.testing.assert_allclose(actual, expected, **TOLERANCE)
 
 
-@with_rules
-@pytest.mark.parametrize("ids_axis", [0, 1])
+@in_pairs(("rules", "ids_axis"), (NONE, 1), (ALL, 0), rest(NONE, 0), rest(ALL, 1))
 def test_vmap_over_ids_is_one_call_a_lane(rules, ids_axis):
     ids, table, cotangents = np.moveaxis(LANES, 0, ids_axis), Table(WEIGHT, **rules), cotangent(LANES)
-    read = jax.jit(jax.vmap(lookup, in_axes=(None, ids_axis)))
-    assert_close(read(table, ids), [reference.lookup(WEIGHT, lane, **rules) for lane in LANES])
-    gradient = jax.jit(jax.grad(lambda table: (read(table, ids) * cotangents).sum()))(table).weight
+    read = jax.vmap(lookup, in_axes=(None, ids_axis))
+
+    @jax.jit
+    def all_of(table, ids):
+        gradient = jax.grad(lambda table: (read(table, ids) * cotangents).sum())(table).weight
+        per_lane = jax.vmap(jax.grad(loss), in_axes=(None, ids_axis, 0))(table, ids, cotangents).weight
+        return read(table, ids), gradient, per_lane
+
+    rows, gradient, per_lane = all_of(table, ids)
+    assert_close(rows, [reference.lookup(WEIGHT, lane, **rules) for lane in LANES])
     pairs = list(zip(LANES, cotangents, strict=True))
     assert_close(gradient, sum(reference.gradient(WEIGHT, *pair, **rules) for pair in pairs))
-    per_lane = jax.jit(jax.vmap(jax.grad(loss), in_axes=(None, ids_axis, 0)))(table, ids, cotangents).weight
     assert_close(per_lane, [expected_gradient(WEIGHT, *pair, **rules) for pair in pairs])
 
 
-@with_rules
-@pytest.mark.parametrize("ids_axis", [None, 0])
+@in_pairs(("rules", "ids_axis"), (NONE, 0), (ALL, None), (ALL, 0), rest(NONE, None))
 def test_vmap_over_tables(rules, ids_axis):
     weights = np.stack([WEIGHT, -2 * WEIGHT, WEIGHT[::-1]])
     tables = jax.tree.map(lambda _: weights, Table(WEIGHT, **rules))
     ids = LANES if ids_axis == 0 else LANES[0]
     lanes = list(LANES) if ids_axis == 0 else [LANES[0]] * 3
-    out = jax.vmap(lookup, in_axes=(0, ids_axis))(tables, ids)
+    out = jax.jit(jax.vmap(lookup, in_axes=(0, ids_axis)))(tables, ids)
     assert_close(out, [reference.lookup(*lane, **rules) for lane in zip(weights, lanes, strict=True)])
     cotangents = cotangent(LANES)
     gradients = jax.jit(jax.vmap(jax.grad(loss), in_axes=(0, ids_axis, 0)))(tables, ids, cotangents).weight
@@ -62,25 +78,35 @@ def test_vmap_over_tables(rules, ids_axis):
 @with_rules
 def test_vmap_of_vmap(rules):
     ids = np.stack([LANES, LANES[::-1]])
-    out = jax.vmap(jax.vmap(lookup, (None, 0)), (None, 0))(Table(WEIGHT, **rules), ids)
+    out = jax.jit(jax.vmap(jax.vmap(lookup, (None, 0)), (None, 0)))(Table(WEIGHT, **rules), ids)
     assert_close(out, reference.lookup(WEIGHT, ids, **rules))
 
 
-@with_rules
-@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit, jax.checkpoint], ids=["plain", "jit", "checkpoint"])
-def test_grad(rules, wrap):
-    ids = IDS["matrix"]
-    gradient = jax.grad(wrap(functools.partial(loss, ids=ids, cotangents=cotangent(ids))))(Table(WEIGHT, **rules))
-    assert_close(gradient.weight, expected_gradient(WEIGHT, ids, cotangent(ids), **rules))
+WRAPS = {
+    "plain": lambda f: f,
+    "jit": jax.jit,
+    "checkpoint": jax.checkpoint,
+    "jit_of_a_remat_with_a_policy": lambda f: jax.jit(
+        jax.checkpoint(f, policy=jax.checkpoint_policies.nothing_saveable)
+    ),
+}
 
 
 @with_rules
-def test_grad_of_jit_of_a_remat_with_a_policy(rules):
+def test_grad(rules):
     ids, cotangents = IDS["matrix"], cotangent(IDS["matrix"])
-    policy = jax.checkpoint_policies.nothing_saveable
-    wrapped = jax.jit(jax.checkpoint(loss, policy=policy))
-    gradient = jax.jit(jax.grad(lambda table: wrapped(table, ids, cotangents)))(Table(WEIGHT, **rules)).weight
-    assert_close(gradient, expected_gradient(WEIGHT, ids, cotangents, **rules))
+    fixed = functools.partial(loss, ids=ids, cotangents=cotangents)
+    grads = {name: jax.grad(wrap(fixed)) for name, wrap in WRAPS.items()}
+    gradients = jax.jit(lambda table: {name: grad(table) for name, grad in grads.items()})(Table(WEIGHT, **rules))
+    for name, gradient in gradients.items():
+        expected = expected_gradient(WEIGHT, ids, cotangents, **rules)
+        np.testing.assert_allclose(gradient.weight, expected, **TOLERANCE, err_msg=name)
+
+
+def test_grad_outside_of_jit():
+    ids, cotangents = IDS["matrix"], cotangent(IDS["matrix"])
+    gradient = jax.grad(loss)(Table(WEIGHT, **NONE), ids, cotangents)
+    assert_close(gradient.weight, expected_gradient(WEIGHT, ids, cotangents))
 
 
 @with_rules
@@ -90,37 +116,50 @@ def test_jvp_and_linearize(rules):
     jacobian = reference.jacobian(WEIGHT, ids, **rules)
     expected = np.tensordot(jacobian, np.asarray(tangent.weight, np.float64), 2)
     read = functools.partial(lookup, ids=ids)
-    out, pushed = jax.jvp(read, (table,), (tangent,))
+
+    @jax.jit
+    def both(table, tangent):
+        return *jax.jvp(read, (table,), (tangent,)), jax.linearize(read, table)[1](tangent)
+
+    out, pushed, linear = both(table, tangent)
     assert_close(out, reference.lookup(WEIGHT, ids, **rules))
     assert_close(pushed, expected)
-    assert_close(jax.linearize(read, table)[1](tangent), expected)
+    assert_close(linear, expected)
 
 
 @with_rules
-@pytest.mark.parametrize("derivative", [jax.jacfwd, jax.jacrev])
-def test_jacobian(rules, derivative):
-    ids = IDS["negative"]
-    jacobian = jax.jit(derivative(lambda weight: lookup(Table(weight, **rules), ids)))(WEIGHT)
-    assert_close(jacobian, reference.jacobian(WEIGHT, ids, **rules))
+def test_jacobian(rules):
+    def read(weight):
+        return lookup(Table(weight, **rules), IDS["negative"])
+
+    expected = reference.jacobian(WEIGHT, IDS["negative"], **rules)
+    for jacobian in jax.jit(lambda weight: [jax.jacfwd(read)(weight), jax.jacrev(read)(weight)])(WEIGHT):
+        assert_close(jacobian, expected)
+
+
+SECOND = {
+    "hessian": jax.hessian,
+    "reverse_over_reverse": lambda f: jax.jacrev(jax.jacrev(f)),
+    "reverse_over_forward": lambda f: jax.jacrev(jax.jacfwd(f)),
+}
 
 
 @with_rules
-@pytest.mark.parametrize(
-    "derivative",
-    [jax.hessian, lambda f: jax.jacrev(jax.jacrev(f)), lambda f: jax.jacrev(jax.jacfwd(f))],
-    ids=["hessian", "reverse_over_reverse", "reverse_over_forward"],
-)
-def test_second_derivatives(rules, derivative):
+def test_second_derivatives(rules):
     ids, cotangents = IDS["negative"], cotangent(IDS["negative"])
-    hessian = jax.jit(derivative(lambda weight: loss(Table(weight, **rules), ids, cotangents)))(WEIGHT)
+
+    def of_weight(weight):
+        return loss(Table(weight, **rules), ids, cotangents)
+
+    hessians = jax.jit(lambda weight: {name: derive(of_weight)(weight) for name, derive in SECOND.items()})(WEIGHT)
     jacobian = reference.jacobian(WEIGHT, ids, **rules).reshape(cotangents.size, WEIGHT.size)
     curvature = -np.sin(reference.lookup(WEIGHT, ids, **rules)) * cotangents
-    expected = jacobian.T @ (curvature.reshape(-1, 1) * jacobian)
-    assert_close(hessian, expected.reshape(WEIGHT.shape * 2))
+    expected = (jacobian.T @ (curvature.reshape(-1, 1) * jacobian)).reshape(WEIGHT.shape * 2)
+    for name, hessian in hessians.items():
+        np.testing.assert_allclose(hessian, expected, **TOLERANCE, err_msg=name)
 
 
-@with_rules
-@pytest.mark.parametrize("remat", [False, True], ids=["plain", "remat"])
+@in_pairs(("rules", "remat"), (NONE, True), (ALL, False), rest(NONE, False), rest(ALL, True))
 def test_grad_of_scan_counts_a_step(rules, remat):
     cotangents = cotangent(LANES)
     step_loss = jax.checkpoint(loss) if remat else loss
@@ -142,7 +181,8 @@ def test_scan_carries_a_table():
         table = renormalize(table, ids)
         return table, lookup(table, ids)
 
-    table, rows = jax.lax.scan(step, Table(WEIGHT, max_norm=1.5, padding_idx=2), LANES)
+    table = Table(WEIGHT, max_norm=1.5, padding_idx=2)
+    table, rows = jax.jit(lambda table: jax.lax.scan(step, table, LANES))(table)
     rules = {"max_norm": 1.5, "padding_idx": 2}
     assert_close(rows, reference.lookup(WEIGHT, LANES, **rules))
     assert_close(table.weight, reference.renormalize(WEIGHT, LANES, **rules))
@@ -152,10 +192,19 @@ def test_scan_carries_a_table():
 def test_control_flow(rules):
     table = Table(WEIGHT, **rules)
     expected = reference.lookup(WEIGHT, LANES, **rules)
-    assert_close(jax.lax.map(functools.partial(lookup, table), LANES), expected)
-    branches = [lambda ids: lookup(table, ids), lambda ids: -lookup(table, ids)]
-    assert_close(jax.lax.switch(1, branches, LANES), -expected)
-    total = jax.lax.fori_loop(0, 3, lambda i, sum_: sum_ + lookup(table, jnp.asarray(LANES)[i]), jnp.zeros((4, 3)))
+
+    @jax.jit
+    def all_of(table):
+        branches = [lambda ids: lookup(table, ids), lambda ids: -lookup(table, ids)]
+        return (
+            jax.lax.map(functools.partial(lookup, table), LANES),
+            jax.lax.switch(1, branches, LANES),
+            jax.lax.fori_loop(0, 3, lambda i, sum_: sum_ + lookup(table, jnp.asarray(LANES)[i]), jnp.zeros((4, 3))),
+        )
+
+    mapped, switched, total = all_of(table)
+    assert_close(mapped, expected)
+    assert_close(switched, -expected)
     assert_close(total, expected.sum(0))
 
 

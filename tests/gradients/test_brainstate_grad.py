@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from leaks import checking_leaks
 
 import embax
 
@@ -41,7 +42,8 @@ def dense(gradient):
 def assert_same(ours, theirs):
     ours = dense(ours)
     assert jax.tree.structure(ours) == jax.tree.structure(theirs)
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6), ours, theirs)  # float32
+    for (path, x), y in zip(jax.tree.leaves_with_path(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6, err_msg=jax.tree_util.keystr(path))  # float32
 
 
 def both(make, *args, compile_=lambda fun: fun, on_dense="warn", **options):
@@ -66,13 +68,32 @@ COMPILE = {
     "brainstate": brainstate.transform.jit,
     "embax": embax.brainstate.jit,
 }
+# The jit of brainstate traces a function as the one of embax does.
+rest = {way: pytest.param(way, marks=pytest.mark.exhaustive) for way in COMPILE}
+main_ways = pytest.mark.parametrize("compile_", ["eager", "embax", rest["brainstate"]])
+once = pytest.mark.parametrize("compile_", ["embax", rest["eager"], rest["brainstate"]])
+
+
+ALL_THAT_IS_RETURNED = [
+    *itertools.product([False, True], [False, True], [None, 1, (1,), [1, 2]], ["eager"]),
+    *itertools.product([True], [False, True], [None, [1, 2]], ["brainstate", "embax"]),
+]
+# Each pair of an option with another one that it meets in the result.
+IN_SHORT = [
+    *itertools.product([False, True], [False, True], [None], ["eager"]),
+    (False, False, 1, "eager"),
+    (False, True, (1,), "eager"),
+    (True, False, [1, 2], "eager"),
+    (True, True, [1, 2], "brainstate"),
+    (True, True, [1, 2], "embax"),
+]
 
 
 @pytest.mark.parametrize(
     ("has_aux", "return_value", "argnums", "compile_"),
     [
-        *itertools.product([False, True], [False, True], [None, 1, (1,), [1, 2]], ["eager"]),
-        *itertools.product([True], [False, True], [None, [1, 2]], ["brainstate", "embax"]),
+        options if options in IN_SHORT else pytest.param(*options, marks=pytest.mark.exhaustive)
+        for options in ALL_THAT_IS_RETURNED
     ],
 )
 def test_returns_what_brainstate_returns(has_aux, return_value, argnums, compile_):
@@ -132,35 +153,41 @@ def test_without_an_embedding_it_is_brainstates():
     assert (gradient, value) == (6, 9)
 
 
-@pytest.mark.parametrize("compile_", COMPILE)
+RULES = [
+    {"padding_idx": 2},
+    {"scale_grad_by_freq": True},
+    {"max_norm": 1.0},
+    {"max_norm": 1.0, "write_back": False},
+    {"max_norm": 0.5, "padding_idx": 5, "scale_grad_by_freq": True, "norm_type": 1.0},
+    {"out_of_range": "clip"},
+    {"out_of_range": "zero"},
+]
+
+
 @pytest.mark.parametrize(
-    "rules",
-    [
-        {"padding_idx": 2},
-        {"scale_grad_by_freq": True},
-        {"max_norm": 1.0},
-        {"max_norm": 1.0, "write_back": False},
-        {"max_norm": 0.5, "padding_idx": 5, "scale_grad_by_freq": True, "norm_type": 1.0},
-        {"out_of_range": "clip"},
-        {"out_of_range": "zero"},
-    ],
-    ids=str,
+    ("compile_", "all_rules"),
+    [("eager", RULES), ("brainstate", RULES[3:5]), ("embax", RULES[2:5])],
+    ids=["eager", "brainstate", "embax"],
 )
-def test_rules_of_the_layer(rules, compile_):
-    models = []
+def test_rules_of_the_layer(compile_, all_rules):
+    made = []
 
     def make():
-        models.append(Model(**rules))
-        return models[-1], models[-1].states(brainstate.ParamState)
+        models = [Model(**rules) for rules in all_rules]
+        made.append(models)
+        outside = jnp.array([[0, 2, 2], [-1, 7, -8]])
+        fun = lambda: sum(model(outside if model.embedding.out_of_range != "error" else IDS) for model in models)  # noqa: E731
+        states = [model.states(brainstate.ParamState) for model in models]
+        return fun, dict(zip(map(str, all_rules), states, strict=True))
 
-    ids = jnp.array([[0, 2, 2], [-1, 7, -8]]) if "out_of_range" in rules else IDS
-    ours, theirs = both(make, ids, compile_=COMPILE[compile_])
-    assert isinstance(ours["embedding", "weight"], embax.RowGrad)
+    ours, theirs = both(make, compile_=COMPILE[compile_])
     assert_same(ours, theirs)
-    stored = [model.embedding.weight.value for model in models]
-    assert isinstance(stored[0], jax.Array)
-    np.testing.assert_array_equal(*stored)
-    assert (np.asarray(stored[0]) != WEIGHT).any() == ("max_norm" in rules and rules.get("write_back", True))
+    for rules, *models in zip(all_rules, *made, strict=True):
+        assert isinstance(ours[str(rules)]["embedding", "weight"], embax.RowGrad), rules
+        stored = [model.embedding.weight.value for model in models]
+        assert isinstance(stored[0], jax.Array), rules
+        np.testing.assert_array_equal(*stored, err_msg=str(rules))
+        assert (np.asarray(stored[0]) != WEIGHT).any() == ("max_norm" in rules and rules.get("write_back", True)), rules
 
 
 def test_padding_row_is_not_among_the_rows():
@@ -169,43 +196,48 @@ def test_padding_row_is_not_among_the_rows():
     np.testing.assert_array_equal(gradient.ids, [0, 6, 5, 6])
 
 
-@pytest.mark.parametrize("max_norm", [None, 1.0])
-@pytest.mark.parametrize("compile_", COMPILE)
-def test_two_calls_of_a_layer(compile_, max_norm):
+@once
+def test_two_calls_of_a_layer(compile_):
     def make():
-        embedding = embax.Embedding(6, 2, embedding_init=WEIGHT, max_norm=max_norm)
-        fun = lambda: (embedding([0, 1]) * embedding([0, 2]) ** 2).sum()  # noqa: E731
-        return fun, embedding.weight
+        layers = {str(norm): embax.Embedding(6, 2, embedding_init=WEIGHT, max_norm=norm) for norm in (None, 1.0)}
+        fun = lambda: sum((layer([0, 1]) * layer([0, 2]) ** 2).sum() for layer in layers.values())  # noqa: E731
+        return fun, {norm: layer.weight for norm, layer in layers.items()}
 
     ours, theirs = both(make, compile_=COMPILE[compile_])
-    np.testing.assert_array_equal(ours.ids, [0, 1, 0, 2])
+    for norm, gradient in ours.items():
+        np.testing.assert_array_equal(gradient.ids, [0, 1, 0, 2], err_msg=norm)
     assert_same(ours, theirs)
 
 
-@pytest.mark.parametrize(
-    ("first", "second", "ids"),
-    [
-        ({}, {}, [0, 1, 0, 2]),
-        ({"padding_idx": 0}, {"padding_idx": 0}, [6, 1, 6, 2]),
-        ({"padding_idx": 0}, {}, [6, 1, 0, 2]),
-        ({"freeze": True}, {}, [0, 2]),
-        ({"freeze": True}, {"freeze": True}, []),
-    ],
-    ids=str,
-)
-def test_layers_that_share_a_weight(first, second, ids):
-    def make():
+# The rules of two layers that share a weight, and the ids of its gradient.
+SHARED = [
+    ({}, {}, [0, 1, 0, 2]),
+    ({"padding_idx": 0}, {"padding_idx": 0}, [6, 1, 6, 2]),
+    ({"padding_idx": 0}, {}, [6, 1, 0, 2]),
+    ({"freeze": True}, {}, [0, 2]),
+    ({"freeze": True}, {"freeze": True}, []),
+]
+
+
+def test_layers_that_share_a_weight():
+    def layers(first, second):
         a = embax.Embedding(6, 2, embedding_init=WEIGHT, **first)
         b = embax.Embedding(6, 2, embedding_init=WEIGHT + 1, **second)
         b.weight = a.weight
-        return (lambda: (a([0, 1]) ** 2 + b([0, 2]) ** 3).sum()), a.weight
+        return a, b
 
-    ours, theirs = both(make)
-    np.testing.assert_array_equal(ours.ids, ids)
+    def make():
+        pairs = {f"{first}, {second}": layers(first, second) for first, second, _ in SHARED}
+        fun = lambda: sum((a([0, 1]) ** 2 + b([0, 2]) ** 3).sum() for a, b in pairs.values())  # noqa: E731
+        return fun, {name: a.weight for name, (a, _) in pairs.items()}
+
+    ours, theirs = both(make, compile_=embax.brainstate.jit)
+    for first, second, ids in SHARED:
+        np.testing.assert_array_equal(ours[f"{first}, {second}"].ids, ids, err_msg=f"{first}, {second}")
     assert_same(ours, theirs)
 
 
-@pytest.mark.parametrize("compile_", COMPILE)
+@main_ways
 def test_frozen_weight_has_no_rows(compile_):
     def make():
         model = Model(freeze=True)
@@ -278,23 +310,53 @@ DENSE_USES = {
 }
 
 
-@pytest.mark.parametrize("max_norm", [None, 1.5])
-@pytest.mark.parametrize("use", DENSE_USES)
-def test_any_other_use_gives_a_dense_gradient(use, max_norm):
+# Those of which a layer is tried that renormalizes, and the others, by turns: what is found out is the same.
+NORMS = dict(zip(DENSE_USES, itertools.cycle([None, 1.5])))
+
+
+@pytest.mark.parametrize(
+    "norms",
+    [
+        NORMS,
+        pytest.param(dict.fromkeys(DENSE_USES), marks=pytest.mark.exhaustive),
+        pytest.param(dict.fromkeys(DENSE_USES, 1.5), marks=pytest.mark.exhaustive),
+    ],
+    ids=["by turns", "without", "with"],
+)
+def test_any_other_use_gives_a_dense_gradient(norms):
     stored = []
 
     def make():
-        embedding = embax.Embedding(
-            6, 2, embedding_init=WEIGHT, max_norm=max_norm, write_back=not use.startswith("raw")
-        )
-        stored.append(embedding.weight)
-        return (lambda: (embedding([0, 2]) ** 2).sum() + DENSE_USES[use](embedding)), {"emb": embedding.weight}
+        layers = {
+            use: embax.Embedding(6, 2, embedding_init=WEIGHT, max_norm=norm, write_back=not use.startswith("raw"))
+            for use, norm in norms.items()
+        }
+        states = {use: layer.weight for use, layer in layers.items()}
+        stored.append(states)
+        fun = lambda: sum((layers[use]([0, 2]) ** 2).sum() + DENSE_USES[use](layers[use]) for use in layers)  # noqa: E731
+        return fun, states
+
+    with pytest.warns(embax.DenseGradientWarning) as record:
+        ours, theirs = both(make, compile_=embax.brainstate.jit)
+    messages = [str(warning.message) for warning in record]
+    assert len(messages) == len(DENSE_USES)
+    for use in DENSE_USES:
+        (message,) = (message for message in messages if f"gradient of grad_states['{use}'], " in message)
+        assert "is dense" in message
+        assert isinstance(ours[use], jax.Array), use
+        np.testing.assert_array_equal(stored[0][use].value, stored[1][use].value, err_msg=use)
+    assert_same(ours, theirs)
+
+
+def test_a_dense_gradient_outside_of_jit():
+    def make():
+        embedding = embax.Embedding(6, 2, embedding_init=WEIGHT)
+        return (lambda: (embedding([0, 2]) ** 2).sum() + embedding.weight.value.sum()), {"emb": embedding.weight}
 
     with pytest.warns(embax.DenseGradientWarning, match=r"gradient of grad_states\['emb'\], .* is dense"):
         ours, theirs = both(make)
     assert isinstance(ours["emb"], jax.Array)
     assert_same(ours, theirs)
-    np.testing.assert_array_equal(stored[0].value, stored[1].value)
 
 
 def test_on_dense():
@@ -327,7 +389,7 @@ def test_one_dense_weight_leaves_the_others_sparse():
     assert_same(ours, brainstate.transform.grad(fun, [a.weight, b.weight])())
 
 
-@pytest.mark.parametrize("compile_", COMPILE)
+@main_ways
 def test_states_are_written_once_and_random_numbers_drawn_once(compile_):
     keys, models = [], []
     for grad in embax.brainstate.grad, brainstate.transform.grad:
@@ -348,7 +410,7 @@ def test_eager_call_leaves_other_states_as_they_are():
     assert model.embedding.weight.value is before[1]
 
 
-@pytest.mark.parametrize("compile_", COMPILE)
+@main_ways
 def test_a_stored_weight_leaves_the_function_as_it_is_stored(compile_):
     snapshot = brainstate.ShortTermState(jnp.zeros((6, 2)))
 
@@ -384,20 +446,21 @@ def only_shaped(a, b):
     return a([1]) * jax.eval_shape(lambda ids: b(ids), jax.ShapeDtypeStruct((3,), jnp.int32)).shape[0]
 
 
-@pytest.mark.parametrize("compile_", COMPILE)
-@pytest.mark.parametrize("fun", [overwritten, swapped, only_shaped])
-def test_weights_that_are_written_or_not_used(fun, compile_):
+@main_ways
+def test_weights_that_are_written_or_not_used(compile_):
     stored = []
 
     def make():
-        a, b = embax.Embedding(6, 2, embedding_init=WEIGHT), embax.Embedding(6, 2, embedding_init=WEIGHT + 1)
-        stored.append([a.weight, b.weight])
-        return (lambda: (fun(a, b) ** 2).sum()), stored[-1]
+        layer = lambda weight: embax.Embedding(6, 2, embedding_init=weight)  # noqa: E731
+        pairs = {use: (layer(WEIGHT), layer(WEIGHT + 1)) for use in (overwritten, swapped, only_shaped)}
+        states = {use.__name__: [a.weight, b.weight] for use, (a, b) in pairs.items()}
+        stored.append(states)
+        return (lambda: sum((use(a, b) ** 2).sum() for use, (a, b) in pairs.items())), states
 
     ours, theirs = both(make, compile_=COMPILE[compile_])
-    assert all(isinstance(gradient, embax.RowGrad) for gradient in ours)
+    assert all(isinstance(gradient, embax.RowGrad) for pair in ours.values() for gradient in pair)
     assert_same(ours, theirs)
-    assert_same(*[[state.value for state in states] for states in stored])
+    assert_same(*[{use: [state.value for state in pair] for use, pair in states.items()} for states in stored])
 
 
 def test_lanes_with_weights_of_their_own():
@@ -409,8 +472,8 @@ def test_lanes_with_weights_of_their_own():
         return brainstate.transform.vmap(lambda ids: dense(gradient(ids)), in_states={0: embedding.weight})
 
     ids = jnp.array([[0, 1], [5, 5]])
-    ours = lanes(functools.partial(embax.brainstate.grad, on_dense="error"))(ids)
-    assert_same(ours, lanes(brainstate.transform.grad)(ids))
+    ours = brainstate.transform.jit(lanes(functools.partial(embax.brainstate.grad, on_dense="error")))(ids)
+    assert_same(ours, brainstate.transform.jit(lanes(brainstate.transform.grad))(ids))
     assert np.abs(ours[1, 5]).min() > 0
 
 
@@ -422,7 +485,7 @@ def test_inside_a_loop_over_steps():
     loop = lambda gradient: lambda: brainstate.transform.for_loop(gradient, jnp.stack([IDS, IDS + 1]))  # noqa: E731
     ours, theirs = both(make, compile_=loop)
     assert ours["embedding", "weight"].values.shape == (2, 4, 2)
-    weight = jax.vmap(lambda gradient: gradient.to_dense())(ours["embedding", "weight"])
+    weight = jax.jit(jax.vmap(lambda gradient: gradient.to_dense()))(ours["embedding", "weight"])
     assert_same({**ours, ("embedding", "weight"): weight}, theirs)
 
 
@@ -433,8 +496,9 @@ def test_nested_in_another_gradient():
     def outer(grad, **options):
         return lambda: (dense(grad(inner, embedding.weight, **options)()) ** 2).sum()
 
-    ours = embax.brainstate.grad(outer(embax.brainstate.grad), embedding.weight, on_dense="allow")()
-    theirs = brainstate.transform.grad(outer(brainstate.transform.grad), embedding.weight)()
+    ours = embax.brainstate.grad(outer(embax.brainstate.grad), embedding.weight, on_dense="allow")
+    theirs = brainstate.transform.grad(outer(brainstate.transform.grad), embedding.weight)
+    ours, theirs = (brainstate.transform.jit(gradient)() for gradient in (ours, theirs))
     assert_same(ours, theirs)
 
 
@@ -514,7 +578,7 @@ def test_holomorphic(freeze):
         embedding = embax.Embedding.from_pretrained(WEIGHT * (1 + 2j), freeze=freeze)
         return (lambda: (embedding([1, 1, 2]) ** 2).sum()), embedding.weight
 
-    ours, theirs = both(make, holomorphic=True)
+    ours, theirs = both(make, compile_=embax.brainstate.jit, holomorphic=True)
     assert isinstance(ours, embax.RowGrad)
     assert_same(ours, theirs)
 
@@ -582,6 +646,6 @@ def test_copies_of_a_layer_have_gradients_of_their_own():
 
 def test_no_tracer_is_left_behind():
     model = Model(max_norm=1.0)
-    with jax.checking_leaks():
+    with checking_leaks():
         step = embax.brainstate.jit(embax.brainstate.grad(model, model.states(brainstate.ParamState)))
         step(IDS)

@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import RULES, WEIGHT, assert_same_gradient
+from cases import WEIGHT, assert_same_gradient
 from jax.sharding import AxisType, PartitionSpec
+from leaks import checking_leaks
 
 import embax
 from embax import DenseGradientWarning, RowGrad, Table, _tape, lookup, renormalize
@@ -142,29 +143,53 @@ USES = {
 COUNTED = {"scan_carry", "vmap_ids", "vmap_tables", "jit", "checkpoint", "lookup_and_jit"}
 
 
-def warned(function, *args, match, **options):
+def warned(function, *args, match, wrap=lambda f: f, **options):
     """The gradient by embax, and that it has been announced once."""
     with pytest.warns(DenseGradientWarning, match=match) as record:
-        gradient = embax.grad(function, **options)(*args)
+        gradient = wrap(embax.grad(function, **options))(*args)
     assert len(record) == 1
     return gradient
+
+
+def traced(function):
+    """The shapes that a function returns."""
+    return functools.partial(jax.eval_shape, function)
+
+
+def by_embax_and_jax(cases):
+    """The values and gradients of named cases `(function, table)`, by embax and by JAX, all in one program."""
+    grads = functools.partial(embax.value_and_grad, on_dense="allow"), jax.value_and_grad
+
+    @jax.jit
+    def both(tables):
+        return {name: [grad(cases[name][0])(table) for grad in grads] for name, table in tables.items()}
+
+    return both({name: table for name, (_, table) in cases.items()})
+
+
+def table_of(name):
+    # Rules make a program larger; a count of ids is a sort, which takes long to compile.
+    max_norm = 1.5 if name in COUNTED or "renormalized" in name else None
+    return Table(WEIGHT, padding_idx=2, max_norm=max_norm, scale_grad_by_freq=name in COUNTED)
+
+
+@functools.cache
+def gradients_of_uses():
+    return by_embax_and_jax({name: (function, table_of(name)) for name, (function, _) in USES.items()})
 
 
 @pytest.mark.parametrize("name", USES)
 def test_gradient_is_dense_whole_and_announced(name):
     function, match = USES[name]
-    # A count of ids is a sort, which takes long to compile.
-    table = Table(WEIGHT, padding_idx=2, max_norm=1.5, scale_grad_by_freq=name in COUNTED)
-    expected_value, expected = jax.jit(jax.value_and_grad(function))(table)
+    table = table_of(name)
+    (value, gradient), (expected_value, expected) = gradients_of_uses()[name]
     assert np.asarray(expected.weight).any()
-    for _ in range(2):
-        gradient = warned(function, table, match=match)
-        assert isinstance(gradient, Table)
-        assert repr(gradient) == repr(table)
-        assert_same_gradient(gradient, expected, **FLOAT32)
-    value, gradient = jax.jit(embax.value_and_grad(function, on_dense="allow"))(table)
     np.testing.assert_allclose(value, expected_value, **FLOAT32)
     assert_same_gradient(gradient, expected, **FLOAT32)
+    # Once more, now that JAX finds what it has traced before in its caches.
+    for again in gradient, warned(function, table, match=match, wrap=traced):
+        assert isinstance(again, Table)
+        assert repr(again) == repr(table)
 
 
 SPARSE = {
@@ -176,13 +201,14 @@ SPARSE = {
 }
 
 
-@pytest.mark.parametrize("name", SPARSE)
-def test_what_leaves_the_weight_as_it_is_stays_sparse(name):
+def test_what_leaves_the_weight_as_it_is_stays_sparse():
     table = Table(WEIGHT)
-    for _ in range(2):
-        gradient = embax.grad(SPARSE[name])(table)
-        assert isinstance(gradient, RowGrad)
-        assert_same_gradient(gradient, jax.grad(SPARSE[name])(table), **FLOAT32)
+    grads = embax.grad, jax.grad
+    both = jax.jit(lambda table: {name: [grad(function)(table) for grad in grads] for name, function in SPARSE.items()})
+    for name, (gradient, expected) in both(table).items():
+        assert_same_gradient(gradient, expected, **FLOAT32, err_msg=name)
+        for again in gradient, jax.eval_shape(embax.grad(SPARSE[name]), table):
+            assert isinstance(again, RowGrad), name
 
 
 def test_other_tables_stay_sparse():
@@ -192,11 +218,10 @@ def test_other_tables_stay_sparse():
         (first, second), third = params["a"], params["b"]
         return energy(first) * jitted(second) + energy(third, [1]) + energy(second) * params["c"].sum()
 
-    gradient = warned(
-        function, params, match=r"gradient of argument 0\['a'\]\[1\], Table\(float32\[7,3\], padding_idx=2\)"
-    )
+    match = r"gradient of argument 0\['a'\]\[1\], Table\(float32\[7,3\], padding_idx=2\)"
+    gradient = warned(function, params, match=match, wrap=jax.jit)
     assert [type(g) for g in (*gradient["a"], gradient["b"])] == [RowGrad, Table, RowGrad]
-    assert_same_gradient(gradient, jax.grad(function)(params), **FLOAT32)
+    assert_same_gradient(gradient, jax.jit(jax.grad(function))(params), **FLOAT32)
     updated = embax.apply_updates(params, gradient)
     assert jax.tree.structure(updated) == jax.tree.structure(params)
 
@@ -214,11 +239,12 @@ def test_the_warning_names_the_argument_and_comes_from_the_caller(argnums, name)
 
 
 def test_the_warning_says_what_to_move():
-    warned(jitted, Table(WEIGHT), match=r"Look up outside and pass the rows in, or expect it with on_dense='allow'")
-    warned(lambda t: t.weight.sum(), Table(WEIGHT), match=r"Compute with rows that embax\.lookup reads, or expect it")
+    look_up, compute = r"Look up outside and pass the rows in, or", r"Compute with rows that embax\.lookup reads, or"
+    warned(jitted, Table(WEIGHT), match=rf"{look_up} expect it with on_dense='allow'", wrap=traced)
+    warned(lambda t: t.weight.sum(), Table(WEIGHT), match=f"{compute} expect it", wrap=traced)
 
 
-@pytest.mark.parametrize("name", ["jit", "vmap_ids", "scan_carry", "arithmetic", "lookup_and_penalty"])
+@pytest.mark.parametrize("name", ["jit", "vmap_ids", "lookup_and_penalty"])
 def test_on_dense_chooses(name):
     function, table = USES[name][0], Table(WEIGHT)
     with pytest.raises(ValueError, match=r"gradient of argument 0, Table\(float32\[7,3\]\), is dense"):
@@ -245,21 +271,27 @@ def test_a_dense_table_keeps_its_aux_and_its_renormalized_values():
     assert name == "name"
 
 
-@pytest.mark.parametrize("name", ["scan_carry", "vmap_ids", "jit_closure", "custom_vjp", "inner_grad", "attend"])
+# A check for leaks keeps JAX from using what it has traced before, so that the simplest program takes long.
+LEAKS = "scan_carry", "jit_closure"
+MORE_LEAKS = "vmap_ids", "custom_vjp", "inner_grad", "attend"
+
+
+@pytest.mark.parametrize("name", [*LEAKS, *(pytest.param(name, marks=pytest.mark.exhaustive) for name in MORE_LEAKS)])
 def test_no_tracer_leaks(name):
     # Which only tracing can do; checked eagerly, every operation would be compiled anew.
-    with jax.checking_leaks():
+    with checking_leaks():
         jax.eval_shape(embax.value_and_grad(USES[name][0], on_dense="allow"), Table(WEIGHT))
 
 
-@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["direct", "jit"])
-def test_no_tracer_leaks_from_a_sparse_gradient(wrap):
+def test_no_tracer_leaks_from_a_sparse_gradient():
     def function(table, ids):
         table = renormalize(table, ids)
         return energy(table, ids), (table, ids)
 
-    with jax.checking_leaks():
-        wrap(embax.value_and_grad(function, has_aux=True))(Table(WEIGHT, **RULES["all"]), IDS)
+    table = Table(WEIGHT, max_norm=1.5)
+    with checking_leaks():
+        jax.eval_shape(lambda ids: embax.value_and_grad(function, has_aux=True)(table, ids), IDS)
+        jax.eval_shape(embax.value_and_grad(energy), Table(WEIGHT))
 
 
 def test_what_fails_inside_leaves_no_tape_behind():

@@ -1,12 +1,14 @@
 """value_and_grad of NNX modules: as `nnx.value_and_grad`, but that an Embedding has the gradient of its rows."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from leaks import checking_leaks
 
 import embax
 from embax import RowGrad, Table
@@ -21,13 +23,27 @@ def layer(rows=6, dim=2, **options):
     return Embedding.from_pretrained(weight, **{"freeze": False, **options})
 
 
+class Norm(nnx.Module):
+    """As BatchNorm, but of few operations."""
+
+    def __init__(self):
+        self.scale = nnx.Param(jnp.ones((1, 3)))
+        self.mean = nnx.BatchStat(jnp.zeros(3))
+
+    def __call__(self, x):
+        mean = x.mean(0)
+        self.mean[...] = 0.9 * self.mean[...] + 0.1 * mean
+        return (x - mean) * self.scale[...]
+
+
 class Model(nnx.Module):
     """A model with all that a call may change."""
 
     def __init__(self, **rules):
         self.embedding = layer(**rules)
-        self.linear = nnx.Linear(2, 3, rngs=nnx.Rngs(1))
-        self.norm = nnx.BatchNorm(3, rngs=nnx.Rngs(1))
+        kernel = lambda key, shape, dtype: jnp.asarray(np.linspace(-1, 1, 6).reshape(shape), dtype)  # noqa: E731
+        self.linear = nnx.Linear(2, 3, kernel_init=kernel, rngs=nnx.Rngs(1))
+        self.norm = Norm()
         self.dropout = nnx.Dropout(0.5, rngs=nnx.Rngs(3))
         self.count = nnx.Variable(jnp.array(0))
 
@@ -72,8 +88,18 @@ def both(make, fun, *args, compile_=lambda call: call, on_dense="error", **optio
 COMPILE = {"eager": lambda call: call, "jit": nnx.jit}
 
 
-@pytest.mark.parametrize("compile_", COMPILE)
-@pytest.mark.parametrize("rules", [{}, {"padding_idx": 2, "max_norm": 1.0, "scale_grad_by_freq": True}], ids=str)
+ALL = {"padding_idx": 2, "max_norm": 1.0, "scale_grad_by_freq": True}
+
+
+@pytest.mark.parametrize(
+    ("rules", "compile_"),
+    [
+        ({}, "eager"),
+        (ALL, "jit"),
+        *(pytest.param(*x, marks=pytest.mark.exhaustive) for x in [({}, "jit"), (ALL, "eager")]),
+    ],
+    ids=str,
+)
 def test_value_gradient_and_what_changes_are_those_of_nnx(rules, compile_):
     ours, theirs = both(lambda: Model(**rules), Model.__call__, IDS, compile_=COMPILE[compile_])
     assert_same(ours, theirs)
@@ -273,8 +299,15 @@ def tied():
 SHARED = {"module": lambda: (lambda one: nnx.List([one, one]))(layer()), "param": tied}
 
 
-@pytest.mark.parametrize("compile_", COMPILE)
-@pytest.mark.parametrize("make", SHARED)
+@pytest.mark.parametrize(
+    ("make", "compile_"),
+    [
+        ("module", "eager"),
+        ("param", "jit"),
+        pytest.param("module", "jit", marks=pytest.mark.exhaustive),
+        pytest.param("param", "eager", marks=pytest.mark.exhaustive),
+    ],
+)
 def test_shared_modules_and_params_have_one_gradient(make, compile_):
     fun = lambda ms, ids: (ms[0](ids) * ms[1](ids + 1)).sum()  # noqa: E731
     ours, theirs = both(SHARED[make], fun, IDS, compile_=COMPILE[compile_])
@@ -311,7 +344,7 @@ def test_frozen_and_unread_tables_have_no_rows():
 def test_bags_have_their_rows_too():
     bag = embax.nnx.EmbeddingBag.from_pretrained(WEIGHT, freeze=False, max_norm=1.0)
     fun = lambda m, ids: (m(ids) ** 2).sum()  # noqa: E731
-    ours, theirs = both(lambda: nnx.clone(bag), fun, IDS[None])
+    ours, theirs = both(lambda: nnx.clone(bag), fun, IDS[None], compile_=nnx.jit)
     assert isinstance(ours[1]["embedding"].get_value(), RowGrad)
     assert_same(ours, theirs)
 
@@ -368,13 +401,17 @@ DENSE_USES = {
 }
 
 
-@pytest.mark.parametrize("use", DENSE_USES)
-def test_any_other_use_gives_a_dense_gradient_and_a_warning(use):
-    other, why = DENSE_USES[use]
-    fun = lambda ms: (ms["a"]([0, 2]) ** 2).sum() + other(ms["a"])  # noqa: E731
-    with pytest.warns(embax.DenseGradientWarning, match=rf"argument 0\['a'\]\['embedding'\].* is dense, 6 rows.*{why}"):
-        ours, theirs = both(lambda: {"a": layer()}, fun, on_dense="warn")
+def test_any_other_use_gives_a_dense_gradient_and_a_warning():
+    make = lambda: {use: layer() for use in DENSE_USES}  # noqa: E731
+    fun = lambda ms: sum((ms[use]([0, 2]) ** 2).sum() + other(ms[use]) for use, (other, _) in DENSE_USES.items())  # noqa: E731
+    with pytest.warns(embax.DenseGradientWarning) as record:
+        ours, theirs = both(make, fun, compile_=nnx.jit, on_dense="warn")
     assert_same(ours, theirs)
+    messages = [str(warning.message) for warning in record]
+    assert len(messages) == len(DENSE_USES)
+    for use, (_, why) in DENSE_USES.items():
+        found = [re.search(rf"argument 0\['{use}'\]\['embedding'\].* is dense, 6 rows.*{why}", x) for x in messages]
+        assert sum(map(bool, found)) == 1, use
 
 
 def test_on_dense():
@@ -454,12 +491,12 @@ def test_allow_int_and_holomorphic():
     assert ours[1].dtype == theirs[1].dtype == jax.dtypes.float0
     assert_same(ours[0], theirs[0])
     make = lambda: Embedding.from_pretrained(WEIGHT * (1 + 2j), freeze=False)  # noqa: E731
-    assert_same(*both(make, lambda m: (m(IDS) ** 2).sum(), holomorphic=True))
+    assert_same(*both(make, lambda m: (m(IDS) ** 2).sum(), compile_=nnx.jit, holomorphic=True))
 
 
 def test_no_tracer_is_left_behind():
     model = Model(max_norm=1.0)
-    with jax.checking_leaks():
+    with checking_leaks():
         nnx.jit(embax.nnx.grad(Model.__call__))(model, IDS)
     assert not [x for x in jax.tree.leaves(nnx.state(model)) if isinstance(x, jax.core.Tracer)]
 

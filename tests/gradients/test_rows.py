@@ -122,19 +122,30 @@ def test_repr():
 
 def test_64_bit_ids_of_a_table_that_nobody_could_hold():
     rows, ids = 2**40, [2**31, 2**32 - 1, 2**32, 2**31 - 1, 2**40 - 1, 0, 2**40]
-    with jax.enable_x64():
+
+    @jax.jit
+    def read(traced):
         gradient = RowGrad(np.array(ids), jnp.ones((7, 2), jnp.float32), rows)
-        traced = jax.jit(lambda ids: RowGrad(ids, jnp.ones((7, 2), jnp.float32), rows))(np.array(ids))
         narrow = RowGrad(np.array([5, 3], np.int32), jnp.ones((2, 2), jnp.float32), rows)
-        assert gradient.ids.dtype == jnp.int64
-        np.testing.assert_array_equal(gradient.ids, ids)
-        np.testing.assert_array_equal(traced.ids, ids)
-        np.testing.assert_array_equal(narrow.ids, [5, 3])
-        np.testing.assert_array_equal((2 * (gradient + gradient)).ids, ids + ids)
-        np.testing.assert_array_equal(gradient.deduplicated().ids, sorted(ids))
+        of_traced = RowGrad(traced, jnp.ones((7, 2), jnp.float32), rows)
+        summed = 2 * (gradient + gradient)
+        return [x.ids for x in (gradient, of_traced, narrow, summed, gradient.deduplicated())]
+
+    with jax.enable_x64():
+        assert RowGrad(np.array(ids), np.ones((7, 2), np.float32), rows).ids.dtype == jnp.int64
+        all_ids = [np.asarray(x) for x in read(np.array(ids))]
+    for actual, expected in zip(all_ids, [ids, ids, [5, 3], ids + ids, sorted(ids)], strict=True):
+        assert actual.dtype == np.int64
+        np.testing.assert_array_equal(actual, expected)
 
 
 # ---- Sums.
+
+
+@jax.jit
+def sums(gradient):
+    once = gradient.deduplicated()
+    return gradient.to_dense(), once, once.ids, once.to_dense(), global_norm(gradient)
 
 
 @given(ids=drawn_ids)
@@ -142,32 +153,34 @@ def test_64_bit_ids_of_a_table_that_nobody_could_hold():
 def test_to_dense_deduplicated_and_norm_are_of_the_sum(ids):
     values = np.where(np.array(ids)[:, None] == ROWS, np.nan, VALUES)  # nobody reads what stands beside no row
     gradient, expected = RowGrad(ids, values, ROWS), dense(ids, VALUES)
-    np.testing.assert_allclose(gradient.to_dense(), expected, **TOLERANCE)
-    once = gradient.deduplicated()
+    to_dense, once, once_ids, once_dense, norm = sums(gradient)
+    np.testing.assert_allclose(to_dense, expected, **TOLERANCE)
     distinct = sorted({index for index in ids if index < ROWS})
-    np.testing.assert_array_equal(once.ids, distinct + [ROWS] * (6 - len(distinct)))
-    np.testing.assert_allclose(once.to_dense(), expected, **TOLERANCE)
-    assert not np.asarray(once.values[len(distinct) :]).any()
-    np.testing.assert_allclose(global_norm(gradient), np.linalg.norm(expected), **TOLERANCE)
+    np.testing.assert_array_equal(once_ids, distinct + [ROWS] * (6 - len(distinct)))
+    np.testing.assert_allclose(once_dense, expected, **TOLERANCE)
+    assert not np.asarray(once.values)[len(distinct) :].any()
+    np.testing.assert_allclose(norm, np.linalg.norm(expected), **TOLERANCE)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("sum_", [lambda g: g.to_dense(), lambda g: g.deduplicated().to_dense()], ids=["dense", "once"])
-def test_low_precision_sums_in_float32(dtype, sum_):
-    gradient = sum_(example(dtype))
-    assert gradient.dtype == dtype
+def test_low_precision_sums_in_float32(dtype):
+    def of(gradient):
+        to_dense, _, _, once_dense, norm = sums(gradient)
+        return (to_dense, once_dense), norm
+
+    few = of(example(dtype))[0]
+    many, norm = of(RowGrad(np.ones(4096, int), np.ones((4096, 1), dtype), 3))
     expected = dense(IDS, jnp.asarray(VALUES, dtype))
-    np.testing.assert_allclose(np.asarray(gradient, np.float64), expected, **HALF[dtype])
-    many = sum_(RowGrad(np.ones(4096, int), jnp.ones((4096, 1), dtype), 3))
-    np.testing.assert_array_equal(many, jnp.asarray([[0], [4096], [0]], dtype))
-    norm = global_norm(RowGrad(np.ones(4096, int), jnp.ones((4096, 1), dtype), 3))
+    for gradient, of_many in zip(few, many, strict=True):
+        assert gradient.dtype == dtype
+        np.testing.assert_allclose(np.asarray(gradient, np.float64), expected, **HALF[dtype])
+        np.testing.assert_array_equal(of_many, np.array([[0], [4096], [0]], many[0].dtype))
     assert (norm, norm.dtype) == (4096, jnp.float32)
 
 
 def test_global_norm_is_that_of_the_dense_gradient():
     tree = {"table": example(), "bias": jnp.arange(3.0), "dense": Table(jnp.asarray(VALUES)), "none": None}
     expected = np.linalg.norm([*dense(IDS, VALUES).ravel(), *np.arange(3.0), *VALUES.ravel()])
-    np.testing.assert_allclose(global_norm(tree), expected, **TOLERANCE)
     np.testing.assert_allclose(jax.jit(global_norm)(tree), expected, **TOLERANCE)
     assert global_norm({}) == 0
 
@@ -288,14 +301,15 @@ def assert_same(actual, expected):
 def test_jit_cond_scan_and_vmap_pass_it_through():
     other = RowGrad([0, 0, 5, 5, ROWS, 1], jnp.ones((6, 3)), ROWS)
     assert_same(jax.jit(lambda g: g)(G), G)
+    choose = jax.jit(lambda c: jax.lax.cond(c, lambda: G, lambda: other))
     for chosen, expected in ((True, G), (False, other)):
-        assert_same(jax.jit(lambda c: jax.lax.cond(c, lambda: G, lambda: other))(chosen), expected)
+        assert_same(choose(chosen), expected)
     last, all_ = jax.lax.scan(lambda carry, g: (g, 2 * carry), other, STACKED)
     assert_same(last, G)
     assert_same(jax.tree.map(lambda leaf: leaf[0], all_), 2 * other)
-    dense_lanes = jax.vmap(lambda g: g.to_dense())(STACKED)
+    dense_lanes, once = jax.jit(jax.vmap(lambda g: (g.to_dense(), g.deduplicated())))(STACKED)
     np.testing.assert_allclose(dense_lanes, [dense(IDS, VALUES)] * 2, **TOLERANCE)
-    assert_same(jax.tree.map(lambda leaf: leaf[1], jax.vmap(lambda g: g.deduplicated())(STACKED)), G.deduplicated())
+    assert_same(jax.tree.map(lambda leaf: leaf[1], once), jax.jit(RowGrad.deduplicated)(G))
 
 
 def test_it_can_be_donated():
@@ -329,7 +343,7 @@ def test_apply_updates_adds_up_duplicates(wrap):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_apply_updates_sums_low_precision_in_float32(dtype):
     table = Table(jnp.zeros((3, 2), dtype))
-    new = apply_updates(table, RowGrad(np.ones(4096, int), jnp.ones((4096, 2), dtype), 3))
+    new = jax.jit(apply_updates)(table, RowGrad(np.ones(4096, int), jnp.ones((4096, 2), dtype), 3))
     assert new.dtype == dtype
     np.testing.assert_array_equal(new.weight, np.array([[0, 0], [4096, 4096], [0, 0]], table.dtype))
 
@@ -338,7 +352,7 @@ def test_apply_updates_sums_low_precision_in_float32(dtype):
 @pytest.mark.parametrize("rules", [{"padding_idx": 1}, {"freeze": True}], ids=str)
 def test_padding_and_frozen_rows_stay_bit_for_bit(update, rules):
     weight = jnp.full((ROWS, 3), -0.0).at[1, 0].set(jnp.nan)
-    new = apply_updates(Table(weight, **rules), update)
+    new = jax.jit(apply_updates)(Table(weight, **rules), update)
     kept = np.arange(ROWS) if "freeze" in rules else np.array([1])
     assert bits(new.weight[kept]) == bits(weight[kept])
     assert ("freeze" in rules) or (np.asarray(new.weight[2]) == 1).all()

@@ -10,72 +10,84 @@ import optax
 import pytest
 import reference
 from cases import MAIN_RULES, ROWS, RULES, WEIGHT, assert_same_gradient
+from head_cases import FLOAT32, MASKED, assert_equal_trees, in_one_program
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import embax
 from embax import RowGrad, Table, attend, lookup, renormalize
 
-FLOAT32 = {"rtol": 1e-5, "atol": 1e-5}
 RNG = np.random.default_rng(9)
 X = RNG.normal(size=(2, 4, 3)).astype(np.float32)
 COTANGENT = RNG.normal(size=(2, 4, ROWS)).astype(np.float32)
 IDS = np.array([[2, 0, -1, 2], [1, 2, 5, 6]])
 
-with_masked = pytest.mark.parametrize("mask_padding", [False, True], ids=["", "masked"])
-with_rules = pytest.mark.parametrize("rules", RULES.values(), ids=RULES)
+
+def value_and_gradients(mask_padding, table, x, cotangent):
+    logits, pull = jax.vjp(lambda table, x: attend(table, x, mask_padding=mask_padding), table, x)
+    of_table, of_x = pull(cotangent)
+    return logits, of_table.weight, of_x
 
 
-def value_and_gradients(table, x, cotangent, **options):
-    @jax.jit
-    def run(table, x, cotangent):
-        logits, pull = jax.vjp(lambda table, x: attend(table, x, **options), table, x)
-        of_table, of_x = pull(cotangent)
-        return logits, of_table.weight, of_x
-
-    return run(table, x, cotangent)
+def case(weight=WEIGHT, x=X, cotangent=COTANGENT, mask_padding=False, **rules):
+    return weight, x, cotangent, mask_padding, rules
 
 
-def check(weight, x, cotangent, mask_padding=False, **rules):
-    actual = value_and_gradients(Table(weight, **rules), x, cotangent, mask_padding=mask_padding)
-    expected = reference.attend(weight, x, mask_padding, **rules)
-    gradients = reference.attend_gradient(weight, x, cotangent, mask_padding, **rules)
-    for one, other in zip(actual, (expected, *gradients), strict=True):
-        np.testing.assert_allclose(one, other, **FLOAT32)
+def check(cases):
+    """Logits and gradients of cases `{name: case(...)}` are those of the reference."""
+    actual = in_one_program(
+        {
+            name: (functools.partial(value_and_gradients, mask_padding), Table(weight, **rules), x, cotangent)
+            for name, (weight, x, cotangent, mask_padding, rules) in cases.items()
+        }
+    )
+    for name, (weight, x, cotangent, mask_padding, rules) in cases.items():
+        expected = reference.attend(weight, x, mask_padding, **rules)
+        gradients = reference.attend_gradient(weight, x, cotangent, mask_padding, **rules)
+        assert_equal_trees(actual[name], (expected, *gradients), name, **FLOAT32)
 
 
-@with_masked
-@with_rules
-def test_values_and_gradients_by_every_rule(rules, mask_padding):
-    check(WEIGHT, X, COTANGENT, mask_padding, **rules)
+def test_values_and_gradients_by_every_rule():
+    check({name: case(**options) for name, options in (RULES | MASKED).items()})
 
 
-@with_masked
-def test_several_padding_rows(mask_padding):
-    check(WEIGHT, X, COTANGENT, mask_padding, padding_idx=(0, 2, -1))
+def test_several_padding_rows():
+    several = {"padding_idx": (0, 2, -1)}
+    check({"plain": case(**several), "masked": case(mask_padding=True, **several)})
 
 
-@with_masked
-def test_a_cotangent_that_is_not_a_number_does_not_reach_the_padding_row(mask_padding):
+def test_a_cotangent_that_is_not_a_number_does_not_reach_the_padding_row():
     cotangent = COTANGENT.copy()
     cotangent[..., 2] = np.nan
-    _, of_weight, _ = value_and_gradients(Table(WEIGHT, padding_idx=2), X, cotangent, mask_padding=mask_padding)
-    np.testing.assert_array_equal(of_weight[2], 0)
-    assert np.isfinite(of_weight).all()
+    table = Table(WEIGHT, padding_idx=2)
+    actual = in_one_program(
+        {
+            name: (functools.partial(value_and_gradients, mask_padding), table, X, cotangent)
+            for name, mask_padding in (("plain", False), ("masked", True))
+        }
+    )
+    for name, (_, of_weight, _) in actual.items():
+        np.testing.assert_array_equal(of_weight[2], 0, name)
+        assert np.isfinite(of_weight).all(), name
 
 
-@pytest.mark.parametrize(
-    ("dim", "batch"),
-    [((), (4,)), ((0,), (4,)), ((2, 3), (2, 2)), ((3,), ()), ((3,), (0, 2))],
-    ids=["scalars", "zero", "axes", "one", "empty"],
-)
-def test_rows_of_any_axes(dim, batch):
-    weight, x = (RNG.normal(size=(*shape, *dim)).astype(np.float32) for shape in ((5,), batch))
-    check(weight, x, RNG.normal(size=(*batch, 5)).astype(np.float32), padding_idx=1, max_norm=1.0)
+def test_rows_of_any_axes():
+    shapes = {
+        "scalars": ((), (4,)),
+        "zero": ((0,), (4,)),
+        "axes": ((2, 3), (2, 2)),
+        "one": ((3,), ()),
+        "empty": ((3,), (0, 2)),
+    }
+    cases = {}
+    for name, (dim, batch) in shapes.items():
+        weight, x = (RNG.normal(size=(*shape, *dim)).astype(np.float32) for shape in ((5,), batch))
+        cotangent = RNG.normal(size=(*batch, 5)).astype(np.float32)
+        cases[name] = case(weight, x, cotangent, padding_idx=1, max_norm=1.0)
+    check(cases)
 
 
-@pytest.mark.parametrize("rows", [0, 1])
-def test_few_rows(rows):
-    check(WEIGHT[:rows], X, COTANGENT[..., :rows], max_norm=1.0)
+def test_few_rows():
+    check({f"{rows} rows": case(WEIGHT[:rows], X, COTANGENT[..., :rows], max_norm=1.0) for rows in (0, 1)})
 
 
 def test_lists_without_jit():
@@ -87,27 +99,42 @@ def test_lists_without_jit():
 # ---- Dtypes.
 
 
-@pytest.mark.parametrize(
-    ("stored", "given", "logits"),
-    [
-        ("float32", "float32", "float32"),
-        ("bfloat16", "bfloat16", "bfloat16"),
-        ("float16", "float16", "float16"),
-        ("bfloat16", "float32", "float32"),
-        ("float32", "float16", "float32"),
-        ("float16", "bfloat16", "float32"),
-    ],
-)
-def test_dtypes(stored, given, logits):
-    table, x = Table(jnp.asarray(WEIGHT).astype(stored)), jnp.asarray(X).astype(given)
-    out, of_weight, of_x = value_and_gradients(table, x, jnp.asarray(COTANGENT).astype(logits))
-    assert (out.dtype, of_weight.dtype, of_x.dtype) == (jnp.dtype(logits), table.dtype, x.dtype)
-    wide = np.asarray(table.weight, np.float64), np.asarray(x, np.float64)
-    tolerance = 1e-5 if {stored, given} == {"float32"} else 2e-2
-    np.testing.assert_allclose(np.asarray(out, np.float64), reference.attend(*wide), rtol=tolerance, atol=tolerance)
-    for one, other in zip((of_weight, of_x), reference.attend_gradient(*wide, COTANGENT), strict=True):
-        np.testing.assert_allclose(np.asarray(one, np.float64), other, rtol=tolerance, atol=4 * tolerance)
-    assert attend(table, x, dtype="float32").dtype == np.float32
+# The dtypes of a table, of vectors, and of their logits.
+DTYPES = [
+    ("float32", "float32", "float32"),
+    ("bfloat16", "bfloat16", "bfloat16"),
+    ("float16", "float16", "float16"),
+    ("bfloat16", "float32", "float32"),
+    ("float32", "float16", "float32"),
+    ("float16", "bfloat16", "float32"),
+]
+
+
+def test_dtypes():
+    plain = functools.partial(value_and_gradients, False)
+    calls = {
+        (stored, given, logits): (
+            plain,
+            Table(jnp.asarray(WEIGHT).astype(stored)),
+            jnp.asarray(X).astype(given),
+            jnp.asarray(COTANGENT).astype(logits),
+        )
+        for stored, given, logits in DTYPES
+    }
+    for (stored, given, logits), (out, of_weight, of_x) in in_one_program(calls).items():
+        name = f"{stored} {given}"
+        _, table, x, _ = calls[stored, given, logits]
+        assert (out.dtype, of_weight.dtype, of_x.dtype) == (jnp.dtype(logits), table.dtype, x.dtype), name
+        wide = np.asarray(table.weight, np.float64), np.asarray(x, np.float64)
+        tolerance = 1e-5 if {stored, given} == {"float32"} else 2e-2
+        expected = reference.attend(*wide)
+        np.testing.assert_allclose(np.asarray(out, np.float64), expected, rtol=tolerance, atol=tolerance, err_msg=name)
+        for one, other in zip((of_weight, of_x), reference.attend_gradient(*wide, COTANGENT), strict=True):
+            np.testing.assert_allclose(
+                np.asarray(one, np.float64), other, rtol=tolerance, atol=4 * tolerance, err_msg=name
+            )
+        asked_for = jax.eval_shape(functools.partial(attend, dtype="float32"), table, x)
+        assert asked_for.dtype == np.float32, name
 
 
 def test_sums_of_low_precision_run_in_float32():
@@ -128,7 +155,7 @@ def energy_by_hand(table, x):
     return jnp.sum(jnp.sin(x @ table.weight.T))
 
 
-@with_rules
+@pytest.mark.parametrize("rules", RULES.values(), ids=RULES)
 def test_jvp(rules):
     table, tangents = Table(WEIGHT, **rules), (RNG.normal(size=s).astype(np.float32) for s in (WEIGHT.shape, X.shape))
     of_weight, of_x = tangents
@@ -141,25 +168,33 @@ def test_jvp(rules):
 
 
 def test_hessian():
-    table = Table(WEIGHT)
+    x = jnp.asarray(X[0, :2])
+    calls = {
+        (argument, f): (jax.hessian(f, argnums=argument), Table(WEIGHT), x)
+        for argument in (0, 1)
+        for f in (energy, energy_by_hand)
+    }
+    hessians = in_one_program({f"{argument} {f.__name__}": call for (argument, f), call in calls.items()})
     for argument in 0, 1:
-        one, other = (jax.hessian(f, argnums=argument)(table, jnp.asarray(X)) for f in (energy, energy_by_hand))
-        for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
-            np.testing.assert_allclose(a, b, **FLOAT32)
+        ours, by_hand = (hessians[f"{argument} {f.__name__}"] for f in (energy, energy_by_hand))
+        assert_equal_trees(ours, by_hand, f"argument {argument}", **FLOAT32)
 
 
-@pytest.mark.parametrize("rules", MAIN_RULES.values(), ids=MAIN_RULES)
-def test_vmap_scan_and_checkpoint(rules):
-    table, x = Table(WEIGHT, **rules), jnp.asarray(X)
+def scanned_energy(table, x):
+    return jax.lax.scan(lambda sum_, x: (sum_ + energy(table, x), None), jnp.float32(0), x)[0]
 
-    def scanned(table, x):
-        return jax.lax.scan(lambda sum_, x: (sum_ + energy(table, x), None), jnp.float32(0), x)[0]
 
-    expected = jax.grad(energy, argnums=(0, 1))(table, x)
-    for other in jax.checkpoint(energy), scanned, lambda table, x: jax.vmap(energy, (None, 0))(table, x).sum():
-        gradient = jax.jit(jax.grad(other, argnums=(0, 1)))(table, x)
-        for a, b in zip(jax.tree.leaves(gradient), jax.tree.leaves(expected), strict=True):
-            np.testing.assert_allclose(a, b, **FLOAT32)
+def mapped_energy(table, x):
+    return jax.vmap(energy, (None, 0))(table, x).sum()
+
+
+def test_vmap_scan_and_checkpoint():
+    energies = {"plain": energy, "checkpoint": jax.checkpoint(energy), "scan": scanned_energy, "vmap": mapped_energy}
+    for name, rules in MAIN_RULES.items():
+        table = Table(WEIGHT, **rules)
+        actual = in_one_program({how: (jax.grad(f, argnums=(0, 1)), table, X) for how, f in energies.items()})
+        for how in "checkpoint", "scan", "vmap":
+            assert_equal_trees(actual[how], actual["plain"], f"{how}, {name}", **FLOAT32)
 
 
 # ---- The tape.
@@ -172,17 +207,39 @@ def tied(table, renormalized=False):
     return optax.softmax_cross_entropy_with_integer_labels(logits, jnp.asarray(IDS[:, ::-1])).sum()
 
 
-@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["", "jit"])
-@pytest.mark.parametrize("renormalized", [False, True], ids=["", "renormalized"])
-@with_rules
-def test_gradient_of_a_tied_table_is_dense_without_a_warning(rules, renormalized, wrap):
-    table, loss = Table(WEIGHT, **rules), functools.partial(tied, renormalized=renormalized)
+RENORMALIZED = functools.partial(tied, renormalized=True)
+TIED = {name: (tied, RULES[name]) for name in ("none", "frequency", "freeze", "all")} | {
+    f"{name}, renormalized": (RENORMALIZED, RULES[name]) for name in ("norm_half", "all", "all_frozen")
+}
+TIED_TOO = {name: (tied, rules) for name, rules in RULES.items() if name not in TIED} | {
+    f"{name}, renormalized": (RENORMALIZED, RULES[name]) for name in ("none", "padding_first", "norm_2", "frequency")
+}
+
+
+def assert_gradient_of_a_tied_table(table, ours, expected, name):
+    (value, gradient), (expected_value, expected_gradient) = ours, expected
+    assert isinstance(gradient, RowGrad if table.freeze else Table), name
+    np.testing.assert_allclose(value, expected_value, err_msg=name, **FLOAT32)
+    assert_same_gradient(gradient, expected_gradient, err_msg=name, **FLOAT32)
+
+
+@pytest.mark.parametrize("cases", [TIED, pytest.param(TIED_TOO, marks=pytest.mark.exhaustive)], ids=["", "too"])
+def test_gradient_of_a_tied_table_is_dense_without_a_warning(cases):
+    tables = {name: Table(WEIGHT, **rules) for name, (_, rules) in cases.items()}
     with jax.numpy_rank_promotion("allow"):
-        value, gradient = wrap(embax.value_and_grad(loss))(table)
-        expected_value, expected = jax.value_and_grad(loss)(table)
-    assert isinstance(gradient, RowGrad if table.freeze else Table)
-    np.testing.assert_allclose(value, expected_value, **FLOAT32)
-    assert_same_gradient(gradient, expected, **FLOAT32)
+        ours = in_one_program({name: (embax.value_and_grad(f), tables[name]) for name, (f, _) in cases.items()})
+        expected = in_one_program({name: (jax.value_and_grad(f), tables[name]) for name, (f, _) in cases.items()})
+    for name, table in tables.items():
+        assert_gradient_of_a_tied_table(table, ours[name], expected[name], name)
+
+
+def test_gradient_of_a_tied_table_without_jit():
+    def loss(table):
+        return jnp.vdot(attend(table, lookup(table, IDS)), COTANGENT)
+
+    table = Table(WEIGHT, **RULES["padding_last"])
+    ours, expected = embax.value_and_grad(loss)(table), jax.jit(jax.value_and_grad(loss))(table)
+    assert_gradient_of_a_tied_table(table, ours, expected, "without jit")
 
 
 def test_a_head_alone_and_beside_a_table_that_is_looked_up():
@@ -191,10 +248,10 @@ def test_a_head_alone_and_beside_a_table_that_is_looked_up():
     def loss(tables):
         return jnp.sum(jnp.sin(attend(tables["head"], jnp.tanh(lookup(tables["read"], IDS)), mask_padding=False)))
 
-    gradient = embax.grad(loss)(tables)
-    assert isinstance(gradient["read"], RowGrad)
-    assert isinstance(gradient["head"], Table)
-    assert_same_gradient(gradient, jax.grad(loss)(tables), **FLOAT32)
+    actual = in_one_program({"ours": (embax.grad(loss), tables), "dense": (jax.grad(loss), tables)})
+    assert isinstance(actual["ours"]["read"], RowGrad)
+    assert isinstance(actual["ours"]["head"], Table)
+    assert_same_gradient(actual["ours"], actual["dense"], **FLOAT32)
 
 
 @pytest.mark.parametrize("where", ["jit", "scan"])

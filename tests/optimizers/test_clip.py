@@ -1,10 +1,13 @@
 """clip_by_global_norm: the norm of all gradients with their duplicates summed, and what is scaled by it."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from optim_steps import take_step
 
 import embax
 from embax import RowGrad, Table
@@ -14,7 +17,7 @@ ROWS, DIM = 20, 3
 
 
 def weight(dtype="float32", seed=0, shape=(ROWS, DIM)):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
+    return np.random.default_rng(seed).normal(size=shape).astype(jnp.dtype(dtype))
 
 
 def rows(seed=1, dtype="float32", length=64):
@@ -33,91 +36,108 @@ def dense(gradient):
     return out[:-1]
 
 
-def clip(max_norm, params, gradients, wrap=lambda f: f):
+def clip(max_norm, params, gradients, wrap=jax.jit):
     tx = clip_by_global_norm(max_norm)
     return wrap(tx.update)(gradients, tx.init(params), params)[0]
 
 
-@pytest.mark.parametrize(
-    ("part", "wrap"),
-    [(0.5, lambda f: f), (2.0, lambda f: f), *((part, jax.jit) for part in (0.01, 0.5, 0.999, 1.001, 10.0, np.inf))],
-    ids=["eager", "eager_under", "far", "half", "just_over", "just_under", "under", "no_limit"],
-)
-def test_scales_by_the_norm_of_the_whole_tree(part, wrap):
-    params = {"a": Table(weight()), "b": [Table(weight()), jnp.ones((2, 2)), jnp.ones(())]}
-    of = {"a": rows(1), "b": [rows(2), weight(seed=3, shape=(2, 2)), jnp.full((), 2.0)]}
+PARTS = {"far": 0.01, "half": 0.5, "just_over": 0.999, "just_under": 1.001, "under": 10.0, "no_limit": np.inf}
+
+
+@functools.cache
+def clipped_tree():
+    """A tree of gradients, its norm in float64 and as embax gives it, and what is left of it by the parts of that."""
+    params = {"a": Table(weight()), "b": [Table(weight()), np.ones((2, 2), np.float32), np.float32(1)]}
+    of = {"a": rows(1), "b": [rows(2), weight(seed=3, shape=(2, 2)), np.float32(2)]}
     total = norm(dense(of["a"]), dense(of["b"][0]), *of["b"][1:])
-    np.testing.assert_allclose(jax.jit(embax.global_norm)(of), total, rtol=1e-6)  # float32
-    out = clip(part * total, params, of, wrap)
+
+    @jax.jit
+    def clipped(params, of):
+        return embax.global_norm(of), {name: clip(x * total, params, of, lambda f: f) for name, x in PARTS.items()}
+
+    found, out = clipped(params, of)
+    for name in ("half", "under"):
+        out[f"eager {name}"] = clip(PARTS[name] * total, params, of, lambda f: f)
+    return of, total, found, out
+
+
+def test_global_norm_is_that_of_the_whole_tree():
+    _, total, found, _ = clipped_tree()
+    np.testing.assert_allclose(found, total, rtol=1e-6)  # float32
+
+
+@pytest.mark.parametrize("name", [*PARTS, "eager half", "eager under"])
+def test_scales_by_the_norm_of_the_whole_tree(name):
+    of, _, _, outs = clipped_tree()
+    out, part = outs[name], PARTS[name.removeprefix("eager ")]
     assert jax.tree.structure(out) == jax.tree.structure(of)
-    factor = min(1, part)
     np.testing.assert_array_equal(out["a"].ids, of["a"].ids)
     pairs = [(out["a"].values, of["a"].values), (out["b"][0].values, of["b"][0].values)]
     for ours, before in [*pairs, *zip(out["b"][1:], of["b"][1:], strict=True)]:
-        np.testing.assert_allclose(ours, factor * np.asarray(before), rtol=1e-5)  # float32
+        np.testing.assert_allclose(ours, min(1, part) * np.asarray(before), rtol=1e-5)  # float32
         if part > 1:
             assert np.asarray(ours).tobytes() == np.asarray(before).tobytes()
 
 
 def test_duplicates_that_cancel_have_no_norm():
     params = {"table": Table(weight())}
-    of = {"table": RowGrad([3, 3], jnp.array([[100.0] * 3, [-100.0] * 3]), rows=ROWS)}
-    np.testing.assert_array_equal(clip(1.0, params, of)["table"].values, of["table"].values)
+    values = np.array([[100.0] * DIM, [-100.0] * DIM, [0.0] * DIM, [0.0] * DIM], np.float32)
+    of = {"table": RowGrad([3] * 4, values, rows=ROWS)}
+    np.testing.assert_array_equal(clip(1.0, params, of)["table"].values, values)
 
 
 def test_duplicates_that_add_up_count_with_their_sum():
     params = {"table": Table(weight())}
-    of = {"table": RowGrad([3] * 4, jnp.ones((4, DIM)), rows=ROWS)}
+    of = {"table": RowGrad([3] * 4, np.ones((4, DIM), np.float32), rows=ROWS)}
     expected = np.full((4, DIM), 1 / norm(np.full(DIM, 4.0)))
     np.testing.assert_allclose(clip(1.0, params, of)["table"].values, expected, rtol=1e-6)  # float32
 
 
-@pytest.mark.parametrize("tx", [optax.sgd(0.5), optax.adagrad(0.1)], ids=["sgd", "adagrad"])
-def test_before_a_lifted_transformation_equals_dense_training(tx):
+def test_before_a_lifted_transformation_equals_dense_training():
     def loss(params, ids, targets):
         table = params["table"]
         read = embax.lookup(table, ids) if isinstance(table, Table) else table[ids]
         return jnp.square(read * params["scale"] - targets).sum()
 
-    def run(tx, table, value_and_grad, apply):
-        params = {"table": table, "scale": jnp.ones((1, DIM))}
-        state = tx.init(params)
+    plain = {"sgd": optax.sgd(0.5), "adagrad": optax.adagrad(0.1)}
+    runs = {name: (optax.chain(clip_by_global_norm(0.3), lift(tx)), embax.grad) for name, tx in plain.items()}
+    runs |= {f"dense {x}": (optax.chain(optax.clip_by_global_norm(0.3), tx), jax.grad) for x, tx in plain.items()}
 
-        @jax.jit
-        def step(params, state, ids, targets):
-            _, of = value_and_grad(loss)(params, ids, targets)
-            updates, state = tx.update(of, state, params)
-            return apply(params, updates), state
+    @jax.jit
+    def start(params):
+        return {name: (params[name], tx.init(params[name])) for name, (tx, _) in runs.items()}
 
-        rng, targets = np.random.default_rng(1), weight(seed=2)
-        for _ in range(50):
-            ids = rng.integers(0, rng.integers(2, ROWS), 64)
-            params, state = step(params, state, ids, targets[ids])
-        return params
+    @jax.jit
+    def step(carry, ids, targets):
+        of = {name: grad(loss)(carry[name][0], ids, targets) for name, (_, grad) in runs.items()}
+        return {name: take_step(tx, *carry[name], of[name]) for name, (tx, _) in runs.items()}
 
-    ours = run(
-        optax.chain(clip_by_global_norm(0.3), lift(tx)), Table(weight()), embax.value_and_grad, embax.apply_updates
-    )
-    theirs = run(optax.chain(optax.clip_by_global_norm(0.3), tx), weight(), jax.value_and_grad, optax.apply_updates)
-    np.testing.assert_allclose(ours["table"].weight, theirs["table"], rtol=1e-4, atol=1e-5)  # float32
-    np.testing.assert_allclose(ours["scale"], theirs["scale"], rtol=1e-4, atol=1e-5)  # float32
+    scale = np.ones((1, DIM), np.float32)
+    tables = {name: weight() if name.startswith("dense") else Table(weight()) for name in runs}
+    carry = start({name: {"table": table, "scale": scale} for name, table in tables.items()})
+    rng, targets = np.random.default_rng(1), weight(seed=2)
+    for _ in range(50):
+        ids = rng.integers(0, rng.integers(2, ROWS), 64)
+        carry = step(carry, ids, targets[ids])
+    for name in plain:
+        (ours, _), (theirs, _) = carry[name], carry[f"dense {name}"]
+        np.testing.assert_allclose(ours["table"].weight, theirs["table"], rtol=1e-4, atol=1e-5, err_msg=name)
+        np.testing.assert_allclose(ours["scale"], theirs["scale"], rtol=1e-4, atol=1e-5, err_msg=name)  # float32
 
 
-@pytest.mark.parametrize("order", ["frozen_first", "frozen_last"])
-@pytest.mark.parametrize("other", [{"freeze": True}, "integers"], ids=["frozen", "integers"])
-def test_tables_without_a_gradient_have_no_part(order, other):
-    table = Table(jnp.ones((ROWS, DIM), jnp.int32)) if other == "integers" else Table(weight(), **other)
-    names = ("a", "b") if order == "frozen_first" else ("b", "a")
-    params = dict(zip(names, (table, Table(weight())), strict=True))
+@pytest.mark.parametrize("order", ["untrained_first", "untrained_last"])
+def test_tables_without_a_gradient_have_no_part(order):
+    others = [Table(np.ones((ROWS, DIM), np.int32)), Table(weight(), freeze=True)]
 
     def loss(params):
-        return sum(embax.lookup(table, [1, 2, 2]).astype(jnp.float32).sum() for table in params.values())
+        return sum(embax.lookup(table, [1, 2, 2]).astype(jnp.float32).sum() for table in params)
 
-    _, of = embax.value_and_grad(loss)(params)
-    out = clip(1.0, params, of, jax.jit)
-    assert out[names[0]].values.shape == (0, DIM)
+    tables = [*others, Table(weight())] if order == "untrained_first" else [Table(weight()), *others]
+    out = clip(1.0, tables, jax.jit(embax.grad(loss))(tables))
+    (of_table,) = (x for x, table in zip(out, tables, strict=True) if table not in others)
+    assert [x.values.shape for x in out if x is not of_table] == [(0, DIM)] * 2
     expected = np.ones((3, DIM)) / norm(np.full(DIM, 1.0), np.full(DIM, 2.0))
-    np.testing.assert_allclose(out[names[1]].values, expected, rtol=1e-6)  # float32
+    np.testing.assert_allclose(of_table.values, expected, rtol=1e-6)  # float32
 
 
 def test_dense_gradients_of_tables_count_once_a_number():
@@ -147,31 +167,38 @@ def test_zero_gradients_stay_zero():
     np.testing.assert_array_equal(out["bias"], np.zeros(2))
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_the_norm_of_low_precision_gradients_is_taken_in_float32(dtype):
-    params = {"table": Table(weight(dtype))}
-    of = {"table": RowGrad(np.ones(4096, int), jnp.ones((4096, DIM), dtype), rows=ROWS)}
-    np.testing.assert_allclose(jax.jit(embax.global_norm)(of), 4096 * np.sqrt(3), rtol=1e-5)
-    out = clip(4096 * np.sqrt(3) / 2, params, of, jax.jit)["table"]
-    assert out.dtype == dtype
-    np.testing.assert_allclose(out.values.astype(jnp.float32), np.full((4096, DIM), 0.5), rtol=0.01)  # one unit
+def test_the_norm_of_low_precision_gradients_is_taken_in_float32():
+    dtypes = ("bfloat16", "float16")
+    params = {dtype: Table(weight(dtype)) for dtype in dtypes}
+    of = {x: RowGrad(np.ones(4096, int), np.ones((4096, DIM), jnp.dtype(x)), rows=ROWS) for x in dtypes}
+
+    @jax.jit
+    def clipped(params, of):
+        norms = {x: embax.global_norm(of[x]) for x in dtypes}
+        return norms, {x: clip(4096 * np.sqrt(3) / 2, params[x], of[x], lambda f: f) for x in dtypes}
+
+    norms, out = clipped(params, of)
+    for dtype in dtypes:
+        np.testing.assert_allclose(norms[dtype], 4096 * np.sqrt(3), rtol=1e-5, err_msg=dtype)
+        assert out[dtype].dtype == dtype
+        values = np.float32(out[dtype].values)
+        np.testing.assert_allclose(values, np.full((4096, DIM), 0.5), rtol=0.01, err_msg=dtype)  # one unit
 
 
 def test_the_state_goes_through_jit_donation_and_scan():
     tx = optax.chain(clip_by_global_norm(0.5), lift(optax.sgd(0.1)))
 
-    def take_step(params, state, of):
-        updates, state = tx.update(of, state, params)
-        return embax.apply_updates(params, updates), state
+    step_of_tx = functools.partial(take_step, tx)
 
     def fresh():
         return {"table": Table(weight())}
 
     params, state = fresh(), tx.init(fresh())
+    step = jax.jit(step_of_tx, donate_argnums=(0, 1))
     for i in range(3):
-        params, state = jax.jit(take_step, donate_argnums=(0, 1))(params, state, {"table": rows(i)})
+        params, state = step(params, state, {"table": rows(i)})
     several = jax.tree.map(lambda *x: jnp.stack(x), *({"table": rows(i)} for i in range(3)))
-    looped, _ = jax.lax.scan(lambda carry, of: (take_step(*carry, of), None), (fresh(), tx.init(fresh())), several)[0]
+    looped, _ = jax.lax.scan(lambda carry, of: (step_of_tx(*carry, of), None), (fresh(), tx.init(fresh())), several)[0]
     np.testing.assert_allclose(params["table"].weight, looped["table"].weight, rtol=1e-6)  # float32
     assert jax.tree.structure(state) == jax.tree.structure(tx.init(fresh()))
 

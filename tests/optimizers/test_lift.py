@@ -1,6 +1,8 @@
 """lift: equal to dense training or to a float64 lazy reference; rows that were not read keep their bits."""
 
 import dataclasses
+import functools
+import itertools
 from typing import Any
 
 import jax
@@ -9,6 +11,7 @@ import numpy as np
 import optax
 import optim_reference as reference
 import pytest
+from optim_steps import Together, host, take_step
 
 import embax
 from embax import RowGrad, Table
@@ -48,7 +51,11 @@ CASES = {
     "rowwise_adagrad": (rowwise_adagrad(0.1), reference.rowwise_adagrad(0.1)),
     "rowwise_adam": (rowwise_adam(0.1), reference.rowwise_adam(0.1)),
 }
-every = pytest.mark.parametrize("name", CASES)
+ALL = Together({name: tx for name, (tx, _) in CASES.items()})
+
+
+def some(*names):
+    return Together({name: CASES[name][0] for name in names})
 
 
 @pytest.fixture(autouse=True)
@@ -58,34 +65,24 @@ def _promotion():
 
 
 def weight(dtype="float32", shape=(ROWS, DIM), seed=0):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
+    return np.random.default_rng(seed).normal(size=shape).astype(dtype)
 
 
-def gradient(step, dtype="float32", shape=(ROWS, DIM), length=IDS):
+def params_of(**more):
+    return {"table": Table(weight(), padding_idx=PADDING), "bias": np.ones(2, np.float32), **more}
+
+
+def gradient(step, shape=(ROWS, DIM), length=IDS):
     """A gradient of about half of the rows, the padding row and unused places among them."""
     rng = np.random.default_rng(100 + step)
     some_rows = np.append(rng.permutation(shape[0])[: shape[0] // 2], [PADDING, shape[0]])
-    values = rng.normal(size=(length, *shape[1:]))
-    return RowGrad(rng.choice(some_rows, length), jnp.asarray(values, dtype), rows=shape[0])
-
-
-def stepper(tx):
-    @jax.jit
-    def step(params, state, gradients):
-        updates, state = tx.update(gradients, state, params)
-        return embax.apply_updates(params, updates), state
-
-    return step
+    values = rng.normal(size=(length, *shape[1:])).astype(np.float32)
+    return RowGrad(rng.choice(some_rows, length), values, rows=shape[0])
 
 
 def bits(tree):
     """The bytes of each leaf."""
     return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(tree)]
-
-
-def loss(params, ids, targets):
-    rows = params["table"].weight[ids] if isinstance(params["table"], Dense) else embax.lookup(params["table"], ids)
-    return jnp.square(rows * params["scale"] - targets).mean()
 
 
 @jax.tree_util.register_dataclass
@@ -96,177 +93,223 @@ class Dense:
     weight: Any
 
 
-@pytest.mark.parametrize(
-    "tx",
-    [
-        optax.sgd(0.5),
-        optax.sgd(optax.linear_schedule(0.0, 1.0, 50)),
-        optax.adagrad(0.1),
-        optax.chain(optax.clip_by_global_norm(0.05), optax.adagrad(0.1)),
-        optax.chain(optax.clip(0.01), optax.sgd(1.0)),
-    ],
-    ids=["sgd", "schedule", "adagrad", "global_norm_adagrad", "clip_sgd"],
-)
-def test_equals_dense_training_over_100_steps(tx):
-    def run(tx, table, value_and_grad, apply):
-        params = {"table": table, "scale": jnp.ones((1, DIM))}
-        state = tx.init(params)
+def loss(params, ids, targets):
+    rows = params["table"].weight[ids] if isinstance(params["table"], Dense) else embax.lookup(params["table"], ids)
+    return jnp.square(rows * params["bias"].mean() - targets).mean()
 
-        @jax.jit
-        def step(params, state, ids, targets):
+
+EQUAL_TO_DENSE = {
+    "sgd": optax.sgd(0.5),
+    "schedule": optax.sgd(optax.linear_schedule(0.0, 1.0, 50)),
+    "adagrad": optax.adagrad(0.1),
+    "global_norm_adagrad": optax.chain(optax.clip_by_global_norm(0.05), optax.adagrad(0.1)),
+    "clip_sgd": optax.chain(optax.clip(0.01), optax.sgd(1.0)),
+}
+
+
+@functools.cache
+def trained_100_steps():
+    """The weights, the biases and the losses by transformation: lifted, and dense."""
+    runs = {name: (lift(tx), Table, embax.value_and_grad, embax.apply_updates) for name, tx in EQUAL_TO_DENSE.items()}
+    runs |= {f"dense {x}": (tx, Dense, jax.value_and_grad, optax.apply_updates) for x, tx in EQUAL_TO_DENSE.items()}
+    params = {name: {"table": run[1](weight()), "bias": np.ones(2, np.float32)} for name, run in runs.items()}
+    state = jax.jit(lambda params: {name: tx.init(params[name]) for name, (tx, *_) in runs.items()})(params)
+
+    @jax.jit
+    def step(carry, ids, targets):
+        out = {}
+        for name, (tx, _, value_and_grad, apply) in runs.items():
+            params, state = carry[name]
             value, gradients = value_and_grad(loss)(params, ids, targets)
             updates, state = tx.update(gradients, state, params)
-            return apply(params, updates), state, value
+            out[name] = (apply(params, updates), state), value
+        return {name: x for name, (x, _) in out.items()}, {name: x for name, (_, x) in out.items()}
 
-        rng, targets, values = np.random.default_rng(1), weight(seed=2), []
-        for _ in range(100):
-            ids = rng.integers(0, rng.integers(2, ROWS), IDS)
-            params, state, value = step(params, state, ids, targets[ids])
-            values.append(value)
-        return params["table"].weight, params["scale"], np.array(values)
+    carry = {name: (params[name], state[name]) for name in runs}
+    rng, targets, values = np.random.default_rng(1), weight(seed=2), []
+    for _ in range(100):
+        ids = rng.integers(0, rng.integers(2, ROWS), IDS)
+        carry, value = step(carry, ids, targets[ids])
+        values.append(value)
+    return {
+        name: (params["table"].weight, params["bias"], np.array([value[name] for value in values]))
+        for name, (params, _) in carry.items()
+    }
 
-    sparse = run(lift(tx), Table(weight()), embax.value_and_grad, embax.apply_updates)
-    dense = run(tx, Dense(weight()), jax.value_and_grad, optax.apply_updates)
+
+@pytest.mark.parametrize("name", EQUAL_TO_DENSE)
+def test_equals_dense_training_over_100_steps(name):
+    sparse, dense = trained_100_steps()[name], trained_100_steps()[f"dense {name}"]
     for ours, theirs in zip(sparse, dense, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)  # float32
     assert sparse[2][-10:].mean() < sparse[2][:10].mean()
 
 
-@every
-def test_equals_the_lazy_reference(name):
-    tx, rule = CASES[name]
-    params = {"table": Table(weight(), padding_idx=PADDING), "bias": jnp.ones(2)}
-    expected = reference.Lazy(weight(), rule, PADDING, 1.0 if name == "clip_adagrad" else None)
-    state, step = tx.init(params), stepper(tx)
+@functools.cache
+def weights_of_30_steps():
+    """The weight of the table by case, before the first step and after each."""
+    params = ALL.of_all(params_of)
+    states, weights = ALL.start(params), [{name: weight() for name in CASES}]
     for i in range(30):
-        before = np.asarray(params["table"].weight)
+        of = {"table": gradient(i), "bias": np.zeros(2, np.float32)}
+        params, states = ALL.step(params, states, ALL.of_all(lambda of=of: of))
+        weights.append({name: np.array(params[name]["table"].weight) for name in CASES})
+    return weights
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_equals_the_lazy_reference(name):
+    expected = reference.Lazy(weight(), CASES[name][1], PADDING, 1.0 if name == "clip_adagrad" else None)
+    weights = [by_case[name] for by_case in weights_of_30_steps()]
+    for i, (before, after) in enumerate(itertools.pairwise(weights)):
         of_table = gradient(i)
-        params, state = step(params, state, {"table": of_table, "bias": jnp.zeros(2)})
         touched = expected.step(np.asarray(of_table.ids), of_table.values)
-        after = np.asarray(params["table"].weight)
         np.testing.assert_allclose(after[touched], expected.weight[touched], rtol=1e-4, atol=2e-5)  # float32
         others = sorted(set(range(ROWS)) - set(touched))
         assert len(others) >= ROWS // 2 - 1
         assert PADDING in others
+        assert after.dtype == np.float32
         assert after[others].tobytes() == before[others].tobytes()
 
 
 ODD = np.array([-0.0, np.nan, 1e-45, -np.inf, 3e38], np.float32)
+READ = [1, 7, 9]
 
 
 def owned(state):
     """The leaves of a state that have an entry for each row."""
-    return [leaf for leaf in jax.tree.leaves(state) if jnp.ndim(leaf) and leaf.shape[0] == ROWS]
+    return [leaf for leaf in jax.tree.leaves(state) if np.ndim(leaf) and leaf.shape[0] == ROWS]
 
 
-@pytest.mark.parametrize(
-    ("name", "wrap"),
-    [
-        *(pytest.param(name, lambda f: jax.jit(f, donate_argnums=(0, 1)), id=f"donated-{name}") for name in CASES),
-        *(pytest.param(name, lambda f: f, id=f"eager-{name}") for name in ("sgd", "adamw", "rowwise_adagrad")),
-    ],
-)
-def test_rows_that_were_not_read_and_their_state_keep_their_bits(name, wrap):
-    tx, _ = CASES[name]
-
-    @wrap
-    def step(params, state, gradients):
-        updates, state = tx.update(gradients, state, params)
-        return embax.apply_updates(params, updates), state
-
-    def fill(leaf):  # -0.0, NaN, a denormal number and infinity in all rows but those that are read
-        if not (jnp.ndim(leaf) and leaf.shape[0] == ROWS):
-            return leaf
-        odd = jnp.asarray(np.resize(ODD, leaf.shape)).astype(leaf.dtype)
-        is_read = jnp.isin(jnp.arange(ROWS), jnp.array([1, 7, 9]))
-        return jnp.where(jnp.expand_dims(is_read, range(1, leaf.ndim)), leaf, odd)
-
-    params = {"table": Table(fill(weight()), padding_idx=PADDING), "bias": jnp.ones(2)}
-    state = tx.init(params)
-    state = state._replace(inner=jax.tree.map(fill, state.inner))
-    of_table = RowGrad([7, PADDING, 9, 7, ROWS, 1, PADDING], jnp.full((7, DIM), 0.5), rows=ROWS)
-    others = [row for row in range(ROWS) if row not in (1, 7, 9)]
-    before = [np.array(leaf) for leaf in (params["table"].weight, *owned(state.inner))]
-    params, state = step(params, state, {"table": of_table, "bias": jnp.zeros(2)})
-    after = [np.asarray(leaf) for leaf in (params["table"].weight, *owned(state.inner))]
-    for old, new in zip(before, after, strict=True):
-        assert new[others].tobytes() == old[others].tobytes()
-    assert (after[0][[1, 7, 9]] != before[0][[1, 7, 9]]).all() == (name not in ("schedule", "adam_schedule", "inject"))
+def fill(leaf):
+    """Put -0.0, NaN, a denormal number and infinity into all rows but those that are read."""
+    if not (np.ndim(leaf) and leaf.shape[0] == ROWS):
+        return leaf
+    odd = np.resize(ODD, leaf.shape).astype(leaf.dtype)
+    odd[READ] = np.asarray(leaf)[READ]
+    return odd
 
 
-@pytest.mark.parametrize(
-    "name", ["schedule", "nesterov", "adamw", "apply_if_finite", "rowwise_adagrad", "rowwise_adam"]
-)
-def test_ordinary_leaves_equal_those_without_tables(name):
-    tx, _ = CASES[name]
-    mixed = {"table": Table(weight()), "bias": weight(seed=3), "more": [jnp.ones(())]}
-    plain = {"bias": mixed["bias"], "more": mixed["more"]}
-    mixed_state, plain_state, step = tx.init(mixed), tx.init(plain), stepper(tx)
-    for i in range(3):
-        of_plain = {"bias": weight(seed=4 + i), "more": [jnp.full((), 0.3)]}
-        mixed, mixed_state = step(mixed, mixed_state, {"table": gradient(i), **of_plain})
-        plain, plain_state = step(plain, plain_state, of_plain)
-    for key in plain:
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), mixed[key], plain[key])  # float32
+def gradient_of_few_rows():
+    ids = np.resize([7, PADDING, 9, 7, ROWS, 1, PADDING], IDS)
+    of_table = RowGrad(ids, np.full((IDS, DIM), 0.5, np.float32), rows=ROWS)
+    return {"table": of_table, "bias": np.zeros(2, np.float32)}
 
 
-@pytest.mark.parametrize("name", ["sgd", "adamw", "clip_adagrad", "rowwise_adam"])
-def test_frozen_and_integer_tables_pass_through_without_state(name):
-    tx, _ = CASES[name]
-    others = {"frozen": Table(weight(), freeze=True), "whole": Table(jnp.arange(6).reshape(3, 2))}
-    params = {"a": others, "table": Table(weight()), "bias": jnp.ones(2)}
-    state = tx.init(params)
-    alone = tx.init({"table": params["table"], "bias": params["bias"]})
-    assert [leaf.shape for leaf in jax.tree.leaves(state)] == [leaf.shape for leaf in jax.tree.leaves(alone)]
+@functools.cache
+def step_among_odd_rows():
+    """The parameters and the state by case, before and after a step of few rows."""
+    params = ALL.of_all(lambda: host({**params_of(), "table": Table(fill(weight()), padding_idx=PADDING)}))
+    states = {name: x._replace(inner=jax.tree.map(fill, x.inner)) for name, x in ALL.start(params).items()}
+    before = host((params, states))
+    return before, host(ALL.step(params, states, ALL.of_all(gradient_of_few_rows)))
+
+
+def assert_only_read_rows_change(name, before, after):
+    others = [row for row in range(ROWS) if row not in READ]
+    old, new = ([params["table"].weight, *owned(state.inner)] for params, state in (before, after))
+    for x, y in zip(old, new, strict=True):
+        assert y[others].tobytes() == x[others].tobytes()
+    assert (new[0][READ] != old[0][READ]).all() == (name not in ("schedule", "adam_schedule", "inject"))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_rows_that_were_not_read_and_their_state_keep_their_bits(name):
+    before, after = ((params[name], states[name]) for params, states in step_among_odd_rows())
+    assert_only_read_rows_change(name, before, after)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_rows_that_were_not_read_keep_their_bits_without_jit(name):
+    before = tuple(x[name] for x in step_among_odd_rows()[0])
+    after = take_step(CASES[name][0], *jax.tree.map(jnp.asarray, before), gradient_of_few_rows())
+    assert_only_read_rows_change(name, before, host(after))
+
+
+def test_ordinary_leaves_equal_those_without_tables():
+    names = ("schedule", "adamw", "apply_if_finite", "rowwise_adagrad")
+    txs = Together({kind + name: CASES[name][0] for name in names for kind in ("mixed ", "plain ")})
+
+    def tree(name, table, bias, more):
+        return {"bias": bias, "more": [np.float32(more)]} | ({"table": table} if name.startswith("mixed") else {})
+
+    params = {name: tree(name, Table(weight()), weight(seed=3), 1) for name in txs.txs}
+    gradients = [{name: tree(name, gradient(i), weight(seed=4 + i), 0.3) for name in txs.txs} for i in range(3)]
+    params, _ = txs.run(params, gradients)
+    for name in names:
+        mixed, plain = params["mixed " + name], params["plain " + name]
+        for ours, theirs in (mixed["bias"], plain["bias"]), (mixed["more"][0], plain["more"][0]):
+            np.testing.assert_allclose(ours, theirs, rtol=1e-6, err_msg=name)  # float32
+
+
+def test_frozen_and_integer_tables_pass_through_without_state():
+    txs = some("sgd", "adamw", "clip_adagrad", "rowwise_adam")
+
+    def others():
+        return {"frozen": Table(weight(), freeze=True), "whole": Table(np.arange(6).reshape(3, 2))}
 
     def total(params):
         read = [embax.lookup(table, [1, 2, 2]).sum() for table in (params["table"], *params["a"].values())]
         return sum(read) + params["bias"].sum()
 
-    _, gradients = embax.value_and_grad(total)(params)
-    after, state = stepper(tx)(params, state, gradients)
-    assert bits(after["a"]) == bits(others)
-    assert bits(after["table"]) != bits(params["table"])
+    params = txs.of_all(lambda: {"a": others(), **params_of()})
+    states, alone = txs.start(params), jax.eval_shape(txs.start, txs.of_all(params_of))
+    of = jax.jit(embax.grad(total))(params["sgd"])
+    after, _ = txs.step(params, states, txs.of_all(lambda: of))
+    for name in txs.txs:
+        shapes, shapes_alone = ([leaf.shape for leaf in jax.tree.leaves(x[name])] for x in (states, alone))
+        assert shapes == shapes_alone, name
+        assert bits(after[name]["a"]) == bits(others()), name
+        assert bits(after[name]["table"]) != bits(weight()), name
 
 
-@pytest.mark.parametrize("name", ["sgd", "adamw", "clip_adagrad", "rowwise_adam"])
-@pytest.mark.parametrize("ids", [[], [ROWS, PADDING, ROWS]], ids=str)
-def test_a_gradient_without_rows_changes_no_row(name, ids):
-    tx, _ = CASES[name]
-    params = {"table": Table(weight(), padding_idx=PADDING), "bias": jnp.ones(2)}
-    state, step = tx.init(params), stepper(tx)
-    params, state = step(params, state, {"table": gradient(0), "bias": jnp.ones(2)})
-    nothing = RowGrad(ids, jnp.full((len(ids), DIM), jnp.nan), rows=ROWS)
-    after, after_state = step(params, state, {"table": nothing, "bias": jnp.ones(2)})
-    assert bits(after["table"]) == bits(params["table"])
-    assert bits(owned(after_state.inner)) == bits(owned(state.inner))
-    assert (after["bias"] != params["bias"]).all()
+@pytest.mark.parametrize("length", [0, IDS])
+def test_a_gradient_without_rows_changes_no_row(length):
+    names = ("sgd", "adamw", "clip_adagrad", "rowwise_adam")
+    ones = np.ones(2, np.float32)
+    params, states = ALL.run(ALL.of_all(params_of), [ALL.of_all(lambda: {"table": gradient(0), "bias": ones})])
+    before = host((params, states))
+    ids = np.resize([ROWS, PADDING, ROWS], length)
+    nothing = {"table": RowGrad(ids, np.full((length, DIM), np.nan, np.float32), rows=ROWS), "bias": ones}
+    after = ALL.step(params, states, ALL.of_all(lambda: nothing))
+    for name in names:
+        (params, state), (new_params, new_state) = ((x[0][name], x[1][name]) for x in (before, after))
+        assert bits(new_params["table"]) == bits(params["table"]), name
+        assert bits(owned(new_state.inner)) == bits(owned(state.inner)), name
+        assert (new_params["bias"] != params["bias"]).all(), name
 
 
-@pytest.mark.parametrize("name", ["sgd", "adamw", "rowwise_adam"])
-@pytest.mark.parametrize("shape", [(0, DIM), (ROWS, 0), (1, 1)], ids=str)
-def test_empty_and_small_tables(name, shape):
-    tx, _ = CASES[name]
-    params = {"table": Table(weight(shape=shape)), "bias": jnp.ones(2)}
-    of_table = RowGrad([0] * min(shape[0], 2), jnp.ones((min(shape[0], 2), shape[1])), rows=shape[0])
-    after, _ = stepper(tx)(params, tx.init(params), {"table": of_table, "bias": jnp.ones(2)})
-    assert after["table"].weight.shape == shape
-    assert np.isfinite(after["table"].weight).all()
-    assert (after["bias"] != params["bias"]).all()
+def test_empty_and_small_tables():
+    shapes = {"sgd": [(ROWS, 0), (1, 1)], "adamw": [(0, DIM), (1, 1)], "rowwise_adam": [(0, DIM), (ROWS, 0)]}
+    cases = {(name, shape): CASES[name][0] for name, of_name in shapes.items() for shape in of_name}
+    params, gradients, ones = {}, {}, np.ones(2, np.float32)
+    for name, shape in cases:
+        ids = [0] * min(shape[0], 2)
+        params[name, shape] = {"table": Table(weight(shape=shape)), "bias": ones}
+        of_table = RowGrad(ids, np.ones((len(ids), shape[1]), np.float32), rows=shape[0])
+        gradients[name, shape] = {"table": of_table, "bias": ones}
+    after, _ = Together(cases).run(params, [gradients])
+    for name, shape in cases:
+        assert after[name, shape]["table"].weight.shape == shape, name
+        assert np.isfinite(after[name, shape]["table"].weight).all(), (name, shape)
+        assert (after[name, shape]["bias"] != ones).all(), (name, shape)
 
 
-@pytest.mark.parametrize("name", ["sgd", "adagrad", "adamw", "lion", "rowwise_adam"])
-@pytest.mark.parametrize("shape", [(7, 2, 3), (7,)], ids=str)
-def test_rows_of_any_number_of_axes(name, shape):
-    tx, rule = CASES[name]
-    params = {"table": Table(weight(shape=shape)), "bias": jnp.ones(2)}
-    expected = reference.Lazy(weight(shape=shape), rule, None, 1.0 if name == "clip_adagrad" else None)
-    state, step = tx.init(params), stepper(tx)
-    for i in range(3):
-        of_table = gradient(i, shape=shape, length=9)
-        params, state = step(params, state, {"table": of_table, "bias": jnp.zeros(2)})
-        expected.step(np.asarray(of_table.ids), of_table.values)
-    np.testing.assert_allclose(params["table"].weight, expected.weight, rtol=1e-4, atol=1e-5)  # float32
+def test_rows_of_any_number_of_axes():
+    shapes = {"sgd": (7, 2, 3), "adagrad": (7,), "adamw": (7, 2, 3), "lion": (7,), "rowwise_adam": (7, 2, 3)}
+    cases = {(name, shape): CASES[name][0] for name, shape in shapes.items()}
+    bias = np.zeros(2, np.float32)
+    params = {case: {"table": Table(weight(shape=case[1])), "bias": bias} for case in cases}
+    gradients = [{case: gradient(i, shape=case[1], length=9) for case in cases} for i in range(3)]
+    trees = [{case: {"table": x, "bias": bias} for case, x in of.items()} for of in gradients]
+    params, _ = Together(cases).run(params, trees)
+    for name, shape in cases:
+        expected = reference.Lazy(weight(shape=shape), CASES[name][1])
+        for of in gradients:
+            expected.step(np.asarray(of[name, shape].ids), of[name, shape].values)
+        np.testing.assert_allclose(
+            params[name, shape]["table"].weight, expected.weight, rtol=1e-4, atol=1e-5, err_msg=str((name, shape))
+        )  # float32
 
 
 @jax.tree_util.register_dataclass
@@ -278,20 +321,24 @@ class Model:
     others: dict[str, Any]
 
 
-@pytest.mark.parametrize("name", ["sgd", "adamw", "clip_adam", "rowwise_adagrad"])
-def test_several_tables_anywhere_in_a_tree(name):
-    tx, rule = CASES[name]
+def test_several_tables_anywhere_in_a_tree():
+    txs = some("sgd", "adamw")
     shapes = {"a": (ROWS, DIM), "b": (ROWS, DIM), "c": (9, 2)}
-    expected = {key: reference.Lazy(weight(shape=shape), rule) for key, shape in shapes.items()}
-    tables = {key: Table(weight(shape=shape)) for key, shape in shapes.items()}
-    params = Model(tables["a"], {"deep": {"b": tables["b"], "none": None, "c": tables["c"]}, "bias": jnp.ones(2)})
-    state, step = tx.init(params), stepper(tx)
-    for i in range(4):
-        of = {key: gradient(10 * i + len(key), shape=shape, length=9) for key, shape in shapes.items()}
-        gradients = Model(of["a"], {"deep": {"b": of["b"], "none": None, "c": of["c"]}, "bias": jnp.ones(2)})
-        params, state = step(params, state, gradients)
-        for key, table in expected.items():
-            table.step(np.asarray(of[key].ids), of[key].values)
-    deep = params.others["deep"]
-    for key, table in {"a": params.words, "b": deep["b"], "c": deep["c"]}.items():
-        np.testing.assert_allclose(table.weight, expected[key].weight, rtol=1e-4, atol=1e-5)  # float32
+
+    def model(a, b, c):
+        return Model(a, {"deep": {"b": b, "none": None, "c": c}, "bias": np.ones(2, np.float32)})
+
+    gradients = [
+        {key: gradient(10 * i + ord(key), shape=shape, length=9) for key, shape in shapes.items()} for i in range(4)
+    ]
+    params = txs.of_all(lambda: model(*(Table(weight(shape=shape)) for shape in shapes.values())))
+    params, _ = txs.run(params, [txs.of_all(lambda of=of: model(**of)) for of in gradients])
+    for name in txs.txs:
+        deep = params[name].others["deep"]
+        for key, table in {"a": params[name].words, "b": deep["b"], "c": deep["c"]}.items():
+            expected = reference.Lazy(weight(shape=shapes[key]), CASES[name][1])
+            for of in gradients:
+                expected.step(np.asarray(of[key].ids), of[key].values)
+            np.testing.assert_allclose(
+                table.weight, expected.weight, rtol=1e-4, atol=1e-5, err_msg=f"{name} {key}"
+            )  # float32

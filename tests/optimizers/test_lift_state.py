@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import optim_reference as reference
 import pytest
+from optim_steps import Together, take_step
 
 import embax
 from embax import RowGrad, Table
@@ -29,7 +30,7 @@ LIFTED = {
     "rowwise_adagrad": rowwise_adagrad(0.1),
     "rowwise_adam": rowwise_adam(0.1),
 }
-every = pytest.mark.parametrize("name", LIFTED)
+ALL = Together(LIFTED)
 
 
 @pytest.fixture(autouse=True)
@@ -39,201 +40,226 @@ def _promotion():
 
 
 def weight(dtype="float32", seed=0):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=(ROWS, DIM)), dtype)
+    return np.random.default_rng(seed).normal(size=(ROWS, DIM)).astype(jnp.dtype(dtype))
 
 
 def params_of(table=None):
-    return {"table": Table(weight(), padding_idx=PADDING) if table is None else table, "bias": jnp.ones(2)}
+    bias = np.ones(2, np.float32)
+    return {"table": Table(weight(), padding_idx=PADDING) if table is None else table, "bias": bias}
 
 
 def gradient(step, dtype="float32", bad=False):
     rng = np.random.default_rng(100 + step)
-    values = jnp.asarray(rng.normal(size=(32, DIM)), dtype)
-    values = values.at[5, 1].set(jnp.nan) if bad else values
-    return {"table": RowGrad(rng.integers(0, ROWS + 1, 32), values, rows=ROWS), "bias": jnp.full(2, 0.1 * step)}
+    values = rng.normal(size=(64, DIM))
+    values[5, 1] = np.nan if bad else values[5, 1]
+    of_table = RowGrad(rng.integers(0, ROWS + 1, 64), values.astype(jnp.dtype(dtype)), rows=ROWS)
+    return {"table": of_table, "bias": np.full(2, 0.1 * step, np.float32)}
 
 
-def take_step(tx, params, state, gradients):
-    updates, state = tx.update(gradients, state, params)
-    return embax.apply_updates(params, updates), state
-
-
-def donated(tx):
-    return jax.jit(functools.partial(take_step, tx), donate_argnums=(0, 1))
-
-
-def run(step, params, state, steps):
-    for i in range(steps):
-        params, state = step(params, state, gradient(i))
-    return params, state
+def run(txs, steps):
+    """Return the parameters and the states after steps of all transformations."""
+    gradients = [gradient(i) for i in range(steps)]
+    return txs.run(txs.of_all(params_of), [txs.of_all(lambda of=of: of) for of in gradients])
 
 
 def bits(tree):
     return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(tree)]
 
 
-def assert_close(ours, theirs, rtol=1e-5):
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=rtol / 10), ours, theirs)
+def assert_close(ours, theirs, case="", rtol=1e-5):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol, rtol / 10, err_msg=case), ours, theirs)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("tx", [optax.sgd(2.0**-12), optax.sgd(2.0**-12, 0.5)], ids=["sgd", "momentum"])
-def test_4096_gradients_of_one_count_4096_times_in_low_precision(tx, dtype):
-    params = {"table": Table(jnp.ones((3, 2), dtype))}
-    state = lift(tx).init(params)
-    of_table = RowGrad(np.ones(4096, int), jnp.ones((4096, 2), dtype), rows=3)
-    updates, _ = lift(tx).update({"table": of_table}, state, params)
-    assert updates["table"].dtype == dtype
-    after = embax.apply_updates(params, updates)["table"].weight
-    np.testing.assert_array_equal(after, jnp.array([[1, 1], [0, 0], [1, 1]], dtype))
+def test_4096_gradients_of_one_count_4096_times_in_low_precision():
+    txs = {"sgd": lift(optax.sgd(2.0**-12)), "momentum": lift(optax.sgd(2.0**-12, 0.5))}
+    cases = {(name, dtype): tx for name, tx in txs.items() for dtype in ("bfloat16", "float16")}
+
+    @jax.jit
+    def stepped(params, gradients):
+        out = {}
+        for case, tx in cases.items():
+            updates, _ = tx.update(gradients[case], tx.init(params[case]), params[case])
+            out[case] = updates["table"].values, embax.apply_updates(params[case], updates)["table"].weight
+        return out
+
+    params = {case: {"table": Table(np.ones((3, 2), jnp.dtype(case[1])))} for case in cases}
+    ids = np.ones(4096, int)
+    of = {case: {"table": RowGrad(ids, np.ones((4096, 2), jnp.dtype(case[1])), rows=3)} for case in cases}
+    for case, (update, after) in stepped(params, of).items():
+        assert update.dtype == case[1]
+        np.testing.assert_array_equal(after, np.array([[1, 1], [0, 0], [1, 1]]), err_msg=str(case))
 
 
-@pytest.mark.parametrize(
-    ("name", "dtype"),
-    [
-        ("sgd", "bfloat16"),
-        ("momentum", "float16"),
-        ("adagrad", "bfloat16"),
-        ("adamw", "float16"),
-        ("adam", "bfloat16"),
-        ("rowwise_adagrad", "float16"),
-        ("rowwise_adam", "bfloat16"),
-    ],
-)
-def test_low_precision_tables_follow_float32_ones(name, dtype):
-    tx, moved = LIFTED[name], []
-    for each in dtype, "float32":
-        start = weight(dtype)
-        params = params_of(Table(start.astype(each), padding_idx=PADDING))
-        state, step = tx.init(params), donated(tx)
-        for i in range(3):
-            of = gradient(i, dtype)
-            of["table"] = RowGrad(of["table"].ids, of["table"].values.astype(each), rows=ROWS)
-            params, state = step(params, state, of)
-        assert params["table"].dtype == each
-        moved.append(np.asarray(params["table"].weight, np.float32))
-    np.testing.assert_allclose(*moved, atol=0.06 if dtype == "bfloat16" else 0.008)  # one unit of 2.0 a step
-    assert moved[0][PADDING].tobytes() == np.asarray(start[PADDING], np.float32).tobytes()
+RULES = {
+    "sgd": reference.sgd(0.1),
+    "momentum": reference.sgd(0.1, 0.9),
+    "adagrad": reference.adagrad(0.1),
+    "adam": reference.adam(0.1),
+    "adamw": reference.adam(0.1, weight_decay=0.2),
+    "rowwise_adagrad": reference.rowwise_adagrad(0.1),
+    "rowwise_adam": reference.rowwise_adam(0.1),
+}
 
 
-@pytest.mark.parametrize("name", ["sgd", "adam", "adamw", "rowwise_adagrad", "rowwise_adam"])
-def test_float64_tables(name):
-    rule = {
-        "sgd": reference.sgd(0.1),
-        "adam": reference.adam(0.1),
-        "adamw": reference.adam(0.1, weight_decay=0.2),
-        "rowwise_adagrad": reference.rowwise_adagrad(0.1),
-        "rowwise_adam": reference.rowwise_adam(0.1),
-    }[name]
+def after_reference_steps(start, rule, gradients):
+    """The weight after steps of the float64 reference."""
+    expected = reference.Lazy(start, rule, PADDING)
+    for of in gradients:
+        expected.step(np.asarray(of["table"].ids), of["table"].values)
+    return expected.weight
+
+
+def test_low_precision_tables_follow_wide_ones():
+    dtypes = {
+        "sgd": "bfloat16",
+        "momentum": "float16",
+        "adagrad": "bfloat16",
+        "adamw": "float16",
+        "rowwise_adagrad": "float16",
+        "rowwise_adam": "bfloat16",
+    }
+    txs = Together({name: LIFTED[name] for name in dtypes})
+    gradients = [{name: gradient(i, dtype) for name, dtype in dtypes.items()} for i in range(3)]
+    start = {name: weight(dtype) for name, dtype in dtypes.items()}
+    params, _ = txs.run({name: params_of(Table(x, padding_idx=PADDING)) for name, x in start.items()}, gradients)
+    for name, dtype in dtypes.items():
+        table = params[name]["table"]
+        assert table.dtype == dtype
+        expected = after_reference_steps(start[name], RULES[name], [of[name] for of in gradients])
+        tolerance = 0.06 if dtype == "bfloat16" else 0.008  # one unit of 2.0 a step
+        np.testing.assert_allclose(np.float64(table.weight), expected, atol=tolerance, err_msg=name)
+        assert bits(table.weight[PADDING]) == bits(start[name][PADDING]), name
+
+
+def test_float64_tables():
+    txs = Together({name: LIFTED[name] for name in ("sgd", "adamw", "rowwise_adagrad", "rowwise_adam")})
     with jax.enable_x64(True):
-        params = params_of(Table(weight("float64"), padding_idx=PADDING))
-        expected = reference.Lazy(weight("float64"), rule, PADDING)
-        state, step = LIFTED[name].init(params), donated(LIFTED[name])
-        for i in range(5):
-            of = gradient(i, "float64")
-            params, state = step(params, state, of)
-            expected.step(np.asarray(of["table"].ids), of["table"].values)
-        assert params["table"].dtype == "float64"
-        np.testing.assert_allclose(params["table"].weight, expected.weight, rtol=1e-10, atol=1e-12)
+        gradients = [gradient(i, "float64") for i in range(5)]
+        params = txs.of_all(lambda: params_of(Table(weight("float64"), padding_idx=PADDING)))
+        params, _ = txs.run(params, [txs.of_all(lambda of=of: of) for of in gradients])
+        for name in txs.txs:
+            table, expected = params[name]["table"], after_reference_steps(weight("float64"), RULES[name], gradients)
+            assert table.dtype == "float64"
+            np.testing.assert_allclose(table.weight, expected, rtol=1e-10, atol=1e-12, err_msg=name)
 
 
-@pytest.mark.parametrize("name", PLAIN)
-def test_a_dense_gradient_of_a_table_is_that_of_an_array(name):
+def test_a_dense_gradient_of_a_table_is_that_of_an_array():
     def loss(params, ids):
         table = params["table"]
         return jnp.square(table.weight.sum(1)).mean() + jnp.square(embax.lookup(table, ids)).sum()
 
-    tx, params, array = LIFTED[name], params_of(), {"table": weight(), "bias": jnp.ones(2)}
-    state, array_state, ids = tx.init(params), PLAIN[name].init(array), np.array([3, 5, 3])
+    ids, kept = np.array([3, 5, 3]), weight()[PADDING]
+
+    @jax.jit
+    def step(carry):
+        out = {}
+        for name, (params, state, array, array_state) in carry.items():
+            of = embax.grad(loss, on_dense="allow")(params, ids)
+            assert isinstance(of["table"], Table)
+            params, state = take_step(LIFTED[name], params, state, of)
+            of_array = {"table": of["table"].weight.at[PADDING].set(0), "bias": of["bias"]}
+            updates, array_state = PLAIN[name].update(of_array, array_state, array)
+            array = optax.apply_updates(array, updates)
+            array["table"] = array["table"].at[PADDING].set(kept)
+            out[name] = params, state, array, array_state
+        return out
+
+    @jax.jit
+    def last_update(carry):
+        of = {"table": Table(weight(seed=1)), "bias": np.ones(2, np.float32)}
+        return {name: LIFTED[name].update(of, state, params)[0] for name, (params, state, _, _) in carry.items()}
+
+    arrays = {"table": weight(), "bias": np.ones(2, np.float32)}
+    plain_states = jax.jit(lambda: {name: tx.init(arrays) for name, tx in PLAIN.items()})()
+    states = ALL.start(ALL.of_all(params_of))
+    carry = {name: (params_of(), states[name], arrays, plain_states[name]) for name in PLAIN}
     for _ in range(4):
-        _, of = embax.value_and_grad(loss, on_dense="allow")(params, ids)
-        assert isinstance(of["table"], Table)
-        params, state = take_step(tx, params, state, of)
-        of_array = {"table": of["table"].weight.at[PADDING].set(0), "bias": of["bias"]}
-        updates, array_state = PLAIN[name].update(of_array, array_state, array)
-        array = optax.apply_updates(array, updates)
-        array["table"] = array["table"].at[PADDING].set(weight()[PADDING])
-    assert_close(params["table"].weight, array["table"])
-    assert bits(params["table"].weight[PADDING]) == bits(weight()[PADDING])
-    updates, _ = tx.update({"table": Table(weight(seed=1)), "bias": jnp.ones(2)}, state, params)
-    np.testing.assert_array_equal(updates["table"].weight[PADDING], np.zeros(DIM))
+        carry = step(carry)
+    updates = last_update(carry)
+    for name, (params, _, array, _) in carry.items():
+        assert_close(params["table"].weight, array["table"], name)
+        assert bits(params["table"].weight[PADDING]) == bits(kept), name
+        np.testing.assert_array_equal(updates[name]["table"].weight[PADDING], np.zeros(DIM), err_msg=name)
 
 
-@every
-def test_a_dense_gradient_is_that_of_all_rows(name):
-    tx, of = LIFTED[name], {"bias": jnp.ones(2)}
-    dense, sparse = params_of(), params_of()
-    dense_state, sparse_state = tx.init(dense), tx.init(sparse)
-    for i in range(3):
-        values = weight(seed=i + 1)
-        dense, dense_state = take_step(tx, dense, dense_state, {"table": Table(values), **of})
-        all_rows = RowGrad(np.arange(ROWS), values, rows=ROWS)
-        sparse, sparse_state = take_step(tx, sparse, sparse_state, {"table": all_rows, **of})
-    assert_close(dense, sparse)
-    assert_close(dense_state.inner, sparse_state.inner)
+def test_a_dense_gradient_is_that_of_all_rows():
+    def of_all_rows(i, is_dense):
+        values, bias = weight(seed=i + 1), np.ones(2, np.float32)
+        return {"table": Table(values) if is_dense else RowGrad(np.arange(ROWS), values, rows=ROWS), "bias": bias}
+
+    def run(is_dense):
+        gradients = [of_all_rows(i, is_dense) for i in range(3)]
+        return ALL.run(ALL.of_all(params_of), [ALL.of_all(lambda of=of: of) for of in gradients])
+
+    dense, sparse = run(True), run(False)
+    for name in LIFTED:
+        assert_close(dense[0][name], sparse[0][name], name)
+        assert_close(dense[1][name].inner, sparse[1][name].inner, name)
 
 
-@pytest.mark.parametrize("name", ["sgd", "adamw", "clip_adagrad", "rowwise_adam"])
-def test_a_dense_and_a_sparse_gradient_in_one_tree(name):
-    tx = LIFTED[name]
-    values, few = weight(seed=1), gradient(0)["table"]
-    params = {"dense": Table(weight()), "sparse": Table(weight(seed=2)), "bias": jnp.ones(2)}
-    both = {"dense": Table(values), "sparse": few, "bias": jnp.ones(2)}
-    rows = {"dense": RowGrad(np.arange(ROWS), values, rows=ROWS), "sparse": few, "bias": jnp.ones(2)}
-    state = tx.init(params)
-    mixed, mixed_state = take_step(tx, params, state, both)
-    expected, expected_state = take_step(tx, params, state, rows)
-    assert_close(mixed, expected)
-    assert_close(mixed_state.inner, expected_state.inner)
+def test_a_dense_and_a_sparse_gradient_in_one_tree():
+    names, values, ones = ("sgd", "adamw", "clip_adagrad", "rowwise_adam"), weight(seed=1), np.ones(2, np.float32)
+    few, all_rows = gradient(0)["table"], RowGrad(np.arange(ROWS), values, rows=ROWS)
+    gradients = {"mixed": {"dense": Table(values), "sparse": few}, "rows": {"dense": all_rows, "sparse": few}}
+    txs = Together({(name, kind): LIFTED[name] for name in names for kind in gradients})
+    params = txs.of_all(lambda: {"dense": Table(weight()), "sparse": Table(weight(seed=2)), "bias": ones})
+    params, states = txs.run(params, [{case: {**gradients[case[1]], "bias": ones} for case in txs.txs}])
+    for name in names:
+        assert_close(params[name, "mixed"], params[name, "rows"], name)
+        assert_close(states[name, "mixed"].inner, states[name, "rows"].inner, name)
 
 
-@pytest.mark.parametrize("name", ["sgd", "adamw", "clip_adagrad", "rowwise_adam"])
-def test_eager_jit_and_scan_give_the_same(name):
-    tx, params = LIFTED[name], params_of()
-    eager, eager_state = run(functools.partial(take_step, tx), params, tx.init(params), 4)
-    jitted, jitted_state = run(donated(tx), params_of(), tx.init(params), 4)
+def test_eager_jit_and_scan_give_the_same():
+    names = ("adamw", "clip_adagrad")
+    jitted, jitted_states = run(ALL, 4)
     gradients = jax.tree.map(lambda *x: jnp.stack(x), *map(gradient, range(4)))
 
     @jax.jit
-    def scanned(params, state, gradients):
-        return jax.lax.scan(lambda carry, of: (take_step(tx, *carry, of), None), (params, state), gradients)[0]
+    def scanned(carry, gradients):
+        def body(carry, of):
+            return {name: take_step(LIFTED[name], *carry[name], of) for name in carry}, None
 
-    looped, looped_state = scanned(params_of(), tx.init(params), gradients)
-    for ours, state in (jitted, jitted_state), (looped, looped_state):
-        assert_close(ours, eager)
-        assert_close(state.inner, eager_state.inner)
-        assert jax.tree.structure(state) == jax.tree.structure(eager_state)
+        return jax.lax.scan(body, carry, gradients)[0]
 
-
-@every
-def test_the_state_is_a_pytree(name):
-    tx, params = LIFTED[name], params_of()
-    state = tx.init(params)
-    rebuilt = jax.tree.unflatten(jax.tree.structure(state), jax.tree.leaves(state))
-    assert type(rebuilt) is embax.optim.LiftState
-    assert bits(rebuilt) == bits(state)
-    abstract = jax.eval_shape(tx.init, params)
-    assert jax.tree.structure(abstract) == jax.tree.structure(state)
-    assert [(x.shape, x.dtype) for x in jax.tree.leaves(abstract)] == [
-        (x.shape, x.dtype) for x in jax.tree.leaves(state)
-    ]
-    assert bits(jax.jit(tx.init)(params)) == bits(state)
+    starts = {name: LIFTED[name].init(params_of()) for name in names}
+    looped = scanned({name: (params_of(), starts[name]) for name in names}, gradients)
+    for name in names:
+        eager, eager_state = jax.tree.map(jnp.asarray, params_of()), starts[name]
+        for i in range(4):
+            eager, eager_state = take_step(LIFTED[name], eager, eager_state, gradient(i))
+        for ours, state in (jitted[name], jitted_states[name]), looped[name]:
+            assert_close(ours, eager, name)
+            assert_close(state.inner, eager_state.inner, name)
+            assert jax.tree.structure(state) == jax.tree.structure(eager_state), name
 
 
-@pytest.mark.parametrize("name", ["sgd", "adamw", "clip_adagrad", "rowwise_adam"])
-def test_two_runs_give_the_same_bytes(name):
+def test_the_state_is_a_pytree():
+    jitted, abstract = ALL.start(ALL.of_all(params_of)), jax.eval_shape(ALL.start, ALL.of_all(params_of))
+    for name, tx in LIFTED.items():
+        state = tx.init(params_of())
+        rebuilt = jax.tree.unflatten(jax.tree.structure(state), jax.tree.leaves(state))
+        assert type(rebuilt) is embax.optim.LiftState, name
+        assert bits(rebuilt) == bits(state), name
+        assert jax.tree.structure(abstract[name]) == jax.tree.structure(state), name
+        kinds = [[(x.shape, x.dtype) for x in jax.tree.leaves(each)] for each in (abstract[name], state)]
+        assert kinds[0] == kinds[1], name
+        assert bits(jitted[name]) == bits(state), name
+
+
+def test_two_runs_give_the_same_bytes():
     def whole_run():
-        tx = LIFTED[name]
-        return bits(run(donated(tx), params_of(), tx.init(params_of()), 10))
+        txs = Together({name: LIFTED[name] for name in ("sgd", "adamw", "clip_adagrad", "rowwise_adam")})
+        params, states = run(txs, 10)
+        return {name: bits((params[name], states[name])) for name in txs.txs}
 
     assert whole_run() == whole_run()
 
 
-@every
-def test_scratch_space_is_kept_only_where_duplicates_are_summed_first(name):
-    (slots,) = LIFTED[name].init(params_of()).slots
-    assert (slots is None) == (name == "sgd")
-    assert slots is None or (slots.shape, slots.dtype) == ((ROWS,), jnp.int32)
+def test_scratch_space_is_kept_only_where_duplicates_are_summed_first():
+    for name, state in ALL.start(ALL.of_all(params_of)).items():
+        (slots,) = state.slots
+        assert (slots is None) == (name == "sgd"), name
+        assert slots is None or (slots.shape, slots.dtype) == ((ROWS,), jnp.int32), name
 
 
 @pytest.mark.parametrize(
@@ -249,59 +275,81 @@ def test_scratch_space_is_kept_only_where_duplicates_are_summed_first(name):
     ids=["schedule", "scale", "bfloat16", "clip", "decay", "sign"],
 )
 def test_scratch_space_by_transformation(tx, dtype, kept):
-    (slots,) = lift(tx).init({"table": Table(weight(dtype))}).slots
+    (slots,) = jax.eval_shape(lift(tx).init, {"table": Table(weight(dtype))}).slots
     assert (slots is not None) == kept
 
 
-def test_sgd_without_scratch_space_equals_sgd_with_it():
-    without, with_ = (lift(optax.chain(*more, optax.sgd(0.1))) for more in ([], [optax.clip(1e9)]))
-    ours, _ = run(donated(without), params_of(), without.init(params_of()), 10)
-    theirs, _ = run(donated(with_), params_of(), with_.init(params_of()), 10)
-    assert_close(ours, theirs)
-
-
 LABELS = {"table": "sparse", "bias": "dense"}
+WRAPPED = Together(
+    {
+        "sgd": LIFTED["sgd"],
+        "sgd with scratch space": lift(optax.chain(optax.clip(1e9), optax.sgd(0.1))),
+        "inside": lift(optax.multi_transform({"sparse": optax.adam(0.1), "dense": optax.sgd(0.3)}, LABELS)),
+        "outside": optax.multi_transform({"sparse": lift(optax.adam(0.1)), "dense": optax.sgd(0.3)}, LABELS),
+        "adam": LIFTED["adam"],
+        "adam if finite": optax.apply_if_finite(LIFTED["adam"], 3),
+    }
+)
+
+
+@functools.cache
+def after_5_steps():
+    return run(WRAPPED, 5)[0]
+
+
+def test_sgd_without_scratch_space_equals_sgd_with_it():
+    assert_close(after_5_steps()["sgd"], after_5_steps()["sgd with scratch space"])
 
 
 def test_multi_transform_outside_and_inside_are_the_same():
-    inside = lift(optax.multi_transform({"sparse": optax.adam(0.1), "dense": optax.sgd(0.3)}, LABELS))
-    outside = optax.multi_transform({"sparse": lift(optax.adam(0.1)), "dense": optax.sgd(0.3)}, LABELS)
-    ours, _ = run(donated(outside), params_of(), outside.init(params_of()), 5)
-    theirs, _ = run(donated(inside), params_of(), inside.init(params_of()), 5)
-    assert_close(ours, theirs)
-    alone, _ = run(donated(LIFTED["adam"]), params_of(), LIFTED["adam"].init(params_of()), 5)
-    assert_close(ours["table"], alone["table"])
-    np.testing.assert_allclose(ours["bias"], 1 - 0.3 * 0.1 * (0 + 1 + 2 + 3 + 4), rtol=1e-6)  # float32
-
-
-@pytest.mark.parametrize("leaf", ["table", "bias"])
-@pytest.mark.parametrize(
-    ("name", "inside"),
-    [("sgd", True), ("adam", True), ("sgd", False), ("adam", False), ("rowwise_adam", False)],
-)
-def test_apply_if_finite_leaves_out_a_step_with_nan(name, inside, leaf):
-    tx = lift(optax.apply_if_finite(PLAIN[name], 3)) if inside else optax.apply_if_finite(LIFTED[name], 3)
-    step = donated(tx)
-    params, state = run(step, params_of(), tx.init(params_of()), 3)
-
-    def seen(params, state):  # scratch space may change
-        wrapper = state.inner if inside else state
-        return bits((params, wrapper.inner_state if inside else wrapper.inner_state.inner)), wrapper
-
-    before, _ = seen(params, state)
-    of = gradient(3, bad=leaf == "table")
-    of["bias"] = of["bias"].at[0].set(jnp.inf) if leaf == "bias" else of["bias"]
-    params, state = step(params, state, of)
-    after, wrapper = seen(params, state)
-    assert after == before
-    assert (int(wrapper.total_notfinite), bool(wrapper.last_finite)) == (1, False)
-    params, state = step(params, state, gradient(4))
-    assert seen(params, state)[0] != before
-    assert int(seen(params, state)[1].total_notfinite) == 1
+    inside, outside, alone = (after_5_steps()[name] for name in ("inside", "outside", "adam"))
+    assert_close(outside, inside)
+    assert_close(outside["table"], alone["table"])
+    np.testing.assert_allclose(outside["bias"], 1 - 0.3 * 0.1 * (0 + 1 + 2 + 3 + 4), rtol=1e-6)  # float32
 
 
 def test_a_finite_step_under_apply_if_finite_is_the_step_without_it():
-    tx = optax.apply_if_finite(LIFTED["adam"], 3)
-    ours, _ = run(donated(tx), params_of(), tx.init(params_of()), 3)
-    theirs, _ = run(donated(LIFTED["adam"]), params_of(), LIFTED["adam"].init(params_of()), 3)
-    assert_close(ours, theirs)
+    assert_close(after_5_steps()["adam if finite"], after_5_steps()["adam"])
+
+
+@functools.cache
+def wrapped_in_apply_if_finite():
+    return Together(
+        {
+            ("sgd", "inside"): lift(optax.apply_if_finite(PLAIN["sgd"], 3)),
+            ("adam", "inside"): lift(optax.apply_if_finite(PLAIN["adam"], 3)),
+            ("sgd", "outside"): optax.apply_if_finite(LIFTED["sgd"], 3),
+            ("adam", "outside"): optax.apply_if_finite(LIFTED["adam"], 3),
+            ("rowwise_adam", "outside"): optax.apply_if_finite(LIFTED["rowwise_adam"], 3),
+        }
+    )
+
+
+@pytest.mark.parametrize("leaf", ["table", "bias"])
+def test_apply_if_finite_leaves_out_a_step_with_nan(leaf):
+    txs = wrapped_in_apply_if_finite()
+
+    def seen(params, states):
+        """What a step changes but for scratch space, and what the wrapper counts, by case."""
+        out = {}
+        for name, where in txs.txs:
+            state = states[name, where]
+            wrapper = state.inner if where == "inside" else state
+            inner = wrapper.inner_state if where == "inside" else wrapper.inner_state.inner
+            kept = bits((params[name, where], inner))
+            out[name, where] = kept, int(wrapper.total_notfinite), bool(wrapper.last_finite)
+        return out
+
+    params, states, after = txs.of_all(params_of), txs.start(txs.of_all(params_of)), []
+    for step in range(5):
+        of = gradient(step, bad=step == 3 and leaf == "table")
+        if step == 3 and leaf == "bias":
+            of["bias"][0] = np.inf
+        params, states = txs.step(params, states, txs.of_all(lambda of=of: of))
+        after.append(seen(params, states))
+    for case in txs.txs:
+        (before, *_), (left_out, *counts), (later, *counts_later) = (each[case] for each in after[2:])
+        assert left_out == before, case
+        assert counts == [1, False], case
+        assert later != before, case
+        assert counts_later[0] == 1, case

@@ -15,7 +15,7 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
-from meshes import LAYOUTS, everywhere, mesh_of, split
+from meshes import LAYOUTS, everywhere, mesh_of, on_mesh, split, waiting
 
 import embax
 from embax import Collection, Feature, Table, _moves, checkpoint, lookup
@@ -56,7 +56,13 @@ def marked(state, params):
     return state._replace(inner=(adam, *state.inner[1:]), dealt_out=state.dealt_out + 2)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "layout",
+    [
+        "rows and columns",
+        *[pytest.param(x, marks=pytest.mark.exhaustive) for x in LAYOUTS if x != "rows and columns"],
+    ],
+)
 def test_from_a_layout_to_none_to_another_number_of_devices_and_back(layout, tmp_path, monkeypatch):
     monkeypatch.setattr(_save, "_PIECE", 3 * 32)  # so that blocks are filled up to a multiple of three rows
     tx = embax.optim.rowwise_adam(optax.linear_schedule(0.1, 0.01, 10))
@@ -106,10 +112,10 @@ def test_tables_are_saved_under_their_own_names_in_pieces(tmp_path, monkeypatch)
     assert pieces["on"] == [((8 * 16, 8), (8, 8)), ((8 * 4, 8), (4, 8))]
 
 
-@pytest.mark.parametrize("layout", ["rows-cyclic", "columns"])
+@pytest.mark.parametrize("layout", ["rows-cyclic", pytest.param("columns", marks=pytest.mark.exhaustive)])
 def test_no_device_holds_a_whole_copy(layout, tmp_path, monkeypatch):
-    table = embax.shard(Table(np.arange(400_000, dtype=np.float32).reshape(50_000, 8)), mesh_of({"x": 8}), "x", layout)
-    part, move, write = table.weight.nbytes / 8, _moves.moved, ocp.args.PyTreeSave
+    table = embax.shard(Table(np.arange(400_000, dtype=np.float32).reshape(50_000, 8)), mesh_of({"x": 4}), "x", layout)
+    part, move, write = table.weight.nbytes / 4, _moves.moved, ocp.args.PyTreeSave
     moves, written = [], []
 
     def moved(*args):
@@ -125,16 +131,18 @@ def test_no_device_holds_a_whole_copy(layout, tmp_path, monkeypatch):
     monkeypatch.setattr(ocp.args, "PyTreeSave", watched)
     checkpoint.save(tmp_path, table)
     assert_same(checkpoint.restore(tmp_path, jax.tree.map(jnp.zeros_like, table)), table)
-    assert written == [part] * 8
+    assert written == [part] * 4
     assert len(moves) == 2
     assert max(moves) < 3 * part
 
 
 def step_of(tx):
     def loss(params, ids):
-        alone = jnp.sum(jnp.sin(lookup(params["alone"], ids)))
-        return jnp.mean(jnp.sin(lookup(params["table"], ids) @ params["dense"])) + alone
+        rows = lookup(params["table"], ids)
+        # The dense parameter has no part in the gradient of the table, which sums nothing over the batch then.
+        return jnp.sum(jnp.sin(rows)) + jnp.mean(jnp.sin(jax.lax.stop_gradient(rows) @ params["dense"]))
 
+    @waiting
     @jax.jit
     def step(params, state, ids):
         updates, state = tx.update(embax.grad(loss)(params, ids), state, params)
@@ -144,35 +152,32 @@ def step_of(tx):
 
 
 def test_saved_on_eight_devices_and_restored_on_three_training_goes_on_as_if_never_stopped(tmp_path):
-    tx = embax.optim.lift(optax.adam(optax.cosine_decay_schedule(0.1, 8)))
+    tx = embax.optim.rowwise_adagrad(optax.cosine_decay_schedule(0.1, 8))
     step = step_of(tx)
-    batches = [np.random.default_rng(k).permutation(101)[:24].astype(np.int32) for k in range(6)]  # distinct ids
+    batches = [np.random.default_rng(k).permutation(101)[:24].astype(np.int32) for k in range(4)]  # distinct ids
 
     def placed(mesh, layout):
-        tables = embax.shard({"table": Table(WEIGHT), "alone": Table(-WEIGHT)}, mesh, "x", layout)
-        return {**tables, "dense": everywhere(mesh, np.ones((8, 2), np.float32))}
+        params = {"table": embax.shard(Table(WEIGHT), mesh, "x", layout), "dense": np.ones((8, 2), np.float32)}
+        params["dense"] = everywhere(mesh, params["dense"])
+        return params, on_mesh(mesh, tx.init(params))
 
     mesh = mesh_of({"x": 8}, "explicit")
-    params = placed(mesh, "rows-cyclic")
-    state = tx.init(params)
-    for ids in batches[:3]:
+    params, state = placed(mesh, "columns")
+    for ids in batches[:2]:
         params, state = step(params, state, split(mesh, ids))
     checkpoint.save(tmp_path, (params, state))
-    for ids in batches[3:]:
+    for ids in batches[2:]:
         params, state = step(params, state, split(mesh, ids))
 
     three = jax.make_mesh((3,), ("x",), devices=jax.devices()[:3])
-    again = placed(three, "rows")
-    again, of_again = checkpoint.restore(tmp_path, (again, tx.init(again)))
-    for ids in batches[3:]:
+    again, of_again = checkpoint.restore(tmp_path, placed(three, "rows"))
+    for ids in batches[2:]:
         again, of_again = step(again, of_again, split(three, ids))
-    np.testing.assert_allclose(
-        embax.unshard(again["table"]).weight, embax.unshard(params["table"]).weight, rtol=1e-5, atol=1e-6
-    )
-    # Nothing is summed over the batch here, so that the number of devices does not even matter for the last digit.
-    np.testing.assert_array_equal(embax.unshard(again["alone"]).weight, embax.unshard(params["alone"]).weight)
+    # So that the number of devices does not even matter for the last digit.
+    np.testing.assert_array_equal(embax.unshard(again["table"]).weight, embax.unshard(params["table"]).weight)
     np.testing.assert_allclose(again["dense"], params["dense"], rtol=1e-5, atol=1e-6)
-    np.testing.assert_array_equal(of_again.inner[0].count, state.inner[0].count)
+    counts = [[int(x) for x in jax.tree.leaves(s.inner) if x.ndim == 0] for s in (of_again, state)]
+    assert counts[0] == counts[1] == [4]
 
 
 def test_keys_numbers_and_low_precision(tmp_path):
@@ -345,7 +350,7 @@ _SAVES = """
 
 def test_a_process_killed_while_saving_leaves_the_last_whole_one(tmp_path):
     like = {"value": 0, **{name: Table(jnp.zeros((20_000, 16))) for name in "abc"}}
-    for attempt, wait in enumerate((0.0, 0.013, 0.031, 0.057)):
+    for attempt, wait in enumerate((0.0, 0.031)):
         path = tmp_path / str(attempt)
         child = subprocess.Popen(
             [sys.executable, "-c", textwrap.dedent(_SAVES), path], stdout=subprocess.PIPE, text=True

@@ -1,5 +1,7 @@
 """Bags that are pooled where their rows are stored: what they are off the mesh, and what they send."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,45 +29,72 @@ def placed(layout, axes="auto", weight=WEIGHT, **rules):
     return mesh, embax.shard(Table(weight, **rules), mesh, **how, pool_at_owners=True)
 
 
-@jax.jit
-def modes(table, bags, factors):
-    pooled = {mode: embedding_bag(table, bags, mode=mode) for mode in MODES}
-    weighted = {mode: embedding_bag(table, bags, factors, mode) for mode in MODES}
-    return pooled, weighted
+@functools.partial(jax.jit, static_argnames="weighted")
+def modes(table, bags, factors, weighted):
+    """Some modes of bags with and without weights, of which a bag of each is pooled in its own way."""
+    pooled = {mode: embedding_bag(table, bags, mode=mode) for mode in MODES if mode not in weighted}
+    return pooled, {mode: embedding_bag(table, bags, factors, mode) for mode in weighted}
 
 
-@pytest.mark.parametrize("batch", [split, everywhere])
-@pytest.mark.parametrize("axes", AXES)
-@pytest.mark.parametrize("layout", POOLED)
-def test_sums_are_as_off_the_mesh(layout, axes, batch):
+def rest(*args):
+    """A case of the exhaustive run."""
+    return pytest.param(*args, marks=pytest.mark.exhaustive)
+
+
+@pytest.mark.parametrize(
+    ("layout", "axes", "batch", "weighted"),
+    [
+        ("rows-cyclic", "explicit", everywhere, ("mean",)),
+        ("rows and copies", "auto", split, ("sqrtn",)),
+        ("rows and columns", "auto", everywhere, ("mean",)),
+        ("rows over two axes", "explicit", split, ("sqrtn", "sum")),
+        *[
+            rest(layout, axes, batch, weighted)
+            for layout in POOLED
+            for axes in AXES
+            for batch in (split, everywhere)
+            for weighted in ((), MODES)
+        ],
+    ],
+)
+def test_sums_are_as_off_the_mesh(layout, axes, batch, weighted):
     rules = {"padding_idx": 3} if layout == "rows and columns" else {"padding_idx": 3, "max_norm": 2.0}
     mesh, table = placed(layout, axes, **rules)
     factors = FACTORS.copy()
     factors[2, 0] = np.nan  # of a padding row, which does not count
-    out = modes(table, batch(mesh, BAGS), batch(mesh, factors))
-    expected = modes(Table(WEIGHT, **rules), BAGS, factors)
+    out = modes(table, batch(mesh, BAGS), batch(mesh, factors), weighted)
+    expected = modes(Table(WEIGHT, **rules), BAGS, factors, weighted)
     for one, other in zip(jax.tree.leaves(out), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
         assert np.isnan(np.asarray(one)[5]).any()  # it has an id without a row
 
 
-@pytest.mark.parametrize("layout", POOLED)
-def test_sums_of_whole_numbers_are_exact_and_gradients_those_of_rows(layout):
+@pytest.mark.parametrize(
+    ("layout", "axes"),
+    [
+        ("rows-cyclic", "auto"),
+        ("rows and columns", "explicit"),
+        *[rest(layout, axes) for layout in POOLED for axes in AXES],
+    ],
+)
+def test_sums_of_whole_numbers_are_exact_and_gradients_those_of_rows(layout, axes):
     weight = np.round(8 * WEIGHT)
-    mesh, table = placed(layout, weight=weight, padding_idx=3, scale_grad_by_freq=True, out_of_range="zero")
+    rules = {"padding_idx": 3, "scale_grad_by_freq": True, "out_of_range": "zero"}
+    mesh, table = placed(layout, axes, weight=weight, **rules)
     factors = np.round(FACTORS)
 
     @jax.jit
     def run(table, bags, factors):
-        def loss(table, factors):
-            return (embedding_bag(table, bags, factors) * jnp.arange(float(DIM))[None]).sum()
+        def loss(pair):
+            out = embedding_bag(pair[0], bags, pair[1])
+            return (out * jnp.arange(float(DIM))[None]).sum(), out
 
-        return embedding_bag(table, bags, factors), embax.grad(loss)(table, factors), jax.grad(loss, 1)(table, factors)
+        (of_table, of_factors), out = embax.grad(loss, has_aux=True, on_dense="error")((table, factors))
+        return out, of_table.to_dense(), of_factors
 
-    off = Table(weight, padding_idx=3, scale_grad_by_freq=True, out_of_range="zero")
-    out, expected = run(table, split(mesh, BAGS), split(mesh, factors)), run(off, BAGS, factors)
+    out, expected = run(table, split(mesh, BAGS), split(mesh, factors)), run(Table(weight, **rules), BAGS, factors)
     np.testing.assert_array_equal(out[0], expected[0])
-    np.testing.assert_allclose(out[1].to_dense(), expected[1].to_dense(), rtol=2e-6, atol=2e-6)
+    np.testing.assert_allclose(out[1], expected[1], rtol=2e-6, atol=2e-6)
     np.testing.assert_array_equal(out[2], expected[2])
 
 
@@ -77,26 +106,34 @@ def test_ids_that_crowd_on_one_device_are_all_summed(layout):
     np.testing.assert_array_equal(jax.jit(embedding_bag)(table, split(mesh, bags)), np.round(8 * WEIGHT)[bags].sum(1))
 
 
-def test_bags_of_any_shape_and_number():
+@pytest.mark.parametrize("axes", ["explicit", rest("auto")])
+def test_bags_of_any_shape_and_number(axes):
     whole = np.round(8 * WEIGHT)
-    for axes in AXES:
-        _, table = placed("rows-cyclic", axes, weight=whole)
-        for shape in (3, 5, LENGTH), (11, LENGTH), (LENGTH,), (0, LENGTH), (4, 0):
-            ids = np.resize(np.abs(BAGS) % ROWS, shape)
-            np.testing.assert_array_equal(jax.jit(embedding_bag)(table, ids), whole[ids].sum(-2))
-        ids = np.abs(BAGS) % ROWS
-        np.testing.assert_array_equal(jax.vmap(embedding_bag, (None, 0))(table, ids), whole[ids].sum(1))
-    rows = np.round(8 * WEIGHT).reshape(ROWS, 4, 2)
-    _, table = placed("rows", weight=rows)
-    np.testing.assert_array_equal(embedding_bag(table, ids), rows[ids].sum(1))
+    shapes = (3, 5, LENGTH), (11, LENGTH), (LENGTH,), (0, LENGTH), (4, 0)
+    mesh, table = placed("rows-cyclic", axes, weight=whole)
+    split_rows = embax.shard(Table(whole.reshape(ROWS, 4, 2)), mesh, "x", pool_at_owners=True)
+    given = {str(shape): np.resize(np.abs(BAGS) % ROWS, shape) for shape in shapes}
+
+    @jax.jit
+    def run(table, split_rows, given):
+        ids = given[str((11, LENGTH))]
+        out = {name: embedding_bag(table, ids) for name, ids in given.items()}
+        return out, jax.vmap(embedding_bag, (None, 0))(table, ids), embedding_bag(split_rows, ids)
+
+    out, of_lanes, of_split_rows = run(table, split_rows, given)
+    for name, ids in given.items():
+        np.testing.assert_array_equal(out[name], whole[ids].sum(-2), err_msg=name)
+    expected = whole[given[str((11, LENGTH))]].sum(1)
+    np.testing.assert_array_equal(of_lanes, expected)
+    np.testing.assert_array_equal(of_split_rows, expected.reshape(11, 4, 2))
 
 
-@pytest.mark.parametrize("rows", [0, 1, 2, 9])
-def test_fewer_rows_than_devices(rows):
-    _, table = placed("rows", weight=WEIGHT[:rows], out_of_range="zero")
-    expected = np.where((BAGS == 0)[..., None], WEIGHT[0], 0).sum(1) if rows else np.zeros((16, DIM))
-    out = jax.jit(embedding_bag)(table, np.where(BAGS == 0, 0, 99))
-    np.testing.assert_allclose(out, expected, rtol=1e-6)
+def test_fewer_rows_than_devices():
+    tables = {rows: placed("rows", weight=WEIGHT[:rows], out_of_range="zero")[1] for rows in (0, 1, 2, 9)}
+    run = jax.jit(lambda tables, bags: {rows: embedding_bag(table, bags) for rows, table in tables.items()})
+    for rows, out in run(tables, np.where(BAGS == 0, 0, 99)).items():
+        expected = np.where((BAGS == 0)[..., None], WEIGHT[0], 0).sum(1) if rows else np.zeros((16, DIM))
+        np.testing.assert_allclose(out, expected, rtol=1e-6, err_msg=rows)
 
 
 def test_many_ones_in_bfloat16_add_up():
@@ -111,10 +148,10 @@ def compiled(table, bags):
 
 
 def test_long_bags_send_sums_and_short_ones_rows():
-    number, dim, length = 512, 32, 64
+    number, dim, length = 512, 32, 32
     weight, bags = np.zeros((8_000, dim), np.float32), np.zeros((number, length), np.int32)
-    mesh, table = placed("rows-cyclic", weight=weight)
-    plain = embax.shard(Table(weight), mesh, "x", "rows-cyclic")
+    mesh, table = placed("rows", weight=weight)
+    plain = embax.shard(Table(weight), mesh, "x")
     programs = compiled(table, bags), compiled(plain, bags)
     sent, of_rows = (sum(x.bytes for x in collectives(program)) for program in programs)
     assert sent < of_rows / 5

@@ -1,12 +1,14 @@
 """attend and the cross-entropies on a mesh: what they are off it, each device seeing to its own rows."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from hlo import collectives
 from jax.sharding import NamedSharding, PartitionSpec
-from meshes import AXES, LAYOUTS, everywhere, mesh_of, split
+from meshes import AXES, LAYOUTS, everywhere, mesh_of, split, waiting
 
 import embax
 from embax import Table, attend, lookup, sampled_softmax, softmax_cross_entropy
@@ -32,108 +34,161 @@ def as_it_is(mesh, array):
 PUTS = {"split": split, "everywhere": everywhere, "last": along_the_last, "off": as_it_is}
 
 
-def assert_close(values, expected, dtype=jnp.float32):
+def assert_close(values, expected, dtype=jnp.float32, name=""):
     """Rounding of float32 in another order of sums, and of what is rounded to bfloat16 besides."""
     values, expected = (np.asarray(x, np.float32) for x in (values, expected))
-    assert values.shape == expected.shape
+    assert values.shape == expected.shape, name
     # Of no NaN and no infinity: these must be where they are expected.
-    np.testing.assert_array_equal(np.isfinite(values), np.isfinite(expected))
+    np.testing.assert_array_equal(np.isfinite(values), np.isfinite(expected), err_msg=name)
     finite = np.isfinite(expected)
     size = np.max(np.abs(expected[finite]), initial=1)
     error = np.max(np.abs(values[finite] - expected[finite]), initial=0)
-    assert error <= (2e-6 if dtype == jnp.float32 else 2**-7) * size
+    assert error <= (2e-6 if dtype == jnp.float32 else 2**-7) * size, name
 
 
-@jax.jit
-def everything(table, x, labels):
-    def losses(table, x):
-        return {
-            "in blocks": softmax_cross_entropy(table, x, labels, chunk=5),
-            "at once": softmax_cross_entropy(table, x, labels, mask_padding=True),
-            "sampled": sampled_softmax(table, x, labels, jax.random.key(0), samples=16),
-            "logits": attend(table, x, mask_padding=True),
-        }
+@functools.partial(jax.jit, static_argnames="names")
+def everything(table, x, labels, names):
+    """The heads of these names, and the gradients of table and vectors that each of them gives by itself."""
+    heads = {
+        "in blocks": lambda t, x: softmax_cross_entropy(t, x, labels, chunk=5),
+        "at once": lambda t, x: softmax_cross_entropy(t, x, labels, mask_padding=True),
+        "sampled": lambda t, x: sampled_softmax(t, x, labels, jax.random.key(0), samples=16),
+        "logits": lambda t, x: attend(t, x, mask_padding=True),
+    }
 
-    def total(table, x, names):
-        values = losses(table, x)
-        return sum(jnp.sum(jnp.where(jnp.isfinite(values[name]), jnp.sin(values[name]), 0)) for name in names)
+    def with_gradient(head):
+        out, pull_back = jax.vjp(head, table, x)
+        finite = jnp.isfinite(out)
+        return out, pull_back(jnp.where(finite, jnp.cos(jnp.where(finite, out, 0)), 0))
 
-    def gradients(*names):
-        return jax.grad(total, (0, 1))(table, x, names)
+    return {name: with_gradient(heads[name]) for name in names}
 
-    return losses(table, x), [gradients("in blocks", "at once"), gradients("logits"), gradients("sampled")]
+
+@functools.cache
+def off_the_mesh(name):
+    return everything(Table(WEIGHT, **RULES), X, LABELS, (name,))[name]
+
+
+def rest(*names):
+    """A case of the exhaustive run."""
+    return pytest.param(*names, marks=pytest.mark.exhaustive)
+
+
+BLOCKS, ONCE = ("in blocks", "logits"), ("at once", "logits")
+ALL = "in blocks", "at once", "sampled", "logits"
 
 
 @pytest.mark.parametrize(
-    ("layout", "axes", "batch"),
+    ("layout", "axes", "batch", "names"),
     [
-        *[(layout, "explicit", "split") for layout in LAYOUTS],
-        *[(layout, "auto", "split") for layout in ("rows", "rows-cyclic", "columns", "replicated")],
-        ("rows and columns", "auto", "everywhere"),
-        ("rows and copies", "auto", "last"),
-        ("rows and copies", "explicit", "last"),
-        ("rows over two axes", "explicit", "everywhere"),
-        ("rows-cyclic", "explicit", "off"),
+        ("rows", "explicit", "split", BLOCKS),
+        ("rows-cyclic", "auto", "everywhere", ONCE),
+        ("columns", "explicit", "split", ONCE),
+        ("replicated", "auto", "split", BLOCKS),
+        ("rows and copies", "explicit", "last", BLOCKS),
+        ("rows and columns", "explicit", "split", ("in blocks", "sampled", "logits")),
+        ("rows over two axes", "explicit", "off", ("at once",)),
+        *[rest(layout, axes, "split", ALL) for layout in LAYOUTS for axes in AXES],
+        rest("rows and columns", "auto", "everywhere", ALL),
+        rest("rows and copies", "auto", "last", ALL),
+        rest("rows and copies", "explicit", "last", ALL),
+        rest("rows over two axes", "explicit", "everywhere", ALL),
+        rest("rows-cyclic", "explicit", "off", ALL),
     ],
 )
-def test_heads_are_as_off_the_mesh(layout, axes, batch):
+def test_heads_are_as_off_the_mesh(layout, axes, batch, names):
     sizes, how = LAYOUTS[layout]
     mesh, put = mesh_of(sizes, axes), PUTS[batch]
     table = embax.shard(Table(WEIGHT, **RULES), mesh, **how)
     x, labels = put(mesh, X), put(mesh, LABELS)
-    out, gradients = everything(table, x, labels)
-    expected, of_expected = everything(Table(WEIGHT, **RULES), X, LABELS)
-    for name in expected:
-        assert_close(out[name], expected[name])
-    for (of_table, of_x), (of_expected_table, of_expected_x) in zip(gradients, of_expected, strict=True):
+    filled_up = [k for k in range(table.placement.stored_rows) if is_filled_up(table.placement, k)]
+    for name, (out, (of_table, of_x)) in everything(table, x, labels, names).items():
+        expected, (of_expected_table, of_expected_x) = off_the_mesh(name)
+        assert_close(out, expected, name=name)
         assert of_table.weight.sharding.is_equivalent_to(table.weight.sharding, 2)
         weight = np.asarray(embax.unshard(of_table).weight)
-        assert_close(weight, of_expected_table.weight)
+        assert_close(weight, of_expected_table.weight, name=name)
         assert not weight[4].any()
-        filled_up = np.asarray(table.placement.ids(jnp.arange(table.placement.stored_rows))) == ROWS
         assert not np.asarray(of_table.weight)[filled_up].any()
-        assert_close(of_x, of_expected_x)
-    if axes == "explicit" and batch != "off":
-        assert all(values.sharding.is_equivalent_to(x.sharding, values.ndim) for values in out.values())
+        assert_close(of_x, of_expected_x, name=name)
+        if axes == "explicit" and batch != "off":
+            assert out.sharding.is_equivalent_to(x.sharding, out.ndim)
 
 
-@pytest.mark.parametrize("axes", AXES)
-def test_batches_of_any_shape_and_calls_outside_of_jit(axes):
-    mesh = mesh_of({"x": 4, "y": 2}, axes)
-    table, off = embax.shard(Table(WEIGHT, **RULES), mesh, "x"), Table(WEIGHT, **RULES)
-    for batch in (), (0,), (5,):  # which the copies cannot share out
-        x, labels = X.reshape(-1, DIM)[:5], np.abs(LABELS.ravel()[3:8]) % ROWS
-        x, labels = (x[0], labels[0]) if batch == () else (x[: batch[0]], labels[: batch[0]])
-        assert_close(attend(table, x), attend(off, x))
-        assert_close(softmax_cross_entropy(table, x, labels), softmax_cross_entropy(off, x, labels))
-        gradient = jax.grad(lambda t, x, y: softmax_cross_entropy(t, x, y).sum(), (0, 1))
-        with jax.set_mesh(mesh):  # which JAX asks for to pull the sum back
-            of_table, of_x = gradient(table, x, labels)
-        of_off, of_x_off = gradient(off, x, labels)
-        assert_close(embax.unshard(of_table).weight, of_off.weight)
-        assert_close(of_x, of_x_off)
+def is_filled_up(placement, position):
+    """Tell a stored row without a meaning."""
+    shard, place = divmod(position, placement.block)
+    return (place * placement.shards + shard if placement.cyclic else position) >= ROWS
+
+
+def batches():
+    """No batch axis, no token, and tokens that the copies cannot share out."""
+    x, labels = X.reshape(-1, DIM)[:5], np.abs(LABELS.ravel()[3:8]) % ROWS
+    return {"one": (x[0], labels[0]), "none": (x[:0], labels[:0]), "five": (x, labels)}
+
+
+def of_batch(table, x, labels):
+    losses, pull_back = jax.vjp(lambda t, x: softmax_cross_entropy(t, x, labels), table, x)
+    return attend(table, x), losses, pull_back(jnp.ones_like(losses))
+
+
+@pytest.mark.parametrize("axes", ["explicit", rest("auto")])
+def test_batches_of_any_shape(axes):
+    table, off = embax.shard(Table(WEIGHT, **RULES), mesh_of({"x": 4, "y": 2}, axes), "x"), Table(WEIGHT, **RULES)
+    run = jax.jit(lambda table, batches: {name: of_batch(table, *batch) for name, batch in batches.items()})
+    out, expected = run(table, batches()), run(off, batches())
+    for name, (logits, losses, (of_table, of_x)) in out.items():
+        of_logits, of_losses, (of_off, of_x_off) = expected[name]
+        assert_close(logits, of_logits, name=name)
+        assert_close(losses, of_losses, name=name)
+        assert_close(embax.unshard(of_table).weight, of_off.weight, name=name)
+        assert_close(of_x, of_x_off, name=name)
+
+
+def test_calls_outside_of_jit():
+    table = embax.shard(Table(WEIGHT, **RULES), mesh_of({"x": 4, "y": 2}, "explicit"), "x")
+    x, labels = batches()["five"]
+    logits, losses, _ = jax.jit(of_batch)(Table(WEIGHT, **RULES), x, labels)
+    assert_close(attend(table, x), logits)
+    assert_close(softmax_cross_entropy(table, x, labels), losses)
     with pytest.raises(IndexError, match="got 500 at position"):
         softmax_cross_entropy(table, X, LABELS)
 
 
-@pytest.mark.parametrize(
-    "rules", [{"out_of_range": "zero"}, {"out_of_range": "clip"}, {"out_of_range": "nan", "freeze": True}]
-)
-def test_labels_without_a_row_and_frozen_tables(rules):
-    mesh = mesh_of({"x": 4, "y": 2})
-    labels = split(mesh, np.tile([-ROWS - 1, 500, 3], (8, 1)))
-
-    @jax.jit
-    def run(table, x):
-        losses = softmax_cross_entropy(table, x, labels)
-        return losses, jax.grad(lambda *args: softmax_cross_entropy(*args, labels).sum(), (0, 1))(table, x)
-
-    losses, (of_table, of_x) = run(embax.shard(Table(WEIGHT, **rules), mesh, "x", columns="y"), X)
-    expected, (of_off, of_x_off) = run(Table(WEIGHT, **rules), X)
-    assert_close(losses, expected)
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("axes", AXES)
+def test_gradients_outside_of_jit(axes):
+    mesh = mesh_of({"x": 4, "y": 2}, axes)
+    x, labels = batches()["five"]
+    with jax.set_mesh(mesh):  # which JAX asks for to pull the sum back
+        table = embax.shard(Table(WEIGHT, **RULES), mesh, "x")
+        of_table, of_x = jax.grad(lambda t, x: softmax_cross_entropy(t, x, labels).sum(), (0, 1))(table, x)
+    _, _, (of_off, of_x_off) = jax.jit(of_batch)(Table(WEIGHT, **RULES), x, labels)
     assert_close(embax.unshard(of_table).weight, of_off.weight)
     assert_close(of_x, of_x_off)
-    assert bool(np.any(of_off.weight)) != rules.get("freeze", False)
+
+
+def test_labels_without_a_row_and_frozen_tables():
+    rules = {"zero": {}, "clip": {}, "nan": {"freeze": True}}
+    mesh = mesh_of({"x": 4, "y": 2})
+    labels = split(mesh, np.tile([-ROWS - 1, 500, 3], (8, 1)))
+    off = {name: Table(WEIGHT, out_of_range=name, **others) for name, others in rules.items()}
+
+    @jax.jit
+    def run(tables, x):
+        def losses(table, x):
+            out, pull_back = jax.vjp(lambda t, x: softmax_cross_entropy(t, x, labels), table, x)
+            return out, pull_back(jnp.ones_like(out))
+
+        return {name: losses(table, x) for name, table in tables.items()}
+
+    out, expected = run(embax.shard(off, mesh, "x", columns="y"), X), run(off, X)
+    for name, (losses, (of_table, of_x)) in out.items():
+        of_losses, (of_off, of_x_off) = expected[name]
+        assert_close(losses, of_losses, name=name)
+        assert_close(embax.unshard(of_table).weight, of_off.weight, name=name)
+        assert_close(of_x, of_x_off, name=name)
+        assert bool(np.any(of_off.weight)) != rules[name].get("freeze", False), name
 
 
 @pytest.mark.parametrize(("layout", "axes"), [("rows and copies", "explicit"), ("rows and columns", "auto")])
@@ -197,23 +252,31 @@ def test_no_row_has_a_gradient_of_what_is_not_a_number():
 
 
 def test_tables_without_rows_or_columns():
-    mesh = mesh_of({"x": 8})
-    for weight, x, labels in (
-        (WEIGHT[:0], X[0], []),
-        (WEIGHT[:, :0], X[0, :, :0], [0, 1, ROWS - 1]),
-        (WEIGHT[:3], X[0], [2]),
-    ):
-        table, x_of_labels = embax.shard(Table(weight), mesh, "x"), x[: len(labels)]
-        assert_close(attend(table, x), attend(Table(weight), x))
-        losses = softmax_cross_entropy(Table(weight), x_of_labels, labels)
-        assert_close(softmax_cross_entropy(table, x_of_labels, labels), losses)
+    given = {
+        "no rows": (Table(WEIGHT[:0]), X[0], np.zeros(0, np.int32)),
+        "no columns": (Table(WEIGHT[:, :0]), X[0, :, :0], np.array([0, 1, ROWS - 1], np.int32)),
+        "fewer rows than devices": (Table(WEIGHT[:3]), X[0], np.array([2], np.int32)),
+    }
+
+    @jax.jit
+    def run(given):
+        return {
+            name: (attend(table, x), softmax_cross_entropy(table, x[: len(labels)], labels))
+            for name, (table, x, labels) in given.items()
+        }
+
+    expected = run(given)
+    for name, (logits, losses) in run(embax.shard(given, mesh_of({"x": 8}), "x")).items():
+        assert_close(logits, expected[name][0], name=name)
+        assert_close(losses, expected[name][1], name=name)
 
 
-@pytest.mark.parametrize("axes", AXES)
+@pytest.mark.parametrize("axes", ["explicit", rest("auto")])
 def test_a_tied_table_trains_as_off_the_mesh(axes):
-    mesh = mesh_of({"x": 8}, axes)
+    mesh = mesh_of({"x": 4}, axes)
     tx = embax.optim.rowwise_adagrad(0.1)
 
+    @waiting
     @jax.jit
     def step(table, state, ids, labels):
         def loss(table):
@@ -245,8 +308,8 @@ def test_labels_of_another_layout_meet_their_vectors(set_mesh):
 
     @jax.jit
     def run(table, x, labels):
-        sampled = sampled_softmax(table, x, labels, jax.random.key(0), samples=16)
-        return sampled, softmax_cross_entropy(table, x, labels)
+        losses = [softmax_cross_entropy(table, x, labels)]
+        return losses if set_mesh else [*losses, sampled_softmax(table, x, labels, jax.random.key(0), samples=16)]
 
     expected = run(Table(WEIGHT), X[:, :2], labels)
     with jax.set_mesh(mesh) if set_mesh else np.errstate():
@@ -261,20 +324,27 @@ def gathered(compiled):
     return max(found)
 
 
-@pytest.mark.parametrize("axes", AXES)
-def test_neither_the_table_nor_the_logits_are_on_one_device(axes):
-    for layout, how in ("rows-cyclic", {}), ("rows", {"columns": "y"}):
-        mesh = mesh_of({"x": 4, "y": 2}, axes)
-        held = []
-        for rows in 4_000, 32_000:
-            table = embax.shard(np.zeros((rows, DIM), np.float32), mesh, "x", layout, **how)
-            x, labels = split(mesh, X), split(mesh, np.abs(LABELS) % ROWS)
-            step = jax.value_and_grad(lambda t, x, y: softmax_cross_entropy(t, x, y, chunk=64).sum(), (0, 1))
-            compiled = jax.jit(step).lower(table, x, labels).compile()
-            held.append(compiled.memory_analysis().temp_size_in_bytes)
-            assert gathered(compiled) <= max(X.size, 64 * DIM)  # the vectors, or the gradient of a block
-        assert held[1] <= 1.05 * held[0]
-        compiled = jax.jit(attend).lower(table, x).compile()
-        assert gathered(compiled) <= X.size
-        # A device has the logits of its own rows, or those of its own tokens; for a moment, both, and what is sent.
-        assert compiled.memory_analysis().temp_size_in_bytes <= 4 * (X.size // DIM * rows // 4) * 4
+@pytest.mark.parametrize(
+    ("axes", "layout", "how"),
+    [
+        ("explicit", "rows-cyclic", {}),
+        ("auto", "rows", {"columns": "y"}),
+        rest("auto", "rows-cyclic", {}),
+        rest("explicit", "rows", {"columns": "y"}),
+    ],
+)
+def test_neither_the_table_nor_the_logits_are_on_one_device(axes, layout, how):
+    mesh = mesh_of({"x": 4, "y": 2}, axes)
+    held = []
+    for rows in 4_000, 32_000:
+        table = embax.shard(np.zeros((rows, DIM), np.float32), mesh, "x", layout, **how)
+        x, labels = split(mesh, X), split(mesh, np.abs(LABELS) % ROWS)
+        step = jax.value_and_grad(lambda t, x, y: softmax_cross_entropy(t, x, y, chunk=64).sum(), (0, 1))
+        compiled = jax.jit(step).lower(table, x, labels).compile()
+        held.append(compiled.memory_analysis().temp_size_in_bytes)
+        assert gathered(compiled) <= max(X.size, 64 * DIM)  # the vectors, or the gradient of a block
+    assert held[1] <= 1.05 * held[0]
+    compiled = jax.jit(attend).lower(table, x).compile()
+    assert gathered(compiled) <= X.size
+    # A device has the logits of its own rows, or those of its own tokens; for a moment, both, and what is sent.
+    assert compiled.memory_analysis().temp_size_in_bytes <= 4 * (X.size // DIM * rows // 4) * 4

@@ -1,6 +1,7 @@
 """Lookups and bags in tables on a mesh: what the same table gives off it, for each layout, every rule and transform."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -22,8 +23,6 @@ FACTORS = np.random.default_rng(3).normal(size=BAGS.shape).astype(np.float32)
 RAGGED = Ragged.from_lists([[1, 2, 3], [], [4], [5, 5, 6, 7, 8, 9, 10], [3], *[[k, 0] for k in range(9)]])
 EVERYTHING = {"padding_idx": 3, "max_norm": 2.0, "scale_grad_by_freq": True}
 
-on_axes = pytest.mark.parametrize("axes", AXES)
-
 
 def placed(layout, axes="auto", weight=WEIGHT, **rules):
     sizes, how = LAYOUTS[layout]
@@ -31,83 +30,138 @@ def placed(layout, axes="auto", weight=WEIGHT, **rules):
     return mesh, embax.shard(Table(weight, **rules), mesh, **how)
 
 
-def read(table, ids, bags, factors, ragged):
+@jax.jit
+def rows_and_gradients(table, ids, cotangent):
+    def loss(table):
+        return jnp.nansum(lookup(table, ids) * cotangent)
+
+    rows, pull_back = jax.vjp(lambda table: lookup(table, ids), table)
+    stored = embax.renormalize(table, jnp.where(ids < ROWS, ids, 0))
     return {
-        "rows": lookup(table, ids),
-        "sum": embedding_bag(table, bags, factors),
-        "mean": embedding_bag(table, bags, mode="mean"),
-        "max": embedding_bag(table, bags, mode="max"),
-        "ragged": embedding_bag(table, ragged, mode="sqrtn"),
-        "largest": embedding_bag(table, ragged, mode="max"),
+        "rows": rows,
+        "dense": pull_back(cotangent)[0],
+        "sparse": embax.grad(loss, on_dense="error")(table).to_dense(),
+        "stored": stored,
     }
 
 
-def total(table, factors, ids, bags, ragged):
-    return sum(jnp.nansum(jnp.sin(out)) for out in read(table, ids, bags, factors, ragged).values())
-
-
 @jax.jit
-def everything(table, ids, bags, factors, ragged):
-    def loss(pair):
-        return total(*pair, ids, bags, ragged)
+def bags_and_gradients(table, bags, factors, ragged):
+    def read(table, factors):
+        return {
+            "weighted": embedding_bag(table, bags, factors),
+            "ragged": embedding_bag(table, ragged, mode="sqrtn"),
+            "largest of ragged": embedding_bag(table, ragged, mode="max"),
+        }
 
-    pair = table, factors
-    sparse, of_factors = embax.grad(loss, on_dense="error")(pair)
-    dense, _ = jax.grad(loss)(pair)
-    stored = embax.renormalize(table, jnp.where(ids < ROWS, ids, 0))
-    return read(table, ids, bags, factors, ragged), sparse, dense, of_factors, stored
+    def loss(pair, *names):
+        out = read(*pair)
+        return sum((out[name] * jnp.cos(jnp.arange(8.0))[None]).sum() for name in names), out
+
+    sparse, out = embax.grad(loss, has_aux=True, on_dense="error")((table, factors), "ragged", "largest of ragged")
+    (dense, of_factors), _ = jax.grad(loss, has_aux=True)((table, factors), "weighted", "ragged")
+    out["mean"] = embedding_bag(table, bags, mode="mean")
+    out["largest"] = embedding_bag(table, bags, mode="max")
+    return {**out, "sparse": sparse[0].to_dense(), "dense": dense, "factors": of_factors}
+
+
+OF_LOOKUP = IDS, np.random.default_rng(4).normal(size=(*IDS.shape, 8)).astype(np.float32)
+OF_BAGS = BAGS, FACTORS, RAGGED
+
+
+@functools.cache
+def off_the_mesh(function):
+    args = OF_LOOKUP if function is rows_and_gradients else OF_BAGS
+    return function(Table(WEIGHT, **EVERYTHING), *args)
+
+
+def assert_as_off_the_mesh(function, layout, axes, batch):
+    mesh, table = placed(layout, axes, **EVERYTHING)
+    put = functools.partial(split if batch == "split" else everywhere, mesh)
+    args = [x if isinstance(x, Ragged) else put(x) for x in (OF_LOOKUP if function is rows_and_gradients else OF_BAGS)]
+    out, expected = function(table, *args), off_the_mesh(function)
+    assert out.keys() == expected.keys()
+    for name, value in out.items():
+        of_expected = expected[name]
+        if isinstance(value, Table):
+            assert value.weight.sharding.is_equivalent_to(table.weight.sharding, 2)
+            value, of_expected = embax.unshard(value).weight, of_expected.weight
+        if name in ("dense", "sparse", "factors"):
+            np.testing.assert_allclose(value, of_expected, rtol=2e-6, atol=2e-6, err_msg=name)
+        elif name == "ragged":  # a bag may lie on two devices, so that its sum has another order
+            np.testing.assert_allclose(value, of_expected, rtol=1e-6, atol=1e-6, err_msg=name)
+        else:
+            np.testing.assert_array_equal(value, of_expected, err_msg=name)
+    assert not np.any(out["sparse"][3])
+    return args, out
+
+
+def rest(*names):
+    """A case of the exhaustive run."""
+    return pytest.param(*names, marks=pytest.mark.exhaustive)
 
 
 @pytest.mark.parametrize(
     ("layout", "axes", "batch"),
     [
-        *[(layout, "explicit", "split") for layout in LAYOUTS],
-        *[(layout, "auto", "split") for layout in ("rows", "rows and columns")],
+        ("rows", "explicit", "split"),
         ("rows-cyclic", "auto", "everywhere"),
-        ("rows", "explicit", "everywhere"),
+        ("columns", "explicit", "split"),
+        ("replicated", "auto", "split"),
+        ("rows and copies", "explicit", "everywhere"),
+        ("rows and columns", "auto", "split"),
+        ("rows over two axes", "explicit", "split"),
+        *[rest(layout, axes, batch) for layout in LAYOUTS for axes in AXES for batch in ("split", "everywhere")],
     ],
 )
-def test_all_of_it_is_as_off_the_mesh(layout, axes, batch):
-    mesh, table = placed(layout, axes, **EVERYTHING)
-    put = split if batch == "split" else everywhere
-    args = put(mesh, IDS), put(mesh, BAGS), put(mesh, FACTORS), RAGGED
-    out, sparse, dense, of_factors, stored = everything(table, *args)
-    expected, of_sparse, of_dense, of_expected, of_stored = everything(Table(WEIGHT, **EVERYTHING), *args_off(args))
-    for name in expected:
-        if name == "ragged":  # a bag may lie on two devices, so that its sum has another order
-            np.testing.assert_allclose(out[name], expected[name], rtol=1e-6, atol=1e-6)
-        else:
-            np.testing.assert_array_equal(out[name], expected[name])
-    np.testing.assert_allclose(sparse.to_dense(), of_sparse.to_dense(), rtol=2e-6, atol=2e-6)
-    np.testing.assert_allclose(embax.unshard(dense).weight, of_dense.weight, rtol=2e-6, atol=2e-6)
-    np.testing.assert_allclose(of_factors, of_expected, rtol=2e-6, atol=2e-6)
-    assert dense.weight.sharding.is_equivalent_to(table.weight.sharding, 2)
-    assert stored.weight.sharding.is_equivalent_to(table.weight.sharding, 2)
-    np.testing.assert_array_equal(embax.unshard(stored).weight, of_stored.weight)
-    assert not np.any(sparse.to_dense()[3])
+def test_rows_and_their_gradients_are_as_off_the_mesh(layout, axes, batch):
+    (ids, _), out = assert_as_off_the_mesh(rows_and_gradients, layout, axes, batch)
     if axes == "explicit":
-        assert out["rows"].sharding.is_equivalent_to(args[0].sharding, 3)
+        assert out["rows"].sharding.is_equivalent_to(ids.sharding, 3)
 
 
-def args_off(args):
-    return tuple(jnp.asarray(np.asarray(x)) if isinstance(x, jax.Array) else x for x in args)
+@pytest.mark.parametrize(
+    ("layout", "axes", "batch"),
+    [
+        ("rows and columns", "explicit", "split"),
+        rest("rows and columns", "auto", "everywhere"),
+        *[rest(layout, axes, "split") for layout in LAYOUTS for axes in AXES],
+    ],
+)
+def test_bags_and_their_gradients_are_as_off_the_mesh(layout, axes, batch):
+    assert_as_off_the_mesh(bags_and_gradients, layout, axes, batch)
 
 
-@on_axes
-@pytest.mark.parametrize("layout", ["rows", "rows and columns"])
+@pytest.mark.parametrize(
+    ("layout", "axes"),
+    [
+        ("rows and columns", "explicit"),
+        rest("rows", "auto"),
+        rest("rows", "explicit"),
+        rest("rows and columns", "auto"),
+    ],
+)
 def test_under_transformations(layout, axes):
     _, table = placed(layout, axes)
     ids = np.abs(IDS[:8]) % ROWS
     rows = WEIGHT[ids]
-    np.testing.assert_array_equal(jax.jit(jax.vmap(lambda ids: lookup(table, ids)))(ids), rows)
-    np.testing.assert_array_equal(jax.jvp(lambda t: lookup(t, ids), (table,), (table,))[1], rows)
-    scanned = jax.jit(lambda ids: jax.lax.scan(lambda carry, ids: (carry, lookup(table, ids)), 0, ids)[1])
-    np.testing.assert_array_equal(scanned(ids), rows)
 
     def curved(table):
         return (lookup(table, ids) ** 3).sum()
 
-    once = jax.jit(jax.grad(jax.checkpoint(lambda t: jax.grad(curved)(t).weight.sum())))(table)
+    @jax.jit
+    def run(table, ids):
+        once = jax.grad(jax.checkpoint(lambda t: jax.grad(curved)(t).weight.sum()))(table)
+        of_rows = {
+            "vmap": jax.vmap(lambda ids: lookup(table, ids))(ids),
+            "jvp": jax.jvp(lambda t: lookup(t, ids), (table,), (table,))[1],
+            "scan": jax.lax.scan(lambda carry, ids: (carry, lookup(table, ids)), 0, ids)[1],
+        }
+        return once, of_rows
+
+    once, of_rows = run(table, ids)
+    for name, out in of_rows.items():
+        np.testing.assert_array_equal(out, rows, err_msg=name)
     counts = np.bincount(ids.ravel(), minlength=ROWS)
     np.testing.assert_allclose(embax.unshard(once).weight, 6 * counts[:, None] * WEIGHT, rtol=1e-5)
 
@@ -126,43 +180,58 @@ def test_ids_of_any_kind():
         lookup(table, [0.5])
 
 
+def test_ids_without_a_row():
+    expected = {"error": np.nan, "nan": np.nan, "zero": 0.0, "clip": WEIGHT[[-1, 0]]}
+    tables = {out_of_range: placed("rows", out_of_range=out_of_range)[1] for out_of_range in expected}
+
+    @jax.jit
+    def run(tables, ids):
+        out = {name: lookup(table, ids) for name, table in tables.items()}
+        gradients = embax.grad(lambda tables: sum(lookup(table, ids).sum() for table in tables.values()))(tables)
+        return out, {name: gradient.to_dense() for name, gradient in gradients.items()}
+
+    out, gradients = run(tables, jnp.array([ROWS, -ROWS - 1, 4]))
+    for name, of_missing in expected.items():
+        np.testing.assert_array_equal(out[name][2], WEIGHT[4], err_msg=name)
+        np.testing.assert_array_equal(out[name][:2], np.broadcast_to(of_missing, (2, 8)), err_msg=name)
+        counts = np.zeros(ROWS)
+        counts[[4, -1, 0] if name == "clip" else [4]] = 1
+        np.testing.assert_array_equal(gradients[name][:, 0], counts, err_msg=name)
+
+
 @pytest.mark.parametrize(
-    ("out_of_range", "expected"),
-    [("error", np.nan), ("nan", np.nan), ("zero", 0.0), ("clip", None)],
-    ids=["error", "nan", "zero", "clip"],
+    ("layout", "rows"),
+    [
+        ("rows", 0),
+        ("rows-cyclic", 1),
+        ("rows", 2),
+        ("rows", 9),
+        *[rest("rows", rows) for rows in (1, 7, 8)],
+        *[rest("rows-cyclic", rows) for rows in (0, 2, 3, 4, 5)],
+    ],
 )
-def test_ids_without_a_row(out_of_range, expected):
-    _, table = placed("rows", out_of_range=out_of_range)
-    ids = jnp.array([ROWS, -ROWS - 1, 4])
-    read_and_pull_back = jax.jit(lambda t, ids: (lookup(t, ids), embax.grad(lambda t: lookup(t, ids).sum())(t)))
-    out, gradient = read_and_pull_back(table, ids)
-    np.testing.assert_array_equal(out[2], WEIGHT[4])
-    counts = np.zeros(ROWS)
-    counts[4] = 1
-    if expected is None:
-        np.testing.assert_array_equal(out[:2], WEIGHT[[-1, 0]])
-        counts[[-1, 0]] = 1
-    else:
-        np.testing.assert_array_equal(out[:2], np.full((2, 8), expected))
-    np.testing.assert_array_equal(gradient.to_dense()[:, 0], counts)
-
-
-@pytest.mark.parametrize("rows", [0, 1, 2, 7, 8, 9])
-@pytest.mark.parametrize("layout", ["rows", "rows-cyclic"])
 def test_fewer_rows_than_devices(layout, rows):
     weight = WEIGHT[:rows]
     mesh, table = placed(layout, weight=weight)
     np.testing.assert_array_equal(embax.unshard(table).weight, weight)
+
+    @jax.jit
+    def run(table, ids, outside):
+        return lookup(table, ids), embedding_bag(table, ids[None]), lookup(table, outside)
+
     ids = np.arange(-rows, rows)
-    np.testing.assert_array_equal(lookup(table, ids), weight[ids])
-    np.testing.assert_array_equal(embedding_bag(table, ids[None]), weight[ids].sum(0)[None])
-    assert np.isnan(jax.jit(lookup)(table, split(mesh, np.full(8, rows)))).all()
+    out, of_bag, outside = run(table, ids, split(mesh, np.full(8, rows)))
+    np.testing.assert_array_equal(out, weight[ids])
+    np.testing.assert_array_equal(of_bag, weight[ids].sum(0)[None])
+    assert np.isnan(outside).all()
 
 
 def test_integers_numbers_a_row_and_several_axes_of_a_row():
-    mesh = mesh_of({"x": 8})
-    for weight in np.arange(22).reshape(11, 2), WEIGHT[:, 0], WEIGHT.reshape(ROWS, 4, 2):
-        np.testing.assert_array_equal(lookup(embax.shard(weight, mesh, "x"), [3, 10, -1]), weight[[3, 10, -1]])
+    mesh = mesh_of({"x": 4})
+    weights = np.arange(22).reshape(11, 2), WEIGHT[:, 0], WEIGHT.reshape(ROWS, 4, 2)
+    read = jax.jit(lambda tables: [lookup(table, [3, 10, -1]) for table in tables])
+    for weight, out in zip(weights, read([embax.shard(weight, mesh, "x") for weight in weights]), strict=True):
+        np.testing.assert_array_equal(out, weight[[3, 10, -1]])
 
 
 def test_rounds_count_what_crowds():
@@ -179,15 +248,15 @@ def test_rounds_count_what_crowds():
         embax.sharding.rounds(Table(WEIGHT), [0])
 
 
-def test_many_ones_in_bfloat16_add_up():
-    for axes in AXES:
-        _, table = placed("rows", axes, weight=jnp.zeros((8, 2), jnp.bfloat16))
+@pytest.mark.parametrize("axes", ["explicit", rest("auto")])
+def test_many_ones_in_bfloat16_add_up(axes):
+    _, table = placed("rows-cyclic", axes, weight=jnp.zeros((8, 2), jnp.bfloat16))
 
-        def step(table):
-            gradient = embax.grad(lambda t: lookup(t, np.full(4096, 5)).astype(jnp.float32).sum())(table)
-            return embax.apply_updates(table, gradient)
+    def step(table):
+        gradient = embax.grad(lambda t: lookup(t, np.full(4096, 5)).astype(jnp.float32).sum())(table)
+        return embax.apply_updates(table, gradient)
 
-        np.testing.assert_array_equal(embax.unshard(jax.jit(step)(table)).weight[5], [4096, 4096])
+    np.testing.assert_array_equal(embax.unshard(jax.jit(step)(table)).weight[5], [4096, 4096])
 
 
 def test_a_frozen_table_stands_still():
@@ -199,10 +268,16 @@ def test_a_frozen_table_stands_still():
 
 def test_gradients_add_and_scale():
     _, table = placed("rows-cyclic")
-    gradient = embax.grad(lambda t: lookup(t, [1, 2, 1]).sum())(table)
-    off = embax.grad(lambda t: lookup(t, [1, 2, 1]).sum())(Table(WEIGHT))
-    np.testing.assert_array_equal((2 * gradient + gradient).to_dense(), (3 * off).to_dense())
-    np.testing.assert_allclose(embax.global_norm(gradient), embax.global_norm(off), rtol=1e-6)
+
+    @jax.jit
+    def run(table):
+        gradient = embax.grad(lambda t: lookup(t, [1, 2, 1]).sum())(table)
+        return (2 * gradient + gradient).to_dense(), embax.global_norm(gradient)
+
+    counts = np.bincount([1, 2, 1], minlength=ROWS)[:, None] * np.ones(8)
+    total, norm = run(table)
+    np.testing.assert_array_equal(total, 3 * counts)
+    np.testing.assert_allclose(norm, np.sqrt((counts**2).sum()), rtol=1e-6)
 
 
 def test_a_placed_table_is_not_resized():

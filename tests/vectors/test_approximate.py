@@ -147,8 +147,11 @@ def test_load_of_no_file_is_an_os_error(tmp_path):
 def test_load_of_a_damaged_file_is_a_format_error(saved, seed):
     path, weight = saved
     file = path.parent / f"{path.name}.usearch"
+    whole = file.read_bytes()
     # Half of the damage is in the two lines before the index.
-    for name, data in damages(file.read_bytes(), 200, seed, head=200):
+    for name, data in damages(whole, 200, seed, head=200):
+        if data.replace(b" ", b"") == whole.replace(b" ", b""):  # blanks of JSON say nothing
+            continue
         file.write_bytes(data)
         with told(name), pytest.raises((FormatError, StaleIndexError)):
             Approximate.load(path, weight)

@@ -48,7 +48,7 @@ class EmbeddingBag(Embedding):
       (2, 3)
       >>> bag([1, 2, 4, 5, 4, 3, 2, 9], offsets=[0, 4]).shape
       (2, 3)
-      >>> bag(embax.Ragged.from_lists([[1, 2], []]))[1]
+      >>> embax.brainstate.jit(bag)(embax.Ragged.from_lists([[1, 2], []]))[1]
       Array([0., 0., 0.], dtype=float32)
     """
 

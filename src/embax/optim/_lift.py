@@ -62,8 +62,8 @@ def lift(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraA
       >>> def loss(params, ids):
       ...     return (embax.lookup(params["table"], ids) * params["scale"]).sum()
       ...
-      >>> gradient = embax.grad(loss)(params, [3, 5, 3])
-      >>> updates, state = tx.update(gradient, state, params)
+      >>> gradient = jax.jit(embax.grad(loss))(params, jnp.array([3, 5, 3]))
+      >>> updates, state = jax.jit(tx.update)(gradient, state, params)
       >>> updates["table"]
       RowGrad(3 ids of 1000 rows, float32[3,4])
       >>> params = embax.apply_updates(params, updates)

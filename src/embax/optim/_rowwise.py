@@ -49,12 +49,12 @@ def rowwise_adagrad(
       ValueError: If an argument is negative.
 
     Example:
-      >>> import embax, jax.numpy as jnp
+      >>> import embax, jax, jax.numpy as jnp
       >>> params = {"table": embax.Table(jnp.zeros((1_000, 4)))}
       >>> tx = embax.optim.rowwise_adagrad(0.1)
       >>> state = tx.init(params)
       >>> gradient = {"table": embax.RowGrad([7], jnp.full((1, 4), 2.0), rows=1_000)}
-      >>> updates, state = tx.update(gradient, state, params)
+      >>> updates, state = jax.jit(tx.update)(gradient, state, params)
       >>> updates["table"].values
       Array([[-0.1, -0.1, -0.1, -0.1]], dtype=float32)
 
