@@ -1,5 +1,7 @@
 """Candidates drawn from fewer rows than samples: which rows count, and that memory follows the rows."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,8 +20,11 @@ KEY = jax.random.key(0)
 @pytest.mark.parametrize("samples", [4, ROWS, ROWS + 1, 90])
 def test_every_row_that_was_drawn_counts_once(samples):
     candidates = embax.Unigram.from_counts(np.arange(ROWS))
-    drawn = np.asarray(_candidates.draw(KEY, candidates, samples, ROWS))
-    ids, counted = map(np.asarray, _candidates.draw_distinct(KEY, candidates, samples, ROWS))
+    draw, distinct = (
+        jax.jit(functools.partial(f, candidates=candidates, samples=samples, rows=ROWS))
+        for f in (_candidates.draw, _candidates.draw_distinct)
+    )
+    drawn, (ids, counted) = jax.tree.map(np.asarray, (draw(KEY), distinct(KEY)))
     assert ids.shape == counted.shape == (min(samples, ROWS),)
     assert sorted(ids[counted]) == sorted(set(drawn))
     assert set(ids) == set(drawn)
@@ -65,7 +70,7 @@ def test_memory_follows_the_rows_where_samples_are_more():
 
 
 def test_rows_that_were_not_drawn_have_no_gradient():
-    gradient = embax.grad(lambda t: sampled_softmax(t, X, LABELS, KEY, samples=51).sum())(TABLE)
+    gradient = jax.jit(embax.grad(lambda t: sampled_softmax(t, X, LABELS, KEY, samples=51).sum()))(TABLE)
     drawn = np.asarray(_candidates.draw(KEY, "log_uniform", 51, ROWS))
     assert set(np.asarray(gradient.ids).tolist()) <= {*drawn.tolist(), *LABELS.tolist(), ROWS}
     assert len(set(drawn.tolist())) < ROWS
