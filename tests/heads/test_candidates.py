@@ -48,6 +48,7 @@ def test_blocks_of_draws_add_up_to_all_samples(samples, monkeypatch):
 def test_no_rows_have_no_candidates():
     ids, counted = _candidates.draw_distinct(KEY, "uniform", 5, 0)
     assert ids.shape == counted.shape == (0,)
+    assert _candidates.draw(KEY, "uniform", 5, 0).shape == (0,)
 
 
 def test_very_many_samples_come_to_the_whole_softmax():
