@@ -85,3 +85,11 @@ def test_a_program_from_the_cache_reports_what_a_new_one_does(devices, own_cache
     assert hits
     assert new == kept
     assert bool(new[1]) == (devices > 1)
+
+
+def test_every_entry_of_the_tests_for_a_second_python_names_some(pytestconfig):
+    conftest = next(plugin for plugin in pytestconfig.pluginmanager.get_plugins() if hasattr(plugin, "_VERSIONS"))
+    for start in conftest._VERSIONS:
+        path, _, name = start.partition("::")
+        assert (ROOT / path).exists()
+        assert f"def {name}" in (ROOT / path).read_text() if name else True
