@@ -84,8 +84,6 @@ def copies(program, rows):
 CASES = [
     ("sgd", "nonlinear", None),
     ("sgd", "linear", 7),
-    ("momentum", "linear", None),
-    ("adagrad", "nonlinear", None),
     ("adam", "linear", None),
     ("adamw", "nonlinear", 7),
     ("rowwise_adagrad", "nonlinear", 7),
