@@ -1,4 +1,4 @@
-"""What the optimizer of brainstate states refuses: transformations that are not lifted, and arguments that do not fit."""
+"""What the optimizer of brainstate states refuses: plain transformations, and arguments that do not fit."""
 
 import brainstate
 import jax
