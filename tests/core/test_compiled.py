@@ -70,7 +70,7 @@ def test_lookup_without_rules_is_one_gather_in_one_fusion(dtype):
         {"out_of_range": "nan"},
         {"padding_idx": -1, "norm_type": 3.0, "scale_grad_by_freq": True, "freeze": True},
     ],
-    ids=lambda value: getattr(value, "__name__", None) or str(value),
+    ids=str,
 )
 def test_a_rule_that_a_lookup_does_not_use_compiles_to_nothing(rules):
     assert lookup_text(**rules) == lookup_text()
@@ -114,7 +114,7 @@ def rest(*case):
         rest(lookup, "float16", ALL),
         rest(lookup, "bfloat16", ALL),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", None) or str(value),
 )
 def test_memory_of_lookup_follows_the_ids(function, dtype, rules):
     # Of so many rows that a byte for each is more than the program may use.
