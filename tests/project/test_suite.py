@@ -25,7 +25,7 @@ BAD = {"aborts": "import os\n    os.abort()", "hangs": "import ctypes\n    ctype
 def run_as_make_does(folder, *options):
     """Run the tests of a folder by the command of `make test`."""
     lines = subprocess.run(["make", "--dry-run", "test"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    (command,) = re.findall(r"^\S+/python (-m pytest .*)$", lines, re.MULTILINE)
+    (command,) = re.findall(r"^.*/python (-m pytest .*)$", lines, re.MULTILINE)
     command = [sys.executable, *shlex.split(command), f"--config-file={ROOT / 'pyproject.toml'}", *options, str(folder)]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=200)
 
