@@ -15,8 +15,8 @@ movielens: $(VENV)/dev
 	$(BIN)/python examples/movielens.py
 
 # A process that dies ends the run. Tests keep their compiled programs in build/compiled; JAX_COMPILATION_CACHE_DIR names
-# another folder.
-PYTEST := $(BIN)/python -m pytest --numprocesses auto --dist loadfile --max-worker-restart 0
+# another folder. Python keeps its compiled modules, too, whatever the environment says.
+PYTEST := PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest --numprocesses auto --dist loadfile --max-worker-restart 0
 
 # All tests, or those of one area, a folder of tests: make test AREA=bags
 test: $(VENV)/dev

@@ -81,14 +81,31 @@ def _let_go_of_programs():
 _strict()
 _SETTINGS = {"setup": _as_users_have_it, "teardown": _strict}
 
-_EXAMPLES = pytest.mark.versions("examples print arrays, errors and objects of other libraries")
+# The tests that a second Python runs, too: those that begin with one of these, and why.
+_VERSIONS = {
+    "tests/cli/": "typer, rich and the interpreter's own streams",
+    "tests/core/test_compiled.py": "the HLO and the memory of XLA's programs",
+    "tests/files/": "NumPy's, pyarrow's and the interpreter's readers of text, numbers and archives",
+    "tests/gradients/test_grad.py::test_uses": "the form of JAX's backward programs",
+    "tests/layers/test_frameworks.py::test_training": "each framework's own states and transformations",
+    "tests/layers/test_interop.py": "conversion between the frameworks",
+    "tests/optimizers/test_lift_compiled.py": "the HLO and the memory of XLA's programs",
+    "tests/project/": "imports and documentation",
+    "tests/sharding/test_plan.py::test_plan": "the HLO of XLA's collectives",
+    "tests/sharding/test_sharded_compiled.py": "the HLO of XLA's collectives",
+    "tests/train/test_train_corpus.py": "the interpreter's Unicode tables",
+}
+_EXAMPLES = "examples print arrays, errors and objects of other libraries"
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest leaves out tests by their marks
 def pytest_collection_modifyitems(items):
     for item in items:
+        reasons = [reason for start, reason in _VERSIONS.items() if item.nodeid.startswith(start)]
         if not isinstance(item, pytest.Function):  # an example of a page or a docstring
-            item.add_marker(_EXAMPLES)
+            reasons.append(_EXAMPLES)
+        if reasons:
+            item.add_marker(pytest.mark.versions(reasons[0]))
 
 
 pytest_collect_file = (

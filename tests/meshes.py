@@ -4,6 +4,7 @@ import functools
 
 import jax
 import numpy as np
+import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 # The shape and the axes of a mesh, and the arguments of `embax.shard`. On eight devices the last block of rows may be
@@ -18,6 +19,11 @@ LAYOUTS = {
     "rows over two axes": ({"x": 4, "y": 2}, {"axis": ("x", "y")}),
 }
 AXES = {"auto": AxisType.Auto, "explicit": AxisType.Explicit}
+
+
+def usual_and_rest(usual, grid):
+    """The cases of every run, and those of a grid that only an exhaustive run adds."""
+    return [*usual, *(pytest.param(*case, marks=pytest.mark.exhaustive) for case in grid if case not in usual)]
 
 
 def mesh_of(sizes, axes="auto"):

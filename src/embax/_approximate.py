@@ -201,7 +201,7 @@ def _read(path: str) -> tuple[dict[str, Any], bytes]:
         if expected[0] != left:
             raise FormatError(path, f"{left:,} bytes follow line 2, which announces {expected[0]!r}. Is it whole?")
         data = file.read(left)
-    if not hmac.compare_digest(_signature(data), str(expected[1])):
+    if not hmac.compare_digest(_signature(data).encode(), str(expected[1]).encode()):
         raise FormatError(
             path, "the checksum does not hold: it is damaged, or another user's. Build it again and save it."
         )

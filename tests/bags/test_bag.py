@@ -175,8 +175,9 @@ EMPTY = {
 
 @pytest.mark.parametrize("rows", [ROWS, 0])
 def test_nothing_is_zero(rows):
-    # The largest of each, and one of the other modes.
-    cases = [(name, mode) for i, name in enumerate(EMPTY) for mode in (MODES[(i + (rows > 0)) % 3], "max")]
+    # The largest of each, or one of the other modes; of a table with rows both.
+    cases = [(name, MODES[i % 3]) for i, name in enumerate(EMPTY) if rows or i % 2]
+    cases += [(name, "max") for i, name in enumerate(EMPTY) if rows or i % 2 == 0]
 
     @jax.jit
     def run(table):
@@ -227,7 +228,7 @@ def _pool(bags, weights):
     return {mode: embedding_bag(table, bags, None if mode == "max" else weights, mode) for mode in MODES}
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(_IDS, _FACTORS, _OFFSETS)
 def test_any_lists(ids, factors, offsets):
     factors = np.array(factors, np.float32)

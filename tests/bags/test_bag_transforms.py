@@ -53,15 +53,15 @@ def assert_close(actual, expected, case=""):
 
 # ---- Gradients by rows.
 
-# Modes, and whether there are weights; the second half of the table below is exhaustive.
+# Modes, and whether there are weights. Those that are not in the table below are exhaustive.
 KINDS = [*itertools.product(SMOOTH, [False, True]), ("max", False)]
 MAIN_KINDS = {
     ("2d", "none"): [("sum", False), ("sqrtn", True)],
     ("2d", "all"): [("mean", True), ("sqrtn", False), ("max", False)],
-    ("2d", "freeze"): [("mean", True)],
+    ("2d", "freeze"): [],
     ("ragged", "none"): [("sum", True), ("max", False)],
     ("ragged", "all"): [("mean", False), ("sqrtn", True), ("max", False)],
-    ("ragged", "freeze"): [("sum", False), ("max", False)],
+    ("ragged", "freeze"): [("mean", True), ("max", False)],
 }
 OTHER_KINDS = {case: [kind for kind in KINDS if kind not in kinds] for case, kinds in MAIN_KINDS.items()}
 
@@ -69,7 +69,7 @@ OTHER_KINDS = {case: [kind for kind in KINDS if kind not in kinds] for case, kin
 @pytest.mark.parametrize(
     ("layout", "rules", "kinds"),
     [
-        *(pytest.param(*case, kinds, id="-".join(case)) for case, kinds in MAIN_KINDS.items()),
+        *(pytest.param(*case, kinds, id="-".join(case)) for case, kinds in MAIN_KINDS.items() if kinds),
         *(
             pytest.param(*case, kinds, id="-".join([*case, "others"]), marks=exhaustive)
             for case, kinds in OTHER_KINDS.items()

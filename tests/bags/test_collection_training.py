@@ -22,13 +22,12 @@ TABLES = {
     "a": Table(weight(5), padding_idx=0),
     "b": Table(weight(7), padding_idx=(1, 6)),
     "norm": Table(weight(5), max_norm=0.5, padding_idx=1),
-    "often": Table(weight(5), scale_grad_by_freq=True),
-    "often_2": Table(weight(8), scale_grad_by_freq=True, padding_idx=-1),
+    "often": Table(weight(8), scale_grad_by_freq=True, padding_idx=-1),
     "frozen": Table(weight(4), freeze=True),
 }
 # Each table is read by two features, of which some share a gather.
 FEATURES = [Feature(f"{k}_rows", k) for k in TABLES] + [Feature(f"{k}_mean", k, "mean") for k in TABLES]
-PADDING = {"a": [0], "b": [1, 6], "norm": [1], "often_2": [7], "frozen": [0, 1, 2, 3]}
+PADDING = {"a": [0], "b": [1, 6], "norm": [1], "often": [7], "frozen": [0, 1, 2, 3]}
 
 
 @pytest.fixture(autouse=True)

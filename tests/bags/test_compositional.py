@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -74,7 +75,7 @@ def test_create_makes_two_tables(combine):
 def test_by_default_the_fewest_rows_are_stored(ids):
     table = jax.eval_shape(lambda: CompositionalTable.create(KEY, ids, 2))
     assert table.quotient.rows * table.remainder.rows >= ids
-    assert table.quotient.rows + table.remainder.rows <= 2 * np.sqrt(ids) + 2
+    assert table.quotient.rows + table.remainder.rows == math.isqrt(4 * ids - 1) + 1  # twice the root, rounded up
     assert jax.eval_shape(lambda table: table([ids - 1]), table).shape == (1, 2)
     for remainders in 1, 7, ids:
         table = jax.eval_shape(lambda n=remainders: CompositionalTable.create(KEY, ids, 2, remainders=n))

@@ -47,9 +47,14 @@ def assert_are_bags(bags, expected=BAGS):
     assert lists(bags) == expected
     assert isinstance(bags.offsets, jax.Array)
     assert bags.offsets.dtype == jnp.int32
-    assert_are_parts(bags, bags.lengths, bags.segments, expected)
+    assert_are_parts(bags, *_parts(Ragged(np.zeros(bags.capacity, np.int32), bags.offsets)), expected)
     assert (bags.bags, bags.used) == (len(expected), sum(map(len, expected)))
     assert repr(bags) == f"Ragged({len(expected)} bags, capacity={bags.capacity})"
+
+
+@jax.jit
+def _parts(bags):
+    return bags.lengths, bags.segments
 
 
 def assert_are_parts(bags, lengths, segments, expected=BAGS):

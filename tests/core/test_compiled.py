@@ -114,7 +114,7 @@ def rest(*case):
         rest(lookup, "float16", ALL),
         rest(lookup, "bfloat16", ALL),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", None) or str(value),
 )
 def test_memory_of_lookup_follows_the_ids(function, dtype, rules):
     # Of so many rows that a byte for each is more than the program may use.

@@ -1,106 +1,77 @@
-"""What sampled_softmax draws, against its distribution."""
+"""Candidates drawn from fewer rows than samples: which rows count, and that memory follows the rows."""
 
-import math
-import re
+import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import ROWS
 
-from embax import Unigram, _candidates
+import embax
+from embax import Table, _candidates, sampled_softmax, softmax_cross_entropy
 
-KEY = jax.random.key(3)
-COUNTS = np.array([100, 0, 9, 50, 1, 3, 20])
-CANDIDATES = {"log_uniform": "log_uniform", "uniform": "uniform", "unigram": Unigram.from_counts(COUNTS)}
-
-
-def probabilities_of(name, rows=ROWS):
-    """By the formulas, in float64."""
-    if name == "uniform":
-        return np.full(rows, 1 / rows)
-    if name == "log_uniform":
-        return np.log((np.arange(rows) + 2) / (np.arange(rows) + 1)) / np.log(rows + 1)
-    weights = np.where(COUNTS > 0, COUNTS**0.75, 0)
-    return weights / weights.sum()
+ROWS = 50
+TABLE = Table(np.random.default_rng(0).normal(size=(ROWS, 4)).astype(np.float32), padding_idx=3)
+X = np.random.default_rng(1).normal(size=(6, 4)).astype(np.float32)
+LABELS = np.arange(10, 16)
+KEY = jax.random.key(0)
 
 
-def chances(candidates, ids, rows):
-    return np.asarray(jax.jit(lambda ids: _candidates.probability(candidates, ids, rows))(np.asarray(ids)))
+@pytest.mark.parametrize("samples", [4, ROWS, ROWS + 1, 90])
+def test_every_row_that_was_drawn_counts_once(samples):
+    candidates = embax.Unigram.from_counts(np.arange(ROWS))
+    draw, distinct = (
+        jax.jit(functools.partial(f, candidates=candidates, samples=samples, rows=ROWS))
+        for f in (_candidates.draw, _candidates.draw_distinct)
+    )
+    drawn, (ids, counted) = jax.tree.map(np.asarray, (draw(KEY), distinct(KEY)))
+    assert ids.shape == counted.shape == (min(samples, ROWS),)
+    assert sorted(ids[counted]) == sorted(set(drawn))
+    assert set(ids) == set(drawn)
 
 
-@pytest.mark.parametrize("name", CANDIDATES)
-def test_probabilities(name):
-    actual = chances(CANDIDATES[name], np.arange(-1, ROWS + 1), ROWS)
-    np.testing.assert_allclose(actual, [0, *probabilities_of(name), 0], rtol=1e-6, atol=1e-9)
+@pytest.mark.parametrize("samples", [6, 8, 11])
+def test_blocks_of_draws_add_up_to_all_samples(samples, monkeypatch):
+    monkeypatch.setattr(_candidates, "_BLOCK", 4)
+    # The first block draws rows 0 to 3, the next one 4 to 7, and so on, so that the rows tell where the samples end.
+    of_blocks = jnp.stack([jax.random.key_data(jax.random.fold_in(KEY, block)) for block in range(3)])
+
+    def draw(key, candidates, size, rows):
+        block = jnp.argmax((of_blocks == jax.random.key_data(key)[None]).all(axis=1))
+        return block * size + jnp.arange(size)
+
+    monkeypatch.setattr(_candidates, "draw", draw)
+    was_drawn = _candidates._was_drawn(KEY, "uniform", samples, 12)
+    np.testing.assert_array_equal(np.flatnonzero(was_drawn), np.arange(samples))
 
 
-def test_rows_are_drawn_by_their_probability():
-    number = 200_000
-    cases = [(name, ROWS) for name in CANDIDATES] + [("log_uniform", rows) for rows in (1, 2, 3, 50)]
-
-    @jax.jit
-    def run(key):
-        return [_candidates.draw(key, CANDIDATES[name], number, rows) for name, rows in cases]
-
-    for (name, rows), drawn in zip(cases, run(KEY), strict=True):
-        assert drawn.dtype == np.int32
-        expected = probabilities_of(name, rows) * number
-        counts = np.bincount(drawn, minlength=rows)
-        assert len(counts) == rows, name
-        assert (np.abs(counts - expected) <= 5 * np.sqrt(expected)).all(), (name, rows)
+def test_no_rows_have_no_candidates():
+    ids, counted = _candidates.draw_distinct(KEY, "uniform", 5, 0)
+    assert ids.shape == counted.shape == (0,)
+    assert _candidates.draw(KEY, "uniform", 5, 0).shape == (0,)
 
 
-@pytest.mark.parametrize("rows", [10**8, 2**31 - 1])
-def test_log_uniform_reaches_every_row_of_a_large_table(rows):
-    """Among the last rows, as many distinct ones as if each was drawn by itself; no row is out of range."""
-    number = 2_000_000
-    drawn = np.asarray(jax.jit(_candidates.draw, static_argnums=(1, 2, 3))(KEY, "log_uniform", number, rows))
-    assert 0 <= drawn.min() < drawn.max() < rows
-    last = drawn[drawn >= rows // 2]
-    expected = number * math.log(2) / math.log(rows + 1)
-    assert abs(len(last) - expected) < 5 * math.sqrt(expected)
-    # Were only multiples of 2**23 reached, or of float32's spacing, most would be there more than once.
-    assert len(np.unique(last)) > 0.999 * len(last)
-    assert np.abs(np.bincount(last % 8, minlength=8) - len(last) / 8).max() < 5 * math.sqrt(len(last) / 8)
-    # Near the end of the float32 range of the exponent the steps are widest: no gaps between them.
-    places = np.sort(last[: 10**6].astype(np.float64))
-    assert np.diff(places).max() < 40 * rows / len(places)
+def test_very_many_samples_come_to_the_whole_softmax():
+    loss, gradient = jax.jit(
+        embax.value_and_grad(lambda t: sampled_softmax(t, X, LABELS, KEY, samples=100_000, candidates="uniform").sum())
+    )(TABLE)
+    expected, of_expected = jax.jit(
+        jax.value_and_grad(lambda t: softmax_cross_entropy(t, X, LABELS, mask_padding=True).sum())
+    )(TABLE)
+    np.testing.assert_allclose(loss, expected, rtol=1e-6)
+    np.testing.assert_allclose(gradient.to_dense(), of_expected.weight, rtol=1e-5, atol=1e-6)
 
 
-def test_log_uniform_of_more_rows_than_int32_has():
-    with jax.enable_x64(True):
-        drawn = np.asarray(jax.jit(lambda key: _candidates.draw(key, "log_uniform", 10_000, 2**40))(KEY))
-        assert drawn.dtype == np.int64
-        assert 0 <= drawn.min() < 2**39 < drawn.max() < 2**40
+def test_memory_follows_the_rows_where_samples_are_more():
+    def temporary(samples):
+        loss = jax.jit(lambda table: sampled_softmax(table, X, LABELS, KEY, samples=samples))
+        return loss.lower(TABLE).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporary(10**12) == temporary(10**6) < 4 << 20
 
 
-def test_unigram():
-    unigram = CANDIDATES["unigram"]
-    assert repr(unigram) == "Unigram(7 rows)"
-    assert repr(jax.tree.map(lambda _: None, unigram)) == "Unigram(None)"
-    assert len(jax.tree.leaves(unigram)) == 1
-    np.testing.assert_array_equal(chances(Unigram.from_counts([5]), [0, 0], 1), 1)
-    alike = Unigram.from_counts([5, 0, 1], power=0)
-    np.testing.assert_allclose(chances(alike, range(3), 3), [0.5, 0, 0.5], atol=1e-9)
-    last = Unigram.from_counts([1.0, 0.0], power=1)  # that of 0 has nothing but the one number that rounding leaves
-    np.testing.assert_allclose(chances(last, range(2), 2), [1, 0], atol=1e-9)
-
-
-@pytest.mark.parametrize(
-    ("counts", "power", "error", "message"),
-    [
-        (["a", "b"], 1, TypeError, r"counts=...\)` must be of real numbers, got <U1"),
-        ([[1, 2]], 1, ValueError, r"counts=...\)` must be one number a row, \(rows,\), got the shape \(1, 2\)"),
-        ([1, -1], 1, ValueError, r"counts=...\)` must be finite, not negative and not all 0, got \[1.0, -1.0\]"),
-        ([1, np.nan], 1, ValueError, r"counts=...\)` must be finite, not negative and not all 0"),
-        ([0, 0], 1, ValueError, r"counts=...\)` must be finite, not negative and not all 0"),
-        ([], 1, ValueError, r"counts=...\)` must be finite, not negative and not all 0"),
-        ([1, 2], -1, ValueError, r"power=...\)` must be positive, got -1"),
-        ([1, 2], "1", TypeError, r"power=...\)` must be a positive number, got '1'"),
-        ([1, 2], math.inf, ValueError, r"power=...\)` must be finite, got inf"),
-    ],
-)
-def test_errors_of_unigram(counts, power, error, message):
-    with pytest.raises(error, match=re.escape("`embax.Unigram.from_counts(") + message):
-        Unigram.from_counts(counts, power)
+def test_rows_that_were_not_drawn_have_no_gradient():
+    gradient = jax.jit(embax.grad(lambda t: sampled_softmax(t, X, LABELS, KEY, samples=51).sum()))(TABLE)
+    drawn = np.asarray(_candidates.draw(KEY, "log_uniform", 51, ROWS))
+    assert set(np.asarray(gradient.ids).tolist()) <= {*drawn.tolist(), *LABELS.tolist(), ROWS}
+    assert len(set(drawn.tolist())) < ROWS

@@ -113,8 +113,14 @@ def test_layer_reads_and_stores_what_functions_do(framework, name):
         assert_same(actual, expected)
 
 
-@with_kinds
-@with_cases
+def halves():
+    """Each case by one kind of gradient, the kinds in turn; by the other one in exhaustive runs."""
+    for number, name in enumerate(CASES):
+        yield pytest.param(name, KINDS[number % 2])
+        yield pytest.param(name, KINDS[1 - number % 2], marks=pytest.mark.exhaustive)
+
+
+@pytest.mark.parametrize(("name", "kind"), halves())
 @with_layers
 def test_gradient_of_layer_is_that_of_functions(framework, name, kind):
     actual, stored = differentiate(framework, name, kind)

@@ -79,13 +79,11 @@ def copies(program, rows):
     return [f"{name} {shape}" for shape, name in found if f"[{rows}," in shape or f"[{rows}]" in shape]
 
 
-# Each optimizer with one of the losses and with or without a padding row, so that each pair of a way through `lift`
-# and of these occurs: sgd is scaled, clip_in_adam and apply_if_finite_inside are joint, the others go row by row.
+# Each way through `lift` with either loss and with or without a padding row: sgd is scaled, clip_in_adam and
+# apply_if_finite_inside are joint, the others go row by row, as do those that are left out here.
 CASES = [
     ("sgd", "nonlinear", None),
     ("sgd", "linear", 7),
-    ("momentum", "linear", None),
-    ("adagrad", "nonlinear", None),
     ("adam", "linear", None),
     ("adamw", "nonlinear", 7),
     ("rowwise_adagrad", "nonlinear", 7),

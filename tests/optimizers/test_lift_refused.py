@@ -105,6 +105,7 @@ ACCEPTED = {
 
 # These do to rows what another one does, or are compared with dense training elsewhere.
 ACCEPTED_LIKE_ANOTHER = {"sgd", "adagrad", "adamw", "lion", "adabelief", "yogi", "decay", "inject", "global_norm"}
+ACCEPTED_LIKE_ANOTHER |= {"adadelta", "adan", "ademamix", "rmsprop", "optimistic"}
 
 
 @pytest.fixture(autouse=True)

@@ -25,7 +25,7 @@ BAD = {"aborts": "import os\n    os.abort()", "hangs": "import ctypes\n    ctype
 def run_as_make_does(folder, *options):
     """Run the tests of a folder by the command of `make test`."""
     lines = subprocess.run(["make", "--dry-run", "test"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    (command,) = re.findall(r"^\S+/python (-m pytest .*)$", lines, re.MULTILINE)
+    (command,) = re.findall(r"^.*/python (-m pytest .*)$", lines, re.MULTILINE)
     command = [sys.executable, *shlex.split(command), f"--config-file={ROOT / 'pyproject.toml'}", *options, str(folder)]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=200)
 
@@ -85,3 +85,11 @@ def test_a_program_from_the_cache_reports_what_a_new_one_does(devices, own_cache
     assert hits
     assert new == kept
     assert bool(new[1]) == (devices > 1)
+
+
+def test_every_entry_of_the_tests_for_a_second_python_names_some(pytestconfig):
+    conftest = next(plugin for plugin in pytestconfig.pluginmanager.get_plugins() if hasattr(plugin, "_VERSIONS"))
+    for start in conftest._VERSIONS:
+        path, _, name = start.partition("::")
+        assert (ROOT / path).exists()
+        assert f"def {name}" in (ROOT / path).read_text() if name else True

@@ -1,13 +1,14 @@
 """Bags that are pooled where their rows are stored: what they are off the mesh, and what they send."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from hlo import arrays, collectives
-from meshes import AXES, LAYOUTS, everywhere, mesh_of, split
+from meshes import AXES, LAYOUTS, everywhere, mesh_of, split, usual_and_rest
 
 import embax
 from embax import Table, embedding_bag
@@ -45,16 +46,9 @@ def rest(*args):
     ("layout", "axes", "batch", "weighted"),
     [
         ("rows-cyclic", "explicit", everywhere, ("mean",)),
-        ("rows and copies", "auto", split, ("sqrtn",)),
         ("rows and columns", "auto", everywhere, ("mean",)),
         ("rows over two axes", "explicit", split, ("sqrtn", "sum")),
-        *[
-            rest(layout, axes, batch, weighted)
-            for layout in POOLED
-            for axes in AXES
-            for batch in (split, everywhere)
-            for weighted in ((), MODES)
-        ],
+        *itertools.starmap(rest, itertools.product(POOLED, AXES, (split, everywhere), ((), MODES))),
     ],
 )
 def test_sums_are_as_off_the_mesh(layout, axes, batch, weighted):
@@ -71,11 +65,7 @@ def test_sums_are_as_off_the_mesh(layout, axes, batch, weighted):
 
 @pytest.mark.parametrize(
     ("layout", "axes"),
-    [
-        ("rows-cyclic", "auto"),
-        ("rows and columns", "explicit"),
-        *[rest(layout, axes) for layout in POOLED for axes in AXES],
-    ],
+    usual_and_rest([("rows and columns", "explicit")], itertools.product(POOLED, AXES)),
 )
 def test_sums_of_whole_numbers_are_exact_and_gradients_those_of_rows(layout, axes):
     weight = np.round(8 * WEIGHT)

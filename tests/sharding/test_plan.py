@@ -1,5 +1,6 @@
 """The plan of a sharding against compiled steps, and its expectations against draws."""
 
+import itertools
 import math
 from collections import Counter
 
@@ -10,6 +11,7 @@ import optax
 import pytest
 from hlo import collectives
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
+from meshes import usual_and_rest
 
 import embax
 from embax.sharding._plan import plan
@@ -202,17 +204,10 @@ def test_expectations_of_bags_are_what_draws_give(case, exponent):
 
 @pytest.mark.parametrize(
     ("exponent", "layout"),
-    [
-        (0.7, "rows"),
-        (1.0, "rows-cyclic"),
-        (1.3, "replicated"),
-        (1.0, "rows"),
-        *[
-            pytest.param(exponent, layout, marks=pytest.mark.exhaustive)
-            for exponent in (0.7, 1.0, 1.3)
-            for layout in ("rows", "rows-cyclic", "replicated")
-        ],
-    ],
+    usual_and_rest(
+        [(0.7, "rows"), (1.0, "rows-cyclic"), (1.3, "replicated"), (1.0, "rows")],
+        itertools.product((0.7, 1.0, 1.3), ("rows", "rows-cyclic", "replicated")),
+    ),
 )
 def test_zipf_is_the_sum_over_all_rows(exponent, layout):
     rows, mesh = 1_000_003, {"x": 96}

@@ -327,9 +327,9 @@ def gathered(compiled):
 @pytest.mark.parametrize(
     ("axes", "layout", "how"),
     [
-        ("explicit", "rows-cyclic", {}),
         ("auto", "rows", {"columns": "y"}),
         rest("auto", "rows-cyclic", {}),
+        rest("explicit", "rows-cyclic", {}),
         rest("explicit", "rows", {"columns": "y"}),
     ],
 )

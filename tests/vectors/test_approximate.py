@@ -108,6 +108,7 @@ LINE = b'{"bytes": 2, "index": "0", "weight": "0"}\n'
         (_approximate._MAGIC + b"[]\n", r"line 2 does not describe an index \(TypeError"),
         (_approximate._MAGIC + LINE + b"a", r"1 bytes follow line 2, which announces 2\. Is it whole"),
         (_approximate._MAGIC + LINE + b"ab", "the checksum does not hold: it is damaged, or another user's"),
+        (_approximate._MAGIC + '{"bytes": 2, "index": "é", "weight": "w"}\nab'.encode(), "the checksum does not hold"),
     ],
 )
 def test_load_of_another_file_is_a_format_error(tmp_path, data, message):
