@@ -12,7 +12,6 @@ from .._collection import Collection
 from .._placement import Placement
 from .._stacks import cut_out
 from .._table import Table
-from ..optim import LiftState
 
 # Dtypes that TensorStore, and so Orbax, has no name for.
 _UNKNOWN = {"object", "uint2", "uint4", "float8_e4m3"}
@@ -124,23 +123,3 @@ def by_blocks(placement: Placement, rows: int) -> Placement:
     """
     axes = (*placement.axes, *(name for name in placement.mesh.axis_names if name not in placement.axes))
     return dataclasses.replace(placement, axes=axes, columns=None, cyclic=False, rows=rows)
-
-
-def without_scratch(tree: Any) -> Any:
-    """Leave out what `embax.optim.lift` keeps from step to step and does not look at."""
-    return jax.tree.map(lambda node: node._replace(slots=()) if _is_lifted(node) else node, tree, is_leaf=_is_lifted)
-
-
-def with_scratch(tree: Any, like: Any) -> Any:
-    """Put it back, as another tree has it."""
-
-    def put_back(node: Any, of_like: Any) -> Any:
-        if not _is_lifted(node):
-            return node
-        return node._replace(slots=tuple(None if x is None else jnp.zeros(x.shape, x.dtype) for x in of_like.slots))
-
-    return jax.tree.map(put_back, tree, like, is_leaf=_is_lifted)
-
-
-def _is_lifted(node: Any) -> bool:
-    return isinstance(node, LiftState)

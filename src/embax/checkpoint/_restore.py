@@ -15,7 +15,8 @@ from .. import _check, _moves
 from .._collection import Collection, restack
 from .._mesh import laid_out
 from .._table import Table, with_weight
-from ._entries import Entry, by_blocks, described, entries_of, is_key, with_scratch, without_scratch
+from ..optim._states import with_scratch, without_scratch
+from ._entries import Entry, by_blocks, described, entries_of, is_key
 from ._orbax import ABOUT, ARRAYS, FORMAT, manager_of, nested, ocp, path_of, taken
 
 # What Orbax and TensorStore raise about files that are cut off, missing or altered.

@@ -10,7 +10,8 @@ import numpy as np
 
 from .. import _check, _moves
 from .._placement import Placement
-from ._entries import Entry, by_blocks, described, entries_of, is_empty, is_key, without_scratch
+from ..optim._states import without_scratch
+from ._entries import Entry, by_blocks, described, entries_of, is_empty, is_key
 from ._orbax import ABOUT, ARRAYS, FORMAT, manager_of, nested, ocp, path_of
 
 # Rows are written in pieces of about as many bytes, so that a device which has others to read does not read too much.
