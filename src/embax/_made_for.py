@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from . import _flax
 from ._collection import Collection
 from ._placement import Placement
 from ._rows import RowGrad, is_trained
@@ -70,6 +71,9 @@ class MadeFor:
     def placed(self, place: Callable[[tuple[int, ...]], Placement | None]) -> "MadeFor":
         """The same tables, laid out as a function of the shape of their weight says."""
         return MadeFor(tuple(x._replace(layout=_layout(place((x.rows, *x.dim)))) for x in self.tables))
+
+
+_flax.register(MadeFor, MadeFor.to_json, lambda like, text: MadeFor.from_json(text, like))
 
 
 def made_for(params: Any) -> MadeFor:

@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh
 from jaxtyping import Array, DTypeLike, Key, Shaped
 
-from . import _check, _moves
+from . import _check, _flax, _moves
 from ._mesh import laid_out
 from ._placement import Layout, Placement, placement_of
 
@@ -211,6 +211,7 @@ def _unflatten(rules: tuple[Any, ...], children: Iterable[Any]) -> Table:
 
 
 jax.tree_util.register_pytree_with_keys(Table, _flatten_with_keys, _unflatten, _flatten)
+_flax.register(Table, _flax.of_table, _flax.to_table)
 
 
 def rules_of(table: Table) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .._collection import Collection
+from .._made_for import MadeFor
 from .._placement import Placement
 from .._stacks import cut_out
 from .._table import Table
@@ -55,12 +56,12 @@ def _entries(call: str, tree: Any, above: tuple[Any, ...]) -> list[Entry]:
     found = []
     for path, node in jax.tree.flatten_with_path(tree, is_leaf=lambda node: isinstance(node, Table | Collection))[0]:
         path = (*above, *path)
-        name = jax.tree_util.keystr(path, simple=True, separator="/") or "tree"
+        name = _name(path) or "tree"
         if isinstance(node, Collection):
             for member in node._members:
                 stack, of_member = node.stacks[member.stack], (*path, jax.tree_util.DictKey(member.name))
                 if isinstance(stack, Table) and stack.weight is not None and stack.placement is not None:
-                    name = jax.tree_util.keystr(of_member, simple=True, separator="/")
+                    name = _name(of_member)
                     found.append(Entry(name, stack.weight, stack.placement, member.start, member.rows))
                 else:
                     found += _entries(call, cut_out(stack, member), of_member)
@@ -109,6 +110,33 @@ def described(entry: Entry) -> dict[str, Any]:
 def is_empty(entry: Entry) -> bool:
     """Whether an entry has no numbers; Orbax takes no such thing."""
     return math.prod(described(entry)["shape"]) == 0
+
+
+def descriptions_of(tree: Any) -> dict[str, MadeFor]:
+    """List which tables the optimizers' states in a tree were made for, by the names of their nodes."""
+    nodes, _ = jax.tree.flatten_with_path(tree, is_leaf=_is_description)
+    return {_name(path): node for path, node in nodes if _is_description(node)}
+
+
+def with_descriptions(tree: Any, saved: dict[str, str]) -> Any:
+    """Put what was saved of them into a tree; None where nothing was."""
+
+    def put(path: Any, node: Any) -> Any:
+        if not _is_description(node):
+            return node
+        text = saved.get(_name(path))
+        return None if text is None else MadeFor.from_json(text, node)
+
+    return jax.tree.map_with_path(put, tree, is_leaf=_is_description)
+
+
+def _is_description(node: Any) -> bool:
+    """Whether a node of a tree says which tables a state was made for."""
+    return isinstance(node, MadeFor)
+
+
+def _name(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def by_blocks(placement: Placement, rows: int) -> Placement:
