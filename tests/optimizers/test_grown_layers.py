@@ -52,6 +52,13 @@ class Nnx:
         gradient = embax.nnx.grad(lambda model: (model(jnp.asarray(ids)) ** 2).sum())(self.model)
         self.optimizer.update(self.model, gradient)
 
+    def compile(self):
+        @nnx.jit(donate_argnums=(0, 1))
+        def step(model, optimizer, ids):
+            optimizer.update(model, embax.nnx.grad(lambda model: (model(ids) ** 2).sum())(model))
+
+        self.step = lambda ids: step(self.model, self.optimizer, jnp.asarray(ids))
+
     def carry_over(self):
         self.optimizer.carry_over(self.model)
 
@@ -69,6 +76,10 @@ class Brainstate:
     def step(self, ids):
         loss = lambda: ((self.layer(jnp.asarray(ids)) * self.scale.value) ** 2).sum()  # noqa: E731
         self.optimizer.update(embax.brainstate.grad(loss, self.weights)())
+
+    def compile(self):
+        step = embax.brainstate.jit(self.step)
+        self.step = lambda ids: step(jnp.asarray(ids))
 
     def carry_over(self):
         assert self.optimizer.carry_over(self.weights) is self.optimizer
@@ -97,6 +108,24 @@ def test_training_goes_on_as_if_the_table_had_always_been_large(framework, name)
         # Scratch has other positions, of no meaning.
         if ours.dtype != jnp.int32:
             np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_a_compiled_step_takes_the_grown_table(framework):
+    small, large = (FRAMEWORKS[framework](rows, TXS["rowwise"]) for rows in (ROWS, GROWN))
+    for model in (small, large):
+        model.compile()
+        for _ in range(2):
+            model.step([0, 2, 2, 1])
+    small.layer.resize(GROWN, KEY, init=rest)
+    with pytest.raises(ValueError, match=REFUSED):
+        small.step([0, 2, 2, 1])
+    small.carry_over()
+    for model in (small, large):
+        model.step([7, 0, 7, 1])
+    for ours, theirs in zip(small.result(), large.result(), strict=True):
+        if ours.dtype != jnp.int32:
+            np.testing.assert_allclose(ours, theirs, rtol=1e-6)
 
 
 @pytest.mark.parametrize("framework", FRAMEWORKS)
