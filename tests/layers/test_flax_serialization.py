@@ -150,5 +150,7 @@ ORDERS = {
 @pytest.mark.parametrize("order", ORDERS)
 def test_in_any_order_of_imports(order):
     code = textwrap.dedent(CODE).format(imports=ORDERS[order])
-    run = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False)
+    run = subprocess.run(
+        [sys.executable, "-W", "error::ImportWarning", "-c", code], capture_output=True, text=True, check=False
+    )
     assert run.stdout.strip() == "same", run.stderr

@@ -26,6 +26,12 @@ TXS = {
 }
 
 
+@pytest.fixture(autouse=True)
+def _promotion():
+    with jax.numpy_dtype_promotion("standard"):  # optax needs it
+        yield
+
+
 def of(rows=4, dim=3, **rules):
     return Table(jnp.asarray(np.resize(WEIGHT, (rows, dim))), **rules)
 

@@ -6,8 +6,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.core import Tracer
+from jax.sharding import NamedSharding
 
 from .. import _moves
 from .._collection import Collection
@@ -111,9 +113,7 @@ class _Old:
                 f"`{_CALL}(new_params=...)` must have the ordinary parameters of old_params, got ones for which "
                 f"`state{name}` is of the shape {jnp.shape(fresh)} instead of {jnp.shape(array)}. Make the state anew."
             )
-        # Where the mesh has changed, the counters are to be on the new one.
-        on_device = isinstance(fresh, jax.Array) and not isinstance(fresh, Tracer) and fresh.committed
-        return jax.device_put(array, fresh.sharding) if on_device else array
+        return _where(array, fresh)
 
 
 def _check_belongs(state: Any, expected: Any) -> None:
@@ -188,13 +188,27 @@ def _carried_rows(fresh: Table, before: Table | None) -> Table:
     return with_weight(fresh, laid_out(weight, sharding))
 
 
+def _where(array: Any, fresh: Any) -> Any:
+    """Put an array on the devices of a fresh one, if it is on others; on these, it stays laid out as it is."""
+    if not all(isinstance(x, jax.Array) and not isinstance(x, Tracer) for x in (array, fresh)):
+        return array
+    before, after = ((x.sharding.device_set, getattr(x.sharding, "mesh", None)) for x in (array, fresh))
+    if before == after:
+        return array
+    if fresh.committed:
+        return jax.device_put(array, fresh.sharding)
+    # Bound to no device, as the fresh one, so that it goes with arrays on any mesh.
+    on_mesh = array.committed and array.is_fully_addressable and not jnp.issubdtype(array.dtype, jax.dtypes.prng_key)
+    return jnp.asarray(np.asarray(array)) if on_mesh else array
+
+
 def _members(collection: Collection) -> dict[str, Table]:
     """The tables of a Collection in a state, as far as it has rows of them."""
     return {
         member.name: cut_out(stack, member)
         for member in collection._members
         for stack in [collection.stacks[member.stack]]
-        if isinstance(stack, Table) and jnp.ndim(stack.weight) and stack.weight is not None
+        if isinstance(stack, Table) and stack.weight is not None and jnp.ndim(stack.weight)
     }
 
 
@@ -233,4 +247,7 @@ def _table(weight: Any, placement: Placement | None) -> Table:
 
 def _shape(leaf: Any) -> jax.ShapeDtypeStruct:
     dtype = leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
-    return jax.ShapeDtypeStruct(jnp.shape(leaf), dtype)
+    sharding = leaf.sharding if isinstance(leaf, jax.Array) and not isinstance(leaf, Tracer) else None
+    return jax.ShapeDtypeStruct(
+        jnp.shape(leaf), dtype, sharding=sharding if isinstance(sharding, NamedSharding) else None
+    )
