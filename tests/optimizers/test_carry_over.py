@@ -257,5 +257,12 @@ def test_what_cannot_be_carried_over_is_refused():
         ValueError, match=call + r"the ordinary .*mu\['bias'\]` is of the shape \(3,\) instead of \(2,\)"
     ):
         carry_over(state, params, params | {"bias": jnp.ones(3)}, tx)
-    with pytest.raises(ValueError, match=call + r"tables whose rows .* got a state of \(2,\) a row instead of \(3,\)"):
+    with pytest.raises(
+        ValueError, match=call + r"tables whose rows .* got \(2,\) instead of \(3,\) for params\['words'\]"
+    ):
         carry_over(state, params, params | {"words": Table(jnp.ones((5, 2)))}, tx)
+    tx = TXS["rowwise_adagrad"]  # whose state does not show it
+    with pytest.raises(
+        ValueError, match=call + r"tables whose rows .* got \(2,\) instead of \(3,\) for params\['words'\]"
+    ):
+        carry_over(tx.init(params), params, params | {"words": Table(jnp.ones((5, 2)))}, tx)

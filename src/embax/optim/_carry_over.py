@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding
 
 from .. import _moves
 from .._collection import Collection
-from .._made_for import MadeFor, differences, is_node
+from .._made_for import MadeFor, differences, is_node, made_for
 from .._mesh import laid_out
 from .._placement import Placement
 from .._stacks import cut_out, stacks_of
@@ -52,7 +52,8 @@ def carry_over(state: Any, old_params: Any, new_params: Any, tx: optax.GradientT
       The state for `new_params`. Arrays that have not changed are those of the old state.
 
     Raises:
-      ValueError: If the state does not belong to `old_params`, or an ordinary parameter has another shape.
+      ValueError: If the state does not belong to `old_params`, or an ordinary parameter, or the rows of a table, have another
+        shape.
 
     Example:
       >>> import embax, jax, jax.numpy as jnp
@@ -66,6 +67,13 @@ def carry_over(state: Any, old_params: Any, new_params: Any, tx: optax.GradientT
       >>> state.inner[0].sum_of_squares["words"].weight
       Array([0., 0., 0., 4., 0., 0.], dtype=float32)
     """
+    sizes = {table.path: table.dim for table in made_for(old_params).tables}
+    for table in made_for(new_params).tables:
+        if sizes.get(table.path, table.dim) != table.dim:
+            raise ValueError(
+                f"`{_CALL}(new_params=...)` must have tables whose rows are of the shape that they had, got "
+                f"{table.dim} instead of {sizes[table.path]} for params{table.path}. Make the state anew."
+            )
     new = tx.init(new_params)
     _check_belongs(state, jax.eval_shape(tx.init, jax.tree.map(_shape, old_params)))
     owners = _owners(new_params, tx)
@@ -170,11 +178,6 @@ def _carried_rows(fresh: Table, before: Table | None) -> Table:
     """Put the rows that two tables have in common in the place of fresh ones."""
     if before is None:
         return fresh
-    if before.dim != fresh.dim:
-        raise ValueError(
-            f"`{_CALL}(new_params=...)` must have tables whose rows are of the shape that they had, got a state of "
-            f"{fresh.dim} a row instead of {before.dim}. Make the state anew."
-        )
     if (before.rows, before.placement, before.dtype) == (fresh.rows, fresh.placement, fresh.dtype):
         return with_weight(fresh, before.weight)
     if fresh.placement is None:
