@@ -122,8 +122,9 @@ def check_made_for(call: str, tables: Any, now: MadeFor, *, of_gradients: bool =
         )
     if tables == now:
         return
-    seen = "; ".join(differences(tables, now, of_gradients))
-    if seen:
+    found = differences(tables, now, of_gradients)
+    if found:
+        seen = "; ".join(found[:3]) + (f"; and {len(found) - 3} more" if len(found) > 3 else "")
         raise ValueError(
             f"`{call}(state=...)` must belong to the tables that it is used with, got one made for other ones: {seen}. "
             "Carry it over: state = embax.optim.carry_over(state, old_params, params, tx), or, of the optimizers of "

@@ -69,7 +69,7 @@ class Nnx:
 class Brainstate:
     def __init__(self, rows, tx, **rules):
         self.layer = embax.Embedding.from_table(table_of(rows, **rules))
-        self.scale = brainstate.ParamState(jnp.ones(DIM))
+        self.scale = brainstate.ParamState(jnp.ones((1, DIM)))
         self.weights = {"table": self.layer.weight, "scale": self.scale}
         self.optimizer = embax.brainstate.Optimizer(tx).register_trainable_weights(self.weights)
 

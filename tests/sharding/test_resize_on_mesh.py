@@ -183,7 +183,7 @@ def test_rows_of_one_layout_are_refused_in_another():
     for before, after in (("rows", "rows-cyclic"), ("replicated", "columns"), (None, "rows"), ("rows", None)):
         old, new = params_of(ROWS, before), params_of(ROWS, after)
         for tx in TXS.values():
-            message = r"params\['words'\] was laid out as .*, and is as .* now; params\['rows'\]\['a'\] was laid out"
+            message = r"params\['rows'\]\['a'\] was laid out as .*, and is as .*; params\['words'\] was laid out as "
             with pytest.raises(ValueError, match=message):
                 jax.eval_shape(tx.update, gradient_of(new), tx.init(old), new)
 

@@ -52,8 +52,8 @@ def carry_over(state: Any, old_params: Any, new_params: Any, tx: optax.GradientT
       The state for `new_params`. Arrays that have not changed are those of the old state.
 
     Raises:
-      ValueError: If the state does not belong to `old_params`, or an ordinary parameter, or the rows of a table, have another
-        shape.
+      ValueError: If the state does not belong to `old_params`, or if an ordinary parameter, or a row of a table, has
+        another shape.
 
     Example:
       >>> import embax, jax, jax.numpy as jnp

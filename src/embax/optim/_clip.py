@@ -53,7 +53,7 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
         now = made_for(updates if of_gradients else params)
         check_made_for(call, state.made_for, now, of_gradients=of_gradients)
         leaves, structure = jax.tree.flatten(updates, is_leaf=lambda node: isinstance(node, RowGrad | Table))
-        slots, distinct, number = list(state.slots), [], 0
+        slots, distinct, number = [*jax.tree.map(jnp.asarray, state.slots)], [], 0  # NumPy's, out of a file
         for leaf in leaves:
             if isinstance(leaf, RowGrad):
                 refuse_lanes(call, leaf)
