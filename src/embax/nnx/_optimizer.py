@@ -150,7 +150,7 @@ class Optimizer(nnx.Optimizer):
         if name not in self._rules:
             return with_weight(param, param.weight, freeze=True)
         padding_idx, freeze = self._rules[name]
-        return Table(jax.ShapeDtypeStruct(*self._shapes[name]), padding_idx=padding_idx, freeze=freeze)
+        return with_weight(param, jax.ShapeDtypeStruct(*self._shapes[name]), padding_idx=padding_idx, freeze=freeze)
 
     def _variables(self) -> list[Any]:
         return jax.tree.leaves(self.opt_state, is_leaf=lambda node: isinstance(node, nnx.Variable))

@@ -186,7 +186,8 @@ def _carried_rows(fresh: Table, before: Table | None) -> Table:
         return with_weight(fresh, jnp.concatenate([common, fresh.weight[rows:]]))
     before = placed(before, dataclasses.replace(fresh.placement, rows=before.rows))
     # A copy, since it is written in place, and may be an array of the parameters themselves.
-    copy, sharding = jnp.copy(fresh.weight), fresh.weight.sharding
+    copy = jnp.copy(fresh.weight)
+    sharding: Any = fresh.weight.sharding
     weight = _moves.moved_into(fresh.placement, copy, 0, before.placement, before.weight.astype(fresh.dtype))
     return with_weight(fresh, laid_out(weight, sharding))
 
