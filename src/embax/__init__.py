@@ -20,6 +20,7 @@ if _TYPE_CHECKING:
     from ._lookup import lookup as lookup
     from ._lookup import renormalize as renormalize
     from ._ragged import Ragged as Ragged
+    from ._resize import resize as resize
     from ._rows import RowGrad as RowGrad
     from ._rows import apply_updates as apply_updates
     from ._rows import global_norm as global_norm
@@ -27,7 +28,6 @@ if _TYPE_CHECKING:
     from ._state_dict import from_state_dict as from_state_dict
     from ._state_dict import to_state_dict as to_state_dict
     from ._table import Table as Table
-    from ._table import resize as resize
     from .brainstate import Embedding as Embedding
     from .brainstate import EmbeddingBag as EmbeddingBag
     from .sharding import shard as shard
@@ -69,7 +69,7 @@ _LAZY = {
     "nnx": "embax.nnx",
     "optim": "embax.optim",
     "renormalize": "embax._lookup",
-    "resize": "embax._table",
+    "resize": "embax._resize",
     "restack": "embax._collection",
     "sampled_softmax": "embax._sampled_softmax",
     "shard": "embax.sharding",

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from . import _bag, _check, _ids, _pool
+from . import _bag, _check, _flax, _ids, _pool
 from ._lookup import read
 from ._placed import joined, parted
 from ._ragged import Ragged
@@ -296,6 +296,7 @@ jax.tree_util.register_pytree_with_keys(
     lambda static, stacks: _fill(object.__new__(Collection), stacks, *static),
     lambda c: (c.stacks, (c._members, c._features)),
 )
+_flax.register(Collection, _flax.of_collection, _flax.to_collection)
 
 
 def _read_together(table: Table, parts: Sequence[_Input]) -> list[Shaped[Array, "..."]]:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Key, Shaped
 
-from . import _check, _ids
+from . import _check, _flax, _ids
 from ._lookup import read
 from ._table import Initializer, OutOfRange, Table, with_weight
 
@@ -166,3 +166,6 @@ def _at_least_one(argument: str, value: Any) -> int:
     if number < 1:
         raise ValueError(f"`{argument}` must be 1 or more, got {number}. Pass a larger number.")
     return number
+
+
+_flax.register_fields(CompositionalTable, "quotient", "remainder")

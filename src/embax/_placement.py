@@ -234,15 +234,34 @@ def placement_of(
     if not 1 <= skew < math.inf:
         raise ValueError(f"`{call}(skew=...)` must be finite and at least 1, got {skew}. Pass 2.0, say.")
     pool_at_owners = _check.flag(f"{call}(pool_at_owners=...)", pool_at_owners)
-    placement = Placement(mesh, axes, columns, layout == "rows-cyclic", shape[0], skew, pool_at_owners)
-    if shape[0] <= np.iinfo(np.int32).max < placement.stored_rows:
-        raise ValueError(
-            f"`{call}` must have rows that are numbered in 32 bits when they are filled up for {placement.shards} "
-            f"devices, got {shape[0]} rows. Leave out some, or use more of them."
-        )
+    placement = Placement(mesh, axes, columns, layout == "rows-cyclic", 0, skew, pool_at_owners)
+    placement = with_rows(call, placement, shape[0])
     if columns is not None and (len(shape) < 2 or shape[1] % placement.column_shards):
         raise ValueError(
             f"`{call}` must have rows whose first axis divides by {placement.column_shards}, the size of the mesh axis "
             f"{columns!r}, got rows of the shape {tuple(shape[1:])}. Split by rows only, or choose another axis."
+        )
+    return placement
+
+
+def with_rows(call: str, placement: Placement, rows: int) -> Placement:
+    """The same placement of another number of rows.
+
+    Args:
+      call: The call for the message.
+      placement: The placement.
+      rows: The number.
+
+    Returns:
+      The new one.
+
+    Raises:
+      ValueError: If the rows are numbered in 32 bits, and are too many for that when they are filled up.
+    """
+    placement = dataclasses.replace(placement, rows=rows)
+    if rows <= np.iinfo(np.int32).max < placement.stored_rows:
+        raise ValueError(
+            f"`{call}` must have rows that are numbered in 32 bits when they are filled up for {placement.shards} "
+            f"devices, got {rows} rows. Leave out some, or use more of them."
         )
     return placement

@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh
 from jaxtyping import Array, DTypeLike, Key, Shaped
 
-from . import _check, _moves
+from . import _check, _flax, _moves
 from ._mesh import laid_out
 from ._placement import Layout, Placement, placement_of
 
@@ -154,12 +154,12 @@ class Table:
         axes = tuple(_check.size("embax.Table.create(dim=...)", axis) for axis in axes)
 
         def fresh() -> "Table":
-            return with_zero_padding(cls(_fresh_rows("embax.Table.create", key, rows, axes, init, dtype), **rules))
+            return with_zero_padding(cls(fresh_rows("embax.Table.create", key, rows, axes, init, dtype), **rules))
 
         if mesh is None:
             return fresh()
         placement = placement_of("embax.Table.create", mesh, axis, layout, columns, skew, pool_at_owners, (rows, *axes))
-        return _created(fresh, placement)
+        return created(fresh, placement)
 
     @property
     def rows(self) -> int:
@@ -211,6 +211,7 @@ def _unflatten(rules: tuple[Any, ...], children: Iterable[Any]) -> Table:
 
 
 jax.tree_util.register_pytree_with_keys(Table, _flatten_with_keys, _unflatten, _flatten)
+_flax.register(Table, _flax.of_table, _flax.to_table)
 
 
 def rules_of(table: Table) -> dict[str, Any]:
@@ -257,9 +258,10 @@ def with_weight(table: Table, weight: Any, **rules: Any) -> Table:
     return _unflatten(tuple(static.values()), (weight,))
 
 
-def _fresh_rows(
+def fresh_rows(
     call: str, key: Key[Array, ""], rows: int, dim: tuple[int, ...], init: Initializer | None, dtype: DTypeLike
 ) -> Shaped[Array, "rows *dim"]:
+    """Make rows as `Table.create` does, and check what the initialiser gives."""
     if init is None:
         if not jnp.issubdtype(dtype, jnp.inexact):
             raise TypeError(
@@ -276,7 +278,7 @@ def _fresh_rows(
     return weight
 
 
-def _created(fresh: Callable[[], Table], placement: Placement) -> Table:
+def created(fresh: Callable[[], Table], placement: Placement) -> Table:
     """Make a table on a mesh, each device its own rows."""
     # XLA splits what it makes by blocks; on explicit axes it would have to be told how.
     mesh = placement.mesh
@@ -327,48 +329,3 @@ def without_padding(
     is_padding = jnp.isin(jnp.arange(values.shape[0]), padding)
     mask = jnp.expand_dims(is_padding, tuple(range(1, values.ndim)))
     return jnp.where(mask, jnp.zeros((), values.dtype) if instead is None else instead, values)
-
-
-def resize(table: Table, rows: int, key: Key[Array, ""] | None = None, *, init: Initializer | None = None) -> Table:
-    """Return the table with another number of rows: grown with fresh rows, or cut.
-
-    The rows that both have keep their values and their ids; the rules stay as they are.
-
-    Args:
-      table: The table to resize; it is not changed.
-      rows: The new number of rows, 0 or more.
-      key: A JAX random key for the fresh rows. Needed where the table grows.
-      init: How fresh rows are made, as in `Table.create`.
-
-    Returns:
-      A new table of `rows` rows.
-
-    Raises:
-      TypeError: If `rows` is not a whole number, or the table grows without a key.
-      ValueError: If `rows` is negative, or the padding row would be cut off.
-
-    Example:
-      >>> import embax, jax
-      >>> table = embax.Table.create(jax.random.key(0), rows=10, dim=4)
-      >>> embax.resize(table, 12, jax.random.key(1))
-      Table(float32[12,4])
-      >>> embax.resize(table, 8)
-      Table(float32[8,4])
-    """
-    rows = _check.size("embax.resize(rows=...)", rows)
-    if table.placement is not None:
-        raise ValueError(
-            f"`embax.resize(table=...)` must not be on a mesh, got {table!r}. Resize embax.unshard(table), or "
-            "the table before it is sharded."
-        )
-    if table.padding_idx is not None and rows <= np.max(table.padding_idx):
-        raise ValueError(
-            f"`embax.resize(rows=...)` must keep the padding row {table.padding_idx}, got {rows}. "
-            "Cut less, or drop the rule first with dataclasses.replace(table, padding_idx=None)."
-        )
-    if rows <= table.rows:
-        return dataclasses.replace(table, weight=table.weight[:rows])
-    if key is None:
-        raise TypeError("`embax.resize(key=...)` must be a JAX random key where the table grows, got None. Pass one.")
-    fresh = _fresh_rows("embax.resize", key, rows - table.rows, table.dim, init, table.dtype)
-    return dataclasses.replace(table, weight=jnp.concatenate([table.weight, fresh.astype(table.dtype)]))

@@ -286,7 +286,7 @@ def test_rules_changed_after_the_start():
     optimizer = Optimizer(model, tx)
     optimizer.update(model, gradient)
     model.embedding.freeze = False
-    match = r"must not have a table trained that was frozen when .*, got \['embedding'\]\['embedding'\]. Make"
+    match = r"must not have a table trained that was frozen when .*, got \['embedding'\]\['embedding'\]. Call"
     with pytest.raises(ValueError, match=match):
         optimizer.update(model, gradient)
 

@@ -278,9 +278,7 @@ def test_gradients_add_and_scale():
     np.testing.assert_allclose(norm, np.sqrt((counts**2).sum()), rtol=1e-6)
 
 
-def test_a_placed_table_is_not_resized():
+def test_a_placed_table_has_the_rows_of_its_placement():
     _, table = placed("rows")
-    with pytest.raises(ValueError, match=r"embax.resize\(table=...\)` must not be on a mesh"):
-        embax.resize(table, 4)
     with pytest.raises(ValueError, match="must have the 24 stored rows"):
         dataclasses.replace(table, weight=WEIGHT)

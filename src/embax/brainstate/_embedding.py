@@ -7,13 +7,14 @@ import brainstate
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, DTypeLike, Shaped
+from jaxtyping import Array, DTypeLike, Key, Shaped
 
 from .. import _check, _ids
 from .._attend import attend
 from .._layer import TableLayer
 from .._lookup import clipped_weight, read
-from .._table import OutOfRange, Table, rules_of
+from .._resize import resize
+from .._table import Initializer, OutOfRange, Table, rules_of
 from .._write_back import clipped_table
 from ._layers import link
 from ._store import inside_brainstate_transform
@@ -288,6 +289,34 @@ class Embedding(brainstate.nn.Module, TableLayer):
         weight, unit = split_unit(self.weight.value)
         table = self._table(weight, unit)
         self._store(table, _ids.prepare("embax.Embedding.renormalize(indices=...)", indices, table), unit)
+
+    def resize(self, rows: int, key: Key[Array, ""] | None = None, *, init: Initializer | None = None) -> None:
+        """Give the weight another number of rows, as `embax.resize` does; rows keep their ids.
+
+        For a vocabulary that grows in mid-training, outside of transformations. The state stays the same one, with
+        another value. An optimizer follows by `optimizer.carry_over(weights)`.
+
+        Args:
+          rows: The new number of rows, 0 or more.
+          key: A JAX random key for the fresh rows. Default: one of `brainstate.random`.
+          init: How fresh rows are made, as in `embax.Table.create`, in the unit of the weight.
+
+        Raises:
+          TypeError: As `embax.resize`.
+          ValueError: As `embax.resize`.
+
+        Example:
+          >>> import embax
+          >>> embedding = embax.Embedding(10, 3)
+          >>> embedding.resize(12)
+          >>> embedding(11).shape
+          (3,)
+        """
+        weight, unit = split_unit(self.weight.value)
+        key = brainstate.random.split_key() if key is None else key
+        table = resize(self._table(weight, unit), rows, key, init=init)
+        self.weight.value = with_unit(table.weight, unit)
+        self.num_embeddings = table.rows
 
     def _table(self, weight: Any, unit: Any) -> Table:
         return Table(

@@ -10,6 +10,7 @@ import optax
 
 from .._rows import apply_updates
 from .._table import Table, with_weight
+from ..optim import carry_over
 from ..optim._states import check_takes_tables, prepared_gradient
 from ._layers import has_unit, table_of
 from ._weight import split_unit, with_unit
@@ -70,7 +71,7 @@ class Optimizer(brainstate.nn.Module):
     graph_invisible_attrs = ("_states", "_rules", "_again")
     opt_state: brainstate.LongTermState | None = None
     _states: Mapping[Hashable, brainstate.State] = {}
-    _rules: Mapping[Hashable, Table | None] = {}  # without a weight, None for what is no table
+    _rules: Mapping[Hashable, Table | None] = {}  # with a shape for a weight, None for what is no table
     _again: frozenset[Hashable] = frozenset()  # more keys of the same states
 
     def __init__(self, tx: optax.GradientTransformation):
@@ -87,7 +88,8 @@ class Optimizer(brainstate.nn.Module):
         """Take states to train, and start the transformation's state for all that are registered.
 
         The rules of their Embeddings are those of now, but that what is frozen, or becomes a padding row, later on is
-        left alone, too. Register once more after a change of the rules.
+        left alone, too. After a change of the rules, or of the number of rows, call `carry_over`, or register once
+        more to begin anew.
 
         Args:
           states: The states by their keys, as `model.states(brainstate.ParamState)` gives them. Those of an earlier
@@ -107,14 +109,54 @@ class Optimizer(brainstate.nn.Module):
           >>> optimizer = optimizer.register_trainable_weights({"table": embedding.weight})
         """
         call = "embax.brainstate.Optimizer.register_trainable_weights(states=...)"
+        return self._start(call, self._states, self._again, states, None)
+
+    def carry_over(self, states: Mapping[Hashable, brainstate.State]) -> Self:
+        """Bring the transformation's state to states whose tables have other rows or rules than when it was made.
+
+        As `embax.optim.carry_over`: rows that were there before keep their state, new ones begin as after
+        `register_trainable_weights`, and so do tables that are no longer frozen, and states under a new key.
+
+        Args:
+          states: All states to train by their keys, as `model.states(brainstate.ParamState)` gives them; they take the
+            place of the ones that were registered.
+
+        Returns:
+          The optimizer.
+
+        Raises:
+          TypeError: As `register_trainable_weights`.
+          ValueError: If no weights are registered, or the value of a state that is no table has another shape.
+
+        Example:
+          >>> import embax, optax
+          >>> embedding = embax.Embedding(1_000, 4)
+          >>> optimizer = embax.brainstate.Optimizer(embax.optim.lift(optax.adam(0.1)))
+          >>> optimizer = optimizer.register_trainable_weights({"table": embedding.weight})
+          >>> embedding.resize(1_200)
+          >>> optimizer = optimizer.carry_over({"table": embedding.weight})
+        """
+        call = "embax.brainstate.Optimizer.carry_over"
+        if self.opt_state is None:
+            raise ValueError(f"`{call}` must follow register_trainable_weights, got no weights. Register them first.")
+        before: Any = {
+            key: _param(state, rules) if rules is None or has_unit(state) else rules
+            for key, rules in self._rules.items()
+            for state in [self._states[key]]
+        }
+        return self._start(f"{call}(states=...)", {}, frozenset(), states, before)
+
+    def _start(
+        self, call: str, kept: Mapping[Hashable, Any], again: frozenset[Hashable], states: Any, before: Any
+    ) -> Self:
+        """Start the state of the transformation for states, or carry it over from the parameters that there were."""
         if not isinstance(states, Mapping):
             raise TypeError(
                 f"`{call}` must be a dict of States, got {type(states).__name__}. "
                 "Pass model.states(brainstate.ParamState)."
             )
-        kept = dict(self._states)
+        kept, more = dict(kept), set(again)
         owners = {state: key for key, state in kept.items()}
-        again = set(self._again)
         for key, state in states.items():
             if not isinstance(state, brainstate.State):
                 raise TypeError(
@@ -128,13 +170,16 @@ class Optimizer(brainstate.nn.Module):
             if owners.setdefault(state, key) == key:
                 kept[key] = state
             else:
-                again.add(key)
+                more.add(key)
         tables = {key: table_of(state) for key, state in kept.items()}
         params: Any = {key: _param(state, tables[key]) for key, state in kept.items()}
-        opt_state = self.tx.init(params)
+        if before is None or self.opt_state is None:
+            opt_state = self.tx.init(params)
+        else:
+            opt_state = carry_over(self.opt_state.value, before, params, self.tx)
         check_takes_tables("embax.brainstate.Optimizer", self.tx, opt_state, params)
-        self._states, self._again = kept, frozenset(again)
-        self._rules = {key: None if table is None else with_weight(table, None) for key, table in tables.items()}
+        self._states, self._again = kept, frozenset(more)
+        self._rules = {key: None if table is None else _without_values(table) for key, table in tables.items()}
         if self.opt_state is None:
             self.opt_state = brainstate.LongTermState(opt_state)
         else:
@@ -151,7 +196,7 @@ class Optimizer(brainstate.nn.Module):
         Raises:
           TypeError: If it is no dict, or a RowGrad is given for what is no Embedding's weight.
           ValueError: If no weights are registered, if a key is missing or unknown, if a gradient does not fit its
-            state, or if a weight is no longer frozen and has not been registered anew.
+            state, or if a weight is no longer frozen, or has another number of rows than when it was registered.
 
         Example:
           >>> import embax, optax
@@ -185,7 +230,7 @@ class Optimizer(brainstate.nn.Module):
             if rules is not None and rules.freeze and not now[key].freeze:
                 raise ValueError(
                     f"`{call}` must know what is trained, got the weight {key!r}, which was frozen when it was "
-                    "registered. Call register_trainable_weights again."
+                    "registered. Call carry_over, or register_trainable_weights to begin anew."
                 )
         opt_state = jax.tree.map(jnp.asarray, self.opt_state.value)  # NumPy arrays, where it was restored from a file
         updates, opt_state = self.tx.update(gradients, opt_state, params)
@@ -193,6 +238,10 @@ class Optimizer(brainstate.nn.Module):
         for key, new in apply_updates(current, updates).items():
             _store(self._states[key], now[key], new)
         self.opt_state.value = opt_state
+
+
+def _without_values(table: Table) -> Table:
+    return with_weight(table, jax.ShapeDtypeStruct(table.weight.shape, table.dtype))
 
 
 def _param(state: brainstate.State, rules: Table | None) -> Any:

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from .._collection import Collection
+from .._made_for import MadeFor
 from .._placement import Placement
 from .._stacks import cut_out
 from .._table import Table
-from ..optim import LiftState
 
 # Dtypes that TensorStore, and so Orbax, has no name for.
 _UNKNOWN = {"object", "uint2", "uint4", "float8_e4m3"}
@@ -56,12 +56,12 @@ def _entries(call: str, tree: Any, above: tuple[Any, ...]) -> list[Entry]:
     found = []
     for path, node in jax.tree.flatten_with_path(tree, is_leaf=lambda node: isinstance(node, Table | Collection))[0]:
         path = (*above, *path)
-        name = jax.tree_util.keystr(path, simple=True, separator="/") or "tree"
+        name = _name(path) or "tree"
         if isinstance(node, Collection):
             for member in node._members:
                 stack, of_member = node.stacks[member.stack], (*path, jax.tree_util.DictKey(member.name))
                 if isinstance(stack, Table) and stack.weight is not None and stack.placement is not None:
-                    name = jax.tree_util.keystr(of_member, simple=True, separator="/")
+                    name = _name(of_member)
                     found.append(Entry(name, stack.weight, stack.placement, member.start, member.rows))
                 else:
                     found += _entries(call, cut_out(stack, member), of_member)
@@ -112,6 +112,33 @@ def is_empty(entry: Entry) -> bool:
     return math.prod(described(entry)["shape"]) == 0
 
 
+def descriptions_of(tree: Any) -> dict[str, MadeFor]:
+    """List which tables the optimizers' states in a tree were made for, by the names of their nodes."""
+    nodes, _ = jax.tree.flatten_with_path(tree, is_leaf=_is_description)
+    return {_name(path): node for path, node in nodes if _is_description(node)}
+
+
+def with_descriptions(tree: Any, saved: dict[str, str]) -> Any:
+    """Put what was saved of them into a tree; None where nothing was."""
+
+    def put(path: Any, node: Any) -> Any:
+        if not _is_description(node):
+            return node
+        text = saved.get(_name(path))
+        return None if text is None else MadeFor.from_json(text, node)
+
+    return jax.tree.map_with_path(put, tree, is_leaf=_is_description)
+
+
+def _is_description(node: Any) -> bool:
+    """Whether a node of a tree says which tables a state was made for."""
+    return isinstance(node, MadeFor)
+
+
+def _name(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
 def by_blocks(placement: Placement, rows: int) -> Placement:
     """How rows are laid out that are written or read: in their order, in as many blocks as there are devices.
 
@@ -124,23 +151,3 @@ def by_blocks(placement: Placement, rows: int) -> Placement:
     """
     axes = (*placement.axes, *(name for name in placement.mesh.axis_names if name not in placement.axes))
     return dataclasses.replace(placement, axes=axes, columns=None, cyclic=False, rows=rows)
-
-
-def without_scratch(tree: Any) -> Any:
-    """Leave out what `embax.optim.lift` keeps from step to step and does not look at."""
-    return jax.tree.map(lambda node: node._replace(slots=()) if _is_lifted(node) else node, tree, is_leaf=_is_lifted)
-
-
-def with_scratch(tree: Any, like: Any) -> Any:
-    """Put it back, as another tree has it."""
-
-    def put_back(node: Any, of_like: Any) -> Any:
-        if not _is_lifted(node):
-            return node
-        return node._replace(slots=tuple(None if x is None else jnp.zeros(x.shape, x.dtype) for x in of_like.slots))
-
-    return jax.tree.map(put_back, tree, like, is_leaf=_is_lifted)
-
-
-def _is_lifted(node: Any) -> bool:
-    return isinstance(node, LiftState)

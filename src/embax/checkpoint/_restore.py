@@ -15,7 +15,8 @@ from .. import _check, _moves
 from .._collection import Collection, restack
 from .._mesh import laid_out
 from .._table import Table, with_weight
-from ._entries import Entry, by_blocks, described, entries_of, is_key, with_scratch, without_scratch
+from ..optim._states import with_scratch, without_scratch
+from ._entries import Entry, by_blocks, described, entries_of, is_key, with_descriptions
 from ._orbax import ABOUT, ARRAYS, FORMAT, manager_of, nested, ocp, path_of, taken
 
 # What Orbax and TensorStore raise about files that are cut off, missing or altered.
@@ -27,6 +28,10 @@ def restore(path: str | os.PathLike[str], like: Any, *, step: int | None = None,
 
     A table may come back on another number of devices, in another layout, in another Collection, or on no mesh at all.
     Each device reads a block of rows, and sends to the others what they are to hold; none has the whole.
+
+    The state of an optimizer comes back as that of the tables that it was made for: where they have other padding rows
+    now, or others of them are trained, the optimizer refuses it, and `embax.optim.carry_over` brings it along. So it
+    does to tables with other rows: restore what was saved, then resize.
 
     Args:
       path: The directory.
@@ -73,7 +78,7 @@ def restore(path: str | os.PathLike[str], like: Any, *, step: int | None = None,
             raise FileNotFoundError(
                 f"`{call}(path=...)` must have {missing}, got {os.fspath(path)!r} with the steps {steps}. Name another."
             )
-        values = _read(call, manager, path, steps[-1] if step is None else step, entries, partial)
+        values, made_for = _read(call, manager, path, steps[-1] if step is None else step, entries, partial)
     left = iter(entries)
 
     def filled(in_collection: bool, node: Any) -> Any:
@@ -96,7 +101,7 @@ def restore(path: str | os.PathLike[str], like: Any, *, step: int | None = None,
         jax.tree.map(functools.partial(filled, isinstance(of_like, Collection)), node, is_leaf=_is_node)
         for node, of_like in zip(nodes, wanted, strict=True)
     ]
-    return with_scratch(restack(structure.unflatten(out), bare), like)
+    return with_descriptions(with_scratch(restack(structure.unflatten(out), bare), like), made_for)
 
 
 def _is_node(node: Any) -> bool:
@@ -105,8 +110,8 @@ def _is_node(node: Any) -> bool:
 
 def _read(
     call: str, manager: Any, path: str | os.PathLike[str], step: int, entries: Sequence[Entry], partial: bool
-) -> dict[str, Any]:
-    """Read the value of each entry; of a placed table, blocks of its rows."""
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Read the value of each entry, of a placed table blocks of its rows; and which tables states were made for."""
     if not (path_of(path) / str(step) / ABOUT).exists():
         raise ValueError(
             f"`{call}(path=...)` must be of embax.checkpoint.save, got {os.fspath(path)!r}, whose step {step} is not. "
@@ -134,7 +139,7 @@ def _read(
         target = targets[entry.name]
         value = values.get(entry.name, np.zeros(target.shape, target.dtype))
         values[entry.name] = _as_wanted(value, entry, target, found[entry.name])
-    return values
+    return values, about.get("made_for", {})
 
 
 def _arrays(manager: Any, step: int, targets: dict[str, Any], of_rows: set[str]) -> dict[str, Any]:
@@ -196,7 +201,8 @@ def _check_fits(call: str, entries: Sequence[Entry], found: dict[str, Any], part
         if any(wanted[name] != saved[name] for name in wanted):
             raise ValueError(
                 f"`{call}(like=...)` must have the shapes and dtypes of the checkpoint, got {wanted['dtype']}"
-                f"{wanted['shape']} for {entry.name!r}, which is {saved['dtype']}{saved['shape']}. Ask for that."
+                f"{wanted['shape']} for {entry.name!r}, which is {saved['dtype']}{saved['shape']}. Ask for that; "
+                "embax.resize and embax.optim.carry_over bring it to other rows."
             )
 
 

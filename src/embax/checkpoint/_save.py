@@ -10,7 +10,8 @@ import numpy as np
 
 from .. import _check, _moves
 from .._placement import Placement
-from ._entries import Entry, by_blocks, described, entries_of, is_empty, is_key, without_scratch
+from ..optim._states import without_scratch
+from ._entries import Entry, by_blocks, described, descriptions_of, entries_of, is_empty, is_key
 from ._orbax import ABOUT, ARRAYS, FORMAT, manager_of, nested, ocp, path_of
 
 # Rows are written in pieces of about as many bytes, so that a device which has others to read does not read too much.
@@ -23,7 +24,8 @@ def save(path: str | os.PathLike[str], tree: Any, *, step: int | None = None, ke
     A checkpoint holds the rows of a table in their order and under the table's own name, however they are laid out on a
     mesh and in whichever Collection they are stored, so that it can be restored in any other way. Each device writes a
     block of rows, which it gets from the others where it does not hold it; none has the whole. Counters, schedules and
-    random keys are part of the tree; what `embax.optim.lift` keeps as scratch is left out.
+    random keys are part of the tree, and so is which tables a state was made for; what `embax.optim.lift` keeps as
+    scratch is left out.
 
     It is written beside the ones before it and renamed when it is whole: a process that is killed leaves the last whole
     one. Of several processes, all must call this, with one path that all of them see.
@@ -70,7 +72,13 @@ def save(path: str | os.PathLike[str], tree: Any, *, step: int | None = None, ke
                 "or name another directory."
             )
         items: dict[str, Any] = {
-            ABOUT: ocp.args.JsonSave({"format": FORMAT, "arrays": {x.name: _about(x) for x in entries}})
+            ABOUT: ocp.args.JsonSave(
+                {
+                    "format": FORMAT,
+                    "arrays": {x.name: _about(x) for x in entries},
+                    "made_for": {name: tables.to_json() for name, tables in descriptions_of(tree).items()},
+                }
+            )
         }
         written = [entry for entry in entries if not is_empty(entry)]
         if written:

@@ -9,6 +9,7 @@ from jaxtyping import Array, DTypeLike, Key, Shaped
 from .. import _check
 from .._layer import TableLayer
 from .._lookup import lookup, renormalize
+from .._resize import resize
 from .._table import Initializer, Table, rules_of, with_zero_padding
 
 
@@ -139,3 +140,26 @@ class Embedding(eqx.Module, TableLayer):
           Array([[0.6, 0.8]], dtype=float32)
         """
         return eqx.tree_at(lambda module: module.table, self, renormalize(self.table, ids))
+
+    def resized(self, rows: int, key: Key[Array, ""] | None = None, *, init: Initializer | None = None) -> Self:
+        """Return the module with another number of rows, as `embax.resize` does; rows keep their ids.
+
+        Args:
+          rows: The new number of rows, 0 or more.
+          key: A JAX random key for the fresh rows. Needed where the table grows.
+          init: How fresh rows are made, as in `embax.Table.create`.
+
+        Returns:
+          A new module; this one is not changed. The state of an optimizer goes on with `embax.optim.carry_over`.
+
+        Raises:
+          TypeError: As `embax.resize`.
+          ValueError: As `embax.resize`.
+
+        Example:
+          >>> import embax.equinox, jax
+          >>> embedding = embax.equinox.Embedding(10, 3, key=jax.random.key(0))
+          >>> embedding.resized(12, jax.random.key(1)).num_embeddings
+          12
+        """
+        return eqx.tree_at(lambda module: module.table, self, resize(self.table, rows, key, init=init))

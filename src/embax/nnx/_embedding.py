@@ -8,14 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from flax.errors import TraceContextError
-from jaxtyping import Array, DTypeLike, Float, Shaped
+from jaxtyping import Array, DTypeLike, Float, Key, Shaped
 
 from .. import _check, _ids
 from .._attend import attend
 from .._layer import TableLayer
 from .._lookup import clipped_weight, read
 from .._mesh import laid_out
-from .._table import RULES, OutOfRange, PaddingRows, Table, rules_of, with_zero_padding
+from .._resize import resize
+from .._table import RULES, Initializer, OutOfRange, PaddingRows, Table, rules_of, with_zero_padding
 from .._write_back import clipped_table
 
 # That of `nnx.Embed`, so that the same seed gives the same weights.
@@ -153,6 +154,34 @@ class Embedding(nnx.Module, TableLayer):
         dtype = self._output_dtype(table) or table.dtype
         logits = attend(table, query, mask_padding=mask_padding, dtype=dtype)
         return logits if out_sharding is None else laid_out(logits, out_sharding)
+
+    def resize(self, rows: int, key: Key[Array, ""] | None = None, *, init: Initializer | None = None) -> None:
+        """Give the Param another number of rows, as `embax.resize` does; rows keep their ids.
+
+        For a vocabulary that grows in mid-training, outside of NNX's transformations. An optimizer follows by
+        `optimizer.carry_over(model)`.
+
+        Args:
+          rows: The new number of rows, 0 or more.
+          key: A JAX random key for the fresh rows. Needed where the table grows.
+          init: How fresh rows are made, as in `embax.Table.create`.
+
+        Raises:
+          TypeError: As `embax.resize`.
+          ValueError: As `embax.resize`.
+
+        Example:
+          >>> import embax.nnx, jax
+          >>> from flax import nnx
+          >>> embedding = embax.nnx.Embedding(10, 3, rngs=nnx.Rngs(0))
+          >>> embedding.resize(12, jax.random.key(1))
+          >>> embedding(11).shape
+          (3,)
+        """
+        table = resize(self.table, rows, key, init=init)
+        self.embedding.set_value(table.weight)
+        # Counted from the start: a padding row -1 would be another one now.
+        self.num_embeddings, self.padding_idx = table.rows, table.padding_idx
 
     def _output_dtype(self, table: Table) -> np.dtype | None:
         if self.promote_dtype is None:

@@ -8,7 +8,8 @@ import optax
 from flax import nnx
 
 from .._rows import apply_updates
-from .._table import Table
+from .._table import Table, with_weight
+from ..optim import carry_over
 from ..optim._states import check_takes_tables, prepared_gradient
 from ._params import tables_of, tree_of, with_values
 
@@ -68,10 +69,15 @@ class Optimizer(nnx.Optimizer):
         check_takes_tables(_CALL, tx, opt_state, params)
         self.step = nnx.OptState(jnp.zeros((), jnp.uint32))
         self.tx, self.wrt, self.graph = tx, wrt, None
+        self._start(params, opt_state)
+
+    def _start(self, params: Any, opt_state: Any) -> None:
+        """Keep a state, and note for which tables it was made."""
         self.opt_state = nnx.data(jax.tree.map(nnx.OptArray, opt_state))
         nodes, _ = _flatten(params)
         tables = {jax.tree_util.keystr(path): node for path, node in nodes if isinstance(node, Table)}
         self._rules = nnx.static({name: (table.padding_idx, table.freeze) for name, table in tables.items()})
+        self._shapes = nnx.static({name: (table.weight.shape, str(table.dtype)) for name, table in tables.items()})
 
     def update(self, model: Any, grads: Any, /, **kwargs: Any) -> Any:
         """Make a step: write the new weights into the model.
@@ -86,7 +92,8 @@ class Optimizer(nnx.Optimizer):
 
         Raises:
           TypeError: If a RowGrad is given for what is no Embedding's Param.
-          ValueError: If a gradient is missing or does not fit, or if a table is no longer frozen.
+          ValueError: If a gradient is missing or does not fit, if a table is no longer frozen, or if one has another
+            number of rows than the state was made for; `carry_over` brings it along.
         """
         call = f"{_CALL}.update"
         state = nnx.state(model, self.wrt)
@@ -104,14 +111,52 @@ class Optimizer(nnx.Optimizer):
             ) from error
         gradients = [prepared_gradient(call, *parts) for parts in zip(names, params, given, strict=True)]
         params = structure.unflatten(params)
-        variables = jax.tree.leaves(self.opt_state, is_leaf=lambda node: isinstance(node, nnx.Variable))
-        opt_state = jax.tree.structure(nnx.as_pure(self.opt_state)).unflatten([x.get_value() for x in variables])
-        updates, opt_state = self.tx.update(structure.unflatten(gradients), opt_state, params, **kwargs)
+        updates, opt_state = self.tx.update(structure.unflatten(gradients), self._pure_state(), params, **kwargs)
         nnx.update(model, with_values(state, apply_updates(now, updates)))
-        for variable, value in zip(variables, jax.tree.leaves(opt_state), strict=True):
+        for variable, value in zip(self._variables(), jax.tree.leaves(opt_state), strict=True):
             variable.set_value(value)
         self.step[...] += 1
         return updates
+
+    def carry_over(self, model: Any) -> None:
+        """Bring the state to the model as it is now, whose tables have other rows or rules than before.
+
+        As `embax.optim.carry_over`: rows that were there before keep their state, new ones begin as in a new optimizer,
+        and so do tables that are no longer frozen, and Embeddings that were not in the model.
+
+        Args:
+          model: The module, whose other Variables are of the shapes that they had.
+
+        Raises:
+          ValueError: If a Variable that is no table has another shape.
+
+        Example:
+          >>> import embax.nnx, jax, optax
+          >>> from flax import nnx
+          >>> model = embax.nnx.Embedding(1_000, 4, rngs=nnx.Rngs(0))
+          >>> optimizer = embax.nnx.Optimizer(model, embax.optim.lift(optax.adam(0.1)))
+          >>> model.resize(1_200, jax.random.key(0))
+          >>> optimizer.carry_over(model)
+        """
+        params = tree_of(nnx.state(model, self.wrt), tables_of(model))
+        nodes, structure = _flatten(params)
+        before = structure.unflatten([self._before(jax.tree_util.keystr(path), node) for path, node in nodes])
+        self._start(params, carry_over(self._pure_state(), before, params, self.tx))
+
+    def _before(self, name: str, param: Any) -> Any:
+        """What a parameter was when the state was made; a table that was not there, as a frozen one, which has none."""
+        if not isinstance(param, Table):
+            return param
+        if name not in self._rules:
+            return with_weight(param, param.weight, freeze=True)
+        padding_idx, freeze = self._rules[name]
+        return with_weight(param, jax.ShapeDtypeStruct(*self._shapes[name]), padding_idx=padding_idx, freeze=freeze)
+
+    def _variables(self) -> list[Any]:
+        return jax.tree.leaves(self.opt_state, is_leaf=lambda node: isinstance(node, nnx.Variable))
+
+    def _pure_state(self) -> Any:
+        return jax.tree.structure(nnx.as_pure(self.opt_state)).unflatten([x.get_value() for x in self._variables()])
 
     def _at_start(self, call: str, name: str, param: Any) -> Any:
         """Give a table the rules that it had when the optimizer was made."""
@@ -121,7 +166,7 @@ class Optimizer(nnx.Optimizer):
         if freeze and not param.freeze:
             raise ValueError(
                 f"`{call}(model=...)` must not have a table trained that was frozen when the optimizer was made, got "
-                f"{name}. Make the optimizer anew."
+                f"{name}. Call optimizer.carry_over(model)."
             )
         return Table(param.weight, padding_idx=padding_idx, freeze=freeze)
 

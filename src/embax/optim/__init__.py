@@ -1,5 +1,6 @@
 """Optimizers over trees in which a Table may stand wherever a parameter does."""
 
+from ._carry_over import carry_over as carry_over
 from ._clip import clip_by_global_norm as clip_by_global_norm
 from ._lift import LiftState as LiftState
 from ._lift import lift as lift

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from .. import _check, _dedupe
+from .._made_for import MadeFor, check_made_for, made_for
 from .._rows import RowGrad, is_trained, norm_of_distinct, refuse_lanes
 from .._table import Table
 
@@ -15,6 +16,7 @@ class ClipByGlobalNormState(NamedTuple):
     """What the norm of gradients with duplicates needs."""
 
     slots: tuple[_dedupe.Slots, ...]  # int32 (rows,) for each table; None if not trained, or sorted
+    made_for: MadeFor | None = None  # the tables that it belongs to; None from a version that did not note them
 
 
 def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
@@ -27,11 +29,12 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
       max_norm: The largest norm that is left as it is, in units of the gradient.
 
     Returns:
-      The transformation. Its state holds scratch space of 4 bytes a row, where duplicates are summed by slots.
+      The transformation. Its state holds scratch space of 4 bytes a row, where duplicates are summed by slots. It
+      belongs to the tables that it was made for, as that of `lift`.
 
     Raises:
       TypeError: If the limit is not a number.
-      ValueError: If it is not positive.
+      ValueError: If it is not positive. In `update`: if a gradient has lanes, or the state was made for other tables.
 
     Example:
       >>> import embax, optax
@@ -42,14 +45,18 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
     def init(params: Any) -> Any:
         leaves = jax.tree.leaves(params, is_leaf=lambda node: isinstance(node, Table))
         tables = [leaf for leaf in leaves if isinstance(leaf, Table)]
-        return ClipByGlobalNormState(tuple(_dedupe.scratch(t.rows) if is_trained(t) else None for t in tables))
+        slots = tuple(_dedupe.scratch(t.rows) if is_trained(t) else None for t in tables)
+        return ClipByGlobalNormState(slots, made_for(params))
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        call, of_gradients = "embax.optim.clip_by_global_norm(...).update", params is None
+        now = made_for(updates if of_gradients else params)
+        check_made_for(call, state.made_for, now, of_gradients=of_gradients)
         leaves, structure = jax.tree.flatten(updates, is_leaf=lambda node: isinstance(node, RowGrad | Table))
-        slots, distinct, number = list(state.slots), [], 0
+        slots, distinct, number = [*jax.tree.map(jnp.asarray, state.slots)], [], 0  # NumPy's, out of a file
         for leaf in leaves:
             if isinstance(leaf, RowGrad):
-                refuse_lanes("embax.optim.clip_by_global_norm(...).update", leaf)
+                refuse_lanes(call, leaf)
             if isinstance(leaf, RowGrad) and leaf.values.shape[0]:
                 slots[number], summed = _dedupe.combine(slots[number], leaf.ids, leaf.values, leaf.rows)
                 distinct.append(summed.values)
@@ -64,6 +71,6 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
             factor * leaf if isinstance(leaf, RowGrad) else jax.tree.map(lambda x: x * factor.astype(x.dtype), leaf)
             for leaf in leaves
         ]
-        return structure.unflatten(clipped), ClipByGlobalNormState(tuple(slots))
+        return structure.unflatten(clipped), ClipByGlobalNormState(tuple(slots), state.made_for)
 
     return optax.GradientTransformation(init, update)

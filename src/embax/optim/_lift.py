@@ -7,10 +7,13 @@ import jax.numpy as jnp
 import optax
 
 from .. import _dedupe, _ids, _placed
+from .._made_for import MadeFor, check_made_for, made_for
 from .._rows import checked_update, is_trained
 from .._table import Table, with_weight
-from ._separable import plan
+from ._separable import plan, state_of
 from ._step import Step, laid_out_state
+
+_UPDATE = "embax.optim.lift(tx).update"
 
 
 class LiftState(NamedTuple):
@@ -19,6 +22,7 @@ class LiftState(NamedTuple):
     inner: Any  # of the transformation itself; where it has an entry a row, along the first axis
     slots: tuple[_dedupe.Slots, ...]  # int32 (rows,) for each table whose duplicates are summed by slots, else None
     dealt_out: jax.Array  # () int32, how often rows of a placed table crowded on one device; see `embax.shard`
+    made_for: MadeFor | None = None  # the tables that it belongs to; None from a version that did not note them
 
 
 def lift(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
@@ -37,6 +41,10 @@ def lift(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraA
 
     A Table whose gradient is dense, that is, another Table, goes through `tx` whole.
 
+    A state belongs to the tables that it was made for: their rows, their layout, which of them are trained, and their
+    padding rows. `update` refuses other ones by name, and `carry_over` gives the state for them. The other rules of a
+    table, such as `max_norm`, may change at any time.
+
     `tx` has to treat each row by itself, whatever other rows there are. Where that does not follow from its jaxpr, it
     is tried out on small arrays when the state is made. Combinators go inside, as in `lift(optax.chain(...))`;
     `optax.multi_transform` and `optax.apply_if_finite` work outside, too. To `tx`, a Table is a node of the tree with
@@ -52,7 +60,7 @@ def lift(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraA
     Raises:
       TypeError: If `tx` is not a transformation.
       ValueError: If it is `optax.MultiSteps`. When the state is made: if it does not treat rows one by one. In
-        `update`: without `params`, or if a gradient does not fit its table.
+        `update`: without `params`, if a gradient does not fit its table, or if the state was made for other tables.
 
     Example:
       >>> import embax, jax, jax.numpy as jnp, optax
@@ -95,21 +103,28 @@ def lift(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraA
             None if kind == "scaled" or table.placement is not None else _dedupe.scratch(table.rows)
             for table, kind in zip(trained, kinds, strict=True)
         ]
-        state = LiftState(inner, tuple(slots), jnp.zeros((), jnp.int32))
+        state = LiftState(inner, tuple(slots), jnp.zeros((), jnp.int32), made_for(params))
         return laid_out_state(state, of_tx.owners, trained)
 
     def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
         if params is None:
-            raise ValueError("`embax.optim.lift(tx).update(params=...)` must be given, got None. Pass the parameters.")
+            raise ValueError(f"`{_UPDATE}(params=...)` must be given, got None. Pass the parameters.")
+        if not isinstance(state, LiftState):
+            raise TypeError(
+                f"`{_UPDATE}(state=...)` must be a LiftState, got {type(state).__name__}. Make it with its `init`."
+            )
+        check_made_for(_UPDATE, state.made_for, made_for(params))
         state = jax.tree.map(jnp.asarray, state)  # NumPy arrays, where it was restored from a file
         leaves, structure = jax.tree.flatten(params, is_leaf=_is_table)
         gradients = structure.flatten_up_to(updates)
         for leaf, gradient in zip(leaves, gradients, strict=True):
             if _is_table(leaf):
-                checked_update("embax.optim.lift(tx).update", leaf, gradient)
+                checked_update(_UPDATE, leaf, gradient)
         trained = [i for i, leaf in enumerate(leaves) if _is_table(leaf) and is_trained(leaf)]
-        of_tx = plan(tx, structure.unflatten([_untrained(leaf) for leaf in leaves]))
-        step = Step(tx, of_tx, structure, leaves, gradients, state.inner, extra_args)
+        without = structure.unflatten([_untrained(leaf) for leaf in leaves])
+        of_tx = plan(tx, without)
+        given = jax.tree.structure(state.inner)
+        step = Step(tx, of_tx, structure, leaves, gradients, _with_rules_of(tx, without, state.inner), extra_args)
 
         slots, dealt_out = list(state.slots), state.dealt_out
         touched: list[_dedupe.Distinct | None] = []  # None where the gradient is dense
@@ -133,9 +148,30 @@ def lift(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraA
         out, inner = step.run({k: rows for k, rows in enumerate(touched) if k not in alone})
         for k, rows in alone.items():
             out[trained[k]], inner = step.run_alone(k, rows, inner)
-        return structure.unflatten(out), LiftState(inner, tuple(slots), dealt_out)
+        # As it came, so that a loop over steps compiles once whatever rules have changed.
+        inner = given.unflatten(jax.tree.leaves(inner))
+        return structure.unflatten(out), LiftState(inner, tuple(slots), dealt_out, state.made_for)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _with_rules_of(tx: optax.GradientTransformationExtraArgs, params: Any, inner: Any) -> Any:
+    """Give the Tables in a state the rules that those of the parameters have now, as `tx` compares them."""
+    structure, expected = state_of(tx, params)
+    leaves, given = jax.tree.flatten_with_path(inner)
+    if len(leaves) != len(expected):
+        raise _of_another(f"{len(leaves)} arrays ({given}) instead of {len(expected)} ({structure})")
+    for (path, leaf), shape in zip(leaves, expected, strict=True):
+        if leaf.shape != shape:
+            raise _of_another(f"the shape {leaf.shape} instead of {shape} for `inner{jax.tree_util.keystr(path)}`")
+    return structure.unflatten([leaf for _, leaf in leaves])
+
+
+def _of_another(seen: str) -> ValueError:
+    return ValueError(
+        f"`{_UPDATE}(state=...)` must be what its `init` gives for the parameters, got {seen}. If an ordinary "
+        "parameter has changed its shape, make the state anew."
+    )
 
 
 def _is_table(node: Any) -> bool:

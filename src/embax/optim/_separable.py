@@ -50,6 +50,17 @@ def plan(tx: optax.GradientTransformationExtraArgs, params: Any) -> Plan:
     return _plan(tx.init, tx.update, *_abstract(params))
 
 
+def state_of(tx: optax.GradientTransformationExtraArgs, params: Any) -> tuple[Any, tuple[tuple[int, ...], ...]]:
+    """Return the structure of the state that a transformation makes for parameters, and the shapes of its leaves."""
+    return _state_of(tx.init, *_abstract(params))
+
+
+@functools.lru_cache(maxsize=256)
+def _state_of(init: Callable[..., Any], structure: Any, leaves: tuple[Any, ...]) -> Any:
+    state, of_state = jax.tree.flatten(jax.eval_shape(init, structure.unflatten(leaves)))
+    return of_state, tuple(leaf.shape for leaf in state)
+
+
 @functools.lru_cache(maxsize=256)
 def _plan(init: Callable[..., Any], update: Callable[..., Any], structure: Any, leaves: tuple[Any, ...]) -> Plan:
     owners = _owners(init, structure, leaves)

@@ -3,10 +3,12 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from .._rows import RowGrad, is_trained, no_rows
 from .._table import Table, with_weight
+from ._lift import LiftState
 
 
 def prepared_gradient(call: str, name: Any, param: Any, gradient: Any) -> Any:
@@ -60,6 +62,26 @@ def check_takes_tables(call: str, tx: optax.GradientTransformation, opt_state: A
         raise _takes_no_tables(call, names, str(error).partition("\n")[0]) from error
     if not all(isinstance(update, RowGrad | Table) for (_, param), update in pairs if isinstance(param, Table)):
         raise _takes_no_tables(call, names, "updates of another kind")
+
+
+def without_scratch(tree: Any, kinds: tuple[type, ...] = (LiftState,)) -> Any:
+    """Leave out what states of these kinds keep from step to step and do not look at."""
+
+    def of_kind(node: Any) -> bool:
+        return isinstance(node, kinds)
+
+    return jax.tree.map(lambda node: node._replace(slots=()) if of_kind(node) else node, tree, is_leaf=of_kind)
+
+
+def with_scratch(tree: Any, like: Any, kinds: tuple[type, ...] = (LiftState,)) -> Any:
+    """Put it back, as another tree has it."""
+
+    def put_back(node: Any, of_like: Any) -> Any:
+        if not isinstance(node, kinds):
+            return node
+        return node._replace(slots=tuple(None if x is None else jnp.zeros(x.shape, x.dtype) for x in of_like.slots))
+
+    return jax.tree.map(put_back, tree, like, is_leaf=lambda node: isinstance(node, kinds))
 
 
 def _takes_no_tables(call: str, names: list[str], seen: str) -> TypeError:

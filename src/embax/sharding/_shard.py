@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Int32
 
 from .. import _ids, _moves, _placed
+from .._made_for import MadeFor
 from .._mesh import laid_out
 from .._placement import Layout, Placement, placement_of
 from .._table import Table, with_weight
@@ -95,23 +96,28 @@ def shard(
         )
 
     def on_mesh(node: Any) -> Any:
+        if isinstance(node, MadeFor):  # of an optimizer's state, whose tables are on the mesh then
+            return node.placed(place)
         if not isinstance(node, Table) or node.weight is None:
             return node
         if isinstance(node.weight, Tracer):
             raise TypeError(
                 f"`embax.shard(tree=...)` must be called outside of `jit`, got the traced {node!r}. Shard what goes in."
             )
-        shape = (node.rows, *node.weight.shape[1:])
-        placement = place(shape)
-        if node.placement is not None and node.placement.mesh == mesh:
-            weight = _moves.moved(node.placement, node.weight, placement)
-            weight = laid_out(weight, placement.sharding(weight.shape, shape[1:]))
-        else:
-            reader = _of_array(node.weight) if node.placement is None else _of_placed(node)
-            weight = _laid_out(placement, reader, shape, node.dtype)
-        return with_weight(node, weight, placement=placement)
+        return placed(node, place((node.rows, *node.dim)))
 
-    return jax.tree.map(on_mesh, tree, is_leaf=_is_table)
+    return jax.tree.map(on_mesh, tree, is_leaf=_is_node)
+
+
+def placed(table: Table, placement: Placement) -> Table:
+    """Lay a table out on a mesh, wherever its rows are, each device getting its own."""
+    if table.placement is not None and table.placement.mesh == placement.mesh:
+        weight = _moves.moved(table.placement, table.weight, placement)
+        weight = laid_out(weight, placement.sharding(weight.shape, table.dim))
+    else:
+        reader = _of_array(table.weight) if table.placement is None else _of_placed(table)
+        weight = _laid_out(placement, reader, (table.rows, *table.dim), table.dtype)
+    return with_weight(table, weight, placement=placement)
 
 
 def unshard(tree: Any) -> Any:
@@ -134,6 +140,8 @@ def unshard(tree: Any) -> Any:
     """
 
     def off_mesh(node: Any) -> Any:
+        if isinstance(node, MadeFor):
+            return node.placed(lambda _: None)
         if not isinstance(node, Table) or node.placement is None:
             return node
         weight = node.weight
@@ -147,7 +155,7 @@ def unshard(tree: Any) -> Any:
             weight = _moves.moved(node.placement, weight, everywhere).addressable_data(0)
         return with_weight(node, weight, placement=None)
 
-    return jax.tree.map(off_mesh, tree, is_leaf=_is_table)
+    return jax.tree.map(off_mesh, tree, is_leaf=_is_node)
 
 
 def rounds(table: Table, ids: Any) -> Int32[Array, ""]:
@@ -182,8 +190,8 @@ def rounds(table: Table, ids: Any) -> Int32[Array, ""]:
 _rounds = jax.jit(_placed.rounds, static_argnums=0)
 
 
-def _is_table(node: Any) -> bool:
-    return isinstance(node, Table)
+def _is_node(node: Any) -> bool:
+    return isinstance(node, Table | MadeFor)
 
 
 def _laid_out(placement: Placement, read: _Reader, shape: tuple[int, ...], dtype: Any) -> jax.Array:

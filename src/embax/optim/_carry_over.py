@@ -1,0 +1,257 @@
+"""carry_over: the state of an optimizer for tables that have changed in mid-training."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.core import Tracer
+from jax.sharding import NamedSharding
+
+from .. import _moves
+from .._collection import Collection
+from .._made_for import MadeFor, differences, is_node, made_for
+from .._mesh import laid_out
+from .._placement import Placement
+from .._stacks import cut_out, stacks_of
+from .._table import Table, with_weight
+from ..sharding import unshard
+from ..sharding._shard import placed
+from ._clip import ClipByGlobalNormState
+from ._lift import LiftState
+from ._states import with_scratch, without_scratch
+
+_CALL = "embax.optim.carry_over"
+_LIFTED = (LiftState, ClipByGlobalNormState)
+
+
+def carry_over(state: Any, old_params: Any, new_params: Any, tx: optax.GradientTransformation) -> Any:
+    """Return the state of a transformation for tables that have changed since it was made.
+
+    For a vocabulary that grows in mid-training, a table that is put on a mesh or laid out in another way, one that is
+    frozen or no longer so, a padding row that changes, or tables that are stored in another Collection. Counters and
+    the state of ordinary parameters go on as they are. Of each table,
+
+    - a row that was there before keeps its state, bit for bit;
+    - a row that is new, and all rows of a table that was not trained before, begin as `tx.init` has them;
+    - what belonged to rows that are gone, or to a table that is no longer trained, is left out.
+
+    A table is known by its path in the tree, one of a Collection by its name.
+
+    Args:
+      state: The state of `tx`.
+      old_params: The parameters that it was made for, or their shapes: `jax.ShapeDtypeStruct` for the arrays. What was
+        donated will do.
+      new_params: The parameters that training goes on with.
+      tx: The transformation, a lifted one or one with lifted ones in it.
+
+    Returns:
+      The state for `new_params`. Arrays that have not changed are those of the old state.
+
+    Raises:
+      ValueError: If the state does not belong to `old_params`, or if an ordinary parameter, or a row of a table, has
+        another shape.
+
+    Example:
+      >>> import embax, jax, jax.numpy as jnp
+      >>> params = {"words": embax.Table(jnp.zeros((4, 2)))}
+      >>> tx = embax.optim.rowwise_adagrad(0.1)
+      >>> state = tx.init(params)
+      >>> gradient = {"words": embax.RowGrad([3], jnp.full((1, 2), 2.0), rows=4)}
+      >>> _, state = jax.jit(tx.update)(gradient, state, params)
+      >>> grown = {"words": embax.resize(params["words"], 6, jax.random.key(0))}
+      >>> state = embax.optim.carry_over(state, params, grown, tx)
+      >>> state.inner[0].sum_of_squares["words"].weight
+      Array([0., 0., 0., 4., 0., 0.], dtype=float32)
+    """
+    sizes = {table.path: table.dim for table in made_for(old_params).tables}
+    for table in made_for(new_params).tables:
+        if sizes.get(table.path, table.dim) != table.dim:
+            raise ValueError(
+                f"`{_CALL}(new_params=...)` must have tables whose rows are of the shape that they had, got "
+                f"{table.dim} instead of {sizes[table.path]} for params{table.path}. Make the state anew."
+            )
+    new = tx.init(new_params)
+    _check_belongs(state, jax.eval_shape(tx.init, jax.tree.map(_shape, old_params)))
+    owners = _owners(new_params, tx)
+    old = _Old(without_scratch(state, _LIFTED), _placements(old_params))
+    placements = _placements(new_params)
+
+    def carried(path: Any, node: Any) -> Any:
+        name = jax.tree_util.keystr(path)
+        if isinstance(node, Collection):
+            return _carried_collection(name, node, owners, old)
+        if isinstance(node, Table):
+            if f"{name}.weight" in owners:
+                return _carried_rows(node, old.tables.get(name))
+            return node if node.weight is None else with_weight(node, old.array(f"{name}.weight", node.weight))
+        if (owner := owners.get(name)) is None or name not in old.arrays:
+            return old.array(name, node)
+        before = _table(old.arrays[name], old.placements.get(owner))
+        return _carried_rows(_table(node, placements[owner]), before).weight
+
+    nodes, structure = jax.tree.flatten_with_path(without_scratch(new, _LIFTED), is_leaf=is_node)
+    return with_scratch(structure.unflatten([carried(*node) for node in nodes]), new, _LIFTED)
+
+
+class _Old:
+    """The state that is carried over: its arrays and its tables by their paths."""
+
+    def __init__(self, state: Any, placements: dict[str, Placement | None]):
+        self.placements = placements  # of the tables of the parameters
+        self.arrays = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree.flatten_with_path(state)[0]}
+        self.tables: dict[str, Table] = {}
+        for path, node in jax.tree.flatten_with_path(state, is_leaf=is_node)[0]:
+            name = jax.tree_util.keystr(path)
+            if isinstance(node, Collection):
+                self.tables |= {f"{name}[{key!r}]": table for key, table in _members(node).items()}
+            elif isinstance(node, Table) and node.weight is not None:
+                self.tables[name] = node
+
+    def array(self, name: str, fresh: Any) -> Any:
+        """The array of this name, which has no rows of a table; the fresh one where there was none."""
+        if name not in self.arrays:
+            return fresh
+        array = self.arrays[name]
+        if jnp.shape(array) != jnp.shape(fresh):
+            raise ValueError(
+                f"`{_CALL}(new_params=...)` must have the ordinary parameters of old_params, got ones for which "
+                f"`state{name}` is of the shape {jnp.shape(fresh)} instead of {jnp.shape(array)}. Make the state anew."
+            )
+        return _where(array, fresh)
+
+
+def _check_belongs(state: Any, expected: Any) -> None:
+    """Refuse a state that is not of the old parameters."""
+    lifted = [
+        [node for node in jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, _LIFTED)) if isinstance(node, _LIFTED)]
+        for tree in (state, expected)
+    ]
+    shapes = [
+        {jax.tree_util.keystr(path): jnp.shape(leaf) for path, leaf in jax.tree.flatten_with_path(tree)[0]}
+        for tree in (without_scratch(state, _LIFTED), without_scratch(expected, _LIFTED))
+    ]
+    seen = [
+        difference
+        for node, of_params in zip(*lifted, strict=False)
+        if isinstance(node.made_for, MadeFor)
+        for difference in differences(node.made_for, of_params.made_for)
+    ]
+    seen += [
+        f"{shapes[0].get(name)} for `state{name}`, which would be {shapes[1].get(name)}"
+        for name in {**shapes[0], **shapes[1]}
+        if shapes[0].get(name) != shapes[1].get(name)
+    ]
+    if seen:
+        raise ValueError(
+            f"`{_CALL}(old_params=...)` must be the parameters that the state was made for by `tx`, got other ones: "
+            f"{seen[0]}. Pass these, or their shapes."
+        )
+
+
+def _carried_collection(name: str, node: Collection, owners: Mapping[str, str], old: _Old) -> Collection:
+    """Carry over the part of a state that is laid out as a Collection."""
+    members = node._members
+    fresh = _members(node)
+    stacks = []
+    for number, stack in enumerate(node.stacks):
+        path = f"{name}.stacks[{number}].weight"
+        if path in owners:
+            here = [member for member in members if member.stack == number]
+            tables = {
+                member.name: _carried_rows(fresh[member.name], old.tables.get(f"{name}[{member.name!r}]"))
+                for member in here
+            }
+            (joined,) = stacks_of(tables, here, node.stacks)
+            stacks.append(with_weight(stack, joined.weight))
+        elif stack.weight is None:
+            stacks.append(stack)
+        else:
+            stacks.append(with_weight(stack, old.array(path, stack.weight)))
+    return jax.tree.structure(node, is_leaf=lambda x: isinstance(x, Table)).unflatten(stacks)
+
+
+def _carried_rows(fresh: Table, before: Table | None) -> Table:
+    """Put the rows that two tables have in common in the place of fresh ones."""
+    if before is None:
+        return fresh
+    if (before.rows, before.placement, before.dtype) == (fresh.rows, fresh.placement, fresh.dtype):
+        return with_weight(fresh, before.weight)
+    if fresh.placement is None:
+        rows = min(fresh.rows, before.rows)
+        common = unshard(before).weight[:rows].astype(fresh.dtype)
+        return with_weight(fresh, jnp.concatenate([common, fresh.weight[rows:]]))
+    before = placed(before, dataclasses.replace(fresh.placement, rows=before.rows))
+    # A copy, since it is written in place, and may be an array of the parameters themselves.
+    copy = jnp.copy(fresh.weight)
+    sharding: Any = fresh.weight.sharding
+    weight = _moves.moved_into(fresh.placement, copy, 0, before.placement, before.weight.astype(fresh.dtype))
+    return with_weight(fresh, laid_out(weight, sharding))
+
+
+def _where(array: Any, fresh: Any) -> Any:
+    """Put an array on the devices of a fresh one, if it is on others; on these, it stays laid out as it is."""
+    if not all(isinstance(x, jax.Array) and not isinstance(x, Tracer) for x in (array, fresh)):
+        return array
+    before, after = ((x.sharding.device_set, getattr(x.sharding, "mesh", None)) for x in (array, fresh))
+    if before == after:
+        return array
+    if fresh.committed:
+        return jax.device_put(array, fresh.sharding)
+    # Bound to no device, as the fresh one, so that it goes with arrays on any mesh.
+    on_mesh = array.committed and array.is_fully_addressable and not jnp.issubdtype(array.dtype, jax.dtypes.prng_key)
+    return jnp.asarray(np.asarray(array)) if on_mesh else array
+
+
+def _members(collection: Collection) -> dict[str, Table]:
+    """The tables of a Collection in a state, as far as it has rows of them."""
+    return {
+        member.name: cut_out(stack, member)
+        for member in collection._members
+        for stack in [collection.stacks[member.stack]]
+        if isinstance(stack, Table) and stack.weight is not None and jnp.ndim(stack.weight)
+    }
+
+
+def _owners(params: Any, tx: optax.GradientTransformation) -> dict[str, str]:
+    """Find the arrays of a state that have an entry a row, by giving each table another number of rows more.
+
+    Returns:
+      The path of each in the state, and that of its table in the parameters.
+    """
+    nodes, structure = jax.tree.flatten_with_path(params, is_leaf=lambda node: isinstance(node, Table))
+    names = [jax.tree_util.keystr(path) for path, _ in nodes]
+
+    def shapes(more: bool) -> dict[str, tuple[int, ...]]:
+        longer = []
+        for number, (_, node) in enumerate(nodes, start=1):
+            if isinstance(node, Table) and node.weight is not None:
+                weight = jax.ShapeDtypeStruct((node.rows + more * number, *node.dim), node.dtype)
+                longer.append(with_weight(node, weight, placement=None))
+            else:
+                longer.append(jax.tree.map(_shape, node))
+        state = without_scratch(jax.eval_shape(tx.init, structure.unflatten(longer)), _LIFTED)
+        return {jax.tree_util.keystr(path): leaf.shape for path, leaf in jax.tree.flatten_with_path(state)[0]}
+
+    few, many = shapes(False), shapes(True)
+    return {name: names[many[name][0] - few[name][0] - 1] for name in few if few[name] != many[name]}
+
+
+def _placements(params: Any) -> dict[str, Placement | None]:
+    nodes, _ = jax.tree.flatten_with_path(params, is_leaf=lambda node: isinstance(node, Table))
+    return {jax.tree_util.keystr(path): node.placement for path, node in nodes if isinstance(node, Table)}
+
+
+def _table(weight: Any, placement: Placement | None) -> Table:
+    return with_weight(Table(jnp.zeros(0)), weight, placement=placement)
+
+
+def _shape(leaf: Any) -> jax.ShapeDtypeStruct:
+    dtype = leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
+    sharding = leaf.sharding if isinstance(leaf, jax.Array) and not isinstance(leaf, Tracer) else None
+    return jax.ShapeDtypeStruct(
+        jnp.shape(leaf), dtype, sharding=sharding if isinstance(sharding, NamedSharding) else None
+    )

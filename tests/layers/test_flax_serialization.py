@@ -1,0 +1,156 @@
+"""Flax's serialization of Tables, Collections and the states of optimizers, whichever library is imported first."""
+
+import subprocess
+import sys
+import textwrap
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import serialization
+from meshes import mesh_of
+
+import embax
+from embax import Collection, CompositionalTable, Feature, RowGrad, Table
+from embax.optim import clip_by_global_norm, lift, rowwise_adagrad
+
+WEIGHT = np.random.default_rng(0).normal(size=(5, 3)).astype(np.float32)
+TX = optax.chain(clip_by_global_norm(1.0), lift(optax.adam(0.1)))
+TXS = {"chain": TX, "rowwise": rowwise_adagrad(0.1)}
+
+
+@pytest.fixture(autouse=True)
+def _promotion():
+    with jax.numpy_dtype_promotion("standard"):  # optax needs it
+        yield
+
+
+def params_of(rows=5, **rules):
+    tables = {name: Table(jnp.asarray(WEIGHT[:n]), padding_idx=0) for name, n in {"film": 4, "user": 2}.items()}
+    return {
+        "words": Table(jnp.asarray(WEIGHT[:rows]), **rules),
+        "frozen": Table(jnp.asarray(WEIGHT), freeze=True),
+        "rows": Collection(tables, [Feature("film", "film")]),
+        "ids": CompositionalTable.create(jax.random.key(0), ids=9, dim=3),
+        "bias": jnp.ones(2),
+    }
+
+
+def gradient_of(params):
+    def one(leaf):
+        return RowGrad([1], WEIGHT[:1], rows=leaf.rows) if isinstance(leaf, Table) else jnp.ones_like(leaf)
+
+    return jax.tree.map(one, params, is_leaf=lambda node: isinstance(node, Table))
+
+
+def assert_same(ours, theirs):
+    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+WAYS = {
+    "bytes": (serialization.to_bytes, serialization.from_bytes),
+    "state dict": (serialization.to_state_dict, serialization.from_state_dict),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_there_and_back(way):
+    to, back = WAYS[way]
+    params = params_of(padding_idx=(0, 2))
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    assert_same(back(zeros, to(params)), params)
+    for tx in TXS.values():
+        _, state = tx.update(gradient_of(params), tx.init(params), params)
+        restored = back(tx.init(zeros), to(state))
+        assert_same(restored, state)
+        tx.update(gradient_of(params), restored, params)
+
+
+def test_the_names_are_those_of_the_tables():
+    state = serialization.to_state_dict(params_of())
+    assert {name: sorted(value) for name, value in state.items() if isinstance(value, dict)} == {
+        "words": ["weight"],
+        "frozen": ["weight"],
+        "rows": ["film", "user"],
+        "ids": ["quotient", "remainder"],
+    }
+
+
+def test_a_state_says_what_it_was_made_for():
+    before, after = params_of(), params_of(padding_idx=1)
+    for tx in TXS.values():
+        restored = serialization.from_bytes(tx.init(after), serialization.to_bytes(tx.init(before)))
+        tx.update(gradient_of(before), restored, before)
+        with pytest.raises(ValueError, match=r"params\['words'\] had padding_idx=None, and has 1 now"):
+            tx.update(gradient_of(after), restored, after)
+
+
+def test_rows_are_saved_in_their_order_whatever_the_layout():
+    mesh = mesh_of({"x": 4})
+    params = {name: node for name, node in params_of().items() if name != "ids"}
+    layouts = [params, embax.shard(params, mesh, "x"), embax.shard(params, mesh, "x", "rows-cyclic")]
+    tx = TXS["rowwise"]
+    _, state = tx.update(gradient_of(params), tx.init(params), params)
+    states = [embax.optim.carry_over(state, params, placed, tx) for placed in layouts]
+    for saved in zip(layouts, states, strict=True):
+        data = serialization.to_bytes(saved)
+        for placed, of_placed in zip(layouts, states, strict=True):
+            zeros = jax.tree.map(jnp.zeros_like, placed)
+            restored, of_restored = serialization.from_bytes((zeros, tx.init(zeros)), data)
+            assert_same(restored, placed)
+            assert_same(of_restored.inner, of_placed.inner)
+            assert restored["words"].weight.sharding == placed["words"].weight.sharding
+            jax.eval_shape(tx.update, gradient_of(placed), of_restored, placed)
+
+
+def test_another_number_of_rows_is_refused():
+    saved = serialization.to_bytes(params_of())
+    message = r"`flax.serialization.from_state_dict\(target=...\)` must have tables of the shapes that were saved, got "
+    with pytest.raises(ValueError, match=message + r"Table\(float32\[4,3\]\) for one of \(5, 3\)"):
+        serialization.from_bytes(params_of(4), saved)
+    with pytest.raises(
+        ValueError, match=r"from_state_dict\(state=...\)` must have the weight of a Table for .* got \['x'"
+    ):
+        serialization.from_state_dict(Table(WEIGHT), {"x": WEIGHT})
+    with pytest.raises(ValueError, match=r"must have the weight of a Table for .* got list"):
+        serialization.from_state_dict(Table(WEIGHT), [1])
+
+
+CODE = """
+    {imports}
+    import flax.serialization as s, jax, jax.numpy as jnp, numpy as np, optax
+    assert ("flax" in sys.modules) and "embax.nnx" not in sys.modules
+    params = {{"a": embax.Table(jnp.arange(6.0).reshape(3, 2), padding_idx=0)}}
+    tx = embax.optim.lift(optax.adam(0.1))
+    gradient = {{"a": embax.RowGrad([1, 2], jnp.ones((2, 2)), rows=3)}}
+    _, state = tx.update(gradient, tx.init(params), params)
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    back, of_back = s.from_bytes((zeros, tx.init(zeros)), s.to_bytes((params, state)))
+    np.testing.assert_array_equal(back["a"].weight, params["a"].weight)
+    assert back["a"].padding_idx == 0
+    np.testing.assert_array_equal(of_back.inner[0].mu["a"].weight, state.inner[0].mu["a"].weight)
+    assert of_back.made_for == state.made_for
+    assert s.from_state_dict(zeros, s.to_state_dict(params))["a"].weight[2, 1] == 5
+    assert type(s.__loader__) is type(optax.__loader__), s.__loader__
+    print("same")
+"""
+ORDERS = {
+    "embax first": "import sys, embax; embax.Table; assert 'flax' not in sys.modules; import flax.serialization",
+    "embax before the module": "import sys, embax; embax.Table; embax.optim.lift; import flax",
+    "flax first": "import sys, flax.serialization, embax",
+    "all of flax first": "import sys; from flax import nnx, linen; import embax; embax.Table",
+    "a table before flax": "import sys, embax, numpy as np; table = embax.Table(np.ones((2, 2))); import flax.linen",
+}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_in_any_order_of_imports(order):
+    code = textwrap.dedent(CODE).format(imports=ORDERS[order])
+    run = subprocess.run(
+        [sys.executable, "-W", "error::ImportWarning", "-c", code], capture_output=True, text=True, check=False
+    )
+    assert run.stdout.strip() == "same", run.stderr

@@ -1,0 +1,103 @@
+"""Checkpoints of optimizers' states: which tables they were made for, and training that goes on with others."""
+
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from meshes import mesh_of
+
+import embax
+from embax import Collection, Feature, RowGrad, Table, checkpoint
+from embax.optim import carry_over, clip_by_global_norm, lift, rowwise_adagrad
+
+WEIGHT = np.random.default_rng(0).normal(size=(6, 3)).astype(np.float32)
+TX = optax.chain(
+    clip_by_global_norm(1.0),
+    optax.multi_transform({"a": rowwise_adagrad(0.1), "b": lift(optax.adam(0.1))}, {"words": "a", "rows": "b"}),
+)
+
+
+@pytest.fixture(autouse=True)
+def _promotion():
+    with jax.numpy_dtype_promotion("standard"):  # optax needs it
+        yield
+
+
+def params_of(rows=4, **rules):
+    tables = {"film": Table(jnp.asarray(WEIGHT[:rows])), "user": Table(jnp.asarray(WEIGHT[:2]), padding_idx=0)}
+    return {
+        "words": Table(jnp.asarray(WEIGHT[:rows]), **{"padding_idx": (0, 2), **rules}),
+        "rows": Collection(tables, [Feature("film", "film")]),
+    }
+
+
+def gradient_of(params):
+    return jax.tree.map(
+        lambda x: RowGrad([1, 3], WEIGHT[:2], rows=x.rows), params, is_leaf=lambda node: isinstance(node, Table)
+    )
+
+
+def trained(params):
+    return jax.jit(TX.update)(gradient_of(params), TX.init(params), params)[1]
+
+
+def assert_same(ours, theirs):
+    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_a_restored_state_says_what_it_was_made_for(tmp_path):
+    params = params_of()
+    state = trained(params)
+    checkpoint.save(tmp_path, {"state": state, "params": params})
+    back = checkpoint.restore(tmp_path, {"state": TX.init(params), "params": params})
+    assert jax.tree.structure(back["state"]) == jax.tree.structure(state)
+    TX.update(gradient_of(params), back["state"], params)
+    # Into what would be its state under other rules.
+    other = params_of(padding_idx=1)
+    back = checkpoint.restore(tmp_path, {"state": TX.init(other)}, partial=True)["state"]
+    with pytest.raises(ValueError, match=r"params\['words'\] had padding_idx=\(0, 2\), and has 1 now"):
+        TX.update(gradient_of(other), back, other)
+    TX.update(gradient_of(other), carry_over(back, params, other, TX), other)
+
+
+def test_a_state_of_another_layout_is_that_of_the_new_one(tmp_path):
+    params, mesh = params_of(), mesh_of({"x": 4})
+    before, after = embax.shard(params, mesh, "x"), embax.shard(params, mesh, "x", "rows-cyclic")
+    state = carry_over(trained(params), params, before, TX)
+    checkpoint.save(tmp_path, state)
+    back = checkpoint.restore(tmp_path, TX.init(after))
+    assert_same(back, carry_over(trained(params), params, after, TX))
+    with pytest.raises(ValueError, match=r"params\['words'\] was laid out as .*'rows-cyclic' .* is as .*'rows' over 4"):
+        jax.eval_shape(TX.update, gradient_of(before), back, before)
+
+
+def test_a_vocabulary_grows_after_a_checkpoint(tmp_path):
+    params, grown = params_of(), params_of(6)
+    state = trained(params)
+    checkpoint.save(tmp_path, {"state": state, "params": params})
+    with pytest.raises(ValueError, match=r"Ask for that; embax.resize and embax.optim.carry_over bring it to other ro"):
+        checkpoint.restore(tmp_path, {"state": TX.init(grown), "params": grown})
+    back = checkpoint.restore(tmp_path, {"state": TX.init(params), "params": params})
+    carried = carry_over(back["state"], back["params"], grown, TX)
+    assert_same(carried, carry_over(state, params, grown, TX))
+    TX.update(gradient_of(grown), carried, grown)
+
+
+def test_a_checkpoint_that_does_not_say_what_a_state_was_made_for(tmp_path):
+    params = params_of()
+    state = trained(params)
+    checkpoint.save(tmp_path, state)
+    (about,) = (path for path in pathlib.Path(tmp_path).rglob("metadata") if path.parent.name == "embax")
+    content = json.loads(about.read_text())
+    assert len(content.pop("made_for")) == 3
+    about.write_text(json.dumps(content))
+    back = checkpoint.restore(tmp_path, TX.init(params))
+    with pytest.raises(ValueError, match=r"must say which tables it was made for, .* an older checkpoint"):
+        TX.update(gradient_of(params), back, params)
+    assert_same(carry_over(back, params, params, TX), carry_over(state, params, params, TX))
