@@ -206,9 +206,9 @@ def _forward(terms: _Terms, rules: Table, weight: Array, x: Array, labels: Array
     of_label, of_all = _targets(terms, rules, own.rows)
 
     def step(start: Any, size: int, carry: Any) -> Any:
-        largest, total, target = carry
+        largest, total, target, sum_of_rows = carry
         block = own.read(weight, start, size)
-        _, logits, left_out = logits_of(block)
+        rows, logits, left_out = logits_of(block)
         # Any number of the size of the logits would do in place of the largest, so it has no derivative.
         higher = jnp.maximum(largest, jax.lax.stop_gradient(jnp.max(logits, axis=-1)))
         # Where all rows so far are masked, nothing is subtracted: infinity less itself is NaN.
@@ -217,13 +217,19 @@ def _forward(terms: _Terms, rules: Table, weight: Array, x: Array, labels: Array
         place, last = places - block.first, logits.shape[-1] - 1
         picked = jnp.take_along_axis(logits, jnp.clip(place, 0, last)[..., None], axis=-1, mode="clip")[..., 0]
         target += jnp.where((place >= 0) & (place <= last), of_label * picked, 0)
-        if of_all:
-            target += of_all * jnp.sum(_without(left_out, logits), axis=-1)
-        return higher, total, target
+        if of_all:  # the sum of logits is the logit of the sum
+            missing = None if left_out is None else jnp.expand_dims(left_out, tuple(range(1, rows.ndim)))
+            rows = rows.astype(wide)
+            sum_of_rows += jnp.sum(rows if missing is None else jnp.where(missing, 0, rows), axis=0)
+        return higher, total, target, sum_of_rows
 
-    zeros = zeros_as(x, labels.shape, wide)
-    carry = over_blocks(step, weight.shape[0], terms.chunk * own.parts, (zeros - np.inf, zeros, zeros))
-    largest, total, target = _of_all_owners(own, *carry)
+    zeros, sum_of_rows = zeros_as(x, labels.shape, wide), zeros_as(x, x.shape[labels.ndim :] if of_all else (), wide)
+    start = zeros - np.inf, zeros, zeros, sum_of_rows
+    largest, total, target, sum_of_rows = over_blocks(step, weight.shape[0], terms.chunk * own.parts, start)
+    if of_all:
+        axes = tuple(range(labels.ndim, x.ndim)), tuple(range(sum_of_rows.ndim))
+        target += of_all * _dot(x.astype(wide), sum_of_rows, *axes, wide)
+    largest, total, target = _of_all_owners(own, largest, total, target)
     loss = largest - target + jnp.log(total)
     if terms.z_loss:
         loss += terms.z_loss * (largest + jnp.log(total)) ** 2

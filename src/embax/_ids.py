@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jax.sharding import auto_axes
 from jaxtyping import Array, Bool, Int
 
 from ._index import index_dtype as index_dtype
@@ -87,8 +88,13 @@ def is_padding(ids: Int[Array, "*batch"], padding_idx: PaddingRows) -> Bool[Arra
     rows = padding_rows(padding_idx)
     if len(rows) <= 1:
         return ids == rows[0] if rows else jnp.zeros(ids.shape, bool)
-    known = jnp.asarray(rows, ids.dtype)
-    return known[jnp.clip(jnp.searchsorted(known, ids), 0, len(rows) - 1)] == ids
+
+    def is_known(ids: Int[Array, "*batch"]) -> Bool[Array, "*batch"]:
+        known = jnp.asarray(rows, ids.dtype)
+        return known[jnp.clip(jnp.searchsorted(known, ids), 0, len(rows) - 1)] == ids
+
+    sharding = explicit_sharding(ids)  # in which JAX searches only where the mesh is set
+    return is_known(ids) if sharding is None else auto_axes(is_known, out_sharding=sharding)(ids)
 
 
 def trained(ids: Int[Array, "*batch"], table: Table) -> Int[Array, "*batch"]:

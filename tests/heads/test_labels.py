@@ -124,16 +124,15 @@ IGNORED = {
 def test_any_number_may_be_ignored():
     calls, x = {}, X[0]
     for name, (labels, number) in IGNORED.items():
-        for head in softmax_cross_entropy, SAMPLED:
-            loss = functools.partial(
-                head, labels=labels, ignore_index=number
-            )  # concrete labels, as in a call without jit
+        for head, function in ("whole", softmax_cross_entropy), ("sampled", SAMPLED):
+            # Labels are concrete, as in a call without jit.
+            loss = functools.partial(function, labels=labels, ignore_index=number)
             calls[name, head] = lambda t, x, loss=loss: loss(t, x), Table(WEIGHT), x
     for (name, head), losses in in_one_program(calls).items():
         labels, number = IGNORED[name]
         of_whole, _ = reference.cross_entropy(WEIGHT, x, labels, ignore_index=number)
         of_sampled = expected_loss(WEIGHT, x, labels, "log_uniform", 6, ignore_index=number)
-        expected = of_whole if head is softmax_cross_entropy else of_sampled
+        expected = of_whole if head == "whole" else of_sampled
         np.testing.assert_allclose(losses, expected, err_msg=name, **FLOAT32)
         assert losses[1] == 0, name
 
@@ -346,7 +345,8 @@ def test_checkify_finds_no_error_in_ignored_tokens():
     checked = jax.jit(checkify.checkify(jax.grad(loss, (0, 1)), errors=checkify.all_checks))
     error, _ = checked(Table(WEIGHT, padding_idx=2, max_norm=1.5), X, LABELS)
     error.throw()
-    error, _ = checked(Table(WEIGHT, padding_idx=2, max_norm=1.5), X, np.where(LABELS == -100, -1, LABELS))
+    checked = jax.jit(checkify.checkify(loss, errors=checkify.index_checks))
+    error, _ = checked(Table(WEIGHT), X, np.where(LABELS == -100, -1, LABELS))
     with pytest.raises(checkify.JaxRuntimeError, match="out-of-bounds"):
         error.throw()
 
