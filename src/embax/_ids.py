@@ -70,12 +70,12 @@ def resolve(ids: Ids, rows: int, out_of_range: OutOfRange, wrap: bool = True) ->
     Returns:
       Row numbers of the same shape, in the index dtype.
     """
-    ids = narrow(jnp.asarray(ids), rows, jnp)
+    numbers = narrow(jnp.asarray(ids), rows, jnp)
     if wrap:
-        ids = jnp.where((ids < 0) & (ids >= -rows), ids + rows, ids)
+        numbers = jnp.where((numbers < 0) & (numbers >= -rows), numbers + rows, numbers)
     if out_of_range == "clip":
-        return jnp.clip(ids, 0, max(rows - 1, 0))
-    return ids if wrap else jnp.where(ids < 0, rows, ids)
+        return jnp.clip(numbers, 0, max(rows - 1, 0))
+    return numbers if wrap else jnp.where(numbers < 0, rows, numbers)
 
 
 def padding_rows(padding_idx: PaddingRows) -> tuple[int, ...]:
@@ -94,7 +94,10 @@ def is_padding(ids: Int[Array, "*batch"], padding_idx: PaddingRows) -> Bool[Arra
         return known[jnp.clip(jnp.searchsorted(known, ids), 0, len(rows) - 1)] == ids
 
     sharding = explicit_sharding(ids)  # in which JAX searches only where the mesh is set
-    return is_known(ids) if sharding is None else auto_axes(is_known, out_sharding=sharding)(ids)
+    if sharding is None:
+        return is_known(ids)
+    by_xla: Any = auto_axes(is_known, out_sharding=sharding)
+    return by_xla(ids)
 
 
 def trained(ids: Int[Array, "*batch"], table: Table) -> Int[Array, "*batch"]:

@@ -106,10 +106,12 @@ def test_no_token_counts():
 
 
 def test_calls_outside_of_jit():
-    table = embax.shard(Table(WEIGHT, **RULES), mesh_of({"x": 2, "y": 2}, "explicit"), "x")
+    mesh = mesh_of({"x": 2, "y": 2}, "explicit")
+    table = embax.shard(Table(WEIGHT, **RULES), mesh, "x")
     for name in MEANS:
         expected, _ = everything(Table(WEIGHT, **RULES), X, LABELS, (name,))[name]
         assert_close(HEADS[name](table, X, LABELS), expected, name)
+        assert_close(HEADS[name](table, split(mesh, X), split(mesh, LABELS)), expected, name)
     with pytest.raises(IndexError, match=r"in \[0, 29\), the table having 29 rows, got -100"):
         softmax_cross_entropy(table, X, LABELS, ignore_index=None)
 
@@ -130,7 +132,7 @@ def test_float8(layout, axes, dtype):
     @jax.jit
     def run(table, x, labels):
         def losses(table, x):
-            return softmax_cross_entropy(table, x, labels, chunk=3, reduction="sum", **TERMS)
+            return softmax_cross_entropy(table, x, labels, chunk=3, reduction="mean", **TERMS)
 
         def logits(table, x):
             return attend(table, x)
