@@ -26,7 +26,7 @@ SOURCES = {
         "_stacks.py",
     ),
     "optimizers": ("optim/*.py", "brainstate/_optimizer.py", "nnx/_optimizer.py"),
-    "heads": ("_attend.py", "_candidates.py", "_cross_entropy.py", "_sampled_softmax.py"),
+    "heads": ("_attend.py", "_candidates.py", "_cross_entropy.py", "_labels.py", "_sampled_softmax.py"),
     "sharding": (
         "_exchange.py",
         "_layouts.py",

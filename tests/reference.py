@@ -3,10 +3,10 @@
 import numpy as np
 
 
-def row_of(index, rows, out_of_range="error"):
+def row_of(index, rows, out_of_range="error", wrap=True):
     """The row that an id reads, or None where it reads none (traced ids under "error", too)."""
     index = int(index)
-    if -rows <= index < rows:
+    if (-rows if wrap else 0) <= index < rows:
         return index % rows
     if out_of_range == "clip" and rows:
         return rows - 1 if index > 0 else 0
@@ -173,34 +173,51 @@ def attend_gradient(weight, x, cotangent, mask_padding=False, **rules):
     return of_weight, np.tensordot(cotangent, lookup(weight, np.arange(rows), **rules), 1)
 
 
-def cross_entropy(weight, x, labels, mask_padding=False, **rules):
+TERMS = "ignore_index", "label_smoothing", "z_loss"
+
+
+def reduce(losses, labels, reduction, ignore_index=-100, left_out=()):
+    """The losses, their sum, or their mean over the labels that count."""
+    if reduction == "none":
+        return losses
+    number = sum(label != ignore_index and label not in left_out for label in np.asarray(labels).ravel().tolist())
+    return losses.sum() / (max(number, 1) if reduction == "mean" else 1)
+
+
+def cross_entropy(
+    weight, x, labels, mask_padding=False, *, ignore_index=-100, label_smoothing=0.0, z_loss=0.0, **rules
+):  # fmt: skip
     """The loss of each label, and the derivative of that by the logits, `(*batch, rows)`."""
     logits, labels = attend(weight, x, mask_padding, **rules), np.asarray(labels)
     rows, policy = np.shape(weight)[0], rules.get("out_of_range", "error")
     padding = padding_rows(rules.get("padding_idx"), rows) if mask_padding else set()
+    predicted = [row for row in range(rows) if row not in padding]
     losses, errors = np.zeros(labels.shape), np.zeros(logits.shape)
     for position in np.ndindex(labels.shape):
-        row, of_one = row_of(labels[position], rows, policy), logits[position]
-        if row in padding:
+        row, of_one = row_of(labels[position], rows, policy, wrap=False), logits[position]
+        if labels[position] == ignore_index or row in padding:
             continue
         if row is None and policy != "zero":
             losses[position] = np.nan
             continue
         largest = of_one.max()
         normalizer = largest + np.log(np.exp(of_one - largest).sum())
-        losses[position] = normalizer - (0 if row is None else of_one[row])
-        errors[position] = np.exp(of_one - normalizer)
+        target = np.zeros(rows)
+        target[predicted] = label_smoothing / len(predicted)
         if row is not None:
-            errors[(*position, row)] -= 1
+            target[row] += 1 - label_smoothing
+        losses[position] = normalizer - (target[predicted] * of_one[predicted]).sum() + z_loss * normalizer**2
+        errors[position] = np.exp(of_one - normalizer) * (1 + 2 * z_loss * normalizer) - target
     return losses, errors
 
 
-def cross_entropy_gradient(weight, x, labels, cotangent, mask_padding=False, **rules):
+def cross_entropy_gradient(weight, x, labels, cotangent, mask_padding=False, **options):
     """The gradients of the weight and of `x`, given that of the losses. Where there is no error, `x` is not read."""
-    _, errors = cross_entropy(weight, x, labels, mask_padding, **rules)
+    _, errors = cross_entropy(weight, x, labels, mask_padding, **options)
     counted = errors.any(-1)
     x = np.where(counted.reshape(*counted.shape, *[1] * (np.ndim(x) - counted.ndim)), x, 0)
     errors *= np.where(counted, cotangent, 0)[..., None]
+    rules = {name: value for name, value in options.items() if name not in TERMS}
     return attend_gradient(weight, x, errors, mask_padding, **rules)
 
 
@@ -209,15 +226,17 @@ def chance_of_row(samples, probability):
     return 1.0 if probability == 0 else 1 - (1 - probability) ** samples
 
 
-def sampled_softmax(weight, x, labels, drawn, probabilities, remove_hits=True, **rules):
+def sampled_softmax(
+    weight, x, labels, drawn, probabilities, remove_hits=True, *, ignore_index=-100, z_loss=0.0, **rules
+):  # fmt: skip
     """The loss of each label among the rows that were drawn, each counted once, and the probability of each row."""
     logits, labels = attend(weight, x, **rules), np.asarray(labels)
     rows, policy = np.shape(weight)[0], rules.get("out_of_range", "error")
     padding = padding_rows(rules.get("padding_idx"), rows)
     losses = np.zeros(labels.shape)
     for position in np.ndindex(labels.shape):
-        label = row_of(labels[position], rows, policy)
-        if label in padding:
+        label = row_of(labels[position], rows, policy, wrap=False)
+        if labels[position] == ignore_index or label in padding:
             continue
         if label is None and policy != "zero":
             losses[position] = np.nan
@@ -227,5 +246,6 @@ def sampled_softmax(weight, x, labels, drawn, probabilities, remove_hits=True, *
             scores = [logits[(*position, label)] - np.log(chance_of_row(len(drawn), probabilities[label]))]
         for row in sorted(set(np.asarray(drawn).tolist()) - padding - ({label} if remove_hits else set())):
             scores.append(logits[(*position, row)] - np.log(chance_of_row(len(drawn), probabilities[row])))
-        losses[position] = np.log(np.exp(np.asarray(scores) - scores[0]).sum())
+        normalizer = np.log(np.exp(np.asarray(scores)).sum())
+        losses[position] = normalizer - scores[0] + z_loss * normalizer**2
     return losses

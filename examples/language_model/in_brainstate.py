@@ -37,7 +37,7 @@ def start(rows: int) -> Callable[[jax.Array, jax.Array], jax.Array]:
 
     def loss(contexts: jax.Array, targets: jax.Array) -> jax.Array:
         vectors = model(contexts)
-        return embax.softmax_cross_entropy(model.words.table, vectors, targets, mask_padding=True).mean()
+        return embax.softmax_cross_entropy(model.words.table, vectors, targets, mask_padding=True, reduction="mean")
 
     @embax.brainstate.jit
     def step(contexts: jax.Array, targets: jax.Array) -> jax.Array:

@@ -29,7 +29,7 @@ def loss(params: Params, contexts: jax.Array, targets: jax.Array) -> jax.Array:
     rows = embax.lookup(params["words"], contexts)  # (batch, CONTEXT, DIM)
     hidden = jax.nn.gelu(rows.reshape(len(rows), -1) @ params["hidden"])
     vectors = hidden @ params["out"]
-    return embax.softmax_cross_entropy(params["words"], vectors, targets, mask_padding=True).mean()
+    return embax.softmax_cross_entropy(params["words"], vectors, targets, mask_padding=True, reduction="mean")
 
 
 def start(rows: int) -> Any:

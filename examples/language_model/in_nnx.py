@@ -29,7 +29,7 @@ class Model(nnx.Module):
 def loss(model: Model, contexts: jax.Array, targets: jax.Array) -> jax.Array:
     """The mean loss, in nats a word."""
     vectors = model(contexts)
-    return embax.softmax_cross_entropy(model.words.table, vectors, targets, mask_padding=True).mean()
+    return embax.softmax_cross_entropy(model.words.table, vectors, targets, mask_padding=True, reduction="mean")
 
 
 def start(rows: int) -> Callable[[jax.Array, jax.Array], jax.Array]:

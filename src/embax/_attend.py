@@ -38,7 +38,8 @@ def attend(
       table: The table, of a floating-point dtype.
       x: Vectors `(*batch, *dim)` of a floating-point dtype; the trailing axes are those of a row.
       mask_padding: Whether the logits of padding rows are minus infinity, so that none is ever predicted.
-      dtype: The dtype of the logits. Default: what the dtypes of the table and of `x` promote to.
+      dtype: The dtype of the logits. Default: what the dtypes of the table and of `x` promote to; of a float8 one and a
+        wider one, the wider one, and of two float8 ones, float32.
 
     Returns:
       One logit a row, `(*batch, rows)`.
@@ -93,21 +94,23 @@ def _placed_logits(
     if weight.size == 0:  # there is nothing to be sent, which XLA has no collectives for
         no_rows = jnp.zeros((placement.rows, *weight.shape[1:]), weight.dtype)
         return _logits(dtype, mask_padding, rules, jnp.arange(placement.rows), no_rows, x)
-    tokens = Tokens(placement, x.shape[: x.ndim - weight.ndim + 1])
+    tokens, stored = Tokens(placement, x.shape[: x.ndim - weight.ndim + 1]), weight.dtype
 
     def local(weight: Array, vectors: Array) -> tuple[Array]:
         own = OwnRows.of(rules, weight)
         block = own.read(weight, jnp.zeros((), _ids.index_dtype(own.rows)), weight.shape[0])
-        rows = block.rows
+        rows = block.rows.astype(stored)
         if own.filled_up:  # by selection, so that what is no row has no gradient: 0 * NaN is NaN
             exist = jnp.expand_dims(own.exist(block.ids), tuple(range(1, rows.ndim)))
             rows = jnp.where(exist, rows, jnp.zeros((), rows.dtype))
         logits = _logits(dtype, mask_padding, rules, block.ids, rows, vectors.astype(x.dtype))
         return (tokens.joined(logits),)
 
-    # Wide, since the gradients that all owners have of a vector are summed.
+    # Wide, since the gradients that all owners have of a vector are summed; and those that all copies have of a row,
+    # which bfloat16 can be summed in, but not float8.
     vectors = tokens.laid_out(x.astype(accumulator(x.dtype)))
-    (logits,) = on_owners(tokens, local, (tokens.parted_spec,), weight, vectors)
+    rows = weight.astype(accumulator(weight.dtype)) if jnp.finfo(weight.dtype).bits < 16 else weight
+    (logits,) = on_owners(tokens, local, (tokens.parted_spec,), rows, vectors)
     return tokens.restored(logits, x)
 
 
@@ -175,6 +178,12 @@ def checked_vectors(call: str, table: Table, x: Any) -> Float[Array, "*batch_dim
 
 
 def common_dtype(table: Table, x: Float[Array, "*batch_dim"]) -> np.dtype:
-    """Return the dtype in which vectors meet the rows of a table, whatever JAX is told about promotion."""
+    """Return the dtype in which vectors meet the rows of a table, whatever JAX is told about promotion.
+
+    JAX promotes no dtype of 8 bits or fewer by itself. Here the wider one of two decides, and if both are so narrow, it
+    is float32, as their products and sums fit in neither.
+    """
+    dtypes = {np.dtype(dtype) for dtype in (table.dtype, x.dtype)}
+    wide = sorted((dtype for dtype in dtypes if jnp.finfo(dtype).bits >= 16), key=str)
     with jax.numpy_dtype_promotion("standard"):
-        return jnp.promote_types(table.dtype, x.dtype)
+        return jnp.promote_types(wide[0], wide[-1]) if wide else np.dtype(np.float32)

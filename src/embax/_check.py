@@ -64,15 +64,41 @@ def positive(argument: str, value: Any) -> float:
       TypeError: If `value` is not a real number.
       ValueError: If it is zero, negative or NaN.
     """
-    try:
-        if isinstance(value, str | bytes | bool | np.bool_):  # float("3") and float(True) are numbers, too
-            raise TypeError
-        number = float(value)
-    except (TypeError, ValueError):
-        raise TypeError(f"`{argument}` must be a positive number, got {value!r}. Pass a float.") from None
+    number = _real(argument, value, "a positive number")
     if math.isnan(number) or number <= 0:
         raise ValueError(f"`{argument}` must be positive, got {number}. Pass a number above 0.")
     return number
+
+
+def not_negative(argument: str, value: Any, most: float | None = None) -> float:
+    """Return `value` as a Python float that is finite and not negative.
+
+    Args:
+      argument: The call and its argument for the message.
+      value: What the caller gave.
+      most: What it may be at most. Default: any finite number.
+
+    Returns:
+      The same number.
+
+    Raises:
+      TypeError: If `value` is not a real number, or a traced one.
+      ValueError: If it is negative, NaN, infinite or above `most`.
+    """
+    rule = "a finite number, 0 or more" if most is None else f"a number from 0 to {most:g}"
+    number = _real(argument, value, rule)
+    if not math.isfinite(number) or number < 0 or (most is not None and number > most):
+        raise ValueError(f"`{argument}` must be {rule}, got {number}. Pass such a number, or 0.0 for none.")
+    return number
+
+
+def _real(argument: str, value: Any, rule: str) -> float:
+    try:
+        if isinstance(value, str | bytes | bool | np.bool_):  # float("3") and float(True) are numbers, too
+            raise TypeError
+        return float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"`{argument}` must be {rule}, got {value!r}. Pass a float.") from None
 
 
 def flag(argument: str, value: Any) -> bool:

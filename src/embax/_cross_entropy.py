@@ -3,17 +3,18 @@
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Bool, Float, Int, Shaped
+from jaxtyping import Array, Bool, Float, Shaped
 
-from . import _check, _ids
-from ._attend import checked_vectors, common_dtype, trained_whole
+from . import _check, _ids, _labels
+from ._attend import common_dtype, trained_whole
 from ._dedupe import accumulator
+from ._labels import NOT_COUNTED, Reduction
 from ._layouts import varying_alike, with_auto_axes, zeros_as
 from ._lookup import clipped_rows
 from ._placed_heads import Block, OwnRows, Tokens, on_owners
@@ -27,12 +28,33 @@ _BLOCK = 2**19
 _LEAST_ROWS = 128  # of many tokens, lest a product be too thin to be fast
 
 
+class _Terms(NamedTuple):
+    """What the loss of a token consists of, and how it is computed: the static arguments."""
+
+    chunk: int
+    mask_padding: bool
+    label_smoothing: float
+    z_loss: float
+
+
 def softmax_cross_entropy(
-    table: Table, x: Any, labels: Any, *, chunk: int | None = None, mask_padding: bool = False
-) -> Float[Array, "*batch"]:
+    table: Table,
+    x: Any,
+    labels: Any,
+    *,
+    chunk: int | None = None,
+    mask_padding: bool = False,
+    ignore_index: int | None = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    reduction: Reduction = "none",
+) -> Float[Array, "..."]:
     """Return the cross-entropy of each label under the softmax over all rows: the loss of a language model's head.
 
     `loss[b] = log(sum_r exp(logits[b, r])) - logits[b, labels[b]]`, with the logits of `attend`
+
+    A token does not count if its label is `ignore_index`, or if `mask_padding` is set and its label is a padding row.
+    Its loss is 0, and neither the table nor `x` has a gradient of it, even if its vector is NaN.
 
     The logits are never held: they are computed for one block of rows after the other, in the backward pass again.
     Temporary memory follows the tokens and the block, not the rows; time is near that of the plain way. The gradient of
@@ -49,68 +71,63 @@ def softmax_cross_entropy(
     Args:
       table: The table, of a floating-point dtype.
       x: Vectors `(*batch, *dim)` of a floating-point dtype; the trailing axes are those of a row.
-      labels: The right row of each vector, `(*batch)`, by the rules of `lookup` for ids. Where a traced one has no row,
-        the loss is NaN, and neither the table nor `x` has a gradient of it; by `out_of_range="zero"` its logit is 0.
+      labels: The right row of each vector, `(*batch)`, of any integer dtype: a number in `[0, rows)` or `ignore_index`.
+        Others have no row: unlike ids of a lookup, negative ones do not count from the end. Where a traced label has no
+        row, the loss is NaN, and neither the table nor `x` has a gradient of it; by `out_of_range="zero"` its logit is
+        0, and by `"clip"` the nearest row is the label.
       chunk: The rows of a block, 1 or more; on a mesh, those that a device multiplies at once. Default: by the number
         of tokens, so that a block fits a processor's cache.
       mask_padding: Whether padding rows are left out, as rows that are never predicted and as labels: a token that has
-        one for its label has the loss 0, and no gradient.
+        one for its label does not count.
+      ignore_index: The label of tokens that do not count. None: there is no such label. Default: that of torch.
+      label_smoothing: The share of the target probability, from 0 to 1, that is spread evenly over all rows, as torch
+        does; with `mask_padding` over all but the padding rows.
+      z_loss: The weight of `log(sum_r exp(logits[b, r])) ** 2`, which is added to the loss of each token, 0 or more.
+        PaLM was trained with 1e-4.
+      reduction: `"none"`: one loss a token. `"sum"`: the sum of the losses. `"mean"`: the sum divided by the number of
+        tokens that count. If no token counts, the mean is 0 and has no gradient; torch gives NaN.
 
     Returns:
-      The losses in nats, `(*batch)`, in float32 or wider.
+      The losses in nats, `(*batch)` or one number by `reduction`, in float32 or wider.
 
     Raises:
-      TypeError: If the table or `x` is not of a floating-point dtype, or the labels not of an integer one.
-      ValueError: If the trailing axes of `x` are not those of a row, the others not those of the labels, or `chunk` is
-        less than 1.
-      IndexError: If a concrete label has no row and `table.out_of_range` is `"error"`.
+      TypeError: If the table or `x` is not of a floating-point dtype, the labels are not of an integer one, or an
+        option is of the wrong type.
+      ValueError: If the trailing axes of `x` are not those of a row, the others are not those of the labels, or an
+        option is outside its range.
+      IndexError: If a concrete label that counts has no row and `table.out_of_range` is `"error"`.
 
     Example:
       >>> import embax, jax.numpy as jnp
       >>> table = embax.Table(jnp.array([[0.0, 0.0], [1.0, 2.0], [3.0, 4.0]]), padding_idx=0)
       >>> embax.softmax_cross_entropy(table, [[1.0, 1.0], [1.0, 1.0]], [2, 0], mask_padding=True).round(4)
       Array([0.0181, 0.    ], dtype=float32)
+      >>> embax.softmax_cross_entropy(table, [[1.0, 1.0], [1.0, 1.0]], [2, -100], reduction="mean").round(4)
+      Array(0.019, dtype=float32)
 
     References:
       Wijmans et al., Cut your losses in large-vocabulary language models, 2024, https://arxiv.org/abs/2411.09009.
       Milakov and Gimelshein, Online normalizer calculation for softmax, 2018, https://arxiv.org/abs/1805.02867.
+      Szegedy et al., Rethinking the Inception architecture for computer vision, 2016, https://arxiv.org/abs/1512.00567,
+      section 7.
+      Chowdhery et al., PaLM: scaling language modeling with pathways, 2022, https://arxiv.org/abs/2204.02311,
+      section 5.
     """
-    x, labels = checked_batch("embax.softmax_cross_entropy", table, x, labels)
+    call = "embax.softmax_cross_entropy"
     mask_padding = _check.flag("embax.softmax_cross_entropy(mask_padding=...)", mask_padding)
-    chunk = _rows_of_block(chunk, labels.size, table)
+    x, labels = _labels.checked_batch(call, table, x, labels, ignore_index, mask_padding)
+    terms = _Terms(
+        _rows_of_block(chunk, labels.size, table),
+        mask_padding,
+        _check.not_negative(f"{call}(label_smoothing=...)", label_smoothing, most=1),
+        _check.not_negative(f"{call}(z_loss=...)", z_loss),
+    )
+    reduction = _check.choice(f"{call}(reduction=...)", reduction, Reduction)
     # The padding row's gradient is left out block by block instead.
     weight = trained_whole(dataclasses.replace(table, padding_idx=None))
     if table.placement is None:
         weight, x, labels = varying_alike(_ids.on_every_device(weight), x, labels)
-    return _jitted(chunk, mask_padding, with_weight(table, None), weight, x, labels)
-
-
-def checked_batch(call: str, table: Table, x: Any, labels: Any) -> tuple[Array, Int[Array, "*batch"]]:
-    """Check vectors and the label of each.
-
-    Args:
-      call: The call for the messages.
-      table: The table whose rows the labels name.
-      x: What the caller gave as vectors.
-      labels: What the caller gave as labels.
-
-    Returns:
-      Both as arrays; row numbers as `_ids.resolve` gives them.
-
-    Raises:
-      TypeError: If the table or the vectors are not of a floating-point dtype, or the labels not of an integer one.
-      ValueError: If the shapes do not fit.
-      IndexError: If a concrete label has no row and `table.out_of_range` is `"error"`.
-    """
-    x = checked_vectors(call, table, x)
-    labels = _ids.prepare(f"{call}(labels=...)", labels, table)
-    batch = x.shape[: x.ndim - len(table.dim)]
-    if labels.shape != batch:
-        raise ValueError(
-            f"`{call}(labels=...)` must be one a vector, of the shape {batch}, got {labels.shape}. "
-            "Give each vector its label."
-        )
-    return x, _ids.resolve(labels, table.rows, table.out_of_range)
+    return _jitted(terms, reduction, with_weight(table, None), weight, x, labels)
 
 
 def _rows_of_block(chunk: int | None, tokens: int, table: Table) -> int:
@@ -129,33 +146,37 @@ def _rows_of_block(chunk: int | None, tokens: int, table: Table) -> int:
     return max(min(chunk, rows), 1)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _losses(chunk: int, mask_padding: bool, rules: Table, weight: Array, x: Array, labels: Array) -> Array:
-    return _losses_fwd(chunk, mask_padding, rules, weight, x, labels)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _losses(terms: _Terms, rules: Table, weight: Array, x: Array, labels: Array) -> Array:
+    return _losses_fwd(terms, rules, weight, x, labels)[0]
+
+
+def _reduced(terms: _Terms, reduction: Reduction, *args: Any) -> Array:
+    return _labels.reduced(_losses(terms, *args), args[-1], reduction)
 
 
 # Inlined, and compiled once for calls without jit.
-_jitted = jax.jit(_losses, static_argnums=(0, 1), inline=True)
+_jitted = jax.jit(_reduced, static_argnums=(0, 1), inline=True)
 
 
-def _losses_fwd(chunk: int, mask_padding: bool, *args: Any) -> tuple[Array, Any]:
+def _losses_fwd(terms: _Terms, *args: Any) -> tuple[Array, Any]:
     rules, weight, x, labels = args
-    forward = functools.partial(_forward, chunk, mask_padding, rules)
+    forward = functools.partial(_forward, terms, rules)
     if rules.placement is None:
         of_token = PartitionSpec(*jax.typeof(x).sharding.spec[: labels.ndim])
         of_tokens = with_auto_axes(forward, (of_token,) * 3, (weight, x, labels))
     else:
         tokens = Tokens(rules.placement, labels.shape)
-        given = tokens.laid_out(x), tokens.laid_out(labels, rules.placement.rows)
+        given = tokens.laid_out(x), tokens.laid_out(labels, NOT_COUNTED)
         of_tokens = on_owners(tokens, forward, (tokens.spec,) * 3, weight, *given)
         of_tokens = tuple(tokens.restored(values, x) for values in of_tokens)
     loss, *normalizer = of_tokens
     return loss, (*args, *normalizer)
 
 
-def _losses_bwd(chunk: int, mask_padding: bool, saved: Any, cotangent: Array) -> tuple[None, Array, Array, None]:
+def _losses_bwd(terms: _Terms, saved: Any, cotangent: Array) -> tuple[None, Array, Array, None]:
     rules, weight, x, labels, *of_tokens = (*saved, cotangent)
-    backward = functools.partial(_backward, chunk, mask_padding, rules)
+    backward = functools.partial(_backward, terms, rules)
     if rules.placement is None:
         specs = jax.typeof(weight).sharding.spec, jax.typeof(x).sharding.spec
         of_weight, of_x = with_auto_axes(backward, specs, (weight, x, labels, *of_tokens))
@@ -166,7 +187,7 @@ def _losses_bwd(chunk: int, mask_padding: bool, saved: Any, cotangent: Array) ->
         of_weight, of_x = backward(*args)
         return of_weight, tokens.summed(of_x).astype(x.dtype)
 
-    given = tokens.laid_out(x), tokens.laid_out(labels, rules.placement.rows), *map(tokens.laid_out, of_tokens)
+    given = tokens.laid_out(x), tokens.laid_out(labels, NOT_COUNTED), *map(tokens.laid_out, of_tokens)
     specs = rules.placement.spec(weight.shape, weight.shape[1:]), tokens.parted_spec
     of_weight, of_x = on_owners(tokens, local, specs, weight, *given)
     return None, of_weight, tokens.restored(of_x, x), None
@@ -175,20 +196,19 @@ def _losses_bwd(chunk: int, mask_padding: bool, saved: Any, cotangent: Array) ->
 _losses.defvjp(_losses_fwd, _losses_bwd)
 
 
-def _forward(
-    chunk: int, mask_padding: bool, rules: Table, weight: Array, x: Array, labels: Array
-) -> tuple[Array, Array, Array]:
+def _forward(terms: _Terms, rules: Table, weight: Array, x: Array, labels: Array) -> tuple[Array, Array, Array]:
     """Return the losses, the largest logits `m` and the normalisers `sum_r exp(logits[r] - m)`, `(*batch)` each.
 
     These are two, since of large logits `m + log(sum)` would lose the logarithm's digits.
     """
     own, wide = OwnRows.of(rules, weight), accumulator(common_dtype(with_weight(rules, weight), x))
-    logits_of, places = _logits_of(mask_padding, rules, weight, x), own.places(labels)
+    logits_of, places = _logits_of(terms.mask_padding, rules, weight, x), own.places(labels)
+    of_label, of_all = _targets(terms, rules, own.rows)
 
     def step(start: Any, size: int, carry: Any) -> Any:
-        largest, total, of_label = carry
+        largest, total, target, sum_of_rows = carry
         block = own.read(weight, start, size)
-        logits = logits_of(block)[1]
+        rows, logits, left_out = logits_of(block)
         # Any number of the size of the logits would do in place of the largest, so it has no derivative.
         higher = jnp.maximum(largest, jax.lax.stop_gradient(jnp.max(logits, axis=-1)))
         # Where all rows so far are masked, nothing is subtracted: infinity less itself is NaN.
@@ -196,77 +216,101 @@ def _forward(
         total = total * jnp.exp(largest - finite) + jnp.sum(jnp.exp(logits - finite[..., None]), axis=-1)
         place, last = places - block.first, logits.shape[-1] - 1
         picked = jnp.take_along_axis(logits, jnp.clip(place, 0, last)[..., None], axis=-1, mode="clip")[..., 0]
-        return higher, total, jnp.where((place >= 0) & (place <= last), picked, of_label)
+        target += jnp.where((place >= 0) & (place <= last), of_label * picked, 0)
+        if of_all:  # the sum of logits is the logit of the sum
+            missing = None if left_out is None else jnp.expand_dims(left_out, tuple(range(1, rows.ndim)))
+            rows = rows.astype(wide)
+            sum_of_rows += jnp.sum(rows if missing is None else jnp.where(missing, 0, rows), axis=0)
+        return higher, total, target, sum_of_rows
 
-    zeros = zeros_as(x, labels.shape, wide)
-    carry = over_blocks(step, weight.shape[0], chunk * own.parts, (zeros - np.inf, zeros, zeros))
-    largest, total, of_label = _of_all_owners(own, *carry)
-    loss = largest - of_label + jnp.log(total)
-    loss = jnp.where(_is_row(rules, own.rows, labels), loss, np.nan)
-    if mask_padding:
-        loss = jnp.where(_ids.is_padding(labels, rules.padding_idx), 0, loss)
-    return loss, largest, total
+    zeros, sum_of_rows = zeros_as(x, labels.shape, wide), zeros_as(x, x.shape[labels.ndim :] if of_all else (), wide)
+    start = zeros - np.inf, zeros, zeros, sum_of_rows
+    largest, total, target, sum_of_rows = over_blocks(step, weight.shape[0], terms.chunk * own.parts, start)
+    if of_all:
+        axes = tuple(range(labels.ndim, x.ndim)), tuple(range(sum_of_rows.ndim))
+        target += of_all * _dot(x.astype(wide), sum_of_rows, *axes, wide)
+    largest, total, target = _of_all_owners(own, largest, total, target)
+    loss = largest - target + jnp.log(total)
+    if terms.z_loss:
+        loss += terms.z_loss * (largest + jnp.log(total)) ** 2
+    return _labels.masked(rules, own.rows, labels, loss), largest, total
 
 
-def _of_all_owners(own: OwnRows, largest: Array, total: Array, of_label: Array) -> tuple[Array, Array, Array]:
+def _targets(terms: _Terms, rules: Table, rows: int) -> tuple[float, float]:
+    """Return the factor of the label's logit in the target, and that of each logit that can be predicted."""
+    predicted = rows - (len(_ids.padding_rows(rules.padding_idx)) if terms.mask_padding else 0)
+    return 1 - terms.label_smoothing, terms.label_smoothing / max(predicted, 1)
+
+
+def _of_all_owners(own: OwnRows, largest: Array, total: Array, target: Array) -> tuple[Array, Array, Array]:
     """Join what the devices that have other rows have found of the same tokens; only one of them has the label."""
     highest = own.highest(largest)
-    return highest, own.summed(total * jnp.exp(largest - _finite(highest))), own.summed(of_label)
+    return highest, own.summed(total * jnp.exp(largest - _finite(highest))), own.summed(target)
 
 
 def _backward(
-    chunk: int, mask_padding: bool, rules: Table, weight: Array, x: Array, labels: Array, *of_tokens: Array
+    terms: _Terms, rules: Table, weight: Array, x: Array, labels: Array, *of_tokens: Array
 ) -> tuple[Array, Array]:
     """Return the gradients of the weight, and of `x` by the rows that are here, which is wide."""
     largest, total, g = of_tokens
     own = OwnRows.of(rules, weight)
-    counted = _is_row(rules, own.rows, labels)
-    if mask_padding:
-        counted &= ~_ids.is_padding(labels, rules.padding_idx)
+    counted = _labels.have_loss(rules, own.rows, labels)
     # By selection, also of the vectors: 0 * NaN is NaN.
     batch = tuple(range(labels.ndim))
-    vectors = jnp.where(jnp.expand_dims(counted, tuple(range(labels.ndim, x.ndim))), x, 0)
+    vectors = jnp.where(jnp.expand_dims(counted, tuple(range(labels.ndim, x.ndim))), x, jnp.zeros((), x.dtype))
     largest, g = jnp.where(counted, _finite(largest), 0), jnp.where(counted, g, 0)
-    of_normalizer = g / jnp.where(counted & (total != 0), total, 1)
-    logits_of, places, wide = _logits_of(mask_padding, rules, weight, vectors), own.places(labels), g.dtype
+    total = jnp.where(counted & (total != 0), total, 1)
+    of_normalizer = g / total
+    if terms.z_loss:
+        of_normalizer *= 1 + 2 * terms.z_loss * (largest + jnp.log(total))
+    logits_of, places, wide = _logits_of(terms.mask_padding, rules, weight, vectors), own.places(labels), g.dtype
+    of_label, of_all = _targets(terms, rules, own.rows)
 
     def step(start: Any, size: int, carry: Any) -> Any:
         of_weight, of_x = carry
         block = own.read(weight, start, size)
-        rows, logits = logits_of(block)
+        rows, logits, left_out = logits_of(block)
         here = (
             over_last(jnp.arange(rows.shape[0], dtype=labels.dtype), logits.ndim) == (places - block.first)[..., None]
         )
-        error = jnp.exp(logits - largest[..., None]) * of_normalizer[..., None] - jnp.where(here, g[..., None], 0)
+        error = jnp.exp(logits - largest[..., None]) * of_normalizer[..., None]
+        error -= jnp.where(here, of_label * g[..., None], 0)
+        if of_all:
+            error -= _without(left_out, of_all * g[..., None])
         of_x += _dot(error, rows.astype(wide), (labels.ndim,), (0,), wide)
         of_rows = own.summed_over_copies(_dot(error, vectors.astype(wide), batch, batch, wide))
         if rules.padding_idx is not None or own.filled_up:
-            left_out = _ids.is_padding(block.ids, rules.padding_idx) | ~own.exist(block.ids)
-            of_rows = jnp.where(jnp.expand_dims(left_out, tuple(range(1, of_rows.ndim))), 0, of_rows)
+            no_gradient = _ids.is_padding(block.ids, rules.padding_idx) | ~own.exist(block.ids)
+            of_rows = jnp.where(jnp.expand_dims(no_gradient, tuple(range(1, of_rows.ndim))), 0, of_rows)
         return own.write(of_weight, of_rows.astype(weight.dtype), start, size), of_x
 
     start = zeros_as(x, weight.shape, weight.dtype), zeros_as(x, x.shape, wide)
-    return over_blocks(step, weight.shape[0], chunk * own.parts, start)
+    return over_blocks(step, weight.shape[0], terms.chunk * own.parts, start)
 
 
 def _logits_of(
     mask_padding: bool, rules: Table, weight: Float[Array, "stored *part"], x: Float[Array, "*batch_dim"]
-) -> Callable[[Block], tuple[Float[Array, "block *dim"], Float[Array, "*batch block"]]]:
-    """Make the function that gives the rows of a block as they are read, and their logits."""
+) -> Callable[[Block], tuple[Float[Array, "block *dim"], Float[Array, "*batch block"], Bool[Array, " block"] | None]]:
+    """Make the function that gives the rows of a block as they are read, their logits, and which are not predicted."""
     own, common = OwnRows.of(rules, weight), common_dtype(with_weight(rules, weight), x)
     vectors, wide = x.astype(common), accumulator(common)
     axes = tuple(range(x.ndim - weight.ndim + 1, x.ndim)), tuple(range(1, weight.ndim))
     masked = rules.padding_idx if mask_padding else None
 
-    def logits_of(block: Block) -> tuple[Array, Array]:
+    def logits_of(block: Block) -> tuple[Array, Array, Array | None]:
         rows = clipped_rows(rules, block.ids, block.rows).astype(common)
         logits = _dot(vectors, rows, *axes, wide)
-        if masked is not None or own.filled_up:
-            left_out = _ids.is_padding(block.ids, masked) | ~own.exist(block.ids)
-            logits = jnp.where(over_last(left_out, logits.ndim), -np.inf, logits)
-        return rows, logits
+        if masked is None and not own.filled_up:
+            return rows, logits, None
+        left_out = _ids.is_padding(block.ids, masked) | ~own.exist(block.ids)
+        return rows, jnp.where(over_last(left_out, logits.ndim), -np.inf, logits), left_out
 
     return logits_of
+
+
+def _without(left_out: Bool[Array, " block"] | None, values: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Put 0 in the place of the values of rows that are not predicted; the last axis is of rows, or of size 1."""
+    return values if left_out is None else jnp.where(over_last(left_out, values.ndim), 0, values)
 
 
 def _dot(a: Array, b: Array, axes_a: tuple[int, ...], axes_b: tuple[int, ...], dtype: np.dtype) -> Array:
@@ -280,8 +324,3 @@ def _finite(largest: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
 def over_last(values: Shaped[Array, " last"], ndim: int) -> Shaped[Array, "*ones last"]:
     """Give values of the last axis leading ones of size 1."""
     return jnp.expand_dims(values, tuple(range(ndim - 1)))
-
-
-def _is_row(rules: Table, rows: int, labels: Int[Array, "*batch"]) -> Bool[Array, "*batch"]:
-    """Tell the labels of which there is a loss."""
-    return (labels >= 0) & (labels < rows) | (rules.out_of_range == "zero")

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jax.sharding import auto_axes
 from jaxtyping import Array, Bool, Int
 
 from ._index import index_dtype as index_dtype
@@ -16,7 +17,9 @@ from ._table import OutOfRange, PaddingRows, Table
 Ids = Int[Array, "*batch"] | Int[np.ndarray, "*batch"]
 
 
-def prepare(argument: str, ids: Any, table: Table, used: int | None = None) -> Ids:
+def prepare(
+    argument: str, ids: Any, table: Table, used: int | None = None, *, wrap: bool = True, ignored: int | None = None
+) -> Ids:
     """Check ids that a caller gave; concrete ones by value, too.
 
     Args:
@@ -24,6 +27,8 @@ def prepare(argument: str, ids: Any, table: Table, used: int | None = None) -> I
       ids: An array, nested list or scalar of integers.
       table: The table that they shall be read from.
       used: How many of the ids, from the first one on, are to have a row. Default: all.
+      wrap: Whether ids in `[-rows, 0)` count from the end. Labels of a loss do not.
+      ignored: Labels of this number need no row.
 
     Returns:
       The ids as an array. Those from the host fit in the index dtype, so that JAX cannot narrow them to other rows.
@@ -33,7 +38,7 @@ def prepare(argument: str, ids: Any, table: Table, used: int | None = None) -> I
       IndexError: If `table.out_of_range` is `"error"` and a concrete id has no row.
       ValueError: If it is `"clip"` and the table has no row to clip to.
     """
-    ids = _as_array(ids)
+    ids = as_array(ids)
     if not jnp.issubdtype(ids.dtype, jnp.integer):
         raise TypeError(f"`{argument}` must be of an integer dtype, got {ids.dtype}. Cast them, as in ids.astype(int).")
     if table.out_of_range == "clip" and table.rows == 0 and (number := ids.size if used is None else used):
@@ -44,11 +49,12 @@ def prepare(argument: str, ids: Any, table: Table, used: int | None = None) -> I
     if isinstance(ids, Tracer):
         return ids
     if table.out_of_range == "error" and (isinstance(ids, np.ndarray) or ids.is_fully_addressable):
-        _raise_if_out_of_range(argument, np.asarray(ids)[:used] if used is not None else np.asarray(ids), table.rows)
+        checked = np.asarray(ids)[:used] if used is not None else np.asarray(ids)
+        _raise_if_out_of_range(argument, checked, table.rows, wrap, ignored)
     return narrow(ids, table.rows, np) if isinstance(ids, np.ndarray) else ids
 
 
-def resolve(ids: Ids, rows: int, out_of_range: OutOfRange) -> Int[Array, "*batch"]:
+def resolve(ids: Ids, rows: int, out_of_range: OutOfRange, wrap: bool = True) -> Int[Array, "*batch"]:
     """Turn prepared ids into row numbers in `[0, rows)`; any other number stands for an id that reads no row.
 
     Negative ids are wrapped here, once, so that padding, frequency and gradient all see the same row. An id that has no
@@ -59,13 +65,17 @@ def resolve(ids: Ids, rows: int, out_of_range: OutOfRange) -> Int[Array, "*batch
       ids: Ids of any integer dtype, as `prepare` gives them.
       rows: The number of rows of the table.
       out_of_range: The table's policy.
+      wrap: As in `prepare`. If not, a negative id has no row and becomes `rows`, lest a later step wrap it.
 
     Returns:
       Row numbers of the same shape, in the index dtype.
     """
-    ids = narrow(jnp.asarray(ids), rows, jnp)
-    ids = jnp.where((ids < 0) & (ids >= -rows), ids + rows, ids)
-    return jnp.clip(ids, 0, max(rows - 1, 0)) if out_of_range == "clip" else ids
+    numbers = narrow(jnp.asarray(ids), rows, jnp)
+    if wrap:
+        numbers = jnp.where((numbers < 0) & (numbers >= -rows), numbers + rows, numbers)
+    if out_of_range == "clip":
+        return jnp.clip(numbers, 0, max(rows - 1, 0))
+    return numbers if wrap else jnp.where(numbers < 0, rows, numbers)
 
 
 def padding_rows(padding_idx: PaddingRows) -> tuple[int, ...]:
@@ -78,8 +88,16 @@ def is_padding(ids: Int[Array, "*batch"], padding_idx: PaddingRows) -> Bool[Arra
     rows = padding_rows(padding_idx)
     if len(rows) <= 1:
         return ids == rows[0] if rows else jnp.zeros(ids.shape, bool)
-    known = jnp.asarray(rows, ids.dtype)
-    return known[jnp.clip(jnp.searchsorted(known, ids), 0, len(rows) - 1)] == ids
+
+    def is_known(ids: Int[Array, "*batch"]) -> Bool[Array, "*batch"]:
+        known = jnp.asarray(rows, ids.dtype)
+        return known[jnp.clip(jnp.searchsorted(known, ids), 0, len(rows) - 1)] == ids
+
+    sharding = explicit_sharding(ids)  # in which JAX searches only where the mesh is set
+    if sharding is None:
+        return is_known(ids)
+    by_xla: Any = auto_axes(is_known, out_sharding=sharding)
+    return by_xla(ids)
 
 
 def trained(ids: Int[Array, "*batch"], table: Table) -> Int[Array, "*batch"]:
@@ -106,7 +124,8 @@ def occurrences(ids: Int[Array, "*batch"]) -> tuple[Int[Array, " ids"], Int[Arra
     return order[start].astype(jnp.int32), (end - start).astype(jnp.int32)
 
 
-def _as_array(ids: Any) -> Ids:
+def as_array(ids: Any) -> Ids:
+    """Return what a caller gave as ids as an array, of whatever dtype that has."""
     if isinstance(ids, jax.Array | np.ndarray):
         return ids
     if isinstance(ids, list | tuple) and any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(ids)):
@@ -127,12 +146,18 @@ def narrow(ids: Any, rows: int, xp: Any) -> Any:
     return xp.clip(ids, xp.asarray(-rows - 1, ids.dtype), xp.asarray(rows, ids.dtype)).astype(index)
 
 
-def _raise_if_out_of_range(argument: str, ids: np.ndarray, rows: int) -> None:
-    if not ids.size or (int(ids.min()) >= -rows and int(ids.max()) < rows):
+def _raise_if_out_of_range(argument: str, ids: np.ndarray, rows: int, wrap: bool, ignored: int | None) -> None:
+    least = -rows if wrap else 0
+    if not ids.size or (int(ids.min()) >= least and int(ids.max()) < rows):
         return
-    bad = ids >= rows if ids.dtype.kind == "u" else (ids < -rows) | (ids >= rows)
+    bad = ids >= rows if ids.dtype.kind == "u" else (ids < least) | (ids >= rows)
+    if ignored is not None:
+        bad &= ids != ignored
+    if not bad.any():
+        return
     position = tuple(int(i) for i in np.argwhere(bad)[0])
+    rule = f"in [{least}, {rows})" if ignored is None else f"in [{least}, {rows}) or ignore_index={ignored}"
     raise IndexError(
-        f"`{argument}` must be in [{-rows}, {rows}), the table having {rows} rows, got {int(ids[position])} at "
+        f"`{argument}` must be {rule}, the table having {rows} rows, got {int(ids[position])} at "
         f"position {position}. Correct the ids, or choose what they read: out_of_range='clip', 'nan' or 'zero'."
     )

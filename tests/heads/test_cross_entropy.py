@@ -183,7 +183,7 @@ def test_rows_of_any_axes():
     check(cases)
 
 
-@pytest.mark.parametrize("labels", [[[2, 0, -1], [1, 2, 5]], LABELS.astype(np.int8), jnp.asarray(LABELS)], ids=type)
+@pytest.mark.parametrize("labels", [LABELS.tolist(), LABELS.astype(np.int8), jnp.asarray(LABELS)], ids=type)
 def test_labels_of_any_kind_without_jit(labels):
     loss = softmax_cross_entropy(Table(WEIGHT), X.tolist(), labels)
     assert loss.dtype == jnp.float32
@@ -246,7 +246,9 @@ def test_float64_stays_float64():
 
 def test_errors():
     table, name = Table(WEIGHT), re.escape("`embax.softmax_cross_entropy(")
-    with pytest.raises(IndexError, match=name + r"labels=...\)` must be in \[-7, 7\).* got 7 at position \(0, 1\)"):
+    with pytest.raises(
+        IndexError, match=name + r"labels=...\)` must be in \[0, 7\) or ignore_index=-100, .* got 7 at position"
+    ):
         softmax_cross_entropy(table, X, BAD)
     with pytest.raises(TypeError, match=name + r"labels=...\)` must be of an integer dtype, got float32"):
         softmax_cross_entropy(table, X, np.zeros((2, 3), np.float32))

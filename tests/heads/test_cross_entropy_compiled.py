@@ -24,6 +24,13 @@ def with_gradient(table, x, labels):
     return jax.value_and_grad(lambda table, x: forward(table, x, labels).sum(), argnums=(0, 1))(table, x)
 
 
+def with_terms(table, x, labels):
+    options = {"label_smoothing": 0.1, "z_loss": 1e-4, "mask_padding": True, "reduction": "mean"}
+    return jax.value_and_grad(
+        lambda table, x: softmax_cross_entropy(table, x, labels, chunk=CHUNK, **options), argnums=(0, 1)
+    )(table, x)
+
+
 @functools.cache
 def compiled(function, rows, dtype, rules):
     table = Table(jax.ShapeDtypeStruct((rows, DIM), dtype), **RULES[rules])
@@ -36,10 +43,12 @@ PROGRAMS = [
     (with_gradient, MANY, "float32", "none"),
     (with_gradient, REST, "float32", "all"),
     (with_gradient, REST, "bfloat16", "all"),
+    (with_gradient, REST, "float8_e4m3fn", "all"),
+    (with_terms, REST, "float32", "all"),
 ]
 OTHERS = [
     program
-    for function in (forward, with_gradient)
+    for function in (forward, with_gradient, with_terms)
     for rows in (MANY, REST)
     for dtype in ("float32", "bfloat16", "float16")
     for rules in ("none", "all")
@@ -57,7 +66,7 @@ def test_temporary_memory_follows_the_block_and_not_the_rows(function, rows, dty
     assert memory.temp_size_in_bytes < 3 * CHUNK * TOKENS * 4
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float8_e4m3fn"])
 def test_no_step_copies_the_table(dtype):
     text, shape = compiled(with_gradient, REST, dtype, "all").as_text(), rf"[{REST},{DIM}]"
     assert shape in text

@@ -10,37 +10,22 @@ import numpy as np
 import pytest
 import reference
 from cases import ROWS, RULES, WEIGHT
-from head_cases import BAD, FLOAT32, LABELS, X, assert_equal_trees, in_one_program
+from head_cases import (
+    BAD,
+    CANDIDATES,
+    COUNTS,
+    FLOAT32,
+    KEY,
+    LABELS,
+    X,
+    assert_equal_trees,
+    expected_loss,
+    in_one_program,
+)
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import embax
 from embax import RowGrad, Table, Unigram, _candidates, sampled_softmax, softmax_cross_entropy
-
-KEY = jax.random.key(3)
-COUNTS = np.array([100, 0, 9, 50, 1, 3, 20])
-CANDIDATES = {"log_uniform": "log_uniform", "uniform": "uniform", "unigram": Unigram.from_counts(COUNTS)}
-
-
-def probabilities_of(name, rows=ROWS):
-    """By the formulas, in float64."""
-    if name == "uniform":
-        return np.full(rows, 1 / rows)
-    if name == "log_uniform":
-        return np.log((np.arange(rows) + 2) / (np.arange(rows) + 1)) / np.log(rows + 1)
-    weights = np.where(COUNTS > 0, COUNTS**0.75, 0)
-    return weights / weights.sum()
-
-
-@functools.cache
-def drawn_of(name, samples):
-    """What `KEY` draws from the table of `cases`."""
-    return np.asarray(jax.jit(lambda key: _candidates.draw(key, CANDIDATES[name], samples, ROWS))(KEY))
-
-
-def expected_loss(weight, x, labels, name, samples, remove_hits=True, **rules):
-    drawn = drawn_of(name, samples)
-    return reference.sampled_softmax(weight, x, labels, drawn, probabilities_of(name), remove_hits, **rules)
-
 
 # The candidates, whether hits are removed, the number of samples, and the rules: all pairs of the first three, with
 # padding rows both ways of removing.
@@ -342,7 +327,9 @@ def test_on_a_mesh():
 
 def test_errors():
     table, name = Table(WEIGHT), re.escape("`embax.sampled_softmax(")
-    with pytest.raises(IndexError, match=name + r"labels=...\)` must be in \[-7, 7\).* got 7 at position \(0, 1\)"):
+    with pytest.raises(
+        IndexError, match=name + r"labels=...\)` must be in \[0, 7\) or ignore_index=-100, .* got 7 at position"
+    ):
         sampled_softmax(table, X, BAD, KEY, samples=3)
     with pytest.raises(TypeError, match=name + r"labels=...\)` must be of an integer dtype, got bool"):
         sampled_softmax(table, X, LABELS > 0, KEY, samples=3)

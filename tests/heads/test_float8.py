@@ -1,0 +1,104 @@
+"""Heads of tables in float8: sums in float32, and gradients rounded once."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+from head_cases import assert_equal_trees, in_one_program
+
+import embax
+from embax import Table, attend, lookup, sampled_softmax, softmax_cross_entropy
+
+RNG = np.random.default_rng(4)
+WEIGHT, X = RNG.normal(size=(20, 8)), RNG.normal(size=(6, 8))
+LABELS = np.array([3, -100, 0, 19, 7, 3])
+COTANGENT = RNG.normal(size=6).astype(np.float32)
+FLOAT8 = ["float8_e4m3fn", "float8_e5m2"]
+# The dtypes of table, vectors, and their logits.
+PAIRS = [
+    *((low, wide, wide) for low in FLOAT8 for wide in ("float32", "bfloat16", "float16")),
+    *((wide, low, wide) for low in FLOAT8 for wide in ("float32", "bfloat16")),
+    *((low, low, "float32") for low in FLOAT8),
+    ("float8_e4m3fn", "float8_e5m2", "float32"),
+]
+OPTIONS = {"label_smoothing": 0.1, "z_loss": 0.02}
+
+
+def steps(dtype):
+    """What rounding to a dtype, and sums of products in it, may come to."""
+    return 4 * float(jnp.finfo(dtype).eps)
+
+
+def test_values_and_gradients():
+    def gradients(head, table, x, *args):
+        out, pull = jax.vjp(lambda table, x: head(table, x, *args), table, x)
+        of_table, of_x = pull(jnp.reshape(COTANGENT, (6, *[1] * (out.ndim - 1))).astype(out.dtype) * jnp.ones_like(out))
+        return out, of_table.weight, of_x
+
+    loss = functools.partial(softmax_cross_entropy, chunk=7, **OPTIONS)
+    calls = {}
+    for stored, given, logits in PAIRS:
+        table, x = Table(jnp.asarray(WEIGHT).astype(stored), padding_idx=2), jnp.asarray(X).astype(given)
+        calls[stored, given, logits, "attend"] = functools.partial(gradients, attend), table, x
+        calls[stored, given, logits, "loss"] = functools.partial(gradients, loss), table, x, LABELS
+    for (stored, given, logits, head), (out, of_weight, of_x) in in_one_program(calls).items():
+        name = f"{stored} {given} {head}"
+        _, table, x, *_ = calls[stored, given, logits, head]
+        wide = np.asarray(table.weight, np.float64), np.asarray(x, np.float64)
+        if head == "attend":
+            expected = reference.attend(*wide)
+            cotangent = np.broadcast_to(COTANGENT[:, None], expected.shape)
+            of_args = reference.attend_gradient(*wide, cotangent, padding_idx=2)
+        else:
+            expected = reference.cross_entropy(*wide, LABELS, padding_idx=2, **OPTIONS)[0]
+            of_args = reference.cross_entropy_gradient(*wide, LABELS, COTANGENT, padding_idx=2, **OPTIONS)
+        assert out.dtype == (logits if head == "attend" else "float32"), name
+        assert (of_weight.dtype, of_x.dtype) == (table.dtype, x.dtype), name
+        for value, other, dtype in zip(
+            (out, of_weight, of_x), (expected, *of_args), (logits, stored, given), strict=True
+        ):
+            tolerance = max(steps(dtype), steps(logits))
+            np.testing.assert_allclose(
+                np.asarray(value, np.float64), other, rtol=tolerance, atol=tolerance, err_msg=name
+            )
+
+
+@pytest.mark.parametrize("dtype", FLOAT8)
+def test_sums_run_in_float32(dtype):
+    """4096 terms of one; in float8 they would add up to 16 or less."""
+    ones = Table(jnp.ones((1, 4096), dtype))
+    for x in jnp.ones(4096, dtype), jnp.ones(4096, jnp.bfloat16):
+        assert attend(ones, x).item() == 4096
+    table, x = Table(jnp.zeros((2, 1), dtype)), jnp.ones((4096, 1), jnp.float32)
+    loss = jax.jit(jax.grad(lambda table: softmax_cross_entropy(table, x, np.zeros(4096, int), reduction="sum") / 16))
+    np.testing.assert_array_equal(np.asarray(loss(table).weight, np.float32), [[-128], [128]])
+
+
+@pytest.mark.parametrize("dtype", FLOAT8)
+def test_the_sampled_loss_and_tied_tables(dtype):
+    ids = np.array([3, 5, 0, 19, 7, 3])
+
+    def sampled(table):
+        x = jnp.tanh(lookup(table, ids, jnp.float32))
+        return sampled_softmax(table, x, LABELS, jax.random.key(0), samples=8, reduction="mean")
+
+    def tied(table):
+        return softmax_cross_entropy(table, jnp.tanh(lookup(table, ids)), LABELS, reduction="mean")
+
+    low = Table(jnp.asarray(WEIGHT).astype(dtype), padding_idx=2)
+    wide = Table(low.weight.astype(jnp.float32), padding_idx=2)
+    calls = {
+        (f.__name__, name): (embax.value_and_grad(f), table)
+        for f in (sampled, tied)
+        for name, table in (("low", low), ("wide", wide))
+    }
+    actual = in_one_program(calls)
+    for name in "sampled", "tied":
+        (value, gradient), (expected, other) = actual[name, "low"], actual[name, "wide"]
+        gradient, other = (g.to_dense() if name == "sampled" else g.weight for g in (gradient, other))
+        np.testing.assert_allclose(value, expected, rtol=1e-6 if name == "sampled" else steps(dtype), err_msg=name)
+        assert gradient.dtype == low.dtype
+        assert_equal_trees(np.asarray(gradient, np.float32), other, name, rtol=steps(dtype), atol=steps(dtype))
