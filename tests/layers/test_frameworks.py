@@ -120,7 +120,7 @@ def halves():
         yield pytest.param(name, KINDS[1 - number % 2], marks=pytest.mark.exhaustive)
 
 
-@pytest.mark.parametrize(("name", "kind"), halves())
+@pytest.mark.parametrize(("name", "kind"), list(halves()))
 @with_layers
 def test_gradient_of_layer_is_that_of_functions(framework, name, kind):
     actual, stored = differentiate(framework, name, kind)
