@@ -7,22 +7,9 @@ import jax
 import numpy as np
 import pytest
 from cases import ROWS
+from head_cases import CANDIDATES, KEY, probabilities_of
 
 from embax import Unigram, _candidates
-
-KEY = jax.random.key(3)
-COUNTS = np.array([100, 0, 9, 50, 1, 3, 20])
-CANDIDATES = {"log_uniform": "log_uniform", "uniform": "uniform", "unigram": Unigram.from_counts(COUNTS)}
-
-
-def probabilities_of(name, rows=ROWS):
-    """By the formulas, in float64."""
-    if name == "uniform":
-        return np.full(rows, 1 / rows)
-    if name == "log_uniform":
-        return np.log((np.arange(rows) + 2) / (np.arange(rows) + 1)) / np.log(rows + 1)
-    weights = np.where(COUNTS > 0, COUNTS**0.75, 0)
-    return weights / weights.sum()
 
 
 def chances(candidates, ids, rows):
