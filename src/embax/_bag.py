@@ -1,12 +1,14 @@
 """embedding_bag: look up bags of ids and pool the rows of each, without the rows in between."""
 
+import functools
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax.core import Tracer
-from jaxtyping import Array, DTypeLike, Float, Int, Shaped
+from jaxtyping import Array, DTypeLike, Float, Int, Int32, Shaped
 
-from . import _check, _ids
+from . import _check, _ids, _tape
 from ._dedupe import accumulator
 from ._pool import Layout, Mode, divided, is_used, pool_rows
 from ._ragged import Ragged
@@ -81,6 +83,21 @@ def pool(
     Returns:
       One vector a bag.
     """
+    # A tape knows its tables by their arrays, which are others inside of a compiled function.
+    compiled = _pool if _tape.find(table.weight) is None else _pool.__wrapped__
+    return compiled(table, ids, layout.offsets, weights, layout.shape, mode)
+
+
+@functools.partial(jax.jit, static_argnames=("shape", "mode"), inline=True)  # one program for an eager call
+def _pool(
+    table: Table,
+    ids: _ids.Ids,
+    offsets: Int32[Array, " bags_and_1"] | None,
+    weights: Float[Array, "*batch"] | None,
+    shape: tuple[int, ...],
+    mode: Mode,
+) -> Shaped[Array, "*bags_dim"]:
+    layout = Layout(shape, offsets)
     resolved = _ids.resolve(ids, table.rows, table.out_of_range)
     counted = is_used(layout, ids)
     # No row where no id is, so that it does not count as often as another one.

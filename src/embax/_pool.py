@@ -115,6 +115,7 @@ def divided(
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(6,))
+@functools.partial(jax.jit, static_argnums=6, inline=True)  # a loop in an eager call compiles once
 def _sum_of_rows(
     table: Table,
     ids: Int[Array, "*batch"],

@@ -141,3 +141,33 @@ def test_batches_of_one_capacity_compile_once(compilations):
     for bags in batches:
         run(bags)
     assert len(compilations()) == before
+
+
+FORMS = {
+    "matrix": (np.array([[1, 2, 0], [3, -1, 2]]), np.ones((2, 3), np.float32)),
+    "ragged": (Ragged([1, 2, 0, 3, 3, 9], [0, 2, 2, 5]), np.ones(6, np.float32)),
+}
+
+
+@pytest.mark.parametrize("bags", FORMS)
+def test_a_call_outside_of_jit_is_one_program(compilations, bags):
+    """Also where rows are clipped, which is done in a loop."""
+    bags, weights = FORMS[bags]
+    table = Table(np.ones((11, 3), np.float32), padding_idx=0, max_norm=1.5, scale_grad_by_freq=True)
+    calls = [("mean", None), ("sum", jnp.asarray(weights)), ("max", None)]
+    for _ in range(2):
+        for mode, weights in calls:
+            embedding_bag(table, bags, weights, mode)
+        programs = [message for message in compilations() if "(stage)" not in message]  # JAX's copy of an array
+        assert len(programs) == len(calls)
+
+
+def test_gradients_outside_of_jit_compile_nothing_after_the_first(compilations):
+    table = Table(jnp.ones((11, 3)), padding_idx=0, max_norm=1.5, scale_grad_by_freq=True)
+    bags = FORMS["matrix"][0]
+    gradient = embax.grad(lambda table: embedding_bag(table, bags, mode="mean").sum())
+    gradient(table)
+    before = len(compilations())
+    assert before
+    gradient(table)
+    assert len(compilations()) == before

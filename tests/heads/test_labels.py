@@ -12,6 +12,7 @@ import reference
 from cases import ROWS, WEIGHT
 from head_cases import COTANGENT, FLOAT32, KEY, X, assert_equal_trees, expected_loss, in_one_program
 from jax.experimental import checkify
+from meshes import usual_and_rest
 
 import embax
 from embax import RowGrad, Table, attend, sampled_softmax, softmax_cross_entropy
@@ -50,11 +51,23 @@ def left_out(options, rules):
     return reference.padding_rows(rules.get("padding_idx"), ROWS) if options.get("mask_padding") else ()
 
 
-@pytest.mark.parametrize("chunk", [2, pytest.param(None, marks=pytest.mark.exhaustive)])
-def test_values_and_gradients(chunk):
+REDUCTIONS = ("none", "mean", "sum")
+# A reduction for each of the options, and all of them for the options that have most terms.
+USUAL = {name: (REDUCTIONS[k % 3],) for k, name in enumerate(OPTIONS)} | {"both, masked": REDUCTIONS}
+
+
+@pytest.mark.parametrize(
+    ("reductions", "chunk"),
+    [
+        pytest.param(USUAL, 2, id="2"),
+        pytest.param(dict.fromkeys(OPTIONS, REDUCTIONS), 2, marks=pytest.mark.exhaustive, id="2-all"),
+        pytest.param(dict.fromkeys(OPTIONS, REDUCTIONS), None, marks=pytest.mark.exhaustive, id="all"),
+    ],
+)
+def test_values_and_gradients(reductions, chunk):
     calls, expected = {}, {}
     for name, (options, rules) in OPTIONS.items():
-        for reduction in "none", "mean", "sum":
+        for reduction in reductions[name]:
             g = COTANGENT if reduction == "none" else np.float32(0.7)
             loss = functools.partial(gradients, softmax_cross_entropy, chunk=chunk, reduction=reduction, **options)
             calls[name, reduction] = loss, Table(WEIGHT, **rules), X, LABELS, g
@@ -75,20 +88,31 @@ def test_values_and_gradients(chunk):
         assert_equal_trees(actual, expected[case], str(case), **FLOAT32)
 
 
+# Reduction, z-loss, policy, the label that is ignored: each value meets each other one.
+SAMPLED_CASES = [
+    ("none", 0.0, "error", -100),
+    ("none", 0.1, "clip", 6),
+    ("none", 0.1, "zero", -100),
+    ("mean", 0.1, "error", 6),
+    ("mean", 0.0, "clip", -100),
+    ("mean", 0.1, "zero", 6),
+    ("sum", 0.1, "error", -100),
+    ("sum", 0.1, "clip", -100),
+    ("sum", 0.0, "zero", 6),
+]
+
+
 def test_values_of_the_sampled_loss():
     calls, expected = {}, {}
-    for reduction in "none", "mean", "sum":
-        for z_loss in 0.0, 0.1:
-            for policy in "error", "clip", "zero":
-                for ignored in -100, 6:
-                    labels = np.where(LABELS == -100, ignored, LABELS)
-                    rules = {"padding_idx": 2, "max_norm": 1.5, "out_of_range": policy}
-                    options = {"z_loss": z_loss, "ignore_index": ignored}
-                    case = reduction, z_loss, policy, ignored
-                    loss = functools.partial(SAMPLED, reduction=reduction, **options)
-                    calls[case] = lambda t, x, y, loss=loss: loss(t, x, y), Table(WEIGHT, **rules), X, labels
-                    losses = expected_loss(WEIGHT, X, labels, "log_uniform", 6, **options, **rules)
-                    expected[case] = reference.reduce(losses, labels, reduction, ignored, (2,))
+    for case in SAMPLED_CASES:
+        reduction, z_loss, policy, ignored = case
+        labels = np.where(LABELS == -100, ignored, LABELS)
+        rules = {"padding_idx": 2, "max_norm": 1.5, "out_of_range": policy}
+        options = {"z_loss": z_loss, "ignore_index": ignored}
+        loss = functools.partial(SAMPLED, reduction=reduction, **options)
+        calls[case] = lambda t, x, y, loss=loss: loss(t, x, y), Table(WEIGHT, **rules), X, labels
+        losses = expected_loss(WEIGHT, X, labels, "log_uniform", 6, **options, **rules)
+        expected[case] = reference.reduce(losses, labels, reduction, ignored, (2,))
     for case, actual in in_one_program(calls).items():
         np.testing.assert_allclose(actual, expected[case], err_msg=str(case), **FLOAT32)
 
@@ -185,8 +209,15 @@ HEADS = {
 }
 
 
-@pytest.mark.parametrize("policy", ["error", "clip", "zero"])
-def test_nothing_of_an_ignored_token_reaches_anything(policy):
+POLICIES = ("error", "clip", "zero")
+MOST = ("whole, all", "sampled, z-loss")
+# Policies, the heads under them and their reductions.
+MET = [("error", ("whole", MOST[1]), ("mean",)), ("clip", MOST[:1], ("sum",)), ("zero", MOST[1:], ("sum",))]
+EACH = [(policy, tuple(HEADS), ("mean", "sum")) for policy in POLICIES]
+
+
+@pytest.mark.parametrize(("policy", "heads", "reductions"), usual_and_rest(MET, EACH))
+def test_nothing_of_an_ignored_token_reaches_anything(policy, heads, reductions):
     """Not even NaN in its vector, or in its cotangent; second derivatives are those without it, too."""
     counts = LABELS != -100
     bad = np.where(counts[..., None], X, np.array([np.nan, np.inf, -np.inf], np.float32))
@@ -200,14 +231,15 @@ def test_nothing_of_an_ignored_token_reaches_anything(policy):
         return jax.jvp(jax.grad(energy, (0, 1)), (table, x), along)
 
     calls, table = {}, Table(WEIGHT, padding_idx=1, out_of_range=policy)
-    for name, head in HEADS.items():
+    for name in heads:
+        head = HEADS[name]
         calls[name, "with"] = functools.partial(gradients, head), table, bad, LABELS, g
         calls[name, "without"] = functools.partial(gradients, head), table, X[counts], LABELS[counts], COTANGENT[counts]
         calls[name, "second, with"] = functools.partial(second, head), table, bad, LABELS, np.cos(X)
         calls[name, "second, without"] = (
             functools.partial(second, head), table, X[counts], LABELS[counts], np.cos(X)[counts],
         )  # fmt: skip
-        for reduction in "mean", "sum":
+        for reduction in reductions:
             loss = functools.partial(head, reduction=reduction)
             calls[name, reduction, "with"] = functools.partial(gradients, loss), table, bad, LABELS, np.float32(1)
             calls[name, reduction, "without"] = (
@@ -230,7 +262,8 @@ def test_the_mean_of_no_token_is_zero_without_a_gradient():
     ignored, padding = np.full((2, 3), -100), np.full((2, 3), 2)
     nan = np.full_like(X, np.nan)
     calls = {}
-    for name, head in HEADS.items():
+    for name in MOST:
+        head = HEADS[name]
         masked = {} if name.startswith("sampled") else {"mask_padding": True}
         head = functools.partial(gradients, functools.partial(head, reduction="mean", **masked))
         for what, labels in ("ignored", ignored), ("padding", padding):
