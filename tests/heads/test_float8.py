@@ -19,10 +19,11 @@ COTANGENT = RNG.normal(size=6).astype(np.float32)
 FLOAT8 = ["float8_e4m3fn", "float8_e5m2"]
 # The dtypes of table, vectors, and their logits.
 PAIRS = [
-    *((low, wide, wide) for low in FLOAT8 for wide in ("float32", "bfloat16", "float16")),
-    *((wide, low, wide) for low in FLOAT8 for wide in ("float32", "bfloat16")),
-    *((low, low, "float32") for low in FLOAT8),
-    ("float8_e4m3fn", "float8_e5m2", "float32"),
+    *((FLOAT8[0], wide, wide) for wide in ("float32", "bfloat16", "float16")),
+    (FLOAT8[1], "float32", "float32"),
+    *((wide, low, wide) for wide, low in zip(("float32", "bfloat16"), FLOAT8, strict=True)),
+    (FLOAT8[1], FLOAT8[1], "float32"),
+    (FLOAT8[0], FLOAT8[1], "float32"),
 ]
 OPTIONS = {"label_smoothing": 0.1, "z_loss": 0.02}
 
