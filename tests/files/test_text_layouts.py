@@ -109,6 +109,8 @@ def test_lines_of_several_layouts_are_read_where_all_have_one_dimension(tmp_path
         ("2 2\na  1 2 3\nb  4 5 6\n", "line 2 has more than 2 numbers after the token"),
         ("2 2\na, 1, 2, 3\nb, 4, 5, 6\n", "line 2 has .* where a number should be"),
         ("2 3\na, 1, 2\nb, 4, 5\n", "line 2 has"),
+        ("2 1\na, 1, 2\nb, 4, 5\n", "line 2 has more than 1 numbers after the token"),
+        ("a; 1; 2\nb; 4; 5\n", "line 1 has more than 1 numbers after the token"),
         ("2 3\r\na\t1\t2\r\nb\t3\t4\r\n", "line 2 has 2 numbers after the token, not 3"),
         ("2 3\ra 1 2 3\rb 4 5\r", "line 3 has 2 numbers after the token, not 3"),
         ("2 3\na 1 2 3\nitem 1\t4 5\n", "line 3 has a tab between its last 3 numbers, and none between them and the"),

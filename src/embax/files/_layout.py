@@ -74,10 +74,10 @@ def split(line: bytes, layout: Layout) -> tuple[bytes, list[bytes]]:
         raise LayoutError(f"has {bad[:40]!r} where a number should be.")
     if b"\t" not in parting and b"\t" in behind:
         raise LayoutError(f"has a tab between its last {layout.dim:,} numbers, and none between them and the token.")
-    # Of "New York 0.1 0.2", the token is "New York"; "York 0.3 0.1 0.2" is a number too long. A tab tells where the
-    # token of "Route 66" ends.
+    # Of "New York 0.1 0.2", the token is "New York"; "York 0.3 0.1 0.2" and "York; 0.3; 0.1 0.2" are a number too long.
+    # A tab tells where the token of "Route 66" ends.
     before = flat[:end].rsplit(b"\t" if b"\t" in parting else None, 1)
-    if len(before) > 1 and is_number(before[-1]):
+    if len(before) > 1 and is_number(before[-1].rstrip(b",;|")):
         raise LayoutError(f"has more than {layout.dim:,} numbers after the token.")
     token = line[:end].lstrip(b" \t")
     if b"\t" in token:
