@@ -82,7 +82,7 @@ def test_a_tab_tells_where_a_token_that_ends_in_a_number_ends(tmp_path, layout, 
         np.testing.assert_array_equal(vectors.weight, np.float32(NUMBERS))
 
 
-@pytest.mark.parametrize("layout", [LAYOUTS["spaces"], LAYOUTS["aligned to the right"], LAYOUTS["commas"]])
+@layouts
 def test_tokens_may_be_numbers_and_signs(tmp_path, layout):
     tokens = ["5", ",", "-1.5"]
     assert Vectors.load(written(tmp_path, text_of(layout, tokens))).vocabulary.tokens() == tokens

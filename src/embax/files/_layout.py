@@ -79,7 +79,7 @@ def split(line: bytes, layout: Layout) -> tuple[bytes, list[bytes]]:
     before = flat[:end].rsplit(b"\t" if b"\t" in parting else None, 1)
     if len(before) > 1 and is_number(before[-1].rstrip(b",;|")):
         raise LayoutError(f"has more than {layout.dim:,} numbers after the token.")
-    token = line[:end].lstrip(b" \t")
+    token = line[len(blanks) : end]
     if b"\t" in token:
         raise LayoutError(f"has a tab within the token {token[:40]!r}.")
     return token, fields[1:]
@@ -136,7 +136,9 @@ def _delimiter_of(lines: list[bytes]) -> bytes:
 
 def _flat(line: bytes, delimiter: bytes) -> bytes:
     """Return a line in which fields are parted by blanks only, each at its place."""
-    return without_commas(stripped(line, delimiter), delimiter).translate(_NOT_BLANK)
+    line = stripped(line, delimiter)
+    first = len(line) - len(line.lstrip(b" \t")) + 1  # a comma there is a token
+    return (line[:first] + without_commas(line[first:], delimiter)).translate(_NOT_BLANK)
 
 
 def _dims(lines: list[bytes], delimiter: bytes) -> list[int]:

@@ -23,8 +23,8 @@ _PIECE = 1 << 16
 _MANY_COLUMNS = 10_000
 # A line so long may be cut off where the start of a file ends.
 LONG = 1 << 15
-# A line of a token, a space and, later on, a tab.
-_TAB_AFTER_SPACE = re.compile(rb"^[ \t]*[^ \t\n]+ [^\n]*\t", re.MULTILINE)
+# A line that begins with a tab or a comma, or that has a space behind the token and, later on, a tab.
+_TO_BE_SPLIT_ALONE = re.compile(rb"^ *\t|^[ \t]*,[ \t]|^[ \t]*[^ \t\n]+ [^\n]*\t", re.MULTILINE)
 
 
 class Packed(NamedTuple):
@@ -176,7 +176,7 @@ def _pieces(block: bytes) -> Iterator[bytes]:
 
 def _with_single_spaces(block: bytes, layout: Layout) -> bytes | None:
     """Return lines with one space between fields, or None where they are so already or would lose their meaning."""
-    if b"\t" in block and _TAB_AFTER_SPACE.search(block):  # the tab may be behind a token that has spaces in it
+    if (b"\t" in block or layout.delimiter == b",") and _TO_BE_SPLIT_ALONE.search(block):
         return None
     spaced = without_commas(block, layout.delimiter).replace(b"\r\n", b"\n").replace(b"\t", b" ")
     while b"  " in spaced:
