@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Array, Int32, UInt32
 
 from . import _check
+from ._escapes import encoded
 
 _Words = UInt32[Array, "*batch"] | UInt32[np.ndarray, "*batch"]
 _MOST_ROWS = np.iinfo(np.int32).max
@@ -121,6 +122,5 @@ def _of_strings(values: np.ndarray, rows: int, seed: int) -> Int32[np.ndarray, "
             raise TypeError(
                 f"`embax.hash_ids(values=...)` must be integers or strings, got {value!r} at position {i}. Cast them."
             )
-        encoded = value.encode() if isinstance(value, str) else value
-        flat[i] = xxhash.xxh3_64_intdigest(encoded, seed) * rows >> 64
+        flat[i] = xxhash.xxh3_64_intdigest(encoded(value) if isinstance(value, str) else value, seed) * rows >> 64
     return flat.reshape(values.shape)

@@ -5,6 +5,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Int, Int64, UInt8, UInt64
 
+from ._escapes import decoded
+
 # Strings are read 8 bytes at a time, so a buffer has this many zero bytes behind its last one.
 _PAD = 8
 # Strings that are hashed at a time, so that temporary memory stays small.
@@ -17,7 +19,7 @@ _SHIFT = np.uint64(33)
 class Strings(NamedTuple):
     """Any number of strings, one after the other."""
 
-    text: UInt8[np.ndarray, " bytes"]  # UTF-8, and 8 zero bytes
+    text: UInt8[np.ndarray, " bytes"]  # UTF-8, or any bytes, and 8 zero bytes
     offsets: Int64[np.ndarray, " number_and_1"]  # where each begins, and where the last ends
 
     @property
@@ -27,7 +29,7 @@ class Strings(NamedTuple):
 
     def decoded(self, row: int) -> str:
         """One of them."""
-        return self.text[self.offsets[row] : self.offsets[row + 1]].tobytes().decode()
+        return decoded(self.text[self.offsets[row] : self.offsets[row + 1]].tobytes())
 
 
 class Index(NamedTuple):

@@ -242,6 +242,6 @@ def _left_over(ngrams: Ngrams, words: _strings.Strings, weight: np.ndarray) -> F
 
 def _bytes(token: str, encoding: str) -> bytes:
     try:
-        return token.encode(encoding)
+        return token.encode(encoding, "surrogateescape")
     except UnicodeError:  # no file of this encoding has such a token
         return token.encode(errors="surrogatepass")

@@ -12,6 +12,7 @@ from jaxtyping import Float32, Float64, Int64
 
 from . import _check, _multiplied, _queries
 from .files._error import FormatError
+from .files._line_ends import ends_in_returns, with_feeds, without_mark
 from .files._open import opened
 
 if TYPE_CHECKING:
@@ -272,8 +273,9 @@ def _read_pairs(path: str | os.PathLike[str]) -> list[tuple[str, str, float]]:
 def _lines(path: str | os.PathLike[str]) -> Iterator[tuple[int, str]]:
     """The lines of a text file and their numbers from 1."""
     with opened(path) as source:
-        data = source.read_all()
-    for number, line in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
+        data = without_mark(source.read_all())
+    data = with_feeds(data) if ends_in_returns(data) else data
+    for number, line in enumerate(data.split(b"\n"), 1):
         try:
             yield number, line.decode()
         except UnicodeDecodeError:

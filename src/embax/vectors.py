@@ -25,8 +25,8 @@ from ._words import (
     read_only,
     warn_of_not_finite,
 )
+from .vocabulary import Errors, Vocabulary
 from .vocabulary import UnknownTokenError as UnknownTokenError
-from .vocabulary import Vocabulary
 
 
 @final
@@ -89,6 +89,7 @@ class Vectors:
         mmap: bool | None = None,
         *,
         encoding: str = "utf-8",
+        errors: Errors = "escape",
         max_expansion: float = files.MAX_EXPANSION,
     ) -> "Vectors":
         """Read vectors from a file of any format that `embax.files` knows.
@@ -105,13 +106,17 @@ class Vectors:
           mmap: Whether the rows are mapped into memory and read when they are used, which only files of arrays that
             need no conversion allow. Default: where they do.
           encoding: Of the tokens, where the format does not say.
+          errors: What becomes of tokens that are not of the encoding, such as one cut inside a character: `"escape"`
+            keeps their bytes, as `Vocabulary` says, so that the same format is written with the same bytes, `"replace"`
+            puts U+FFFD for what cannot be decoded, `"strict"` raises an error. A warning counts them.
           max_expansion: How many times its size a compressed file may grow to; 16 MiB are always allowed.
 
         Returns:
           The vectors. Of tokens that the file has twice, the first; a warning counts the others.
 
         Raises:
-          embax.files.FormatError: If the file is of no known format, truncated or corrupt, naming the place.
+          embax.files.FormatError: If the file is of no known format, truncated or corrupt, naming the place, or a token
+            is not of the encoding and that is to be an error.
           ValueError: If an argument is not as above.
           OSError: If it cannot be opened or read.
 
@@ -119,7 +124,14 @@ class Vectors:
           See `save`.
         """
         contents = files.load(
-            path, format=format, limit=limit, dtype=dtype, mmap=mmap, encoding=encoding, max_expansion=max_expansion
+            path,
+            format=format,
+            limit=limit,
+            dtype=dtype,
+            mmap=mmap,
+            encoding=encoding,
+            errors=errors,
+            max_expansion=max_expansion,
         )
         vectors = cls(*contents)
         vectors._path = os.fspath(path)

@@ -8,16 +8,15 @@ import numpy as np
 from jaxtyping import Bool, Int64, UInt8
 from numpy.typing import ArrayLike
 
-from . import _strings
+from . import _check, _escapes, _strings
 
 # A look-up of one token searches the text, which costs as much as making the index a few times over.
 _SEARCHES = 8
-# Tokens that are decoded at a time.
-_CHECKED = 1 << 15
 # Of how many tokens, the first ones, the spelling is compared.
 _COMPARED = 50_000
 
 Unknown = Literal["error", "skip"] | int
+Errors = Literal["strict", "replace", "escape"]
 
 
 class UnknownTokenError(KeyError):
@@ -40,9 +39,14 @@ class UnknownTokenError(KeyError):
 
 @final
 class Vocabulary:
-    """Tokens, numbered from 0 in the order given.
+    r"""Tokens, numbered from 0 in the order given.
 
     They are held as one buffer of UTF-8, and found by a hash: a million tokens take about 30 MB.
+
+    A token from a file may have bytes that are not UTF-8, such as half a character. Its str has a surrogate for each of
+    these bytes, "\udcc3" for 0xC3 (PEP 383); `token.encode(errors="surrogateescape")` gives the bytes. Files of bytes,
+    which are word2vec's, GloVe's and fastText's, are written with these bytes. All other files and the terminal get
+    `\xc3`, as `escaped` has it.
 
     Args:
       tokens: Any strings, no two the same.
@@ -76,7 +80,7 @@ class Vocabulary:
                     "Pass one str a token."
                 )
         try:
-            strings = _strings.packed([token.encode() for token in tokens])
+            strings = _strings.packed([_escapes.encoded(token) for token in tokens])
         except UnicodeEncodeError as error:
             raise ValueError(
                 f"`embax.Vocabulary(tokens=...)` must be valid Unicode, got {error.object!r}. Replace surrogates."
@@ -95,7 +99,14 @@ class Vocabulary:
             self._special[role] = self.ids(token)
 
     @classmethod
-    def from_utf8(cls, text: Any, offsets: ArrayLike, *, special: Mapping[str, int] | None = None) -> "Vocabulary":
+    def from_utf8(
+        cls,
+        text: Any,
+        offsets: ArrayLike,
+        *,
+        special: Mapping[str, int] | None = None,
+        errors: Errors = "strict",
+    ) -> "Vocabulary":
         """Make a vocabulary of a buffer, without a Python object a token.
 
         Of tokens that occur twice, `ids` finds the first; `repeated` tells which they are.
@@ -104,13 +115,15 @@ class Vocabulary:
           text: The tokens in UTF-8, one after the other: bytes, or a uint8 array.
           offsets: Where each begins, and where the last ends, in bytes.
           special: The ids of special tokens, by what they stand for.
+          errors: What becomes of a token that is not UTF-8: `"strict"` raises an error, `"escape"` keeps its bytes,
+            `"replace"` puts U+FFFD for what cannot be decoded.
 
         Returns:
           The vocabulary.
 
         Raises:
-          ValueError: If the offsets do not rise from 0 to the length of the text, a token is not UTF-8, or there is no
-            token of a special id.
+          ValueError: If the offsets do not rise from 0 to the length of the text, a token is not UTF-8 and that is to
+            be an error, or there is no token of a special id.
 
         Example:
           >>> import embax
@@ -124,7 +137,12 @@ class Vocabulary:
                 "`embax.Vocabulary.from_utf8(offsets=...)` must rise from 0 to the length of the text, "
                 f"{text.size} bytes, got {ends}. Pass one a token, and the end."
             )
-        check_utf8(text, ends)
+        _check.choice("embax.Vocabulary.from_utf8(errors=...)", errors, Errors)
+        if errors != "escape" and (wrong := _escapes.rows_not_utf8(text, ends)).size:
+            if errors == "strict":
+                raise ValueError(_not_utf8(text, ends, wrong))
+            data, ends = _escapes.respelled(text, ends, wrong, lambda token: token.decode(errors="replace"))
+            text = np.frombuffer(data, np.uint8)
         vocabulary = object.__new__(cls)
         for role, row in (special or {}).items():
             if not 0 <= row < ends.size - 1:
@@ -205,7 +223,7 @@ class Vocabulary:
         text, offsets = self._strings.text.data, self._strings.offsets
         if ids is None:
             ends = offsets.tolist()
-            return [str(text[ends[row] : ends[row + 1]], "utf-8") for row in range(len(self))]
+            return [str(text[ends[row] : ends[row + 1]], "utf-8", "surrogateescape") for row in range(len(self))]
         rows = np.asarray(ids) if np.size(ids) else np.zeros(0, np.int64)
         if not np.issubdtype(rows.dtype, np.integer) or rows.ndim > 1:
             raise TypeError(
@@ -221,7 +239,7 @@ class Vocabulary:
         if rows.ndim == 0:
             return self._strings.decoded(int(rows))
         starts, ends = offsets[rows].tolist(), offsets[rows + 1].tolist()
-        return [str(text[start:end], "utf-8") for start, end in zip(starts, ends, strict=True)]
+        return [str(text[start:end], "utf-8", "surrogateescape") for start, end in zip(starts, ends, strict=True)]
 
     def repeated(self) -> Bool[np.ndarray, " number"]:
         """Tell which tokens have an equal before them, as `from_utf8` allows."""
@@ -233,6 +251,39 @@ class Vocabulary:
         numbers = {int(old): new for new, old in enumerate(ids)} if self._special else {}
         special = {role: numbers[old] for role, old in self._special.items() if old in numbers}
         vocabulary._fill(_strings.taken(self._strings, np.asarray(ids, np.int64)), special)
+        return vocabulary
+
+    def escaped(self) -> "Vocabulary":
+        r"""Return the same tokens as text: with `\xNN` in place of each byte that is not UTF-8.
+
+        Returns:
+          The vocabulary; itself where all tokens are UTF-8.
+
+        Raises:
+          ValueError: If another token is spelled so already.
+
+        Example:
+          >>> import embax
+          >>> vocabulary = embax.Vocabulary.from_utf8(b"cafecaf\xc3", [0, 4, 8], errors="escape")
+          >>> vocabulary.tokens()
+          ['cafe', 'caf\udcc3']
+          >>> print(*vocabulary.escaped().tokens())
+          cafe caf\xc3
+        """
+        text, offsets = self.utf8
+        wrong = _escapes.rows_not_utf8(text, offsets)
+        if not wrong.size:
+            return self
+        data, ends = _escapes.respelled(
+            text, offsets, wrong, lambda token: _escapes.spelled_out(_escapes.decoded(token))
+        )
+        vocabulary = Vocabulary.from_utf8(data, ends, special=self._special)
+        alike = np.flatnonzero(vocabulary.repeated() & ~self.repeated())
+        if alike.size:
+            raise ValueError(
+                "`embax.Vocabulary` must have no token that is spelled as another one with bytes that are not UTF-8, "
+                f"got {vocabulary.tokens(int(alike[0]))!r} twice. Leave one out, or load with errors='replace'."
+            )
         return vocabulary
 
     def closest(self, token: str, k: int = 5) -> list[str]:
@@ -274,8 +325,25 @@ class Vocabulary:
         return self._made_index
 
     def _find(self, tokens: list[str]) -> Int64[np.ndarray, " tokens"]:
-        # A surrogate is in no UTF-8, and so is not found.
-        encoded = [token.encode(errors="surrogatepass") for token in tokens]
+        try:
+            encoded = [token.encode() for token in tokens]
+        except UnicodeEncodeError:
+            return self._find_escaped(tokens)
+        return self._find_encoded(encoded)
+
+    def _find_escaped(self, tokens: list[str]) -> Int64[np.ndarray, " tokens"]:
+        """Find tokens of which some have surrogates; where these stand for no bytes, there is no such token."""
+        encoded: list[bytes] = []
+        exists = np.ones(len(tokens), bool)
+        for place, token in enumerate(tokens):
+            try:
+                encoded.append(_escapes.encoded(token))
+            except UnicodeEncodeError:
+                encoded.append(b"")
+                exists[place] = False
+        return np.where(exists, self._find_encoded(encoded), -1)
+
+    def _find_encoded(self, encoded: list[bytes]) -> Int64[np.ndarray, " tokens"]:
         if self._made_index is None and self._searches + len(encoded) <= _SEARCHES:
             self._searches += len(encoded)
             return np.asarray([self._search(token) for token in encoded], np.int64)
@@ -296,37 +364,23 @@ class Vocabulary:
         return -1
 
 
-def check_utf8(text: UInt8[np.ndarray, " bytes"], offsets: Int64[np.ndarray, " number_and_1"]) -> None:
-    """Check that a text is UTF-8 and cut between characters.
-
-    Args:
-      text: The text.
-      offsets: Where it is cut, rising.
-
-    Raises:
-      ValueError: If not, naming the token.
-    """
-    inside = offsets[:-1][offsets[:-1] < text.size]
-    bad = np.flatnonzero((text[inside] & 0xC0) == 0x80)  # of a character, every byte but the first
-    place = int(inside[bad[0]]) if bad.size else None
-    for start in range(0, offsets.size - 1, _CHECKED):  # as a str, it may take four times the memory
-        first, last = offsets[start], offsets[min(start + _CHECKED, offsets.size - 1)]
-        try:
-            text[first:last].tobytes().decode()
-        except UnicodeDecodeError as error:
-            place = int(first) + error.start
-            break
-    if place is not None:
-        row = int(np.searchsorted(offsets, place, side="right")) - 1
-        token = text[offsets[row] : offsets[row + 1]].tobytes()
-        raise ValueError(f"token {row} is not UTF-8: {token[:40]!r}")
+def _not_utf8(text: np.ndarray, offsets: np.ndarray, rows: Int64[np.ndarray, " some"]) -> str:
+    """Name a token that is not UTF-8; one that begins inside a character tells most."""
+    inside = rows[(text[offsets[rows]] & 0xC0) == 0x80]
+    row = int((inside if inside.size else rows)[0])
+    return f"token {row} is not UTF-8: {text[offsets[row] : offsets[row + 1]].tobytes()[:40]!r}"
 
 
 def printable(token: str) -> str:
-    """Spell out control characters: a terminal obeys some, fonts have no sign of them, others turn a text around."""
+    r"""Spell out control characters: a terminal obeys some, fonts have no sign of them, others turn a text around.
+
+    A byte that is not UTF-8 becomes `\xNN`.
+    """
+    token = _escapes.spelled_out(token)
     return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in token)
 
 
 def quoted(token: str) -> str:
     """Quote a token for a message; control characters are spelled out, as they could rule the terminal."""
-    return f'"{token}"' if token.isprintable() else repr(token)
+    shown = _escapes.spelled_out(token)
+    return f'"{shown}"' if shown.isprintable() else repr(token)

@@ -162,6 +162,7 @@ def test_strings_are_hashed_by_their_utf8(rows):
         nested = hash_ids([STRINGS[:3], STRINGS[3:6]], rows, seed)
         assert nested.tolist() == [expected[:3], expected[3:6]]
         assert [hash_ids(value, rows, seed).item() for value in STRINGS] == expected
+    assert hash_ids("caf\udcc3", rows) == hash_ids(b"caf\xc3", rows)  # a token cut inside a character
     kept = [value for value in STRINGS if "\0" not in value]  # NumPy's own strings end before the zeros
     np.testing.assert_array_equal(hash_ids(np.array(kept), rows), hash_ids(kept, rows))
 

@@ -203,7 +203,7 @@ def test_neighbors_reads_the_first_rows(vectors):
 
 def test_neighbors_reads_tokens_of_an_encoding(tmp_path):
     (tmp_path / "v.txt").write_bytes("2 1\ncaf\xe9 1\nt\xe9 2\n".encode("latin-1"))
-    assert_one_line(*run("neighbors", tmp_path / "v.txt", "té"), "is not UTF-8")
+    assert_one_line(*run("neighbors", tmp_path / "v.txt", "té", "--errors", "strict"), "is not UTF-8")
     found = answer("neighbors", tmp_path / "v.txt", "té", "--encoding", "latin-1")
     assert found["neighbors"][0]["nearest"][0]["token"] == "café"
 

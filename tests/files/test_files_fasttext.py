@@ -11,7 +11,7 @@ from gensim.models.fasttext import load_facebook_model, load_facebook_vectors
 import embax
 from embax._strings import packed
 from embax._subwords import means_of, numbered
-from embax.files import Contents, DuplicateTokensWarning, FormatError
+from embax.files import Contents, DuplicateTokensWarning, FormatError, UndecodedTokensWarning
 from embax.files._contents import Options
 from embax.files._fasttext import FORMAT
 from embax.files._open import opened
@@ -142,7 +142,7 @@ def test_read_is_as_fasttext_itself_printed(name):
     assert contents.weight.shape == (rows, dim)
     for token, vector, line in zip(contents.vocabulary, contents.weight, lines[1:], strict=True):
         printed, *numbers = line.rstrip(b" ").split(b" ")
-        assert token == printed.decode(errors="backslashreplace")
+        assert token == printed.decode(errors="surrogateescape")
         np.testing.assert_allclose(vector, np.asarray(numbers, np.float32), rtol=1e-4, atol=1e-6)  # 5 digits
 
 
@@ -163,14 +163,18 @@ def test_read_hashes_the_bytes_of_the_file():
 
 
 def test_read_tells_of_another_encoding():
-    with pytest.raises(FormatError, match=r"cp852_fasttext.bin: 69 of 171 tokens are not utf-8.*Pass their encoding"):
+    with pytest.warns(
+        UndecodedTokensWarning, match=r"cp852_fasttext.bin: 69 of 171 tokens are not UTF-8.*pass such as"
+    ):
         read(DATA / "cp852_fasttext.bin")
+    with pytest.raises(FormatError, match=r"token 1 is not UTF-8: b'kter\\xec'\. Pass its encoding"):
+        read(DATA / "cp852_fasttext.bin", errors="strict")
 
 
 def test_read_takes_a_few_tokens_that_are_no_text():
-    with pytest.warns(UnicodeWarning, match=r"5 tokens are not utf-8, such as b'\\x97'; they have backslashes"):
+    with pytest.warns(UndecodedTokensWarning, match=r"5 of [\d,]+ tokens are not UTF-8, such as b'\\x97'; they keep"):
         contents = read(DATA / "pang_lee_polarity_fasttext.bin")
-    assert "\\x97" in contents.vocabulary
+    assert "\udc97" in contents.vocabulary
     assert contents.subwords is None
     assert not [token for token in contents.vocabulary if token.startswith("__label__")]
 
@@ -532,10 +536,10 @@ def test_write_keeps_changed_vectors(tmp_path, file):
 
 
 def test_write_keeps_bytes_that_are_no_text(tmp_path, file):
-    with pytest.warns(UnicodeWarning, match="1 tokens are not utf-8"):
+    with pytest.warns(UndecodedTokensWarning, match="1 of 2 tokens are not UTF-8"):
         contents = read(file(model(["the", b"caf\xe9s"])))
     FORMAT.write(tmp_path / "v.bin", contents)
-    with pytest.warns(UnicodeWarning, match="1 tokens are not utf-8"):
+    with pytest.warns(UndecodedTokensWarning, match="1 of 2 tokens are not UTF-8"):
         again = read(tmp_path / "v.bin")
     assert again.vocabulary == contents.vocabulary
     np.testing.assert_array_equal(again.weight, contents.weight)

@@ -74,7 +74,9 @@ def test_what_is_written_is_read(tmp_path, monkeypatch, rows, has_pyarrow):
 @settings(max_examples=60, deadline=None)
 @given(
     tokens=st.lists(
-        st.one_of(st.text(st.characters(exclude_characters=" \n", exclude_categories=["Cs"])), st.integers().map(str)),
+        st.one_of(
+            st.text(st.characters(exclude_characters=" \t\n", exclude_categories=["Cs"])), st.integers().map(str)
+        ),
         unique=True,
         min_size=1,
     ),
@@ -97,6 +99,8 @@ def test_any_tokens_and_numbers_survive(tmp_path_factory, tokens, seed, dim, is_
 def test_write_refuses_what_cannot_be_read_again(tmp_path):
     with pytest.raises(ValueError, match=r"must have no space or newline in a token for the format 'glove', got 'New"):
         FORMAT.write(tmp_path / "vectors", Contents(Vocabulary(["New York"]), NUMBERS[:1]))
+    with pytest.raises(ValueError, match=r"must have no tab in a token for the format 'glove', got 'a.tb'"):
+        FORMAT.write(tmp_path / "vectors", Contents(Vocabulary(["a\tb"]), NUMBERS[:1]))
     with pytest.raises(ValueError, match=r"must have a row for the format 'glove', which has no header, got none"):
         FORMAT.write(tmp_path / "vectors", Contents(Vocabulary([]), NUMBERS[:0]))
     assert not list(tmp_path.iterdir())
@@ -115,7 +119,7 @@ def test_write_refuses_what_cannot_be_read_again(tmp_path):
         (b". . . 1 2\n. . 3 4\nat a@b.com 5 6\n", [". . .", ". .", "at a@b.com"], 2),
         (b"New York\t1\t2\nLos Angeles\t3\t4\n", ["New York", "Los Angeles"], 2),
         (b" 1 2\nnan 3 4\n", ["", "nan"], 2),
-        (b"\xef\xbb\xbfthe 1 2\nof 3 4\n", ["\ufeffthe", "of"], 2),
+        (b"\xef\xbb\xbfthe 1 2\nof 3 4\n", ["the", "of"], 2),
         (b"2 3 4\n", ["2"], 2),
     ],
 )
@@ -137,7 +141,6 @@ def test_glove_is_read(tmp_path, text, tokens, dim):
         (b"the 1 2\nof 3 4\nand 5\n", r"line 3 has 1 numbers after the token, not 2"),
         (b"the 1 2\nof 3 4\nand 5 6 7\n", r"line 3 has more than 2 numbers after the token"),
         (b"the 1 2\nof 3 4\nand 5 6x\n", r"line 3 has b'6x' where a number should be"),
-        (b"the 1 2\nof 3 4\n\xff 5 6\n", r"token 2 is not UTF-8"),
         (b"2 2\nthe 1 2\nof 3 4\n", r"line 1 has 1 numbers after the token, not 2"),
     ],
 )
@@ -202,7 +205,7 @@ def test_memory_for_rows_that_get_shorter_grows(tmp_path, is_packed):
 
 
 @seeds
-@pytest.mark.filterwarnings("ignore::embax.files.DuplicateTokensWarning")
+@pytest.mark.filterwarnings("ignore::embax.files.DuplicateTokensWarning", "ignore::embax.files.UndecodedTokensWarning")
 def test_damaged_files_are_read_or_an_error(tmp_path, seed):
     path = tmp_path / "damaged"
     whole = b"".join((DATA / "test_glove.txt").read_bytes().splitlines(keepends=True)[:4])

@@ -117,3 +117,26 @@ def test_numbers_are_rounded_to_the_nearest_float32(number, bits):
     block, layout = b"a " + number.encode() + b"\n", lines.Layout(b" ", 1)
     assert by_line(block, layout).rows.view(np.uint32).item() == bits
     assert by_arrow(block, layout)[0].rows.view(np.uint32).item() == bits
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    block=st.lists(
+        st.lists(st.sampled_from(["a", "b c", "7", "1.5", ",", " ", " ", "  ", "\t", ", ", "\r", "\xa0"]), max_size=9),
+        min_size=1,
+        max_size=3,
+    ),
+    dim=st.integers(1, 3),
+    delimiter=st.sampled_from([b" ", b"\t", b","]),
+    end=st.sampled_from(["\n", "\r\n"]),
+)
+def test_lines_of_any_blanks_are_read_alike_fast_and_one_by_one(block, dim, delimiter, end):
+    block = "".join("".join(line) + end for line in block).encode()
+    layout = lines.Layout(delimiter, dim)
+    spaced = lines._with_single_spaces(block, layout)
+    for fast in (by_arrow(block, layout), None if spaced is None else by_arrow(spaced, lines.Layout(b" ", dim))):
+        if fast:
+            slow = by_line(block, layout)  # it must not complain of what pyarrow takes
+            assert b"".join(packed.text for packed in fast) == slow.text
+            assert np.concatenate([packed.lengths for packed in fast]).tolist() == slow.lengths.tolist()
+            np.testing.assert_array_equal(np.concatenate([packed.rows for packed in fast]), slow.rows)

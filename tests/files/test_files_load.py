@@ -69,10 +69,10 @@ def test_tokens_of_another_encoding(tmp_path):
     path.write_bytes("2 1\nkön 1\na 2\n".encode("latin-1"))
     assert Vectors.load(path, encoding="latin-1").vocabulary.tokens() == ["kön", "a"]
     with pytest.raises(files.FormatError, match=r"token 0 is not UTF-8: b'k\\xf6n'\. Pass its encoding"):
-        Vectors.load(path)
+        Vectors.load(path, errors="strict")
     for encoding in ("ascii", "no-such-encoding"):
         with pytest.raises(files.FormatError, match=f"token 0 is not {encoding}"):
-            Vectors.load(path, encoding=encoding)
+            Vectors.load(path, encoding=encoding, errors="strict")
 
 
 @pytest.mark.parametrize(
@@ -82,6 +82,7 @@ def test_tokens_of_another_encoding(tmp_path):
         ({"limit": -1}, r"limit=\.\.\.\)` must not be negative"),
         ({"dtype": np.int32}, r"dtype=\.\.\.\)` must be a dtype of floats, got int32"),
         ({"dtype": "no"}, r"dtype=\.\.\.\)` must be a dtype of floats, got 'no'"),
+        ({"errors": "ignore"}, r"errors=\.\.\.\)` must be one of 'strict', 'replace', 'escape', got 'ignore'"),
         ({"max_expansion": 0}, r"max_expansion=\.\.\.\)` must be"),
     ],
 )

@@ -269,7 +269,7 @@ def test_read_warns_of_tokens_that_occur_twice(tmp_path):
 @seeds
 @pytest.mark.parametrize("table", [TABLE, np.asfortranarray(TABLE, ">f8")], ids=["by_row", "by_column"])
 @pytest.mark.parametrize(("which", "number"), [("x.npy", 75), ("x.json", 25)])
-@pytest.mark.filterwarnings("ignore::embax.files.DuplicateTokensWarning")
+@pytest.mark.filterwarnings("ignore::embax.files.DuplicateTokensWarning", "ignore::embax.files.UndecodedTokensWarning")
 def test_read_of_any_damage_gives_rows_or_a_format_error(tmp_path, which, number, table, seed):
     whole = saved(tmp_path, table)
     for case, (name, data) in enumerate(damages((tmp_path / which).read_bytes(), number, seed)):

@@ -114,7 +114,7 @@ def test_what_is_no_regular_file_is_refused(tmp_path):
 
 @seeds
 @pytest.mark.parametrize("how", PACKED)
-@pytest.mark.filterwarnings("ignore::embax.files.DuplicateTokensWarning")
+@pytest.mark.filterwarnings("ignore::embax.files.DuplicateTokensWarning", "ignore::embax.files.UndecodedTokensWarning")
 def test_any_damage_gives_vectors_or_a_format_error(tmp_path, how, seed):
     for name, data in damages(PACKED[how](TEXT), 120, seed):
         (tmp_path / "v").write_bytes(data)

@@ -99,8 +99,10 @@ def test_read_of_a_vocabulary_in_another_encoding(tmp_path):
     path = saved(tmp_path)
     (tmp_path / "vocab.txt").write_bytes("\n".join(TOKENS).encode("latin-1"))
     assert read(path, encoding="latin-1").vocabulary.tokens() == TOKENS
-    with pytest.raises(files.FormatError, match=r"vocab.txt: its text is not utf-8 .* Pass its encoding"):
-        read(path)
+    with pytest.warns(files.UndecodedTokensWarning, match=r"vocab.txt: 1 of 5 tokens are not UTF-8"):
+        assert read(path).vocabulary.tokens()[:3] == ["[PAD]", "[UNK]", "king"]
+    with pytest.raises(files.FormatError, match=r"vocab.txt: token \d is not UTF-8: .* Pass its encoding"):
+        read(path, errors="strict")
     with pytest.raises(files.FormatError, match="'nonsense' is no encoding"):
         read(path, encoding="nonsense")
 
@@ -208,7 +210,11 @@ def test_write_is_not_offered(tmp_path):
 
 @seeds
 @pytest.mark.parametrize("beside", LISTINGS[:8])
-@pytest.mark.filterwarnings("ignore::embax.files.UnnamedRowsWarning", "ignore::embax.files.DuplicateTokensWarning")
+@pytest.mark.filterwarnings(
+    "ignore::embax.files.UnnamedRowsWarning",
+    "ignore::embax.files.DuplicateTokensWarning",
+    "ignore::embax.files.UndecodedTokensWarning",
+)
 def test_read_of_any_damage_gives_rows_or_a_format_error(tmp_path, beside, seed):
     path = saved(tmp_path, **beside)
     for which in ("model.safetensors", next(iter(beside)).replace("__", ".")):

@@ -83,12 +83,12 @@ def test_a_header_of_too_many_rows_is_an_error_as_in_gensim():
         read(TEXT, DATA / "pretrained.vec")
 
 
-def test_tokens_that_are_not_utf8_are_an_error_as_in_gensim():
+def test_tokens_that_are_not_utf8_are_an_error_as_in_gensim_if_asked_for():
     path = DATA / "w2v_keyedvectors_load_test.modeldata"
     with pytest.raises(UnicodeDecodeError):
         KeyedVectors.load_word2vec_format(str(path))
     with pytest.raises(FormatError, match=r"token 0 is not UTF-8"):
-        read(TEXT, path)
+        read(TEXT, path, errors="strict")
     assert read(TEXT, path, encoding="latin-1").weight.shape == (2, 3)
 
 
@@ -133,7 +133,7 @@ def test_what_is_written_is_read(tmp_path, monkeypatch, format, rows, has_pyarro
 @pytest.mark.parametrize("format", [TEXT, BINARY])
 @settings(max_examples=40, deadline=None)
 @given(
-    tokens=st.lists(st.text(st.characters(exclude_characters=" \n", exclude_categories=["Cs"])), unique=True),
+    tokens=st.lists(st.text(st.characters(exclude_characters=" \t\n", exclude_categories=["Cs"])), unique=True),
     seed=st.integers(0, 2**32 - 1),
     dim=st.integers(1, 4),
 )
@@ -220,9 +220,7 @@ def test_text_is_read(tmp_path, text, tokens):
         (b"2 2\na 1 0.5\nb 1_000 2\n", r"line 3 has b'1_000' where"),
         (b"2 2\na 1 0.5\nb 1e 2\n", r"line 3 has b'1e' where"),
         (b"2 2\na 1 0.5\nb 1,5 2\n", r"line 3 has b'1,5' where"),
-        (b"2 2\na 1 0.5\nb 1  2\n", r"line 3 has b'' where"),
         ("2 2\na 1 0.5\nb 1 \u0662\n".encode(), r"line 3 has b'\\xd9\\xa2' where"),
-        (b"2 2\na 1 0.5\n\xff 1 2\n", r"token 1 is not UTF-8: b'\\xff'"),
     ],
 )
 def test_text_that_is_wrong_is_an_error(tmp_path, text, message):
@@ -287,7 +285,6 @@ def test_binary_is_read_with_and_without_ends_of_lines(tmp_path, end, last):
         (b"1 99999999\na ", r"must say 1 to 1,048,576 numbers a row, got 99,999,999"),
         (b"2 2\na " + BITS[0] + bytes(1 << 21), r"row 2, from byte 14 on, is no token that ends with a space"),
         (b"2 2\na " + BITS[0] + bytes((1 << 20) + 1) + b" " + BITS[1], r"row 2, from byte 14 on, is no token"),
-        (b"1 2\n\xff " + BITS[0], r"token 0 is not UTF-8"),
     ],
 )
 def test_binary_that_is_wrong_is_an_error(tmp_path, data, message):
@@ -399,7 +396,7 @@ REAL = [
 
 @seeds
 @pytest.mark.parametrize(("format", "whole"), REAL)
-@pytest.mark.filterwarnings("ignore::embax.files.DuplicateTokensWarning")
+@pytest.mark.filterwarnings("ignore::embax.files.DuplicateTokensWarning", "ignore::embax.files.UndecodedTokensWarning")
 def test_damaged_files_are_read_or_an_error(tmp_path, format, whole, seed):
     path = tmp_path / "damaged"
     pieces = [b"9" * 12, b" ", b"\n", b"\r", b"nan", b"e99"]

@@ -25,10 +25,30 @@ from embax.train._parts import WHOLE
         ("हिन्दी में", ["हिन्दी", "में"]),  # vowel signs and viramas are combining marks
         ("Привет, мир", ["привет", "мир"]),
         ("İstanbul", ["i\u0307stanbul"]),
+        ("ශ්\u200dරී ලංකා ක්\u200dෂණ", ["ශ්\u200dරී", "ලංකා", "ක්\u200dෂණ"]),  # Sinhala joins letters by ZWJ
+        ("র\u200d্যাব ও ব\u200cয", ["র\u200d্যাব", "ও", "ব\u200cয"]),
+        ("می\u200cخواهم به خانه\u200cها", ["می\u200cخواهم", "به", "خانه\u200cها"]),  # noqa: RUF001
+        ("नम\u094dस\u200dते\u200c\u200dजी", ["नम\u094dस\u200dते\u200c\u200dजी"]),
+        ("\u200cمی\u200c خواهم\u200d. \u200d \u200c-\u200d", ["می", "خواهم"]),
+        (
+            "l\u200c'\u200dété l'\u200cété aujourd\u200d\u2019hui",
+            ["l\u200c'\u200dété", "l'\u200cété", "aujourd\u200d'hui"],
+        ),
+        ("Donau\u00addampf\u00adschiff, Don\u00ad't", ["donaudampfschiff", "don't"]),
+        ("\u00adsoft\u00ad \u00ad hy\u00ad\u00adphen\u00ad\nend", ["soft", "hyphen", "end"]),
+        ("caf e\u00ad\u0301t cafe\u00ad\u0301", ["caf", "ét", "café"]),
+        ("می\u00ad\u200cخواهم", ["می\u200cخواهم"]),  # noqa: RUF001
+        ("👩\u200d🚀 a\u200d👩", ["a"]),
     ],
 )
 def test_tokenize_finds_lower_cased_words(text, words):
     assert list(train.tokenize([text])) == ([words] if words else [])
+
+
+def test_tokenize_takes_time_by_the_length_of_what_joins():
+    # By its square, that would be minutes.
+    text = ("a" + "\u200c" * 50_000 + "'" + "\u200d" * 50_000 + " ") * 2
+    assert list(train.tokenize([text])) == [["a", "a"]]
 
 
 def test_tokenize_ends_a_sequence_at_a_blank_line():

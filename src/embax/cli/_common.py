@@ -39,6 +39,9 @@ _above_zero = rule(lambda value: 0 < value < math.inf, "a number above 0")
 one_of_formats = rule(lambda value: value in formats(), lambda: f"one of {', '.join(formats())}")
 
 
+_ERRORS = ("strict", "replace", "escape")
+
+
 def formats() -> tuple[str, ...]:
     """The names of the formats of files; looked up when they are asked for, as that takes a moment."""
     import embax.files
@@ -75,6 +78,15 @@ Encoding = Annotated[
     str,
     typer.Option(callback=rule(_is_encoding, "an encoding such as latin-1"), help="Of the tokens in the file."),
 ]
+Errors = Annotated[
+    str,
+    typer.Option(
+        callback=rule(lambda value: value in _ERRORS, f"one of {', '.join(_ERRORS)}"),
+        autocompletion=lambda: list(_ERRORS),
+        help="What becomes of tokens that are not of the encoding: escape keeps their bytes, replace puts U+FFFD, "
+        "strict ends with an error.",
+    ),
+]
 MaxExpansion = Annotated[
     float,
     typer.Option(callback=_above_zero, help="How many times its size a compressed file may grow to."),
@@ -95,6 +107,7 @@ def in_one_line(name: str | None = None) -> Iterator[None]:
 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", embax.files.DuplicateTokensWarning)
+        warnings.simplefilter("always", embax.files.UndecodedTokensWarning)
         if "embax.vectors" in sys.modules:
             from embax.vectors import NotFiniteWarning
 
@@ -129,7 +142,7 @@ def printable(token: str) -> str:
 
 
 def print_json(document: dict[str, Any]) -> None:
-    """Print a document; what is no finite number is null."""
+    r"""Print a document; what is no finite number is null, and a byte of a token that is not UTF-8 is `\xNN`."""
     typer.echo(json.dumps(_finite(document), allow_nan=False, indent=2))
 
 
@@ -138,6 +151,10 @@ def _finite(value: Any) -> Any:
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_finite(item) for item in value]
+    if isinstance(value, str) and not value.isascii():
+        from embax._escapes import spelled_out
+
+        return spelled_out(value)
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -8,6 +8,7 @@ import typer
 
 from ._common import (
     Encoding,
+    Errors,
     Format,
     Json,
     Limit,
@@ -47,6 +48,7 @@ def evaluate(
     format: Format = None,
     limit: Limit = None,
     encoding: Encoding = "utf-8",
+    errors: Errors = "escape",
     max_expansion: MaxExpansion = 100.0,
     json: Json = False,
 ) -> None:
@@ -59,7 +61,7 @@ def evaluate(
         analogies, word_pairs = _of_gensim()
     for path in [*([] if analogies is None else [analogies]), *(word_pairs or [])]:
         open(path, "rb").close()  # before vectors are loaded, which may take long
-    vectors = load(file, format=format, limit=limit, encoding=encoding, max_expansion=max_expansion)
+    vectors = load(file, format=format, limit=limit, encoding=encoding, errors=errors, max_expansion=max_expansion)
     import embax.evaluate
 
     solved, agreed = None, {}

@@ -2,12 +2,13 @@
 
 import os
 import warnings
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 
 from ._common import (
     Encoding,
+    Errors,
     Format,
     Json,
     Limit,
@@ -35,6 +36,7 @@ def info(
     format: Format = None,
     limit: Limit = None,
     encoding: Encoding = "utf-8",
+    errors: Errors = "escape",
     max_expansion: MaxExpansion = 100.0,
     json: Json = False,
 ) -> None:
@@ -49,9 +51,22 @@ def info(
         warnings.catch_warnings(record=True) as caught,
     ):
         warnings.simplefilter("always", embax.files.DuplicateTokensWarning)
+        warnings.simplefilter("always", embax.files.UndecodedTokensWarning)
         identity = embax.files.identify(file, format=format, max_expansion=max_expansion)
-        contents = embax.files.load(file, format=format, limit=limit, encoding=encoding, max_expansion=max_expansion)
-    duplicates = sum(getattr(warning.message, "number", 0) for warning in caught)
+        contents = embax.files.load(
+            file,
+            format=format,
+            limit=limit,
+            encoding=encoding,
+            errors=cast(Any, errors),
+            max_expansion=max_expansion,
+        )
+    duplicates = 0
+    for warning in caught:
+        if isinstance(warning.message, embax.files.DuplicateTokensWarning):
+            duplicates += warning.message.number
+        elif isinstance(warning.message, embax.files.UndecodedTokensWarning):
+            note(str(warning.message))
     with waiting("measuring"):
         found = described(file, identity, contents, duplicates)
     if json:
@@ -82,6 +97,7 @@ def convert(
     format: Format = None,
     limit: Limit = None,
     encoding: Encoding = "utf-8",
+    errors: Errors = "escape",
     max_expansion: MaxExpansion = 100.0,
     json: Json = False,
 ) -> None:
@@ -96,7 +112,13 @@ def convert(
         if is_same_file(identity.path, output):
             raise UserError(f"{output}: is the file to read itself. Name another file to write.")
         contents = embax.files.load(
-            file, format=format, limit=limit, dtype=_dtype(dtype), encoding=encoding, max_expansion=max_expansion
+            file,
+            format=format,
+            limit=limit,
+            dtype=_dtype(dtype),
+            encoding=encoding,
+            errors=cast(Any, errors),
+            max_expansion=max_expansion,
         )
     if contents.subwords is not None and target != "fasttext":
         note(f"the sub-words are left out, as only the format fasttext keeps them; {target} has the rows.")

@@ -7,6 +7,7 @@ import typer
 
 from ._common import (
     Encoding,
+    Errors,
     Format,
     Json,
     Limit,
@@ -58,6 +59,7 @@ def map_(
     format: Format = None,
     limit: Limit = None,
     encoding: Encoding = "utf-8",
+    errors: Errors = "escape",
     max_expansion: MaxExpansion = 100.0,
     json: Json = False,
 ) -> None:
@@ -72,7 +74,7 @@ def map_(
     embax.files.check_writable(output)
     if is_same_file(file, output):
         raise UserError(f"{output}: is the file to read itself. Name another file for the map.")
-    vectors = load(file, format=format, limit=limit, encoding=encoding, max_expansion=max_expansion)
+    vectors = load(file, format=format, limit=limit, encoding=encoding, errors=errors, max_expansion=max_expansion)
     with in_one_line(), waiting("drawing"):
         directions = vectors.normalized().weight
         rows = np.arange(min(first, len(vectors))) if words is None else vectors.vocabulary.ids(_split(words))

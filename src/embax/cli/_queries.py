@@ -7,6 +7,7 @@ import typer
 
 from ._common import (
     Encoding,
+    Errors,
     Format,
     Json,
     Limit,
@@ -36,11 +37,12 @@ def neighbors(
     format: Format = None,
     limit: Limit = None,
     encoding: Encoding = "utf-8",
+    errors: Errors = "escape",
     max_expansion: MaxExpansion = 100.0,
     json: Json = False,
 ) -> None:
     """Print the words whose vectors are nearest in direction, with their cosines."""
-    vectors = load(file, format=format, limit=limit, encoding=encoding, max_expansion=max_expansion)
+    vectors = load(file, format=format, limit=limit, encoding=encoding, errors=errors, max_expansion=max_expansion)
     with waiting("looking for neighbours"), in_one_line():
         found = vectors.most_similar_batch(words, k=number, approx=approx)
     if json:
@@ -74,11 +76,12 @@ def analogy(
     format: Format = None,
     limit: Limit = None,
     encoding: Encoding = "utf-8",
+    errors: Errors = "escape",
     max_expansion: MaxExpansion = 100.0,
     json: Json = False,
 ) -> None:
     """Answer "A is to B as C is to what?": `embax analogy FILE man king woman` finds queen."""
-    vectors = load(file, format=format, limit=limit, encoding=encoding, max_expansion=max_expansion)
+    vectors = load(file, format=format, limit=limit, encoding=encoding, errors=errors, max_expansion=max_expansion)
     with waiting("looking for the answer"), in_one_line():
         found = vectors.analogy(a, b, c, k=number, method="mul" if method == "mul" else "add")
     if json:

@@ -4,6 +4,7 @@ from ._atomic import check_writable as check_writable
 from ._atomic import replacing as replacing
 from ._contents import Contents as Contents
 from ._contents import DuplicateTokensWarning as DuplicateTokensWarning
+from ._encodings import UndecodedTokensWarning as UndecodedTokensWarning
 from ._error import FormatError as FormatError
 from ._identify import Identity as Identity
 from ._identify import identify as identify

@@ -159,7 +159,9 @@ def write_batches(
     contents: Contents,
     writer_to: Callable[[BinaryIO, Any], contextlib.AbstractContextManager],
 ) -> None:
-    """Write vectors as record batches: columns `token`, `vector` and perhaps `count`.
+    r"""Write vectors as record batches: columns `token`, `vector` and perhaps `count`.
+
+    Bytes of tokens that are not UTF-8 become `\xNN`, as Arrow's strings are text.
 
     Args:
       path: The destination.
@@ -191,7 +193,7 @@ def _schema_and_batches(contents: Contents) -> tuple[Any, Iterator[Any]]:
 
 
 def _record_batches(pa: Any, schema: Any, contents: Contents, weight: np.ndarray, dtype: np.dtype) -> Iterator[Any]:
-    text, offsets = contents.vocabulary.utf8
+    text, offsets = contents.vocabulary.escaped().utf8
     step = max(1, _BLOCK // (weight.shape[1] * dtype.itemsize))
     for first in range(0, len(weight), step):
         rows = np.ascontiguousarray(weight[first : first + step], dtype)

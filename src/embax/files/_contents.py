@@ -8,8 +8,8 @@ import numpy as np
 from jaxtyping import Float, Int64
 from numpy.typing import DTypeLike
 
-from .._strings import offsets_of
 from ..vocabulary import Vocabulary
+from ._encodings import decoded
 from ._open import Source
 
 # By how much an array of rows grows where it is not known how many there will be.
@@ -45,6 +45,8 @@ class Options(NamedTuple):
     dtype: np.dtype | None = None  # None for that of the file, float32 for text
     mmap: bool | None = None  # None where it is possible and nothing has to be converted
     encoding: str = "utf-8"  # of the tokens
+    errors: str = "escape"  # what becomes of tokens that are not of the encoding, as in `_encodings.decoded`
+    is_decoded: bool = False  # whether the tokens are in UTF-8 already, and those that are not have been told of
 
 
 class Gathered:
@@ -113,11 +115,6 @@ def resize(weight: np.ndarray, rows: int) -> None:
     weight.resize((rows, weight.shape[1]), refcheck=False)
 
 
-def is_utf8(encoding: str) -> bool:
-    """Tell whether an encoding is UTF-8, whatever its spelling."""
-    return encoding.lower().replace("_", "-") in ("utf-8", "utf8")
-
-
 def contents_of(
     source: Source,
     options: Options,
@@ -142,14 +139,11 @@ def contents_of(
       The same.
 
     Raises:
-      FormatError: If a token is not of the encoding.
+      FormatError: If a token is not of the encoding and that is to be an error.
     """
-    if not is_utf8(options.encoding):
-        text, offsets = _recoded(source, options.encoding, bytes(text), offsets)
-    try:
-        vocabulary = Vocabulary.from_utf8(text, offsets, special=special)
-    except ValueError as error:
-        raise source.error(f"{error}. Pass its encoding, such as encoding='latin-1'.") from None
+    if not options.is_decoded:
+        text, offsets = decoded(source, text, offsets, options.encoding, options.errors)
+    vocabulary = Vocabulary.from_utf8(text, offsets, special=special, errors="escape")
     repeated = vocabulary.repeated()
     if repeated.any():
         number, first = int(repeated.sum()), vocabulary.tokens(int(repeated.argmax()))
@@ -164,14 +158,3 @@ def contents_of(
         vocabulary, weight = vocabulary.take(keep), weight[keep]
         counts = None if counts is None else counts[keep]
     return Contents(vocabulary, weight, counts)
-
-
-def _recoded(source: Source, encoding: str, text: bytes, offsets: np.ndarray) -> tuple[bytes, np.ndarray]:
-    ends, tokens = offsets.tolist(), []
-    for row in range(len(ends) - 1):
-        token = text[ends[row] : ends[row + 1]]
-        try:
-            tokens.append(token.decode(encoding).encode())
-        except (UnicodeError, LookupError) as error:
-            raise source.error(f"token {row} is not {encoding}: {token[:40]!r} ({error}).") from None
-    return b"".join(tokens), offsets_of(tokens)

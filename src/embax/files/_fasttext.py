@@ -1,15 +1,15 @@
 """fastText's models: .bin files, and quantised .ftz files, which are only read."""
 
 import struct
-import warnings
 
 import numpy as np
 from jaxtyping import Float, Float32, Int64
 
-from .._strings import Strings, packed, taken
+from .._strings import Strings, padded, taken
 from .._subwords import Ngrams, Subwords, means_of
-from ..vocabulary import Vocabulary, check_utf8
-from ._contents import Contents, Options, contents_of, is_utf8, make_room, resize
+from ..vocabulary import Vocabulary
+from ._contents import Contents, Options, contents_of, make_room, resize
+from ._encodings import decoded, is_utf8
 from ._fasttext_model import Dictionary, Header, read_dictionary, read_header, starts_like_a_model
 from ._fasttext_write import write_fasttext
 from ._format import Format
@@ -18,15 +18,12 @@ from ._quantized import Quantized, read_quantized
 
 _BLOCK = 1 << 24  # bytes
 _ROWS = 1 << 14
-# One token in so many may be no text; where it is more, the encoding is another one.
-_FEW = 100
 
 
 def read_fasttext(source: Source, options: Options) -> Contents:
     """Read a model: its words, their vectors as fastText's `get_word_vector` gives them, and the n-grams.
 
-    Labels are left out. The output matrix is not kept. Words that are not of the encoding, if they are few, get
-    backslashes for what cannot be decoded.
+    Labels are left out. The output matrix is not kept.
 
     Args:
       source: The file.
@@ -36,7 +33,8 @@ def read_fasttext(source: Source, options: Options) -> Contents:
       The contents; `subwords` is None where the model has no n-grams of characters.
 
     Raises:
-      FormatError: If it is no such model, truncated or corrupt, or its words are not of the encoding.
+      FormatError: If it is no such model, truncated or corrupt, or a word is not of the encoding and that is to be an
+        error.
     """
     if options.mmap:
         raise source.error(
@@ -49,7 +47,7 @@ def read_fasttext(source: Source, options: Options) -> Contents:
     if options.limit is None or source.size is not None:
         _pass_output(source, header, isinstance(rows, Quantized))
     words = dictionary.words
-    utf8, raw = _decoded(source, options.encoding, words)
+    utf8, raw = _decoded(source, options, words)
     own, ngrams = np.arange(words.number), None
     if has_subwords:
         args = header.arguments
@@ -58,11 +56,11 @@ def read_fasttext(source: Source, options: Options) -> Contents:
         )
     weight = _weight(rows, words, ngrams, options)
     text, offsets = utf8.text[: utf8.offsets[-1]], utf8.offsets
-    contents = contents_of(source, options._replace(encoding="utf-8"), text, offsets, weight, dictionary.counts)
+    contents = contents_of(source, options._replace(is_decoded=True), text, offsets, weight, dictionary.counts)
     if ngrams is None:
         return contents
     if len(contents.vocabulary) < words.number:  # some are left out
-        own = np.flatnonzero(~Vocabulary.from_utf8(text, offsets).repeated())
+        own = np.flatnonzero(~Vocabulary.from_utf8(text, offsets, errors="escape").repeated())
         raw = raw if raw is None else taken(raw, own)
     subwords = Subwords(
         ngrams,
@@ -175,39 +173,13 @@ def _weight(
     return weight
 
 
-def _decoded(source: Source, encoding: str, words: Strings) -> tuple[Strings, Strings | None]:
+def _decoded(source: Source, options: Options, words: Strings) -> tuple[Strings, Strings | None]:
     """Return the words in UTF-8, and the words as they were if that is something else."""
     text, offsets = words.text[: words.offsets[-1]], words.offsets
-    if is_utf8(encoding):
-        try:
-            check_utf8(text, offsets)
-            return words, None
-        except ValueError:
-            pass
-    tokens, wrong, ends = [], [], offsets.tolist()
-    for row in range(words.number):
-        token = text[ends[row] : ends[row + 1]].tobytes()
-        try:
-            try:
-                tokens.append(token.decode(encoding).encode())
-            except UnicodeDecodeError:
-                wrong.append(token)
-                tokens.append(token.decode(encoding, "backslashreplace").encode())
-        except (UnicodeError, LookupError) as error:
-            raise source.error(f"token {row} is not {encoding}: {token[:40]!r} ({error}).") from None
-    if len(wrong) > max(1, words.number // _FEW):
-        raise source.error(
-            f"{len(wrong):,} of {words.number:,} tokens are not {encoding}, such as {wrong[0][:40]!r}. "
-            "Pass their encoding, such as encoding='latin-1'."
-        )
-    if wrong:
-        warnings.warn(
-            f"{source.name}: {len(wrong):,} tokens are not {encoding}, such as {wrong[0][:40]!r}; they have "
-            "backslashes for what cannot be decoded.",
-            UnicodeWarning,
-            stacklevel=4,
-        )
-    return packed(tokens), words
+    after, ends = decoded(source, text, offsets, options.encoding, options.errors)
+    if after is text:
+        return words, None
+    return Strings(padded(np.frombuffer(after, np.uint8)), ends), words
 
 
 FORMAT = Format(

@@ -5,7 +5,9 @@ import os
 from ._atomic import replacing
 from ._contents import Contents, Gathered, Options
 from ._format import Format
-from ._lines import add_lines, first_lines, layout_of, whole_lines
+from ._layout import layout_of
+from ._line_ends import BYTE_ORDER_MARK
+from ._lines import add_lines, first_lines, whole_lines
 from ._open import Source
 from ._written_lines import check_tokens, lines_of
 
@@ -55,7 +57,7 @@ def write(path: str | os.PathLike[str], contents: Contents) -> None:
       contents: What to write, as float32.
 
     Raises:
-      ValueError: If there are no rows, which the format cannot tell, or a token has a space or newline in it.
+      ValueError: If there are no rows, which the format cannot tell, or a token has a space, tab or newline in it.
       OSError: If the file cannot be written.
     """
     check_tokens(contents, NAME)
@@ -65,6 +67,9 @@ def write(path: str | os.PathLike[str], contents: Contents) -> None:
             "Save it as .safetensors."
         )
     with replacing(path) as file:
+        # Readers drop a mark at the start. One that belongs to the first token is kept by another one before it.
+        if contents.vocabulary.utf8[0][: len(BYTE_ORDER_MARK)].tobytes() == BYTE_ORDER_MARK:
+            file.write(BYTE_ORDER_MARK)
         # The line "7 1" could be the header of word2vec's format.
         for lines in lines_of(contents, with_points=contents.weight.shape[1] == 1):
             file.write(lines)

@@ -1,7 +1,6 @@
 """Lines of a text file into tokens and rows of numbers."""
 
 import re
-from collections import Counter
 from collections.abc import Iterator
 from decimal import Decimal
 from typing import Any, NamedTuple
@@ -10,6 +9,8 @@ import numpy as np
 from jaxtyping import Float32, Int64
 
 from ._contents import Gathered
+from ._layout import Layout, LayoutError, split, stripped, without_commas
+from ._line_ends import BYTE_ORDER_MARK, ends_in_returns, with_feeds, without_mark
 from ._open import Source
 
 # Large against the cost of a call, small against a table.
@@ -20,23 +21,10 @@ _LONGEST_LINE = 1 << 24
 _PIECE = 1 << 16
 # pyarrow takes about a kilobyte a column and a thread, however short the lines are.
 _MANY_COLUMNS = 10_000
-# So many lines tell how a file without a header is laid out.
-_LOOKED_AT = 100
 # A line so long may be cut off where the start of a file ends.
 LONG = 1 << 15
-# What pyarrow takes for a number, too. Python's `float` would also take "1_000".
-_NUMBER = re.compile(
-    rb"[ \t]*[+-]?(?:(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:e[+-]?[0-9]+)?|inf(?:inity)?|nan(?:\([0-9a-z_]*\))?)[ \t]*",
-    re.IGNORECASE,
-)
-_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-
-
-class Layout(NamedTuple):
-    """How a line is laid out: a token, and numbers behind it."""
-
-    delimiter: bytes  # between all of them, a space or a tab
-    dim: int  # how many numbers
+# A line that begins with a tab or a comma, or that has a space behind the token and, later on, a tab.
+_TO_BE_SPLIT_ALONE = re.compile(rb"^ *\t|^[ \t]*,[ \t]|^[ \t]*[^ \t\n]+ [^\n]*\t", re.MULTILINE)
 
 
 class Packed(NamedTuple):
@@ -47,41 +35,25 @@ class Packed(NamedTuple):
     rows: Float32[np.ndarray, "rows dim"]
 
 
-def is_number(field: bytes) -> bool:
-    """Tell whether bytes spell a number."""
-    return _NUMBER.fullmatch(field) is not None
-
-
-def delimiter_of(line: bytes) -> bytes:
-    """Return what parts the fields of a line, as it does the last two."""
-    line = line.rstrip(b" \t\r\n")
-    return b"\t" if line.rfind(b"\t") > line.rfind(b" ") else b" "
+def beginning(source: Source) -> bytes:
+    """Return the start of a text file, without a byte-order mark and with line feeds at the ends of lines."""
+    start = without_mark(source.start)
+    return with_feeds(start) if ends_in_returns(start) else start
 
 
 def first_lines(source: Source) -> bytes:
     """Return the lines at the start of a file, as many as are whole."""
-    whole, end, cut = source.start.rpartition(b"\n")
+    whole, end, cut = beginning(source).rpartition(b"\n")
     if end:
         return whole
     # Of a single line that is longer than the start, the last number may be cut off.
-    return cut.rpartition(delimiter_of(cut))[0] if len(cut) > LONG else cut
-
-
-def layout_of(text: bytes) -> tuple[Layout, float]:
-    """Return the layout that most of the first lines share, and the share of them that do.
-
-    A field that is a number counts as one unless it is the first of a line. A token such as "Route 66" has one more
-    than the others then, which is why a single line does not tell.
-    """
-    lines = [line.rstrip(b" \t\r") for line in text.split(b"\n", _LOOKED_AT)[:_LOOKED_AT]]
-    delimiter = delimiter_of(next(filter(None, lines), b""))
-    dims = [_numbers_at_end(line.split(delimiter)) for line in lines if line]
-    dim, agreeing = Counter(dims).most_common(1)[0] if dims else (0, 0)
-    return Layout(delimiter, dim), agreeing / max(1, len(dims))
+    return cut[: max(0, cut.rfind(b" "), cut.rfind(b"\t"))] if len(cut) > LONG else cut
 
 
 def whole_lines(source: Source) -> Iterator[bytes]:
     """Read blocks that end where a line ends; the last line is given an end where it has none.
+
+    A byte-order mark is left out, and lines that end in carriage returns end in line feeds.
 
     Args:
       source: The file.
@@ -93,7 +65,11 @@ def whole_lines(source: Source) -> Iterator[bytes]:
       FormatError: If a line is too long for any table.
     """
     parts: list[Any] = []
+    has_returns = ends_in_returns(source.start)
+    if source.start.startswith(BYTE_ORDER_MARK):
+        source.read(len(BYTE_ORDER_MARK))
     while data := source.read(_BLOCK):
+        data = with_feeds(data) if has_returns else data
         end = data.rfind(b"\n") + 1
         if end:
             block = b"".join([*parts, memoryview(data)[:end]])
@@ -141,6 +117,8 @@ def add_lines(
     if limit is not None:
         block = block[: _end_of(block, limit - gathered.rows)]
     table = _table(block, layout)
+    if table is None and (plain := _with_single_spaces(block, layout)) is not None:
+        table = _table(plain, Layout(b" ", layout.dim))
     if table is None and in_pieces:
         for piece in _pieces(block):
             line = add_lines(source, gathered, piece, layout, line, in_pieces=False)
@@ -168,29 +146,16 @@ def by_line(source: Source, block: bytes, layout: Layout, line: int) -> Packed:
     """
     tokens, numbers = [], []
     for place, text in enumerate(block.split(b"\n"), line):
-        text = text.rstrip(b" \t\r")
-        if not text:
+        if not stripped(text, b" "):
             continue
-        token, *row = text.rsplit(layout.delimiter, layout.dim)
-        if len(row) < layout.dim:
-            raise source.error(f"line {place:,} has {len(row)} numbers after the token, not {layout.dim:,}.")
-        bad = next((field for field in row if not is_number(field)), None)
-        if bad is not None:
-            raise source.error(f"line {place:,} has {bad[:40]!r} where a number should be.")
-        # Of "New York 0.1 0.2", the token is "New York"; "York 0.3 0.1 0.2" is a number too long.
-        if layout.delimiter in token and is_number(token.rpartition(layout.delimiter)[2]):
-            raise source.error(f"line {place:,} has more than {layout.dim:,} numbers after the token.")
+        try:
+            token, row = split(text, layout)
+        except LayoutError as error:
+            raise source.error(f"line {place:,} {error}") from None
         tokens.append(token)
         numbers.extend(row)
     lengths = np.fromiter(map(len, tokens), np.int64, len(tokens))
     return Packed(b"".join(tokens), lengths, _rounded(numbers).reshape(len(tokens), layout.dim))
-
-
-def _numbers_at_end(fields: list[bytes]) -> int:
-    number = 0
-    while number < len(fields) - 1 and is_number(fields[-1 - number]):
-        number += 1
-    return number
 
 
 def _end_of(block: bytes, rows: int) -> int:
@@ -209,14 +174,29 @@ def _pieces(block: bytes) -> Iterator[bytes]:
         begin = end
 
 
+def _with_single_spaces(block: bytes, layout: Layout) -> bytes | None:
+    """Return lines with one space between fields, or None where they are so already or would lose their meaning."""
+    if (b"\t" in block or layout.delimiter == b",") and _TO_BE_SPLIT_ALONE.search(block):
+        return None
+    spaced = without_commas(block, layout.delimiter).replace(b"\r\n", b"\n").replace(b"\t", b" ")
+    while b"  " in spaced:
+        spaced = spaced.replace(b"  ", b" ")
+    spaced = spaced.replace(b"\n ", b"\n").removeprefix(b" ")
+    return None if spaced == block else spaced
+
+
 def _table(block: bytes, layout: Layout) -> Any:
     """Read lines by pyarrow, or return None where it could not or would see something else in them."""
-    block = block.replace(b"\r\n", b"\n").replace(layout.delimiter + b"\n", b"\n")
+    delimiter = layout.delimiter
+    block = block.replace(b"\r\n", b"\n").replace(delimiter + b"\n", b"\n")
     # It takes a carriage return for the end of a line, and passes over a byte order mark.
-    if b"\r" in block or block.startswith(_BYTE_ORDER_MARK) or layout.dim > _MANY_COLUMNS:
+    if b"\r" in block or block.startswith(BYTE_ORDER_MARK) or layout.dim > _MANY_COLUMNS:
+        return None
+    # Blanks beside the delimiter belong to no token.
+    if delimiter == b"," or (b"\t" in block if delimiter == b" " else b" \t" in block or b"\n " in b"\n" + block):
         return None
     # It makes as many columns as the first line has, each of which takes memory.
-    if block.count(layout.delimiter, 0, block.find(b"\n") + 1 or len(block)) != layout.dim:
+    if block.count(delimiter, 0, block.find(b"\n") + 1 or len(block)) != layout.dim:
         return None
     try:
         import pyarrow as pa
@@ -228,7 +208,7 @@ def _table(block: bytes, layout: Layout) -> Any:
         table = csv.read_csv(
             pa.BufferReader(block),
             csv.ReadOptions(autogenerate_column_names=True, block_size=_BLOCK_OF_A_THREAD),
-            csv.ParseOptions(delimiter=layout.delimiter.decode(), quote_char=False, double_quote=False),
+            csv.ParseOptions(delimiter=delimiter.decode(), quote_char=False, double_quote=False),
             csv.ConvertOptions(column_types=types, null_values=[], check_utf8=False),
             memory_pool=pa.system_memory_pool(),  # the default one keeps about 10 MiB more
         )

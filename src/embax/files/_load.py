@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from .. import _check
+from ..vocabulary import Errors
 from . import _arrow, _fasttext, _glove, _npy, _parquet, _refused, _safetensors, _tensor, _word2vec
 from ._contents import Contents, Options
 from ._format import Format
@@ -40,6 +41,7 @@ def load(
     dtype: DTypeLike | None = None,
     mmap: bool | None = None,
     encoding: str = "utf-8",
+    errors: Errors = "escape",
     max_expansion: float = MAX_EXPANSION,
 ) -> Contents:
     r"""Read what a file of vectors holds; `embax.Vectors.load` says how.
@@ -51,13 +53,16 @@ def load(
       dtype: Convert the rows to this dtype of floats.
       mmap: Whether the rows are mapped into memory.
       encoding: Of the tokens.
+      errors: What becomes of tokens that are not of the encoding: `"escape"` keeps their bytes, `"replace"` puts U+FFFD
+        for what cannot be decoded, `"strict"` raises an error.
       max_expansion: How many times its size a compressed file may grow to.
 
     Returns:
       The contents.
 
     Raises:
-      FormatError: If the file is of no known format, truncated or corrupt.
+      FormatError: If the file is of no known format, truncated or corrupt, or a token is not of the encoding and that
+        is to be an error.
       ValueError: If an argument is not as above.
       OSError: If it cannot be opened or read.
 
@@ -74,6 +79,7 @@ def load(
         None if dtype is None else _float("embax.files.load(dtype=...)", dtype),
         None if mmap is None else _check.flag("embax.files.load(mmap=...)", mmap),
         encoding,
+        _check.choice("embax.files.load(errors=...)", errors, Errors),
     )
     max_expansion = _check.positive("embax.files.load(max_expansion=...)", max_expansion)
     with accepted(path, max_expansion) as source:

@@ -40,8 +40,9 @@ def _read(source: Source, options: Options) -> Contents:
     if options.limit is not None:
         listed = listed.first(options.limit)
     weight = table_of(source, options, dtype, shape, begin, by_column)
-    recoded = options._replace(encoding="utf-8")  # as they are by now
-    return contents_of(source, recoded, listed.text, listed.offsets, weight, special=listed.special)
+    return contents_of(
+        source, options._replace(is_decoded=True), listed.text, listed.offsets, weight, special=listed.special
+    )
 
 
 def _header(source: Source) -> tuple[np.dtype, tuple[int, int], bool, int]:
@@ -95,9 +96,10 @@ def _rows(listed: Listed) -> str:
 
 
 def write_npy(path: str | os.PathLike[str], contents: Contents) -> None:
-    """Write a table as .npy, and its tokens as a JSON list into a file of the same name with .json at its end.
+    r"""Write a table as .npy, and its tokens as a JSON list into a file of the same name with .json at its end.
 
-    Counts, and what special tokens stand for, are not kept. bfloat16, which NumPy does not know, becomes float32.
+    Counts, and what special tokens stand for, are not kept. bfloat16, which NumPy does not know, becomes float32. Bytes
+    of tokens that are not UTF-8 become `\xNN`, as JSON holds text only.
 
     Args:
       path: The destination of the table.
@@ -115,7 +117,7 @@ def write_npy(path: str | os.PathLike[str], contents: Contents) -> None:
     weight = np.ascontiguousarray(contents.weight)
     if weight.dtype.kind != "f":
         weight = weight.astype(np.float32)
-    tokens = json.dumps(contents.vocabulary.tokens(), ensure_ascii=False, indent=0).encode()
+    tokens = json.dumps(contents.vocabulary.escaped().tokens(), ensure_ascii=False, indent=0).encode()
     # Both are whole before the first of them takes its place.
     with replacing(path) as table, replacing(beside) as vocabulary:
         np.lib.format.write_array(table, weight, allow_pickle=False)

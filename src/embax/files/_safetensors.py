@@ -20,12 +20,13 @@ _LAYOUT = {"counts": ("<i8", "I64", 1), "token_offsets": ("<i8", "I64", 1), "tok
 
 
 def write_safetensors(path: str | os.PathLike[str], contents: Contents) -> None:
-    """Write vectors as one safetensors file, beside its destination and then renamed.
+    r"""Write vectors as one safetensors file, beside its destination and then renamed.
 
     The tensors are `weight` `(rows, dim)` in its own dtype of floats, `tokens` uint8 (the tokens in UTF-8, one after
     the other), `token_offsets` int64 `(rows + 1)` (where each begins and the last ends) and, where there are counts,
     `counts` int64 `(rows)`. The metadata are `format=embax.vectors`, `version=1` and, where there are special tokens,
-    `special`, their row numbers as JSON. The same contents give the same bytes.
+    `special`, their row numbers as JSON. Bytes of tokens that are not UTF-8 become `\xNN`. The same contents give the
+    same bytes.
 
     Args:
       path: The destination; an existing file is replaced.
@@ -44,6 +45,7 @@ def write_safetensors(path: str | os.PathLike[str], contents: Contents) -> None:
       >>> embax.files.read_safetensors(path).vocabulary.tokens()
       ['a', 'b']
     """
+    contents = contents._replace(vocabulary=contents.vocabulary.escaped())
     dtype = _checked(contents)
     text, offsets = contents.vocabulary.utf8
     tensors = {"token_offsets": (np.asarray(offsets, "<i8"), "I64")}

@@ -39,8 +39,7 @@ def _read(source: Source, options: Options) -> Contents:
         listed = listed.first(options.limit)
     weight = _rows_of(source, options, tensor, listed)
     special = {role: int(np.searchsorted(listed.ids, row)) for role, row in listed.special.items()}
-    recoded = options._replace(encoding="utf-8")  # as they are by now
-    return contents_of(source, recoded, listed.text, listed.offsets, weight, special=special)
+    return contents_of(source, options._replace(is_decoded=True), listed.text, listed.offsets, weight, special=special)
 
 
 def _chosen(source: Source, tensors: dict[str, Tensor], rows: int) -> Tensor:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import BinaryIO, cast
 
 from ._error import FormatError
+from ._line_ends import BYTE_ORDER_MARK, without_mark
 
 # Small against any corpus, large against the cost of a call.
 _PIECE = 1 << 20
@@ -20,7 +21,7 @@ _GZIP, _XZ = b"\x1f\x8b", b"\xfd7zXZ\x00"
 def read_text(path: str | os.PathLike[str]) -> Iterator[str]:
     """Read UTF-8 text piece by piece, so that a corpus of any size passes through little memory.
 
-    Gzip and xz are known by their first bytes, not by the file's name.
+    Gzip and xz are known by their first bytes, not by the file's name. A byte-order mark is left out.
 
     Args:
       path: The file, or `-` for standard input.
@@ -52,6 +53,8 @@ def _decoded(name: str, file: BinaryIO) -> Iterator[str]:
     decoder = codecs.getincrementaldecoder("utf-8")()
     read = 0
     for piece in _pieces(name, file):
+        if not read and piece.startswith(BYTE_ORDER_MARK):
+            read, piece = len(BYTE_ORDER_MARK), without_mark(piece)
         pending = len(decoder.getstate()[0])  # bytes of a character whose rest is in this piece
         try:
             text = decoder.decode(piece, final=not piece)

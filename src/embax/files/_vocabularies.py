@@ -1,5 +1,6 @@
 """Files of tokens that lie beside a table of vectors: lists, JSON, parquet and Hugging Face tokenizers."""
 
+import contextlib
 import itertools
 import json
 import os
@@ -9,8 +10,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Int64
 
+from .._escapes import encoded
 from .._strings import offsets_of
 from ._contents import Options
+from ._encodings import decoded, is_utf8
+from ._line_ends import ends_in_returns, with_feeds, without_mark
 from ._open import Source, opened
 from ._parquet import read_tokens
 
@@ -32,7 +36,7 @@ class Listed(NamedTuple):
     """The tokens of a vocabulary file."""
 
     path: str
-    text: bytes  # in UTF-8, one after the other
+    text: bytes  # one after the other, in UTF-8, but for tokens that were not of the encoding
     offsets: Int64[np.ndarray, " tokens_and_1"]  # where each begins, and where the last ends
     ids: Int64[np.ndarray, " tokens"]  # the row of each, rising
     special: dict[str, int]  # the row of a token by what it stands for
@@ -89,28 +93,35 @@ def read_vocabulary(path: str, options: Options) -> Listed:
     """
     with opened(path) as source:
         if path.lower().endswith(".json"):
-            return _of_json(source)
+            listed = _of_json(source)
+            text, offsets = decoded(source, listed.text, listed.offsets, "utf-8", options.errors)
+            return listed._replace(text=text, offsets=offsets)
         if path.lower().endswith(".parquet"):
             text, offsets = read_tokens(source)
             return Listed(path, text, offsets, np.arange(len(offsets) - 1), {})
-        return _of_lines(source, options.encoding)
+        return _of_lines(source, options)
 
 
-def _of_lines(source: Source, encoding: str) -> Listed:
-    data = source.read_all()
-    try:
-        text = data.decode(encoding)
-    except UnicodeError as error:
-        raise source.error(f"its text is not {encoding} ({error}). Pass its encoding.") from None
-    except LookupError:
-        raise source.error(f"cannot be decoded, as {encoding!r} is no encoding. Pass one such as 'latin-1'.") from None
+def _of_lines(source: Source, options: Options) -> Listed:
+    data, encoding = source.read_all(), options.encoding
+    if not is_utf8(encoding):
+        try:
+            data, encoding = data.decode(encoding).encode(), "utf-8"
+        except UnicodeError:  # of some tokens, perhaps, which are decoded one by one
+            pass
+        except LookupError:
+            raise source.error(
+                f"cannot be decoded, as {encoding!r} is no encoding. Pass one such as 'latin-1'."
+            ) from None
     # Only this ends a line: others, such as U+2028, occur in tokens.
-    text = _encoded(source, 0, text).replace(b"\r\n", b"\n")
+    text = without_mark(data).replace(b"\r\n", b"\n")
+    text = with_feeds(text) if ends_in_returns(text) else text
     letters = np.frombuffer(text if text.endswith(b"\n") or not text else text + b"\n", np.uint8)
     ends = np.flatnonzero(letters == ord("\n"))
     # Before the end of a line there are the ends of those before it, which are left out.
     offsets = np.concatenate([np.zeros(1, np.int64), ends - np.arange(len(ends))])
-    return Listed(source.path, text.replace(b"\n", b""), offsets, np.arange(len(ends)), {})
+    text, offsets = decoded(source, text.replace(b"\n", b""), offsets, encoding, options.errors)
+    return Listed(source.path, text, offsets, np.arange(len(ends)), {})
 
 
 def _of_json(source: Source) -> Listed:
@@ -169,7 +180,8 @@ def _tokens_of_roles(folder: str) -> dict[bytes, str]:
             entry = entries.get(key)
             token = entry.get("content") if isinstance(entry, dict) else entry
             if isinstance(token, str):
-                found[token.encode(errors="surrogatepass")] = role
+                with contextlib.suppress(UnicodeEncodeError):  # then no token is spelled so
+                    found[encoded(token)] = role
     return found
 
 
@@ -179,9 +191,11 @@ def _listed(source: Source, pairs: Iterable[tuple[Any, Any]]) -> Listed:
     for row, token in pairs:
         if type(row) is not int or not 0 <= row < 1 << 62 or not isinstance(token, str):
             raise source.error(f"must give tokens row numbers, got {token!r:.60} and {row!r:.60}.")
-        encoded = _encoded(source, row, token)
-        if tokens.setdefault(row, encoded) != encoded:
-            raise source.error(f"gives row {row} to two tokens, {tokens[row].decode()!r:.60} and {token!r:.60}.")
+        text = _encoded(source, row, token)
+        if tokens.setdefault(row, text) != text:
+            raise source.error(
+                f"gives row {row} to two tokens, {tokens[row].decode(errors='replace')!r:.60} and {token!r:.60}."
+            )
     rows = sorted(tokens)
     return _joined(source, np.asarray(rows, np.int64), [tokens[row] for row in rows])
 
@@ -192,7 +206,7 @@ def _joined(source: Source, ids: np.ndarray, texts: list[bytes]) -> Listed:
 
 def _encoded(source: Source, row: int, token: str) -> bytes:
     try:
-        return token.encode()
+        return encoded(token)
     except UnicodeEncodeError:
         raise source.error(f"token {row} is not valid Unicode: {token!r:.60}.") from None
 
@@ -204,6 +218,7 @@ def _split(listed: Listed) -> list[bytes]:
 
 def _loaded(source: Source) -> Any:
     try:
-        return json.loads(source.read_all().decode())
+        # A byte that is not UTF-8 is kept as a surrogate, of which `encoded` makes the byte again.
+        return json.loads(without_mark(source.read_all()).decode(errors="surrogateescape"))
     except (ValueError, RecursionError) as error:
         raise source.error(f"is no JSON ({str(error).rstrip('.')}).") from None

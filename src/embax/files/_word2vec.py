@@ -10,7 +10,8 @@ import numpy as np
 from ._atomic import replacing
 from ._contents import Contents, Gathered, Options
 from ._format import Format
-from ._lines import LONG, Layout, add_lines, delimiter_of, first_lines, is_number, layout_of, whole_lines
+from ._layout import Layout, fits, layout_of, layout_with
+from ._lines import LONG, add_lines, beginning, first_lines, whole_lines
 from ._open import Source
 from ._written_lines import blocks_of, check_tokens, lines_of
 
@@ -20,7 +21,8 @@ _BLOCK = 1 << 21
 _LONGEST_TOKEN = 1 << 20
 # Wider than any table, and small enough for any machine to hold a row.
 _WIDEST = 1 << 20
-_HEADER = re.compile(rb"([0-9]{1,18})[ \t]+([0-9]{1,18})[ \t]*\r?\n?")
+# Aligned to the right, it begins with two blanks or more; " 2 2" is an empty token of GloVe's with two numbers.
+_HEADER = re.compile(rb"(?:[ \t]{2,})?([0-9]{1,18}),?[ \t]+([0-9]{1,18})[ \t]*\r?\n?")
 _PRINTABLE = bytes([*b"\t\n\r", *range(0x20, 0x7F)])
 
 
@@ -47,10 +49,11 @@ def recognises_binary(source: Source) -> bool:
 
 def recognises_text(source: Source) -> bool:
     """Tell whether a header is followed by such a row, or at least does not go for a row of GloVe's."""
-    header = _header(source.start)
+    start = beginning(source)
+    header = _header(start)
     if header is None or recognises_binary(source):
         return False
-    line, end, _ = source.start[header.size :].partition(b"\n")
+    line, end, _ = start[header.size :].partition(b"\n")
     if not line or (not end and len(line) > LONG) or _is_row(line, header.dim):
         return True
     layout, share = layout_of(first_lines(source))
@@ -74,7 +77,7 @@ def read_text(source: Source, options: Options) -> Contents:
     block = next(blocks, b"")
     header = _checked(source, options, _header(block))
     block = block[header.size :] or next(blocks, b"")
-    layout = Layout(delimiter_of(block.partition(b"\n")[0]), header.dim)
+    layout = layout_with(block, header.dim)
     rows, line = _Rows(source, options, header, 2 * header.dim), 2
     while block and not rows.gathered.is_full:
         line = add_lines(source, rows.gathered, block, layout, line, options.limit)
@@ -135,10 +138,11 @@ def write_text(path: str | os.PathLike[str], contents: Contents) -> None:
       contents: What to write, as float32.
 
     Raises:
-      ValueError: If a token has a space or newline in it.
+      ValueError: If a token has a space, tab or newline in it.
       OSError: If the file cannot be written.
     """
-    _write(path, contents, _TEXT, lines_of(contents))
+    check_tokens(contents, _TEXT)
+    _write(path, contents, lines_of(contents))
 
 
 def write_binary(path: str | os.PathLike[str], contents: Contents) -> None:
@@ -152,15 +156,15 @@ def write_binary(path: str | os.PathLike[str], contents: Contents) -> None:
       ValueError: If a token has a space or newline in it.
       OSError: If the file cannot be written.
     """
+    check_tokens(contents, _BINARY, b" \n")
     blocks = (
         b"".join(part for token, row in zip(tokens, rows, strict=True) for part in (token, b" ", row.data))
         for tokens, rows in blocks_of(contents)
     )
-    _write(path, contents, _BINARY, blocks)
+    _write(path, contents, blocks)
 
 
-def _write(path: str | os.PathLike[str], contents: Contents, name: str, blocks: Iterator[bytes]) -> None:
-    check_tokens(contents, name)
+def _write(path: str | os.PathLike[str], contents: Contents, blocks: Iterator[bytes]) -> None:
     with replacing(path) as file:
         file.write(b"%d %d\n" % contents.weight.shape)
         for block in blocks:
@@ -202,8 +206,7 @@ def _checked(source: Source, options: Options, header: Header | None) -> Header:
 
 
 def _is_row(line: bytes, dim: int) -> bool:
-    fields = line.rstrip(b" \t\r").rsplit(delimiter_of(line), min(dim, len(line)))
-    return len(fields) == dim + 1 and all(map(is_number, fields[1:]))
+    return fits(line, Layout(b" ", dim)) or fits(line, Layout(b",", dim))
 
 
 def _places(block: bytes, width: int, wanted: int) -> tuple[list[bytes], list[int], int]:

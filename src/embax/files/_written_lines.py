@@ -12,22 +12,24 @@ from ._contents import Contents
 _BLOCK = 1 << 19
 
 
-def check_tokens(contents: Contents, name: str) -> None:
+def check_tokens(contents: Contents, name: str, parting: bytes = b" \t\n") -> None:
     """Check that tokens can be told from what follows them.
 
     Args:
       contents: What is to be written.
       name: Of the format.
+      parting: What ends a token or a line in this format.
 
     Raises:
-      ValueError: If a token has a space or the end of a line in it, or there is nothing else in a row.
+      ValueError: If a token has one of these in it, or there is nothing else in a row.
     """
     text, offsets = contents.vocabulary.utf8
-    parting = np.flatnonzero((text == ord(" ")) | (text == ord("\n")))
-    if parting.size:
-        row = int(np.searchsorted(offsets, parting[0], side="right")) - 1
+    found = np.flatnonzero(np.isin(text, np.frombuffer(parting, np.uint8)))
+    if found.size:
+        row = int(np.searchsorted(offsets, found[0], side="right")) - 1
+        rule = "tab" if text[found[0]] == ord("\t") else "space or newline"
         raise ValueError(
-            f"`embax.files.save(contents=...)` must have no space or newline in a token for the format {name!r}, got "
+            f"`embax.files.save(contents=...)` must have no {rule} in a token for the format {name!r}, got "
             f"{contents.vocabulary.tokens(row)!r}. Save it as .safetensors."
         )
     if not contents.weight.shape[1]:

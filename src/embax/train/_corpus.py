@@ -19,6 +19,8 @@ from ._parts import Parts
 BREAK = -1
 # A blank line ends a paragraph; lines of verse and wrapped lines belong together.
 _PARAGRAPH = re.compile(r"\n[^\S\n]*\n")
+# The zero-width non-joiner and joiner: inside a word, they say how letters are written (Unicode Annex 29, rule WB4).
+_JOINERS = "\u200c\u200d"
 _ASCII_WORD = re.compile(r"\w+(?:'\w+)*")
 # Characters that a paragraph is looked for in. One without an end, such as a whole corpus on one line, is cut here.
 _LONGEST = 1 << 20
@@ -93,9 +95,10 @@ def paragraphs(pieces: Iterable[str]) -> Iterator[Paragraph]:
 def tokenize(pieces: Iterable[str]) -> Iterator[list[str]]:
     r"""Cut text into paragraphs of lower-cased words.
 
-    A word is a run of letters, digits and combining marks, with apostrophes inside: `King's` is `king's`. Composed and
-    decomposed accents, and straight and curly apostrophes, make the same word. A blank line ends a paragraph.
-    Languages that are written without spaces have to be segmented first.
+    A word is a run of letters, digits and combining marks, with apostrophes and zero-width joiners and non-joiners
+    inside: `King's` is `king's`. Composed and decomposed accents make the same word, and so do straight and curly
+    apostrophes. Soft hyphens are dropped. A blank line ends a paragraph. Languages that are written without spaces have
+    to be segmented first.
 
     Args:
       pieces: The text in order, as `embax.files.read_text` gives it; words may be cut anywhere between pieces.
@@ -181,16 +184,20 @@ def _why_empty(spellings: list[str], counts: Int64[np.ndarray, " distinct"], min
 def _words_of(text: str) -> list[str]:
     word = _ASCII_WORD
     if not text.isascii():
-        text, word = unicodedata.normalize("NFC", text).replace("\u2019", "'"), _any_word()
+        # Soft hyphens go first: a combining mark behind one belongs to the letter before it.
+        text = unicodedata.normalize("NFC", text.replace("\u00ad", "")).replace("\u2019", "'")
+        word = _any_word(has_joiners=any(joiner in text for joiner in _JOINERS))
     return word.findall(text.lower().replace("_", " "))
 
 
 @functools.cache
-def _any_word() -> re.Pattern[str]:
+def _any_word(has_joiners: bool) -> re.Pattern[str]:
     # `\w` has no combining marks, without which a word of Hindi falls apart at its vowel signs. As ranges: the single
     # characters make the pattern ten times slower.
     codes = [code for code in range(sys.maxunicode + 1) if unicodedata.category(chr(code))[0] == "M"]
     firsts = [code for code in codes if unicodedata.category(chr(code - 1))[0] != "M"]
     lasts = [code for code in codes if unicodedata.category(chr(code + 1))[0] != "M"]
     marks = "".join(f"{chr(first)}-{chr(last)}" for first, last in zip(firsts, lasts, strict=True))
-    return re.compile(rf"[\w{marks}]+(?:'[\w{marks}]+)*")
+    # Most texts have no joiners, and the pattern without them is faster.
+    inside = f"(?:[{_JOINERS}]+(?:'[{_JOINERS}]*)?|'[{_JOINERS}]*)" if has_joiners else "'"
+    return re.compile(rf"[\w{marks}]+(?:{inside}[\w{marks}]+)*")
