@@ -4,6 +4,7 @@ import contextlib
 import gzip
 import io
 import os
+import subprocess
 import sys
 import tempfile
 import threading
@@ -21,11 +22,11 @@ WRITTEN = [name for name in files.FORMATS if name not in ("tensor", "npy")]
 CONTENTS = files.Contents(embax.Vocabulary(["king", "größe"]), np.float32([[1, 0, 0.5], [0, 1, -2]]), np.array([3, 2]))
 
 
-def fed(data, fd):
-    """Write bytes to a descriptor from a thread, as another program would."""
+def fed(data, to):
+    """Write bytes to a descriptor or a named pipe from a thread, as another program would."""
 
     def feed():
-        with contextlib.suppress(BrokenPipeError), open(fd, "wb") as file:
+        with contextlib.suppress(BrokenPipeError), open(to, "wb") as file:
             file.write(data)
 
     thread = threading.Thread(target=feed)
@@ -199,7 +200,7 @@ def test_npy_is_written_to_a_named_pipe_with_the_tokens_beside_it(tmp_path):
     files.save(path, CONTENTS)
     thread.join()
     np.testing.assert_array_equal(np.load(io.BytesIO(got[0])), CONTENTS.weight)
-    thread = fed(got[0], os.open(path, os.O_RDWR))
+    thread = fed(got[0], path)  # which waits for a reader
     assert files.load(path).vocabulary.tokens() == ["king", "größe"]
     thread.join()
 
@@ -217,15 +218,26 @@ def test_a_descriptor_that_cannot_be_written_to_is_told(tmp_path):
     assert (tmp_path / "v").read_bytes() == TEXT
 
 
-def test_a_socket_is_refused(tmp_path, monkeypatch):
+def test_sockets_and_files_of_another_process_are_refused(tmp_path, monkeypatch):
     import socket
 
     monkeypatch.chdir(tmp_path)  # as its path must be short
     with socket.socket(socket.AF_UNIX) as one:
         one.bind("s")
         for call in (files.check_writable, lambda path: files.save(path, CONTENTS, format="glove")):
-            with pytest.raises(OSError, match="neither a file nor a stream"):
+            with pytest.raises(OSError, match="no pipe and no device"):
                 call("s")
+    with open("out", "wb") as file:
+        other = subprocess.Popen(["sleep", "60"], stdout=file)
+        path = f"/proc/{other.pid}/fd/1"
+        try:
+            for call in (files.check_writable, lambda path: files.save(path, CONTENTS, format="glove")):
+                with pytest.raises(OSError, match=f"no pipe and no device that can be written to as it is: '{path}'"):
+                    call(path)
+        finally:
+            other.kill()
+            other.wait()
+    assert os.path.getsize("out") == 0
 
 
 def test_copies_of_streams_are_removed(tmp_path, monkeypatch):

@@ -154,7 +154,7 @@ def check_stream(path: str) -> None:
             if fcntl.fcntl(found[0], fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
                 raise OSError(errno.EBADF, "Is open for reading only")
         else:
-            _refuse_disks(path)
+            _refuse_others(path)
             if not os.access(path, os.W_OK):
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
@@ -202,23 +202,21 @@ def _output(path: str, stack: contextlib.ExitStack) -> Any:
             return sys.stdout.buffer
         return stack.enter_context(open(os.dup(number), "wb", buffering=0))
     found = _descriptor(path)
-    if found is None:
-        _refuse_disks(path)
+    if found is None or not found[1]:
+        _refuse_others(path)
         return stack.enter_context(open(path, "wb", buffering=0))
-    number, is_own = found
-    if not is_own:
-        # Another process's file can only be opened anew: behind what is in it.
-        return stack.enter_context(open(os.open(path, os.O_WRONLY | os.O_APPEND), "wb", buffering=0))
+    number = found[0]
     for printed in (sys.stdout, sys.stderr):
         if _number(printed) == number:
             printed.flush()
     return stack.enter_context(open(os.dup(number), "wb", buffering=0))
 
 
-def _refuse_disks(path: str) -> None:
+def _refuse_others(path: str) -> None:
+    """Refuse disks, sockets, and files that another process has open, which would go on where it stands in them."""
     mode = os.stat(path).st_mode
     if not (stat.S_ISFIFO(mode) or stat.S_ISCHR(mode)):
-        raise OSError(errno.EINVAL, "Is neither a file nor a stream to write to")
+        raise OSError(errno.EINVAL, "Is no pipe and no device that can be written to as it is")
 
 
 def _descriptor(path: str) -> tuple[int, bool] | None:
