@@ -9,9 +9,9 @@ import sys
 
 import numpy as np
 import pytest
-from cli_runs import GENSIM, WEIGHT, WORDS, assert_one_line, command, run
+from cli_runs import WEIGHT, WORDS, assert_one_line, command, run
 
-from embax import files
+from embax import cli, files
 from embax.vectors import Vectors
 
 EMBAX = shlex.join(command())
@@ -64,9 +64,9 @@ def test_pipes_are_read_and_written(vectors):
         embax convert v.txt >(cat >copy) --to word2vec 2>/dev/null
         mkfifo in
         cat v.safetensors >in &
-        embax neighbors in king -k 1 --json >near
+        embax info in --json >named
         wait
-        embax analogy <(cat v.txt) man king woman -k 1
+        embax info <(cat v.txt) --json >substituted
         """,
         vectors,
     )
@@ -74,9 +74,10 @@ def test_pipes_are_read_and_written(vectors):
     info = json.loads((vectors / "info").read_text())
     assert (info["file"], info["format"], info["rows"], info["dim"]) == ("-", "parquet", 6, 3)
     assert info["bytes"] > 100
-    assert json.loads((vectors / "near").read_text())["file"] == "in"
+    for name, format in (("named", "safetensors"), ("substituted", "word2vec")):
+        found = json.loads((vectors / name).read_text())
+        assert (found["format"], found["rows"]) == (format, 6)
     assert (vectors / "copy").read_text() == (vectors / "v.txt").read_text()
-    assert done.stdout.splitlines()[1].split()[0] == "queen"
 
 
 def test_a_reader_that_goes_away_ends_a_command_quietly(vectors):
@@ -107,24 +108,32 @@ def test_standard_input_is_read_by_every_command(vectors, monkeypatch):
     assert sorted(path.name for path in vectors.iterdir() if path.name.startswith("-")) == []
 
 
+def written_to_standard_output(monkeypatch, *arguments):
+    """Return the bytes that come out, and the report, which goes to standard error."""
+    raw, report = io.BytesIO(), io.StringIO()
+    with monkeypatch.context() as patched:
+        patched.setattr(sys, "stdout", io.TextIOWrapper(raw))
+        patched.setattr(sys, "stderr", report)
+        with pytest.raises(SystemExit) as done:
+            cli.main([*map(str, arguments), "--json"])
+        assert done.value.code == 0, report.getvalue()
+        return raw.getvalue(), json.loads(report.getvalue()[report.getvalue().index("{\n") :])
+
+
 @pytest.mark.parametrize("kind", ["html", "png"])
 def test_a_map_is_drawn_into_standard_output(vectors, monkeypatch, kind):
-    raw = io.BytesIO()
-    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw))
-    from embax import cli
-
-    with pytest.raises(SystemExit) as done:
-        cli.main(["map", str(vectors / "v.txt"), "-o", "-", "--to", kind])
-    assert done.value.code == 0
-    assert raw.getvalue().startswith({"html": b"<!doctype html>", "png": b"\x89PNG"}[kind])
+    data, report = written_to_standard_output(monkeypatch, "map", vectors / "v.txt", "-o", "-", "--to", kind)
+    assert data.startswith({"html": b"<!doctype html>", "png": b"\x89PNG"}[kind])
+    assert data.rstrip().endswith({"html": b"</html>", "png": b"IEND\xaeB`\x82"}[kind])
+    assert len(report["points"]) == 6
 
 
-def test_train_writes_to_standard_output(tmp_path):
+def test_train_writes_to_standard_output(tmp_path, monkeypatch):
     (tmp_path / "text").write_text("the king and the queen and the king " * 40)
-    done = script("embax train text -o - --to glove --dim 2 --epochs 1 --min-count 1 --json 2>report", tmp_path)
-    assert done.returncode == 0, (tmp_path / "report").read_text()
-    assert sorted(line.split()[0] for line in done.stdout.splitlines()) == ["and", "king", "queen", "the"]
-    assert '"words": 4' in (tmp_path / "report").read_text()
+    options = ["-o", "-", "--to", "glove", "--dim", 2, "--epochs", 1, "--min-count", 1]
+    data, report = written_to_standard_output(monkeypatch, "train", tmp_path / "text", *options)
+    assert sorted(line.split()[0] for line in data.decode().splitlines()) == ["and", "king", "queen", "the"]
+    assert report["words"] == 4
 
 
 @pytest.mark.parametrize(
@@ -168,8 +177,3 @@ def test_an_index_is_saved_only_when_asked_for(vectors, monkeypatch):
     assert sorted(os.listdir(vectors)) == sorted([*before, "cache", "v.safetensors.usearch"])
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(file.read_bytes())))
     assert_one_line(*run("neighbors", "-", "king", "--approx", "--save-index"), "-: must name the file of the vectors")
-
-
-def test_a_model_of_sub_words_goes_through_a_pipe(tmp_path):
-    done = script(f"embax convert - - --to fasttext <{GENSIM / 'lee_fasttext.bin'} | embax info - --json", tmp_path)
-    assert json.loads(done.stdout)["subwords"] == {"minimum": 3, "maximum": 6, "buckets": 1000}
