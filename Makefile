@@ -62,7 +62,7 @@ bench-peers: $(VENV)/dev $(VENV)-peers/done
 
 # How many seconds for each format. A finding stays in build/fuzz.
 SECONDS ?= 600
-READERS := safetensors tensor npy parquet arrow fasttext word2vec word2vec-binary glove gzip bz2 xz zip zstd
+READERS := safetensors tensor npy parquet arrow fasttext word2vec word2vec-binary glove gzip bz2 xz zip tar zstd
 
 fuzz: $(VENV)/dev
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check atheris

@@ -19,7 +19,7 @@ import embax.vectors
 VECTORS = embax.vectors.Vectors(["a", "bc", "日本"], np.asarray([[1, 0.5], [-2, 3e-9], [0, 7]], np.float32), [3, 2, 1])
 # What a file of each format is called; some look for others beside it.
 NAMES = {"npy": "v.npy", "tensor": "model.safetensors"}
-PACKED = "gzip", "bz2", "xz", "zip", "zstd"
+PACKED = "gzip", "bz2", "xz", "zip", "tar", "zstd"
 
 
 def seeds(kind: str, folder: Path) -> list[bytes]:
@@ -48,6 +48,16 @@ def _packed(kind: str, text: bytes) -> bytes:
         out = io.BytesIO()
         with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as archive:
             archive.writestr("v.txt", text)
+        return out.getvalue()
+    if kind == "tar":
+        import io
+        import tarfile
+
+        out = io.BytesIO()
+        with tarfile.open(fileobj=out, mode="w") as archive:
+            info = tarfile.TarInfo("v.txt")
+            info.size = len(text)
+            archive.addfile(info, io.BytesIO(text))
         return out.getvalue()
     module = {"gzip": "gzip", "bz2": "bz2", "xz": "lzma", "zstd": "backports.zstd"}[kind]
     return __import__(module, fromlist=["compress"]).compress(text)

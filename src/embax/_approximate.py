@@ -65,7 +65,7 @@ class Approximate:
     def beside(
         cls, path: str | None, unit: Float32[np.ndarray, "rows dim"], weight: Float[np.ndarray, "rows dim"]
     ) -> "Approximate":
-        """Load the index beside a file of vectors; make it and save it there where there is none that fits.
+        """Load the index beside a file of vectors; make one, which is not saved, where there is none that fits.
 
         Args:
           path: The file of vectors, or None where they come from none.
@@ -81,11 +81,7 @@ class Approximate:
         if path is not None:
             with contextlib.suppress(OSError, StaleIndexError, FormatError):
                 return cls.load(path, weight)
-        index = cls.build(unit)
-        if path is not None:
-            with contextlib.suppress(OSError):  # a folder that is not to be written to
-                index.save(path, weight)
-        return index
+        return cls.build(unit)
 
     def search(
         self,
@@ -140,7 +136,7 @@ class Approximate:
           OSError: If the file cannot be written.
         """
         data = self._index.save()
-        record = {"bytes": len(data), "index": _signature(data), "weight": _hash(weight)}
+        record = {"bytes": len(data), "index": _signature(data, _made_key()), "weight": _hash(weight)}
         with replacing(beside(path)) as file:
             file.write(_MAGIC + json.dumps(record).encode() + b"\n")
             file.write(data)
@@ -201,30 +197,40 @@ def _read(path: str) -> tuple[dict[str, Any], bytes]:
         if expected[0] != left:
             raise FormatError(path, f"{left:,} bytes follow line 2, which announces {expected[0]!r}. Is it whole?")
         data = file.read(left)
-    if not hmac.compare_digest(_signature(data).encode(), str(expected[1]).encode()):
+    key = _key()
+    if key is None or not hmac.compare_digest(_signature(data, key).encode(), str(expected[1]).encode()):
         raise FormatError(
             path, "the checksum does not hold: it is damaged, or another user's. Build it again and save it."
         )
     return record, data
 
 
-def _signature(data: bytes) -> str:
+def _signature(data: bytes, key: bytes) -> str:
     """A checksum that nobody can make who does not have the user's key."""
-    folder = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "embax")
-    path = os.path.join(folder, "index.key")
-    os.makedirs(folder, mode=0o700, exist_ok=True)
+    return hashlib.blake2b(data, key=key, digest_size=16).hexdigest()
+
+
+def _key() -> bytes | None:
+    """The user's key; None before an index was saved."""
+    with contextlib.suppress(FileNotFoundError), open(_key_file(), "rb") as file:
+        return file.read(_KEY)
+
+
+def _made_key() -> bytes:
+    """The user's key, which is made where there is none."""
+    path = _key_file()
+    os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
     with (
         contextlib.suppress(FileExistsError),
         open(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as file,
     ):
         file.write(secrets.token_bytes(_KEY))
     with open(path, "rb") as file:
-        key = file.read(_KEY)
-    return hashlib.blake2b(data, key=key, digest_size=16).hexdigest()
+        return file.read(_KEY)
 
 
-def _for_the_user_alone(path: str, flags: int) -> int:
-    return os.open(path, flags, 0o600)
+def _key_file() -> str:
+    return os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "embax", "index.key")
 
 
 def _hash(weight: Float[np.ndarray, "rows dim"]) -> str:

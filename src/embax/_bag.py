@@ -84,11 +84,10 @@ def pool(
       One vector a bag.
     """
     # A tape knows its tables by their arrays, which are others inside of a compiled function.
-    compiled = _pool if _tape.find(table.weight) is None else _pool.__wrapped__
-    return compiled(table, ids, layout.offsets, weights, layout.shape, mode)
+    run = _compiled if _tape.find(table.weight) is None else _pool
+    return run(table, ids, layout.offsets, weights, layout.shape, mode)
 
 
-@functools.partial(jax.jit, static_argnames=("shape", "mode"), inline=True)  # one program for an eager call
 def _pool(
     table: Table,
     ids: _ids.Ids,
@@ -104,6 +103,10 @@ def _pool(
     resolved = jnp.where(counted, resolved, table.rows)
     counted = counted & ~_ids.is_padding(resolved, table.padding_idx)
     return divided(pool_rows(table, resolved, counted, weights, layout, mode), counted, weights, layout, mode)
+
+
+# One program for a call outside of jit.
+_compiled = jax.jit(_pool, static_argnames=("shape", "mode"), inline=True)
 
 
 class Read(NamedTuple):
@@ -209,7 +212,15 @@ def prepared_weights(
         return None
     if mode == "max":
         raise TypeError(f"`{argument}` must be None in mode 'max', got weights. Leave them out.")
-    weights = jnp.asarray(weights)
+    try:
+        weights = jnp.asarray(weights)
+    except (ValueError, TypeError):
+        if not isinstance(weights, list | tuple):
+            raise
+        raise ValueError(
+            f"`{argument}` must be one for each id, got lists of different lengths. For an embax.Ragged, pass them in "
+            "one list, as its values."
+        ) from None
     if not jnp.issubdtype(weights.dtype, jnp.floating):
         raise TypeError(f"`{argument}` must be of a float dtype, got {weights.dtype}. Cast them.")
     if weights.shape != shape:

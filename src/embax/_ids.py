@@ -36,11 +36,22 @@ def prepare(
     Raises:
       TypeError: If the ids are not of an integer dtype.
       IndexError: If `table.out_of_range` is `"error"` and a concrete id has no row.
-      ValueError: If it is `"clip"` and the table has no row to clip to.
+      ValueError: If it is `"clip"` and the table has no row to clip to, or nested lists differ in length.
     """
-    ids = as_array(ids)
+    try:
+        ids = as_array(ids)
+    except (ValueError, TypeError):  # NumPy's and JAX's own, which say nothing of ids
+        if not isinstance(ids, list | tuple):
+            raise
+        raise ValueError(
+            f"`{argument}` must be an array, or nested lists of equal lengths, got lists of different lengths. Pad "
+            "them, or pool them by embax.embedding_bag, which takes embax.Ragged.from_lists(lists)."
+        ) from None
     if not jnp.issubdtype(ids.dtype, jnp.integer):
-        raise TypeError(f"`{argument}` must be of an integer dtype, got {ids.dtype}. Cast them, as in ids.astype(int).")
+        way = "Cast them, as in ids.astype(int)"
+        if ids.dtype == object:
+            way = "Lists of different lengths go into embax.Ragged.from_lists, for embax.embedding_bag"
+        raise TypeError(f"`{argument}` must be of an integer dtype, got {ids.dtype}. {way}.")
     if table.out_of_range == "clip" and table.rows == 0 and (number := ids.size if used is None else used):
         raise ValueError(
             f"`{argument}` must be empty for a table without rows, got {number} ids and out_of_range='clip', "

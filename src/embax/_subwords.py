@@ -50,6 +50,7 @@ class Subwords:
       encoding: Of the tokens in the file, whose bytes are hashed.
       raw: The tokens' bytes in the file, where they are not the vocabulary's.
       arguments: What else the file says about the model.
+      unit: Whether the vectors of tokens are scaled to length 1, as in `Vectors.normalized`.
 
     Example:
       >>> import embax, numpy as np
@@ -74,10 +75,11 @@ class Subwords:
         encoding: str = "utf-8",
         raw: _strings.Strings | None = None,
         arguments: tuple[Any, ...] | None = None,
+        unit: bool = False,
     ):
         self.ngrams, self.vocabulary, self.own = ngrams, vocabulary, own
         self.encoding, self.arguments = encoding, arguments
-        self._raw = raw
+        self._raw, self._unit = raw, unit
 
     @property
     def dim(self) -> int:
@@ -94,13 +96,32 @@ class Subwords:
         means = np.zeros((words.number, self.dim), np.float32)
         for start, stop, mean in means_of(self.ngrams, words):
             means[start:stop] = mean
-        return means
+        if not self._unit:
+            return means
+        from . import _queries  # which loads JAX
+
+        return _queries.unit_rows(means)
 
     def covers(self, tokens: Iterable[str]) -> Bool[np.ndarray, " tokens"]:
         """Tell which tokens have any n-gram; of the others, nothing is known but zeros."""
         words = self._encoded(list(tokens))
         counts = [numbered(self.ngrams, block)[1] for _, _, block in _blocks(self.ngrams, words)]
         return np.concatenate([np.zeros(0, np.int64), *counts]) > 0
+
+    def normalized(self) -> "Subwords":
+        """Return the same n-grams, of which tokens get vectors of length 1; zeros where one has none.
+
+        Files hold n-grams and no lengths: written and read again, the vectors have the same directions.
+        """
+        return Subwords(
+            self.ngrams,
+            self.vocabulary,
+            self.own,
+            encoding=self.encoding,
+            raw=self._raw,
+            arguments=self.arguments,
+            unit=True,
+        )
 
     def encoded(self, vocabulary: Vocabulary) -> _strings.Strings:
         """Return the bytes by which a file names tokens."""

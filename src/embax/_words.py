@@ -2,7 +2,7 @@
 
 import mmap
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from numbers import Real
 from typing import Any
 
@@ -29,6 +29,21 @@ def as_list(items: Any) -> list[Any]:
     if isinstance(items, str) or is_vector(items):
         return [items]
     return list(items)
+
+
+def names_of(tokens: Any) -> list[str]:
+    """Make a list of one token or of several.
+
+    Raises:
+      TypeError: If there is something else.
+    """
+    names = [tokens] if isinstance(tokens, str) or not isinstance(tokens, Iterable) else list(tokens)
+    others = [name for name in names if not isinstance(name, str)]
+    if others:
+        raise TypeError(
+            f"`embax.Vectors[...]` must be a token or several, got {others[0]!r}. For rows, take `.weight`."
+        )
+    return names
 
 
 def is_vector(item: Any) -> bool:
@@ -140,8 +155,10 @@ def read_only(values: ArrayLike, dtype: DTypeLike) -> np.ndarray:
 def float_dtype(values: Any) -> np.dtype:
     """The dtype of an array of floats, float32 for all else."""
     dtype = np.dtype(getattr(values, "dtype", object))
+    if dtype.kind == "f":
+        return dtype.newbyteorder("=")  # another machine's order of bytes is of no use here
     # The floats of ml_dtypes, such as bfloat16, are of no kind of NumPy's.
-    return dtype if dtype.kind == "f" or "float" in dtype.name else np.dtype(np.float32)
+    return dtype if "float" in dtype.name else np.dtype(np.float32)
 
 
 def _parts(call: str, query: Query) -> list[tuple[Any, float]]:

@@ -2,7 +2,7 @@
 
 import functools
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal, final, overload
 
 import numpy as np
@@ -21,10 +21,12 @@ from ._words import (
     directions_of,
     float_dtype,
     is_mapped,
+    names_of,
     of_subwords,
     read_only,
     warn_of_not_finite,
 )
+from .files._open import split_path
 from .vocabulary import Errors, Vocabulary
 from .vocabulary import UnknownTokenError as UnknownTokenError
 
@@ -94,12 +96,12 @@ class Vectors:
     ) -> "Vectors":
         """Read vectors from a file of any format that `embax.files` knows.
 
-        The format is told by the file's content, not by its name. Files that gzip, xz, bz2, zip or zstd compressed are
-        read as they are. A tensor of a safetensors file, and a file in an archive, is named after a colon:
-        `model.safetensors:embeddings.word_embeddings.weight`.
+        The format is told by the file's content, not by its name. Files that gzip, xz, bz2 or zstd compressed, and zip
+        and tar archives, are read as they are. A tensor of a safetensors file, and a file in an archive, is named after
+        a colon: `model.safetensors:embeddings.word_embeddings.weight`.
 
         Args:
-          path: The file.
+          path: The file, or the folder of a Hugging Face model; `-` is standard input, and a pipe is read, too.
           format: The name of the format, one of `embax.files.FORMATS`. Default: that of the content.
           limit: Read the first rows only, as many.
           dtype: Convert the rows to this dtype of floats. Default: that of the file; float32 for text.
@@ -134,7 +136,7 @@ class Vectors:
             max_expansion=max_expansion,
         )
         vectors = cls(*contents)
-        vectors._path = os.fspath(path)
+        vectors._path = None if files.is_stream(split_path(path)[0]) else os.fspath(path)
         if not is_mapped(vectors.weight):  # of which nothing is read before it is used
             vectors._say_what_is_not_finite(os.fspath(path))
         return vectors
@@ -143,13 +145,14 @@ class Vectors:
         """Write the vectors to a file, which takes the place of an older one when it is whole.
 
         Args:
-          path: The destination.
+          path: The destination. `-` is standard output; that, a pipe or a device is written to as it is.
           format: The name of a format, one of `embax.files.FORMATS`. Default: by the suffix: `.safetensors`, or none,
             for the package's own, which keeps all; `.txt` and `.vec` for word2vec's text, `.bin` for its binary form,
-            `.npy`, `.parquet`, `.arrow`.
+            `.npy`, `.parquet`, `.arrow`. What is no plain file and has no suffix needs one.
 
         Raises:
-          ValueError: If the suffix is of no format, or the format cannot hold these vectors.
+          ValueError: If the suffix is of no format, or missing where it is needed, or the format cannot hold these
+            vectors.
           OSError: If the file cannot be written.
 
         Example:
@@ -198,8 +201,8 @@ class Vectors:
           queries: For each query a token, a vector, a list of them, or a pair of lists `(positive, negative)`.
           k: How many to return for each, where there are as many.
           approx: Whether to ask an index of usearch's instead of comparing with all rows: a few in a thousand of the
-            nearest may be missed. It is made at first use, which takes minutes for a million rows, and saved beside the
-            file that the vectors were loaded from, as `<file>.usearch`. Needs `embax[approximate]`.
+            nearest may be missed. It is made at first use, which takes minutes for a million rows, unless `save_index`
+            has left one beside the file that the vectors were loaded from. Needs `embax[approximate]`.
 
         Returns:
           For each query the tokens and their cosines, as `most_similar`.
@@ -222,6 +225,31 @@ class Vectors:
         else:
             rows, cosines = _queries.nearest(self._unit, directions, k, asked)
         return self._named(rows, cosines)
+
+    def save_index(self, path: str | os.PathLike[str] | None = None) -> str:
+        """Save the index of `approx=True` beside the file of the vectors, where later runs find it.
+
+        Args:
+          path: The file of the vectors. Default: the one that they were loaded from.
+
+        Returns:
+          The file of the index, `<file>.usearch`.
+
+        Raises:
+          ImportError: If usearch is not installed.
+          OSError: If the file cannot be written.
+          ValueError: If the vectors were loaded from no file, and none is named.
+        """
+        path = self._path if path is None else os.fspath(path)
+        if path is None or files.is_stream(path):
+            raise ValueError(
+                "`embax.Vectors.save_index(path=...)` must name the file of the vectors where they were loaded from "
+                f"none, got {path!r}. Save them, and pass that file."
+            )
+        from ._approximate import beside
+
+        self._approximate.save(path, self.weight)
+        return beside(path)
 
     def analogy(
         self, a: str, b: str, c: str, k: int = 10, *, method: Literal["add", "mul"] = "add"
@@ -314,8 +342,12 @@ class Vectors:
         return tokens[int(np.argmin(directions @ mean))]
 
     def normalized(self) -> "Vectors":
-        """Return the same directions with vectors of length 1, in float32; vectors of zeros stay."""
-        return Vectors(self.vocabulary, self._unit, self.counts)
+        """Return the same directions with vectors of length 1, in float32; vectors of zeros stay.
+
+        fastText's n-grams are kept: the vectors that they give have length 1, too.
+        """
+        subwords = None if self.subwords is None else self.subwords.normalized()
+        return Vectors(self.vocabulary, self._unit, self.counts, subwords)
 
     def subset(self, tokens: Iterable[str]) -> "Vectors":
         """Return the vectors of some tokens, in the order given.
@@ -398,12 +430,15 @@ class Vectors:
     def __contains__(self, token: object) -> bool:
         return token in self.vocabulary
 
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.vocabulary)
+
     @overload
     def __getitem__(self, tokens: str) -> Float[np.ndarray, " dim"]: ...
     @overload
     def __getitem__(self, tokens: Iterable[str]) -> Float[np.ndarray, "tokens dim"]: ...
     def __getitem__(self, tokens: Any) -> Any:
-        names = as_list(tokens)
+        names = names_of(tokens)
         rows = self.vocabulary.ids(names, unknown=-1)
         found = self.weight[np.maximum(rows, 0)] if len(self) else np.zeros((len(names), self.weight.shape[1]))
         unknown = np.flatnonzero(rows < 0)

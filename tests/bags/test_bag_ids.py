@@ -213,3 +213,40 @@ def test_checkify_finds_nothing_where_nothing_is(offsets):
     kinds = [("sqrtn", "dense"), ("mean", "by rows"), ("max", "dense")]
     calls = [derivatives(mode, bags_of)[kind] for mode, kind in kinds]
     assert checked(calls, checkify.index_checks)(Table(WEIGHT, padding_idx=2), [0] * len(calls)) is None
+
+
+UNEQUAL = [
+    [[1, 2], [3]],
+    [[1], []],
+    ([1, 2], (3,)),
+    [[[1, 2], [3]], [[1], [2]]],
+    [[1, 2], 3],
+    [np.array([1, 2]), np.array([3])],
+    [jnp.array([1, 2]), jnp.array([3])],
+]
+
+
+@pytest.mark.parametrize("lists", UNEQUAL)
+def test_lists_of_different_lengths_are_told_of_ragged(lists):
+    import embax.equinox
+    import embax.nnx
+
+    match = r"lists of different lengths\..*embax\.Ragged\.from_lists"
+    table = Table(WEIGHT)
+    collection = embax.Collection({"t": table}, [embax.Feature("bags", "t", "sum"), embax.Feature("rows", "t")])
+    calls = {
+        r"embedding_bag\(bags=": lambda: embedding_bag(table, lists),
+        r"EmbeddingBag\.update\(input=": lambda: embax.EmbeddingBag.from_pretrained(WEIGHT)(lists),
+        r"nnx\.EmbeddingBag\(input=": lambda: embax.nnx.EmbeddingBag.from_pretrained(WEIGHT)(lists),
+        r"equinox\.EmbeddingBag\(input=": lambda: embax.equinox.EmbeddingBag.from_pretrained(WEIGHT)(lists),
+        r"Collection\(batch\['bags'\]": lambda: collection({"bags": lists, "rows": [1]}),
+        r"Collection\(batch\['rows'\]": lambda: collection({"bags": [[1]], "rows": lists}),
+        r"lookup\(ids=": lambda: embax.lookup(table, lists),
+    }
+    for name, call in calls.items():
+        with pytest.raises(ValueError, match=f"embax.{name}.*{match}"):
+            call()
+    with pytest.raises(ValueError, match=r"weights=\.\.\.\)` must be one for each id, got lists of different lengths"):
+        embedding_bag(table, [[1, 2], [2, 3]], weights=[[1.0, 2.0], [3.0]])
+    with pytest.raises(TypeError, match=r"integer dtype, got object.*embax\.Ragged\.from_lists"):
+        embedding_bag(table, np.array([[1, 2], [3]], object))

@@ -240,7 +240,7 @@ def test_a_lack_of_memory_is_told(vectors, monkeypatch):
     def fail(*_, **__):
         raise MemoryError
 
-    monkeypatch.setattr(files, "load", fail)
+    monkeypatch.setattr(files, "load_identified", fail)
     assert_one_line(*run("info", vectors), "not enough memory. Pass --limit")
 
 
@@ -254,8 +254,8 @@ def test_an_error_of_the_system_without_a_file_is_told(vectors, monkeypatch):
 
 def test_what_takes_long_is_told_on_a_terminal_only(vectors, tmp_path):
     slow = "import time, sys\nfrom embax.cli import _display\n_display._PATIENCE = 0\n"
-    slow += "import embax.files\nload = embax.files.load\n"
-    slow += "embax.files.load = lambda *a, **k: (time.sleep(0.6), load(*a, **k))[1]\n"
+    slow += "import embax.files\nload = embax.files.load_identified\n"
+    slow += "embax.files.load_identified = lambda *a, **k: (time.sleep(0.6), load(*a, **k))[1]\n"
     slow += "from embax.cli import main\nmain(['info', sys.argv[1]])\n"
     (tmp_path / "slow.py").write_text(slow)
     status, drawn = drawn_on_terminal(tmp_path / "slow.py", vectors, program=True)

@@ -296,12 +296,6 @@ def test_read_takes_no_memory_for_what_a_compressed_file_says(tmp_path):
         files.read_safetensors(tmp_path / "v")
 
 
-def test_read_does_not_wait_for_a_pipe(tmp_path):
-    os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(files.FormatError, match="not a regular file"):
-        files.read_safetensors(tmp_path / "pipe")
-
-
 def test_read_of_a_missing_file_and_of_a_directory_is_the_systems_error(tmp_path):
     with pytest.raises(FileNotFoundError, match="missing"):
         files.read_safetensors(tmp_path / "missing")

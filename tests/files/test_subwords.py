@@ -130,6 +130,33 @@ def test_subwords_give_any_token_a_vector():
     assert (vectors[~whole.covers(TOKENS)] == 0).all()
 
 
+def test_normalized_subwords_give_the_same_directions_with_length_1():
+    whole = subwords(minimum=3, maximum=3)
+    vectors, unit = whole.vectors(TOKENS).astype(np.float64), whole.normalized().vectors(TOKENS)
+    covered = whole.covers(TOKENS)
+    expected = vectors[covered] / np.linalg.norm(vectors[covered], axis=1, keepdims=True)
+    np.testing.assert_allclose(unit[covered], expected, atol=1e-6)  # float32
+    assert (unit[~covered] == 0).all()
+    np.testing.assert_array_equal(whole.normalized().covers(TOKENS), covered)
+    np.testing.assert_array_equal(whole.vectors(TOKENS), vectors.astype(np.float32))  # which stay
+
+
+def test_normalized_vectors_keep_the_ngrams(tmp_path):
+    whole = subwords(("cat", "dog"))
+    weight = np.concatenate([mean for _, _, mean in means_of(whole.ngrams, packed([b"cat", b"dog"]), np.arange(2))])
+    vectors = embax.Vectors(whole.vocabulary, weight, subwords=whole)
+    for unit in (vectors.normalized(), vectors.normalized().normalized(), vectors.normalized().subset(["dog"])):
+        np.testing.assert_allclose(np.linalg.norm(unit[["dog", "cats", "größe"]], axis=1), 1, atol=1e-6)  # float32
+        for token in ("dog", "cats"):
+            expected = vectors[token] / np.linalg.norm(vectors[token])
+            np.testing.assert_allclose(unit[token], expected, atol=1e-6)  # float32
+    assert vectors.normalized().most_similar("cats") == vectors.most_similar("cats")
+    vectors.normalized().save(tmp_path / "v.fasttext.bin")
+    loaded = embax.Vectors.load(tmp_path / "v.fasttext.bin")
+    np.testing.assert_allclose(np.linalg.norm(loaded.weight, axis=1), 1, atol=1e-6)  # float32
+    np.testing.assert_array_equal(loaded["cats"], vectors["cats"])
+
+
 def test_subwords_of_no_tokens_are_empty():
     assert subwords().vectors([]).shape == (0, 3)
     assert subwords().covers([]).tolist() == []

@@ -94,6 +94,11 @@ def test_vectors_are_a_mapping_of_tokens():
     np.testing.assert_array_equal(vectors[["t7", "t1", "t7"]], vectors.weight[[7, 1, 7]])
     assert vectors[[]].shape == (0, 7)
     np.testing.assert_array_equal(vectors["t7"], vectors.weight[7])
+    assert list(vectors) == vectors.vocabulary.tokens() == [token for token in vectors if token in vectors]
+    assert dict(zip(vectors, vectors.counts.tolist(), strict=True))["t7"] == 42
+    for other in (7, None, [7], ["t1", 7], np.arange(2)):
+        with pytest.raises(TypeError, match=r"embax\.Vectors\[\.\.\.\]` must be a token or several, got"):
+            vectors[other]
     assert repr(vectors) == "Vectors(50 tokens, dim=7)"
 
 

@@ -1,4 +1,5 @@
 import functools
+import os
 import sys
 
 import numpy as np
@@ -35,7 +36,7 @@ def test_search_finds_nearly_all_that_is_nearest_with_exact_products():
     exclude = np.arange(200)[:, None]
     rows, products = index.search(unit, unit[:200], 10, exclude)
     wanted, exact = _queries.nearest(unit, unit[:200], 10, exclude)
-    # It is built by threads, in an order that differs from run to run: 0.9975 to 1 on a quiet machine, less on a busy one.
+    # Threads build it, in an order that differs from run to run: 0.9975 to 1 on a quiet machine, less on a busy one.
     assert np.mean([np.isin(a, b).mean() for a, b in zip(rows, wanted, strict=True)]) > 0.98
     same = (rows == wanted).all(axis=1)
     assert same.sum() > 150
@@ -120,7 +121,7 @@ def test_load_of_another_file_is_a_format_error(tmp_path, data, message):
 
 
 def forged(path, weight, data):
-    record = {"bytes": len(data), "index": _approximate._signature(data)}
+    record = {"bytes": len(data), "index": _approximate._signature(data, _approximate._made_key())}
     record["weight"] = _approximate._hash(weight)
     line = _approximate.json.dumps(record).encode() + b"\n"
     (path.parent / f"{path.name}.usearch").write_bytes(_approximate._MAGIC + line + data)
@@ -170,10 +171,14 @@ def test_an_index_of_another_user_is_not_trusted(saved, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
     with pytest.raises(FormatError, match="damaged, or another user's"):
         Approximate.load(path, weight)
+    assert not (tmp_path / "other").exists()  # which only saving makes
+    made()[2].save(tmp_path / "own", weight)
     assert (tmp_path / "other" / "embax" / "index.key").stat().st_mode & 0o777 == 0o600
+    with pytest.raises(FormatError, match="damaged, or another user's"):
+        Approximate.load(path, weight)
 
 
-def test_vectors_make_an_index_once_and_keep_it_beside_their_file(tmp_path, monkeypatch):
+def test_vectors_keep_an_index_beside_their_file_when_they_are_asked_to(tmp_path, monkeypatch):
     weight, _, _ = made()
     path = tmp_path / "v.bin"
     Vectors([f"t{row}" for row in range(len(weight))], weight).save(path)
@@ -183,7 +188,9 @@ def test_vectors_make_an_index_once_and_keep_it_beside_their_file(tmp_path, monk
     for near, exact in zip(found, vectors.most_similar_batch(["t1", ["t2", "t3"]], k=len(weight)), strict=True):
         assert set(near) <= set(exact)
         assert len(set(near) & set(exact[:5])) >= 3
-    assert _approximate.beside(path).endswith("v.bin.usearch")
+    assert os.listdir(tmp_path) == ["v.bin"]
+    assert vectors.save_index() == _approximate.beside(path) == f"{path}.usearch"
+    assert sorted(os.listdir(tmp_path)) == ["v.bin", "v.bin.usearch"]
     monkeypatch.setattr(Approximate, "build", lambda unit: pytest.fail("made again"))
     assert Vectors.load(path).most_similar("t1", k=5, approx=True) == found[0]
     monkeypatch.undo()
@@ -193,4 +200,11 @@ def test_vectors_make_an_index_once_and_keep_it_beside_their_file(tmp_path, monk
     near = changed.most_similar("t1", k=5, approx=True)
     assert set(near) <= set(exact)
     assert len(set(near) & set(exact[:5])) >= 3
-    assert Vectors(["a", "b"], np.eye(2)).most_similar("a", approx=True) == [("b", 0.0)]
+    new = Vectors(["a", "b"], np.eye(2))
+    assert new.most_similar("a", approx=True) == [("b", 0.0)]
+    with pytest.raises(ValueError, match=r"path=\.\.\.\)` must name the file of the vectors"):
+        new.save_index()
+    new.save(tmp_path / "new")
+    assert new.save_index(tmp_path / "new") == f"{tmp_path / 'new'}.usearch"
+    monkeypatch.setattr(Approximate, "build", lambda unit: pytest.fail("made again"))
+    assert Vectors.load(tmp_path / "new").most_similar("a", approx=True) == [("b", 0.0)]

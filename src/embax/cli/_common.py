@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import stat
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -61,8 +62,8 @@ VectorsFile = Annotated[
     str,
     typer.Argument(
         metavar="FILE",
-        help="A file of vectors of any format embax knows, plain or compressed. A tensor, or a file in an archive, "
-        "is named after a colon.",
+        help="A file of vectors of any format embax knows, plain or compressed, or the folder of a model; - is "
+        "standard input. A tensor, or a file in an archive, is named after a colon.",
     ),
 ]
 Format = Annotated[
@@ -141,9 +142,21 @@ def printable(token: str) -> str:
     return printable(token)
 
 
-def print_json(document: dict[str, Any]) -> None:
-    r"""Print a document; what is no finite number is null, and a byte of a token that is not UTF-8 is `\xNN`."""
-    typer.echo(json.dumps(_finite(document), allow_nan=False, indent=2))
+def print_json(document: dict[str, Any], written: str | None = None) -> None:
+    r"""Print a document; what is no finite number is null, and a byte of a token that is not UTF-8 is `\xNN`.
+
+    Args:
+      document: What to print.
+      written: The file that the command has written. Where that is standard output, the document goes to standard
+        error.
+    """
+    typer.echo(json.dumps(_finite(document), allow_nan=False, indent=2), err=written is not None and _carries(written))
+
+
+def _carries(path: str) -> bool:
+    import embax.files
+
+    return embax.files.is_standard_output(path)
 
 
 def _finite(value: Any) -> Any:
@@ -181,6 +194,16 @@ def print_table(renderable: Any) -> None:
     typer.echo("".join(f"{line.rstrip()}\n" for line in capture.get().splitlines()), nl=False)
 
 
+def name_of(path: str, stream: str = "standard input") -> str:
+    """What people call a file: - is a standard stream."""
+    return stream if path == "-" else printable(path)
+
+
+def short_name(path: str) -> str:
+    """The same without the folder."""
+    return name_of(os.path.basename(path) or path)
+
+
 def bytes_in_words(size: float) -> str:
     """Write a size for people, in powers of 1000."""
     for unit in ("bytes", "kB", "MB", "GB"):
@@ -190,6 +213,18 @@ def bytes_in_words(size: float) -> str:
     return f"{size:,.3g} TB"
 
 
-def is_same_file(one: str, other: str) -> bool:
-    """Tell whether two paths lead to one file that exists."""
-    return os.path.exists(one) and os.path.exists(other) and os.path.samefile(one, other)
+def is_same_file(read: str, written: str) -> bool:
+    """Tell whether a path to read and one to write lead to the same plain file."""
+    other = _status(written, 1)
+    # What follows a colon may not be part of the path.
+    paths = [read, *(read[: colon.start()] for colon in re.finditer(":", read))]
+    found = [one for one in (_status(path, 0) for path in paths) if one is not None and stat.S_ISREG(one.st_mode)]
+    return other is not None and any(os.path.samestat(one, other) for one in found)
+
+
+def _status(path: str, standard: int) -> os.stat_result | None:
+    """The status of what a path leads to, if there is anything; of -, that of a standard descriptor."""
+    try:
+        return os.fstat(standard) if path == "-" else os.stat(path)
+    except (OSError, ValueError):  # a path with a zero byte is a ValueError
+        return None

@@ -67,11 +67,12 @@ def as_table(found: dict[str, Any]) -> Any:
     from rich.text import Text
 
     memory, norms, counts, subwords = (found[name] for name in ("memory", "norms", "counts", "subwords"))
-    compression = "" if found["compression"] is None else f", compressed by {found['compression']}"
+    kind = found["compression"]
+    compression = "" if kind is None else f", in {kind}" if "tar" in kind else f", compressed by {kind}"
     lines = {
         "file": found["file"],
         "format": found["format"] + compression,
-        "size on disk": bytes_in_words(found["bytes"]),
+        "size on disk": bytes_in_words(found["bytes"] or 0),
         "rows": f"{found['rows']:,}",
         "dimensions": f"{found['dim']:,} of {found['dtype']}",
         "memory": f"{bytes_in_words(memory['weight'])} of numbers, {bytes_in_words(memory['vocabulary'])} of tokens",

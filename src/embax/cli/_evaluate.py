@@ -22,6 +22,7 @@ from ._common import (
     print_json,
     print_table,
     printable,
+    short_name,
 )
 from ._display import waiting
 from ._queries import load
@@ -59,18 +60,17 @@ def evaluate(
     are_chosen = analogies is not None or bool(word_pairs)
     if not are_chosen:
         analogies, word_pairs = _of_gensim()
-    for path in [*([] if analogies is None else [analogies]), *(word_pairs or [])]:
-        open(path, "rb").close()  # before vectors are loaded, which may take long
+    _check_readable([*([] if analogies is None else [analogies]), *(word_pairs or [])], file)
     vectors = load(file, format=format, limit=limit, encoding=encoding, errors=errors, max_expansion=max_expansion)
     import embax.evaluate
 
     solved, agreed = None, {}
     if analogies is not None:
-        with in_one_line(analogies), waiting(f"solving {printable(os.path.basename(analogies))}"):
+        with in_one_line(analogies), waiting(f"solving {short_name(analogies)}"):
             solved = embax.evaluate.analogies(vectors, analogies, restrict=restrict)
     for path in word_pairs or []:
         try:
-            with in_one_line(path), waiting(f"comparing {printable(os.path.basename(path))}"):
+            with in_one_line(path), waiting(f"comparing {short_name(path)}"):
                 agreed[path] = embax.evaluate.word_pairs(vectors, path, restrict=restrict)
         except UserError as error:
             if are_chosen:
@@ -93,6 +93,17 @@ def evaluate(
         if place:
             typer.echo()
         print_table(table)
+
+
+def _check_readable(paths: list[str], file: str) -> None:
+    """Check files of words before vectors are loaded, which may take long. A pipe is not opened: it is read once."""
+    import embax.files
+
+    for path in paths:
+        if not embax.files.is_stream(path):
+            open(path, "rb").close()
+    if [*paths, file.partition(":")[0]].count("-") > 1:
+        raise UserError("-: standard input can be read only once. Name a file for the others.")
 
 
 def _of_gensim() -> tuple[str, list[str]]:
@@ -142,7 +153,7 @@ def _of_sections(found: dict[str, Any] | None) -> Any:
         return None
     from rich.text import Text
 
-    table = plain_table(os.path.basename(found["path"]), ("correct", True), ("of", True), ("accuracy", True))
+    table = plain_table(short_name(found["path"]), ("correct", True), ("of", True), ("accuracy", True))
     for section in found["sections"]:
         correct, total = section["correct"], section["total"]
         table.add_row(Text(printable(section["name"])), f"{correct:,}", f"{total:,}", _percent(correct, total))
@@ -161,7 +172,7 @@ def _of_pairs(found: list[dict[str, Any]]) -> Any:
     table = plain_table("word pairs", ("Spearman", True), ("Pearson", True), ("pairs", True), ("missing", True))
     for report in found:
         table.add_row(
-            Text(printable(os.path.basename(report["path"]))),
+            Text(short_name(report["path"])),
             f"{report['spearman']:.4f}",
             f"{report['pearson']:.4f}",
             f"{report['pairs']:,}",

@@ -19,12 +19,13 @@ from ._common import (
     formats,
     in_one_line,
     is_same_file,
+    name_of,
     note,
     one_of_formats,
     print_json,
     print_table,
-    printable,
     rule,
+    short_name,
 )
 from ._display import waiting
 
@@ -46,14 +47,13 @@ def info(
     from ._describe import as_table, described
 
     with (
-        waiting(f"loading {printable(os.path.basename(file))}"),
+        waiting(f"loading {short_name(file)}"),
         in_one_line(file),
         warnings.catch_warnings(record=True) as caught,
     ):
         warnings.simplefilter("always", embax.files.DuplicateTokensWarning)
         warnings.simplefilter("always", embax.files.UndecodedTokensWarning)
-        identity = embax.files.identify(file, format=format, max_expansion=max_expansion)
-        contents = embax.files.load(
+        identity, contents = embax.files.load_identified(
             file,
             format=format,
             limit=limit,
@@ -77,13 +77,16 @@ def info(
 
 def convert(
     file: VectorsFile,
-    output: Annotated[str, typer.Argument(metavar="OUTPUT", help="The file to write; its suffix tells the format.")],
+    output: Annotated[
+        str,
+        typer.Argument(metavar="OUTPUT", help="The file to write; its suffix tells the format. - is standard output."),
+    ],
     to: Annotated[
         str | None,
         typer.Option(
             callback=one_of_formats,
             autocompletion=lambda: list(formats()),
-            help="The format to write. Default: by the suffix of OUTPUT.",
+            help="The format to write. Default: by the suffix of OUTPUT; for - and pipes it has to be given.",
         ),
     ] = None,
     dtype: Annotated[
@@ -107,11 +110,10 @@ def convert(
     with in_one_line(output):
         target = embax.files.format_to_write(output, to)
     embax.files.check_writable(output)
-    with in_one_line(file), waiting(f"loading {printable(os.path.basename(file))}"):
-        identity = embax.files.identify(file, format=format, max_expansion=max_expansion)
-        if is_same_file(identity.path, output):
+    with in_one_line(file), waiting(f"loading {short_name(file)}"):
+        if is_same_file(file, output):
             raise UserError(f"{output}: is the file to read itself. Name another file to write.")
-        contents = embax.files.load(
+        identity, contents = embax.files.load_identified(
             file,
             format=format,
             limit=limit,
@@ -123,18 +125,20 @@ def convert(
     if contents.subwords is not None and target != "fasttext":
         note(f"the sub-words are left out, as only the format fasttext keeps them; {target} has the rows.")
         contents = contents._replace(subwords=None)
-    with in_one_line(output), waiting(f"writing {printable(os.path.basename(output))}"):
+    with in_one_line(output), waiting(f"writing {name_of(os.path.basename(output), 'standard output')}"):
         embax.files.save(output, contents, format=target)
     rows, dim = contents.weight.shape
-    size = os.path.getsize(output)
+    size = None if embax.files.is_stream(output) else os.path.getsize(output)
     if json:
         source = {"path": file, "format": identity.format, "bytes": identity.size}
         written = {"path": output, "format": target, "bytes": size}
-        print_json({"input": source, "output": written, "rows": rows, "dim": dim, "dtype": str(contents.weight.dtype)})
+        found = {"input": source, "output": written, "rows": rows, "dim": dim, "dtype": str(contents.weight.dtype)}
+        print_json(found, written=output)
         return
+    as_target = f"as {target}" if size is None else f"{bytes_in_words(size)} as {target}"
     typer.echo(
-        f"embax: wrote {printable(output)}: {rows:,} rows of {dim:,}, {bytes_in_words(size)} as {target}, from "
-        f"{bytes_in_words(identity.size)} as {identity.format}",
+        f"embax: wrote {name_of(output, 'standard output')}: {rows:,} rows of {dim:,}, {as_target}, from "
+        f"{bytes_in_words(identity.size or 0)} as {identity.format}",
         err=True,
     )
 

@@ -1,6 +1,5 @@
 """`embax map`: a picture of some tokens."""
 
-import os
 from typing import Annotated
 
 import typer
@@ -17,16 +16,17 @@ from ._common import (
     at_least_one,
     in_one_line,
     is_same_file,
+    name_of,
     not_negative,
     note,
     print_json,
-    printable,
     rule,
+    short_name,
 )
 from ._display import waiting
 from ._queries import load
 
-_SUFFIXES = (".png", ".html")
+_KINDS = ("png", "html")
 _NEIGHBORS = 5
 
 
@@ -37,9 +37,17 @@ def map_(
         typer.Option(
             "--output",
             "-o",
-            help="The picture: .png to look at, or .html, a page to explore in a browser.",
+            help="The picture: .png to look at, or .html, a page to explore in a browser. - is standard output.",
         ),
     ],
+    to: Annotated[
+        str | None,
+        typer.Option(
+            callback=rule(lambda value: value in _KINDS, "png or html"),
+            autocompletion=lambda: list(_KINDS),
+            help="What to draw: png or html. Default: by the suffix of the output; for - and pipes it has to be given.",
+        ),
+    ] = None,
     words: Annotated[
         list[str] | None,
         typer.Option(metavar="A,B,...", help="The tokens to draw, with commas between them; may be repeated."),
@@ -69,8 +77,9 @@ def map_(
     import embax.files
     import embax.maps
 
-    if not output.lower().endswith(_SUFFIXES):
-        raise UserError(f"{output}: must end in {' or '.join(_SUFFIXES)}. Rename it.")
+    kind = to or next((kind for kind in _KINDS if output.lower().endswith(f".{kind}")), None)
+    if kind is None:
+        raise UserError(f"{output}: must end in .png or .html. Rename it, or pass --to png or --to html.")
     embax.files.check_writable(output)
     if is_same_file(file, output):
         raise UserError(f"{output}: is the file to read itself. Name another file for the map.")
@@ -82,8 +91,8 @@ def map_(
         rows, left_out = rows[finite], int((~finite).sum())
         tokens = vectors.vocabulary.tokens(rows)
         points = embax.maps.project(directions[rows], method="umap" if method == "umap" else "pca", seed=seed)
-        title = f"{os.path.basename(file)}: {len(tokens):,} tokens"
-        if output.lower().endswith(".png"):
+        title = f"{short_name(file)}: {len(tokens):,} tokens"
+        if kind == "png":
             embax.maps.draw_png(output, tokens, points, title=title, caption=_caption(method))
         else:
             nearest = vectors.most_similar_batch(tokens, k=_NEIGHBORS)
@@ -92,9 +101,9 @@ def map_(
         note(f"{left_out:,} tokens are left out, as their vectors hold NaN or infinity.")
     if json:
         places = [{"token": token, "x": float(x), "y": float(y)} for token, (x, y) in zip(tokens, points, strict=True)]
-        print_json({"file": file, "output": output, "method": method, "points": places})
+        print_json({"file": file, "output": output, "method": method, "points": places}, written=output)
         return
-    typer.echo(f"embax: wrote {printable(output)}: {len(tokens):,} tokens", err=True)
+    typer.echo(f"embax: wrote {name_of(output, 'standard output')}: {len(tokens):,} tokens", err=True)
 
 
 def _split(words: list[str]) -> list[str]:

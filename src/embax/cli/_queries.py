@@ -1,6 +1,5 @@
 """`embax neighbors` and `embax analogy`: what is near what."""
 
-import os
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -13,6 +12,7 @@ from ._common import (
     Limit,
     MaxExpansion,
     Number,
+    UserError,
     VectorsFile,
     in_one_line,
     plain_table,
@@ -20,6 +20,7 @@ from ._common import (
     print_table,
     printable,
     rule,
+    short_name,
 )
 from ._display import waiting
 
@@ -32,7 +33,16 @@ def neighbors(
     words: Annotated[list[str], typer.Argument(metavar="WORD", help="The words whose neighbours to find.")],
     number: Number = 10,
     approx: Annotated[
-        bool, typer.Option("--approx", help='Ask an index, which may miss a few; needs "embax[approximate]".')
+        bool,
+        typer.Option(
+            "--approx",
+            help="Ask an index, which may miss a few: FILE.usearch if that is there, or else one made for this call. "
+            'Needs "embax[approximate]".',
+        ),
+    ] = False,
+    save_index: Annotated[
+        bool,
+        typer.Option("--save-index", help="With --approx, keep the index as FILE.usearch, which later calls find."),
     ] = False,
     format: Format = None,
     limit: Limit = None,
@@ -42,7 +52,12 @@ def neighbors(
     json: Json = False,
 ) -> None:
     """Print the words whose vectors are nearest in direction, with their cosines."""
+    if save_index and not approx:
+        raise UserError("--save-index needs --approx, which asks an index.")
     vectors = load(file, format=format, limit=limit, encoding=encoding, errors=errors, max_expansion=max_expansion)
+    if save_index:
+        with waiting("making the index"), in_one_line(file):
+            vectors.save_index()
     with waiting("looking for neighbours"), in_one_line():
         found = vectors.most_similar_batch(words, k=number, approx=approx)
     if json:
@@ -93,7 +108,7 @@ def analogy(
 
 def load(file: str, **options: Any) -> "Vectors":
     """Load vectors, with a spinner where that takes a while."""
-    with waiting(f"loading {printable(os.path.basename(file))}"):
+    with waiting(f"loading {short_name(file)}"):
         import embax.vectors
 
         with in_one_line(file):

@@ -6,7 +6,19 @@ from typing import Annotated, Any
 
 import typer
 
-from ._common import Json, UserError, at_least_one, is_same_file, not_negative, print_json, printable, rule
+from ._common import (
+    Json,
+    UserError,
+    at_least_one,
+    formats,
+    in_one_line,
+    is_same_file,
+    name_of,
+    not_negative,
+    one_of_formats,
+    print_json,
+    rule,
+)
 from ._display import Display
 from ._processes import address, together
 
@@ -19,7 +31,20 @@ _host_and_port = rule(
 
 def train(
     text: Annotated[str, typer.Argument(help="UTF-8 text, plain or compressed with gzip or xz; - is standard input.")],
-    output: Annotated[str, typer.Option("--output", "-o", help="The file of vectors to write.")],
+    output: Annotated[
+        str,
+        typer.Option(
+            "--output", "-o", help="The file of vectors to write; its suffix tells the format. - is standard output."
+        ),
+    ],
+    to: Annotated[
+        str | None,
+        typer.Option(
+            callback=one_of_formats,
+            autocompletion=lambda: list(formats()),
+            help="The format to write. Default: by the suffix of the output; for - and pipes it has to be given.",
+        ),
+    ] = None,
     dim: Annotated[int, typer.Option(callback=at_least_one, help="The size of a vector.")] = 100,
     window: Annotated[
         int, typer.Option(callback=at_least_one, help="The most words on either side that are context.")
@@ -103,7 +128,7 @@ def train(
             import jax
 
             options["mesh"] = jax.make_mesh((jax.device_count(),), ("devices",))
-        vectors = _train(text, output, options, is_first)
+        vectors = _train(text, output, to, options, is_first)
     if json and is_first:
         print_json(
             {
@@ -112,19 +137,22 @@ def train(
                 "dim": dim,
                 "occurrences": int(vectors.counts.sum()),
                 "seed": seed,
-            }
+            },
+            written=output,
         )
 
 
-def _train(text: str, output: str, options: dict[str, Any], is_first: bool) -> Any:
+def _train(text: str, output: str, to: str | None, options: dict[str, Any], is_first: bool) -> Any:
     """Train, and if this process is the first one, tell of it and write what it gives."""
     import embax.files
     import embax.train
 
+    with in_one_line(output):
+        format = embax.files.format_to_write(output, to)
     if is_first:
         embax.files.check_writable(output)
     name = "standard input" if text == "-" else text
-    if text != "-" and is_same_file(text, output):
+    if is_same_file(text, output):
         raise UserError(f"{output}: is the text itself. Name another file for the vectors.")
     with Display() if is_first else contextlib.nullcontext() as display:
         pieces = embax.files.read_text(text)
@@ -147,6 +175,9 @@ def _train(text: str, output: str, options: dict[str, Any], is_first: bool) -> A
                 raise
             raise UserError("not enough memory. Lower --dim or --window, or raise --min-count.") from None
         if display is not None:
-            vectors.save(output)
-            display.say(f"wrote {printable(output)}: {len(vectors):,} words, {options['dim']} dimensions")
+            with in_one_line(output):
+                vectors.save(output, format=format)
+            display.say(
+                f"wrote {name_of(output, 'standard output')}: {len(vectors):,} words, {options['dim']} dimensions"
+            )
     return vectors

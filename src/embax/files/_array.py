@@ -27,12 +27,12 @@ def table_of(
       The table, up to the caller's limit.
 
     Raises:
-      FormatError: If compressed data end within the table, or it is to be mapped and cannot.
+      FormatError: If the data end within the table, or it is to be mapped and cannot.
     """
     wanted = options.dtype or dtype.newbyteorder("=")
     reason = None
-    if source.compressed:
-        reason = "it is compressed"
+    if source.in_order is not None:
+        reason = source.in_order
     elif not dtype.isnative:
         reason = "its numbers have their bytes in the order of another machine"
     elif dtype != wanted:
@@ -47,7 +47,7 @@ def table_of(
     # By column, a row is spread over the whole file, which suits no look-up; only who asks for it gets that.
     if reason is None and (options.mmap or (options.mmap is None and not by_column)):
         order = "F" if by_column else "C"
-        return np.memmap(source.path, dtype, "r", begin, shape, order)[:rows].view(np.ndarray)
+        return np.memmap(source.as_file(), dtype, "r", begin, shape, order)[:rows].view(np.ndarray)
     source.skip_to(begin)
     if by_column:
         return _read_by_column(source, dtype, wanted, shape, rows)
@@ -55,8 +55,8 @@ def table_of(
 
 
 def _read_by_row(source: Source, dtype: np.dtype, wanted: np.dtype, rows: int, dim: int) -> np.ndarray:
-    # What comes out of a compressed file may be less than it says: there, memory is taken for what has come.
-    weight = np.empty((0 if source.compressed else rows, dim), wanted)
+    # What can only be read in order may be less than it says: there, memory is taken for what has come.
+    weight = np.empty((rows if source.in_order is None else 0, dim), wanted)
     step = max(1, _BLOCK // (dim * dtype.itemsize))
     for first in range(0, rows, step):
         number = min(step, rows - first)
@@ -67,7 +67,7 @@ def _read_by_row(source: Source, dtype: np.dtype, wanted: np.dtype, rows: int, d
 
 
 def _read_by_column(source: Source, dtype: np.dtype, wanted: np.dtype, shape: tuple[int, int], rows: int) -> np.ndarray:
-    if source.compressed:
+    if source.in_order is not None:
         data = source.read_exactly(shape[0] * shape[1] * dtype.itemsize, "the table")
         return np.ascontiguousarray(np.frombuffer(data, dtype).reshape(shape, order="F")[:rows], wanted)
     begin, height = source.position, shape[0] * dtype.itemsize

@@ -1,9 +1,6 @@
-"""Vectors in the record batches of an Arrow IPC file, which Feather is, too."""
+"""Vectors in the record batches of an Arrow IPC file, which Feather is, too, or of an IPC stream."""
 
-import contextlib
 import os
-from collections.abc import Iterator
-from typing import Any
 
 from ._columns import arrow, checked, columns_of, gathered, write_batches
 from ._contents import Contents, Options
@@ -11,31 +8,34 @@ from ._format import Format
 from ._open import Source
 
 _MAGIC = b"ARROW1"
+# A stream begins with a message: this, the size of its metadata, and the metadata, which take a few bytes at the least.
+_CONTINUED = b"\xff\xff\xff\xff"
+_LEAST, _MOST = 16, 1 << 30
 
 
 def _recognises(source: Source) -> bool:
-    return source.start.startswith(_MAGIC)
+    size = int.from_bytes(source.start[4:8], "little")
+    is_stream = source.start.startswith(_CONTINUED) and _LEAST <= size < _MOST and size % 8 == 0
+    return source.start.startswith(_MAGIC) or is_stream
 
 
 def _read(source: Source, options: Options) -> Contents:
     if options.mmap:
         raise source.error("an Arrow file cannot be mapped into memory as one table. Leave mmap=True out.")
-    with checked(source), _file(source) as file:
-        pa = arrow()
-        schema = pa.ipc.open_file(file).schema
+    pa = arrow()
+    with checked(source), pa.OSFile(source.as_file(), "rb") as file:
+        # What is no file may be a stream, also one of the oldest, which nothing marks.
+        open_it = pa.ipc.open_file if source.start.startswith(_MAGIC) else pa.ipc.open_stream
+        schema = open_it(file).schema
         columns = columns_of(source, schema)
         # The other columns are not even decompressed.
         fields = sorted(schema.get_field_index(name) for name in columns.names)
-        reader = pa.ipc.open_file(file, options=pa.ipc.IpcReadOptions(included_fields=fields))
+        file.seek(0)
+        reader = open_it(file, options=pa.ipc.IpcReadOptions(included_fields=fields))
+        if open_it is pa.ipc.open_stream:
+            return gathered(source, options, columns, reader, 0)
         batches = (reader.get_batch(number) for number in range(reader.num_record_batches))
         return gathered(source, options, columns, batches, 0)
-
-
-@contextlib.contextmanager
-def _file(source: Source) -> Iterator[Any]:
-    pa = arrow()
-    with pa.BufferReader(source.read_all()) if source.compressed else pa.OSFile(source.path, "rb") as file:
-        yield file
 
 
 def write_arrow(path: str | os.PathLike[str], contents: Contents) -> None:

@@ -1,4 +1,8 @@
-"""Outputs: written beside their destination and renamed, so that a crash leaves the old file whole."""
+"""Outputs: every writer's way to a file, a stream or a device.
+
+A plain file is written beside its destination and renamed, so that a crash leaves the old file whole. What is no plain
+file, such as a pipe or standard output, cannot be replaced: it is written to as it is.
+"""
 
 import contextlib
 import errno
@@ -7,20 +11,25 @@ import secrets
 from collections.abc import Iterator
 from typing import BinaryIO
 
+from ._streams import check_stream, is_stream, writing_to
+
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """Open a file that takes the place of `path` when the block ends, and vanishes when it fails.
 
+    A stream keeps its place, and gets the bytes as they are written: standard output, which `-` names, a pipe, a
+    device, an open descriptor such as `/dev/fd/3`, and a link to one of these. It cannot be rewound.
+
     Args:
       path: The destination. Through a symbolic link, the file that it points to.
 
     Yields:
-      A binary file in the same directory, open for writing.
+      A binary file, open for writing: one in the same directory, or the stream.
 
     Raises:
-      OSError: If the destination's directory does not exist or cannot be written to, or the destination is not a
-        regular file.
+      OSError: If the destination is a directory, or its directory does not exist or cannot be written to, or the stream
+        cannot be written to.
 
     Example:
       >>> import embax.files, pathlib, tempfile
@@ -30,6 +39,10 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
       >>> path.read_text()
       'hello'
     """
+    if is_stream(path):
+        with writing_to(os.fspath(path)) as file:
+            yield file
+        return
     destination, beside = _prepare(path)
     try:
         with open(beside, "xb") as file:
@@ -49,14 +62,13 @@ def check_writable(path: str | os.PathLike[str]) -> None:
     """Check that `replacing(path)` will work, before the work whose result it shall hold.
 
     A file is made beside the destination and removed: permission bits say too little for root and for file systems
-    that are mounted read-only.
+    that are mounted read-only. A stream is not opened.
 
     Args:
       path: The destination.
 
     Raises:
-      OSError: If the destination's directory does not exist or cannot be written to, or the destination is not a
-        regular file.
+      OSError: As `replacing`.
 
     Example:
       >>> import embax.files
@@ -65,6 +77,9 @@ def check_writable(path: str | os.PathLike[str]) -> None:
       ...
       FileNotFoundError: [Errno 2] No such directory: 'no/such/directory'
     """
+    if is_stream(path):
+        check_stream(os.fspath(path))
+        return
     _, beside = _prepare(path)
     try:
         with open(beside, "xb"):
@@ -81,9 +96,6 @@ def _prepare(path: str | os.PathLike[str]) -> tuple[str, str]:
     destination = os.path.realpath(path)
     if os.path.isdir(destination) or path.endswith(os.sep):
         raise IsADirectoryError(errno.EISDIR, "Is a directory, not a file to write", path)
-    # A rename onto a device such as /dev/null would replace the device.
-    if os.path.exists(destination) and not os.path.isfile(destination):
-        raise OSError(errno.EINVAL, "Is not a regular file, so it cannot be replaced", path)
     if os.path.islink(destination):
         raise OSError(errno.ELOOP, "Is a symbolic link that leads to itself", path)
     directory, name = os.path.split(destination)

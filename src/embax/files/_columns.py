@@ -181,7 +181,8 @@ def write_batches(
 def _schema_and_batches(contents: Contents) -> tuple[Any, Iterator[Any]]:
     pa = arrow()
     weight = np.asarray(contents.weight)
-    dtype = weight.dtype if weight.dtype.kind == "f" else np.dtype(np.float32)  # bfloat16 is unknown to Arrow
+    # Arrow knows neither bfloat16 nor numbers of the other byte order.
+    dtype = weight.dtype.newbyteorder("=") if weight.dtype.kind == "f" else np.dtype(np.float32)
     dim = weight.shape[1]
     if not dim:
         raise ValueError(

@@ -2,6 +2,7 @@
 
 import os
 import struct
+from typing import BinaryIO
 
 import numpy as np
 from jaxtyping import Int64
@@ -14,6 +15,7 @@ from ._contents import Contents
 from ._fasttext_model import BEHIND, LONGEST_WORD, MAGIC, SUPERVISED, VERSIONS, Arguments
 
 _ROWS = 1 << 14
+_ZEROS = 1 << 20  # bytes that are written at once
 
 
 def write_fasttext(path: str | os.PathLike[str], contents: Contents) -> None:
@@ -56,8 +58,17 @@ def write_fasttext(path: str | os.PathLike[str], contents: Contents) -> None:
                 rows = np.arange(start, min(start + _ROWS, buckets)) + first
                 file.write(_bytes_of(subwords.ngrams.rows.take(rows, axis=0)))
         file.write(struct.pack("<?qq", False, words.number, dim))
-        file.truncate(file.tell() + 4 * words.number * dim)  # zeros, which take no room on most file systems
+        _write_zeros(file, 4 * words.number * dim)
+
+
+def _write_zeros(file: BinaryIO, size: int) -> None:
+    if file.seekable():  # there, they take no room on most file systems
+        file.truncate(file.tell() + size)
         file.seek(0, os.SEEK_END)
+        return
+    zeros = bytes(min(size, _ZEROS))
+    for start in range(0, size, _ZEROS):
+        file.write(zeros[: size - start])
 
 
 def _words_to_write(vocabulary: Vocabulary, subwords: Subwords | None) -> Strings:

@@ -16,3 +16,5 @@ class Format(NamedTuple):
     recognises: Callable[[Source], bool]  # by the first bytes, `source.start`, and the size
     read: Callable[[Source, Options], Contents]
     write: Callable[[str | os.PathLike[str], Contents], None]
+    # Raises a ValueError where nothing can be written to a path, before there is anything to write.
+    check: Callable[[str | os.PathLike[str]], None] = lambda path: None

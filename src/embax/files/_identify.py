@@ -3,8 +3,8 @@
 import os
 from typing import NamedTuple
 
-from ._load import accepted, recognised
-from ._open import MAX_EXPANSION, split_path
+from ._formats import recognised
+from ._open import MAX_EXPANSION, Source, opened, split_path
 
 
 class Identity(NamedTuple):
@@ -13,8 +13,9 @@ class Identity(NamedTuple):
     path: str  # the file, without what follows a colon
     member: str | None  # what does: a tensor, or a file in an archive
     format: str  # one of `FORMATS`
-    compression: str | None  # "gzip", "xz", "bz2", "zip", "zstd", or None for a plain file
-    size: int  # in bytes, on disk
+    # "gzip", "xz", "bz2", "zstd", "zip", "tar", or such as "tar and gzip"; None for a plain file.
+    compression: str | None
+    size: int | None  # in bytes, on disk; of a stream, as many as were read, None before
 
 
 def identify(
@@ -23,7 +24,8 @@ def identify(
     """Tell what a file of vectors is by its first bytes.
 
     Args:
-      path: The file; see `embax.Vectors.load`.
+      path: The file; see `embax.Vectors.load`. Of a stream, the bytes that are looked at are gone then:
+        `load_identified` does both.
       format: The name of its format, where that is known. Default: that of the content.
       max_expansion: How many times its size a compressed file may grow to; 16 MiB are always allowed.
 
@@ -41,6 +43,17 @@ def identify(
       >>> embax.files.identify(path).format
       'word2vec-binary'
     """
+    with opened(path, max_expansion) as source:
+        return identity_of(path, source, format or recognised(source).name)
+
+
+def identity_of(path: str | os.PathLike[str], source: Source, format: str) -> Identity:
+    """Tell what an open file is.
+
+    Args:
+      path: As the caller gave it.
+      source: The file.
+      format: The name of its format.
+    """
     file, member = split_path(path)
-    with accepted(path, max_expansion) as source:
-        return Identity(file, member, format or recognised(source).name, source.compression, os.path.getsize(file))
+    return Identity(file, member, format, source.compression, source.on_disk)

@@ -1,8 +1,6 @@
 """Loading and saving: which format a file is of, and what the caller wants of it."""
 
-import contextlib
 import os
-from collections.abc import Iterator
 from pathlib import PurePath
 
 import numpy as np
@@ -10,27 +8,12 @@ from numpy.typing import DTypeLike
 
 from .. import _check
 from ..vocabulary import Errors
-from . import _arrow, _fasttext, _glove, _npy, _parquet, _refused, _safetensors, _tensor, _word2vec
+from . import _safetensors, _tensor
 from ._contents import Contents, Options
-from ._format import Format
-from ._open import MAX_EXPANSION, Source, opened, split_path
-
-# In the order in which they are tried: what has a mark of its own goes before what any text could be.
-_ALL: tuple[Format, ...] = (
-    _safetensors.FORMAT,
-    _tensor.FORMAT,
-    _npy.FORMAT,
-    _parquet.FORMAT,
-    _arrow.FORMAT,
-    _fasttext.FORMAT,
-    _word2vec.BINARY,
-    _word2vec.TEXT,
-    _glove.FORMAT,
-)
-_BY_NAME = {format.name: format for format in _ALL}
-
-# The names of the formats.
-FORMATS: tuple[str, ...] = tuple(_BY_NAME)
+from ._formats import ALL, BY_NAME, FORMATS, recognised
+from ._identify import Identity, identity_of
+from ._open import MAX_EXPANSION, opened
+from ._streams import is_stream
 
 
 def load(
@@ -47,7 +30,7 @@ def load(
     r"""Read what a file of vectors holds; `embax.Vectors.load` says how.
 
     Args:
-      path: The file.
+      path: The file; `-` is standard input.
       format: One of `FORMATS`. Default: that of the content.
       limit: Read the first rows only, as many.
       dtype: Convert the rows to this dtype of floats.
@@ -73,7 +56,58 @@ def load(
       >>> embax.files.load(path).weight.shape
       (2, 3)
     """
-    chosen = None if format is None else _BY_NAME[_check.choice("embax.files.load(format=...)", format, FORMATS)]
+    return load_identified(
+        path,
+        format=format,
+        limit=limit,
+        dtype=dtype,
+        mmap=mmap,
+        encoding=encoding,
+        errors=errors,
+        max_expansion=max_expansion,
+    )[1]
+
+
+def load_identified(
+    path: str | os.PathLike[str],
+    *,
+    format: str | None = None,
+    limit: int | None = None,
+    dtype: DTypeLike | None = None,
+    mmap: bool | None = None,
+    encoding: str = "utf-8",
+    errors: Errors = "escape",
+    max_expansion: float = MAX_EXPANSION,
+) -> tuple[Identity, Contents]:
+    r"""Do what `identify` and `load` do, opening the file once: what comes out of a stream can be read only once.
+
+    Args:
+      path: As `load`.
+      format: As `load`.
+      limit: As `load`.
+      dtype: As `load`.
+      mmap: As `load`.
+      encoding: As `load`.
+      errors: As `load`.
+      max_expansion: As `load`.
+
+    Returns:
+      What the file is, and what it holds.
+
+    Raises:
+      FormatError: As `load`.
+      ValueError: As `load`.
+      OSError: As `load`.
+
+    Example:
+      >>> import embax.files, pathlib, tempfile
+      >>> path = pathlib.Path(tempfile.mkdtemp(), "vectors.txt")
+      >>> size = path.write_text("2 3\nking 1 0 0\nqueen 0 1 0\n")
+      >>> identity, contents = embax.files.load_identified(path)
+      >>> identity.format, contents.weight.shape
+      ('word2vec', (2, 3))
+    """
+    chosen = None if format is None else BY_NAME[_check.choice("embax.files.load(format=...)", format, FORMATS)]
     options = Options(
         None if limit is None else _check.size("embax.files.load(limit=...)", limit),
         None if dtype is None else _float("embax.files.load(dtype=...)", dtype),
@@ -82,55 +116,23 @@ def load(
         _check.choice("embax.files.load(errors=...)", errors, Errors),
     )
     max_expansion = _check.positive("embax.files.load(max_expansion=...)", max_expansion)
-    with accepted(path, max_expansion) as source:
-        return (chosen or recognised(source)).read(source, options)
-
-
-@contextlib.contextmanager
-def accepted(path: str | os.PathLike[str], max_expansion: float) -> Iterator[Source]:
-    """Open a file, unless it is one that is not read here.
-
-    Args:
-      path: As for `opened`.
-      max_expansion: As for `opened`.
-
-    Yields:
-      The source.
-
-    Raises:
-      FormatError: As `opened`, and if it is a pickle or the like, with the lines that convert it.
-      OSError: If it cannot be opened.
-    """
-    if (error := _refused.explain(split_path(path)[0])) is not None:
-        raise error
     with opened(path, max_expansion) as source:
-        if (error := _refused.explain(source.path, source.start)) is not None:  # what came out of a compressed file
-            raise error
-        yield source
-
-
-def recognised(source: Source) -> Format:
-    """Find the format of a file by its content.
-
-    Raises:
-      FormatError: If it is of none.
-    """
-    for one in _ALL:
-        if one.recognises(source):
-            return one
-    raise source.error(f"is of no format that is known here ({', '.join(FORMATS)}).")
+        chosen = chosen or recognised(source)
+        contents = chosen.read(source, options)
+        identity = identity_of(path, source, chosen.name)
+        return identity if identity.size is not None else identity._replace(size=source.position), contents
 
 
 def save(path: str | os.PathLike[str], contents: Contents, *, format: str | None = None) -> None:
     """Write what a file of vectors holds; `embax.Vectors.save` says how.
 
     Args:
-      path: The destination.
+      path: The destination; `-` is standard output, and any other stream is written to as it is.
       contents: What to write.
-      format: One of `FORMATS`. Default: by the suffix, and the package's own where there is none.
+      format: One of `FORMATS`. Default: by the suffix, and the package's own where there is none. A stream needs one.
 
     Raises:
-      ValueError: If the suffix is of no format, or the format cannot hold the contents.
+      ValueError: If the suffix is of no format, a stream has none, or the format cannot hold the contents.
       OSError: If the file cannot be written.
 
     Example:
@@ -143,7 +145,7 @@ def save(path: str | os.PathLike[str], contents: Contents, *, format: str | None
       a 1 0
       b 0 1
     """
-    _BY_NAME[format_to_write(path, format)].write(path, contents)
+    BY_NAME[format_to_write(path, format)].write(path, contents)
 
 
 def format_to_write(path: str | os.PathLike[str], format: str | None = None) -> str:
@@ -157,19 +159,29 @@ def format_to_write(path: str | os.PathLike[str], format: str | None = None) -> 
       One of `FORMATS`.
 
     Raises:
-      ValueError: If the suffix is of no format, or there is no such format.
+      ValueError: If the suffix is of no format, a stream has none, or the format cannot be written there.
 
     Example:
       >>> import embax.files
       >>> embax.files.format_to_write("vectors.bin")
       'word2vec-binary'
     """
-    if format is not None:
-        return _check.choice("embax.files.save(format=...)", format, FORMATS)
+    name = _format_of(path) if format is None else _check.choice("embax.files.save(format=...)", format, FORMATS)
+    BY_NAME[name].check(path)
+    return name
+
+
+def _format_of(path: str | os.PathLike[str]) -> str:
     name = PurePath(path).name.lower()
-    fits = [(suffix, one) for one in _ALL for suffix in one.suffixes if name.endswith(suffix)]
+    fits = [(suffix, one) for one in ALL for suffix in one.suffixes if name.endswith(suffix)]
+    if not fits and is_stream(path):
+        formats = ", ".join(name for name in FORMATS if name != _tensor.FORMAT.name)
+        raise ValueError(
+            "`embax.files.save(format=...)` must name a format for a stream, whose name has no suffix to tell it, got "
+            f"None for {os.fspath(path)!r}. Pass one of {formats}; on the command line, by --to."
+        )
     if not fits and "." in name:
-        suffixes = ", ".join(suffix for one in _ALL for suffix in one.suffixes)
+        suffixes = ", ".join(suffix for one in ALL for suffix in one.suffixes)
         raise ValueError(
             f"`embax.files.save(path=...)` must end in one of {suffixes}, or have no suffix, got {name!r}. "
             "Rename it, or pass format=."

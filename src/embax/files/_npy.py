@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import posixpath
 import tokenize
 import warnings
 
@@ -13,12 +14,13 @@ from ._atomic import replacing
 from ._contents import Contents, Options, contents_of
 from ._format import Format
 from ._open import Source
+from ._streams import is_named_pipe, is_stream
 from ._vocabularies import Listed, read_vocabulary
 
 _MAGIC = b"\x93NUMPY"
 # More than any header of a table needs, and few enough for the literals in it to be parsed.
 _HEADER = 10_000
-_COMPRESSED = (".gz", ".xz", ".bz2", ".zst", ".zip")
+_COMPRESSED = (".gz", ".xz", ".bz2", ".zst", ".zip", ".tar", ".tgz")
 # What follows the name of the table, without .npy, in that of its vocabulary: the first one that is there.
 _BESIDE = (".json", ".txt", ".vocab.txt", ".vocab", ".parquet")
 
@@ -70,24 +72,25 @@ def _header(source: Source) -> tuple[np.dtype, tuple[int, int], bool, int]:
 
 def _beside(source: Source) -> str:
     """Find the file of the vocabulary: the one that the caller names, or the one named like the table."""
-    folder, name = os.path.split(source.path)
-    # In an archive, the table itself is what has been named.
-    if source.member is not None and not source.member.endswith(".npy"):
-        path = os.path.join(folder, source.member)
-        if not os.path.isfile(path):
+    if source.member is not None:
+        # Standard input has no folder: there, it is the path of a file.
+        path = source.beside(source.member) if source.has_folder else source.member
+        if path is None or not (source.has_folder or os.path.isfile(path)):
             raise source.error(f"there is no file {source.member!r} in the folder of the table.")
         return path
-    stem, suffix = os.path.splitext(name)
-    if suffix.lower() in _COMPRESSED:
-        stem = os.path.splitext(stem)[0]
-    for ending in _BESIDE:
-        path = os.path.join(folder, stem + ending)
-        if os.path.isfile(path):
+    stems = []
+    for name in filter(None, (source.inner, os.path.basename(source.path))):
+        stem, suffix = os.path.splitext(posixpath.basename(name))
+        stems.append(os.path.splitext(stem)[0] if suffix.lower() in _COMPRESSED else stem)
+    for name in (stem + ending for stem in stems for ending in _BESIDE):
+        if (path := source.beside(name)) is not None:
             return path
-    others = [file for file in sorted(os.listdir(folder or ".")) if file.endswith((".json", ".txt", ".parquet"))]
+    if not source.has_folder:
+        raise source.error(f"has no vocabulary beside it. Name the file of the tokens, as {source.whole_name}:FILE.")
+    others = [name for name in source.names_beside() if name.endswith((".json", ".txt", ".parquet"))]
     raise source.error(
-        f"has no vocabulary beside it. Put the tokens, one a line, into {stem}.txt, or name their file, as "
-        f"{source.path}:FILE. The folder has {', '.join(others[:10]) or 'none'}."
+        f"has no vocabulary beside it. Put the tokens, one a line, into {stems[0]}.txt, or name their file, as "
+        f"{source.whole_name}:FILE. The folder has {', '.join(others[:10]) or 'none'}."
     )
 
 
@@ -106,22 +109,36 @@ def write_npy(path: str | os.PathLike[str], contents: Contents) -> None:
       contents: What to write.
 
     Raises:
-      ValueError: If the destination itself ends in .json.
+      ValueError: If the destination itself ends in .json, or is a stream, beside which there is no file.
       OSError: If a file cannot be written.
     """
-    beside = os.path.splitext(os.fspath(path))[0] + ".json"
-    if beside == os.fspath(path):
-        raise ValueError(
-            f"`embax.files.save(path=...)` must not end in .json, got {beside!r}. That is for the tokens: write .npy."
-        )
-    weight = np.ascontiguousarray(contents.weight)
-    if weight.dtype.kind != "f":
-        weight = weight.astype(np.float32)
+    _check(path)
+    dtype = contents.weight.dtype
+    weight = np.ascontiguousarray(contents.weight, dtype.newbyteorder("=") if dtype.kind == "f" else np.float32)
     tokens = json.dumps(contents.vocabulary.escaped().tokens(), ensure_ascii=False, indent=0).encode()
+    beside = _tokens_beside(path)
     # Both are whole before the first of them takes its place.
     with replacing(path) as table, replacing(beside) as vocabulary:
         np.lib.format.write_array(table, weight, allow_pickle=False)
         vocabulary.write(tokens)
 
 
-FORMAT = Format("npy", (".npy",), _recognises, _read, write_npy)
+def _tokens_beside(path: str | os.PathLike[str]) -> str:
+    return os.path.splitext(os.fspath(path))[0] + ".json"
+
+
+def _check(path: str | os.PathLike[str]) -> None:
+    path = os.fspath(path)
+    if is_stream(path) and not is_named_pipe(path):
+        raise ValueError(
+            "`embax.files.save(path=...)` must have a folder for the format 'npy', as the tokens go into a file beside "
+            f"the table, got {path!r}, a stream. Name a file, or take a format that holds the tokens, such as "
+            "'safetensors'."
+        )
+    if _tokens_beside(path) == path:
+        raise ValueError(
+            f"`embax.files.save(path=...)` must not end in .json, got {path!r}. That is for the tokens: write .npy."
+        )
+
+
+FORMAT = Format("npy", (".npy",), _recognises, _read, write_npy, _check)

@@ -1,20 +1,17 @@
-"""Files of vectors as they are, plain or compressed, with a limit to what comes out of little."""
+"""Files of vectors as they are: plain or compressed, in an archive, in a folder of a model, or out of a stream."""
 
-import bz2
 import contextlib
-import errno
-import gzip
-import importlib
-import io
-import lzma
 import os
-import sys
-import zipfile
-import zlib
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, BinaryIO, cast
 
+from . import _archives
+from ._decompress import Unpacked, compression_of, decompressed
 from ._error import FormatError
+from ._folders import Folder, folders_of, model_in
+from ._refused import explain
+from ._streams import STANDARD, is_stream, name_of_input, reading_from
 
 # How much of a file is looked at to find out its format.
 _START = 1 << 16
@@ -22,16 +19,8 @@ _START = 1 << 16
 MAX_EXPANSION = 100.0
 # What comes out of a compressed file may always be so large, whatever its ratio.
 _HARMLESS = 1 << 24
-# In the standard library from Python 3.14 on.
-_ZSTD = ("compression.zstd", "backports.zstd")
-_MAGIC = {
-    b"\x1f\x8b": "gzip",
-    b"\xfd7zXZ\x00": "xz",
-    b"BZh": "bz2",
-    b"PK\x03\x04": "zip",
-    b"PK\x05\x06": "zip",
-    b"\x28\xb5\x2f\xfd": "zstd",
-}
+# What is read and written at once to copy a stream.
+_COPIED = 1 << 20
 
 
 class Source:
@@ -39,37 +28,54 @@ class Source:
 
     Args:
       path: The file itself.
-      member: What follows the colon after the path: a tensor, or a file in an archive, or None.
       stream: Its bytes, uncompressed.
-      size: How many there are, where that is known before they are read.
       limit: How many bytes may come out of the file, by formats, too, that compress by themselves.
-      compression: What compressed it, or None.
+      name: The file, for messages.
+      member: What the caller names behind a colon, but for a file in an archive: a tensor, or a vocabulary.
+      inner: The file in an archive, or None.
+      size: How many bytes there are, where that is known before they are read.
+      compression: What compressed it, or the kind of its archive, or None.
+      plain: The path of a plain file with the same bytes, if there is one.
+      on_disk: The size of the file as it lies there, or as it came; None for a stream that is read as it comes.
+      folders: Where other files that belong to it may lie.
+      expand: Of a stream, the limit for each size.
     """
 
     def __init__(
         self,
         path: str,
-        member: str | None,
         stream: BinaryIO,
-        size: int | None,
         limit: int,
+        *,
+        name: str | None = None,
+        member: str | None = None,
+        inner: str | None = None,
+        size: int | None = None,
         compression: str | None = None,
+        plain: str | None = None,
+        on_disk: int | None = None,
+        folders: tuple[Folder, ...] = (),
+        expand: Callable[[int], int] | None = None,
     ):
-        self.path, self.member, self.size, self.limit, self.compression = path, member, size, limit, compression
-        self._stream = stream
-        self.start = self._read(_START)  # the first bytes, to tell the format by
+        self.path, self.name, self.member, self.inner = path, path if name is None else name, member, inner
+        self.size, self.limit, self.compression, self.plain, self.on_disk = size, limit, compression, plain, on_disk
+        self._stream, self._folders, self._expand = stream, folders, expand
+        self._copies = contextlib.ExitStack()
+        self.start = self._stream.read(_START)  # the first bytes, to tell the format by
         self._ahead = self.start
         self.position = 0  # of the next byte that `read` gives
 
     @property
-    def compressed(self) -> bool:
-        """Whether the bytes come out of a compressed file, and so cannot be mapped into memory."""
-        return self.compression is not None
+    def whole_name(self) -> str:
+        """What the caller may put a colon and the name of a tensor behind."""
+        return self.path if self.inner is None else f"{self.path}:{self.inner}"
 
     @property
-    def name(self) -> str:
-        """The file, for messages."""
-        return self.path if self.member is None else f"{self.path}:{self.member}"
+    def in_order(self) -> str | None:
+        """Why the bytes can only be read in order, from the first to the last, or None where they need not be."""
+        if self.plain is not None:
+            return None
+        return "it is a stream" if self.compression is None else "it is compressed"
 
     def read(self, size: int) -> bytes:
         """Read as many bytes, or fewer where the file ends.
@@ -79,7 +85,7 @@ class Source:
         """
         data, self._ahead = self._ahead[:size], self._ahead[size:]
         if len(data) < size:
-            data += self._read(size - len(data))
+            data += self._stream.read(size - len(data))
         self.position += len(data)
         return data
 
@@ -115,12 +121,44 @@ class Source:
           FormatError: If the data end before.
         """
         self.read(min(len(self._ahead), position - self.position))
-        if not self.compressed:
+        if self.in_order is None:
             self._stream.seek(position - self.position, os.SEEK_CUR)
             self.position = position
         while self.position < position:
             if not self.read(min(_HARMLESS >> 2, position - self.position)):
                 raise self.truncated(f"what comes before byte {position:,}")
+
+    def as_file(self) -> str:
+        """Return the path of a plain file with these bytes, for readers that go back and forth in it.
+
+        Of what can only be read in order, it is a copy on disk, which lasts as long as the file is open.
+
+        Raises:
+          FormatError: As `read`.
+        """
+        if self.plain is None:
+            path, size = _copied(self._copies, iter(lambda: self.read(_COPIED), b""))
+            if self._expand is not None:
+                self.limit = self._expand(size)
+            return path
+        return self.plain
+
+    @property
+    def has_folder(self) -> bool:
+        """Whether it lies in a folder, on disk or in an archive."""
+        return bool(self._folders)
+
+    def beside(self, name: str) -> str | None:
+        """Return what `opened` takes for a file in the same folder, if there is one of this name."""
+        return next(filter(None, (folder.path(name) for folder in self._folders)), None)
+
+    def names_beside(self) -> list[str]:
+        """Return the names of the files in the same folder."""
+        return self._folders[0].names() if self._folders else []
+
+    def close(self) -> None:
+        """Remove copies."""
+        self._copies.close()
 
     def error(self, reason: str) -> FormatError:
         """Make the error of this file."""
@@ -131,117 +169,140 @@ class Source:
         end = self.size if self.size is not None else self.position
         return self.error(f"the file ends at byte {end:,}, within {what}. Is it whole?")
 
-    def _read(self, size: int) -> bytes:
-        try:
-            return self._stream.read(size)
-        except (EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, NotImplementedError, *_zstd_errors()) as e:
-            reason = e
-        except OSError as e:
-            # gzip and bz2 complain without a number; of a place before the file, the system does.
-            if not self.compressed or e.errno not in (None, errno.EINVAL):
-                raise
-            reason = e
-        raise self.error(f"the compressed data are truncated or corrupt ({str(reason).rstrip('.')}).")
-
 
 @contextlib.contextmanager
 def opened(path: str | os.PathLike[str], max_expansion: float = MAX_EXPANSION) -> Iterator[Source]:
-    """Open a file of vectors, plain or compressed by gzip, xz, bz2, zip or zstd, as its first bytes tell.
+    """Open a file of vectors, whatever it lies in, as its first bytes tell.
+
+    It may be compressed by gzip, xz, bz2 or zstd, lie in a zip or a tar archive, or come out of a stream. What
+    comes out of a stream and has to be read out of order is copied into the folder of temporary files first.
 
     Args:
-      path: The file. After a colon, the name of a file in a zip archive or of a tensor.
+      path: The file, or the folder of a model; `-` is standard input. After a colon, the name of a file in an archive,
+        or of a tensor.
       max_expansion: How many times as large as the file its uncompressed bytes may be; 16 MiB may always come.
 
     Yields:
       The source.
 
     Raises:
-      FormatError: If it is no regular file, or an archive of several files of which none is named.
+      FormatError: If it is a file that is not read here, with what to do about it, or an archive of several files of
+        which none is named.
       OSError: If it cannot be opened.
     """
     path, member = split_path(path)
-    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
-        raise FormatError(path, "not a regular file.")
+    if os.path.isdir(path):
+        path = model_in(path)
     with contextlib.ExitStack() as stack:
-        file = stack.enter_context(open(path, "rb"))
-        size = os.fstat(file.fileno()).st_size
-        start = file.read(8)
-        file.seek(0)
-        kind = next((kind for magic, kind in _MAGIC.items() if start.startswith(magic)), None)
-        limit = max(_HARMLESS, int(max_expansion * size))
-        if kind is None:
-            yield Source(path, member, file, size, limit)
-            return
-        if kind == "zip":
-            stream = stack.enter_context(_zip_member(path, member, file))
-        else:
-            stream = stack.enter_context(_DECOMPRESSORS[kind](path, file))
-        limited = cast(BinaryIO, _Limited(path, stream, limit, max_expansion))
-        yield Source(path, member, limited, None, limit, compression=kind)
+        source = _Opening(stack, path, member, max_expansion).source()
+        stack.callback(source.close)
+        if (error := explain(name_of_input(path), source.start)) is not None:
+            raise error
+        yield source
 
 
 def split_path(path: str | os.PathLike[str]) -> tuple[str, str | None]:
-    """Split a path from what follows its last colon, unless there is a file of the whole name."""
+    """Split a path from what follows a colon, unless there is a file of the whole name.
+
+    Of several colons, it is the last one before which there is the name of a file.
+    """
     path = os.fspath(path)
-    file, colon, member = path.rpartition(":")
-    if not colon or os.path.exists(path) or not os.path.exists(file):
+    if os.path.exists(path):
         return path, None
-    return file, member
+    end = path.rfind(":")
+    while end > 0:
+        if path[:end] == STANDARD or os.path.exists(path[:end]):
+            return path[:end], path[end + 1 :]
+        end = path.rfind(":", 0, end)
+    return path, None
 
 
-def _zip_member(path: str, member: str | None, file: BinaryIO) -> BinaryIO:
-    try:
-        archive = zipfile.ZipFile(file)
-        names = [info.filename for info in archive.infolist() if not info.filename.endswith("/")]
-        if member is None and len(names) != 1:
-            raise FormatError(
-                path, f"holds {len(names)} files, of which one has to be named, as {path}:NAME. It has {names[:10]}."
-            )
-        if member is not None and member not in names:
-            raise FormatError(path, f"holds no file {member!r}. It has {names[:10]}.")
-        return cast(BinaryIO, archive.open(member or names[0]))
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, ValueError, OSError) as error:
-        if isinstance(error, FormatError) or (isinstance(error, OSError) and error.errno != errno.EINVAL):
-            raise
-        raise FormatError(path, f"the zip archive is damaged or not of a kind that can be read ({error}).") from None
+class _Opening:
+    """A file on its way to a Source."""
+
+    def __init__(self, stack: contextlib.ExitStack, path: str, member: str | None, max_expansion: float):
+        self._stack, self._path, self._member, self._max_expansion = stack, path, member, max_expansion
+        self._shown = name_of_input(path)
+        self._name = self._shown if member is None else f"{self._shown}:{member}"
+        self._plain, self._size, self._folders = path, 0, folders_of(path)
+
+    def source(self) -> Source:
+        """Open it as its first bytes tell."""
+        if is_stream(self._path):
+            file = self._stack.enter_context(reading_from(self._path))
+            start = file.read(_archives.TAR_HEADER)
+            if compression_of(start) is None and not _archives.is_tar(start):
+                return self._made(_Rejoined(start, file), member=self._member, expand=self._limit)
+            self._plain, self._size = _copied(self._stack, _from(start, file))
+        file = self._again()
+        self._size = os.fstat(file.fileno()).st_size
+        start = file.read(_archives.TAR_HEADER)
+        file.seek(0)
+        kind = compression_of(start)
+        if kind == "zip":
+            if (error := explain(self._shown, start, self._plain)) is not None:  # torch's files are archives
+                raise error
+            return self._in_archive(kind, _archives.Zip(self._shown, file))
+        if kind is not None:
+            source = self._made(self._decompressed(kind), member=self._member, compression=kind)
+            if not _archives.is_tar(source.start):
+                return source
+            return self._in_archive(f"tar and {kind}", _archives.Tar(self._shown, lambda: self._decompressed(kind)))
+        if _archives.is_tar(start):
+            return self._in_archive("tar", _archives.Tar(self._shown, self._again))
+        return self._made(file, member=self._member, size=self._size, plain=self._plain)
+
+    def _in_archive(self, kind: str, archive: _archives.Archive) -> Source:
+        inner, member = _archives.chosen(self._shown, archive, self._member)
+        around = _archives.beside(archive.names(), inner)
+        folder = Folder(lambda: list(around), lambda name: f"{self._plain}:{around[name]}" if name in around else None)
+        self._folders = (folder, *self._folders)
+        stream = self._unpacked(archive.open(inner, self._stack))
+        return self._made(stream, member=member, inner=inner, compression=kind)
+
+    def _made(self, stream: Any, **options: Any) -> Source:
+        on_disk = None if "expand" in options else self._size
+        common = {"name": self._name, "on_disk": on_disk, "folders": self._folders}
+        return Source(self._path, stream, self._limit(self._size), **common, **options)
+
+    def _limit(self, size: int) -> int:
+        return max(_HARMLESS, int(self._max_expansion * size))
+
+    def _again(self) -> BinaryIO:
+        return self._stack.enter_context(open(self._plain, "rb"))
+
+    def _decompressed(self, kind: str) -> BinaryIO:
+        return self._unpacked(self._stack.enter_context(decompressed(kind, self._shown, self._again())))
+
+    def _unpacked(self, stream: Any) -> BinaryIO:
+        return cast(BinaryIO, Unpacked(self._name, stream, self._limit(self._size), self._max_expansion))
 
 
-def _zstd(path: str, file: BinaryIO) -> Any:
-    for name in _ZSTD:
-        with contextlib.suppress(ImportError):
-            return importlib.import_module(name).ZstdFile(file)
-    raise FormatError(path, 'is compressed by zstd, for which a library is missing. pip install "embax[files]".')
+def _copied(stack: contextlib.ExitStack, parts: Iterable[bytes]) -> tuple[str, int]:
+    """Write bytes to a temporary file, which is removed when the stack ends; return its path and size."""
+    file = stack.enter_context(tempfile.NamedTemporaryFile(prefix="embax-"))
+    for part in parts:
+        file.write(part)
+    file.flush()
+    return file.name, file.tell()
 
 
-def _zstd_errors() -> list[type[Exception]]:
-    """Its error, of the modules that are loaded."""
-    return [sys.modules[name].ZstdError for name in _ZSTD if sys.modules.get(name) is not None]
+def _from(start: bytes, rest: BinaryIO) -> Iterator[bytes]:
+    yield start
+    yield from iter(lambda: rest.read(_COPIED), b"")
 
 
-_DECOMPRESSORS = {
-    "gzip": lambda path, file: gzip.GzipFile(fileobj=file),
-    "xz": lambda path, file: lzma.LZMAFile(file),
-    "bz2": lambda path, file: bz2.BZ2File(file),
-    "zstd": _zstd,
-}
+class _Rejoined:
+    """A stream that cannot be rewound, with the bytes that were read from it put back."""
 
-
-class _Limited:
-    """A stream that ends with an error where more comes out of it than is likely of an honest file."""
-
-    def __init__(self, path: str, stream: Any, limit: int, max_expansion: float):
-        self._path, self._stream, self._left, self._max_expansion = path, stream, limit, max_expansion
+    def __init__(self, start: bytes, rest: BinaryIO):
+        self._start, self._rest = start, rest
 
     def read(self, size: int) -> bytes:
-        data = io.BytesIO()
-        while size > 0 and (part := self._stream.read(min(size, 1 << 24))):
-            data.write(part)
+        parts, self._start = [self._start[:size]], self._start[size:]
+        size -= len(parts[0])
+        # In pieces: a file takes memory for all that it is asked for, before there is any of it.
+        while size > 0 and (part := self._rest.read(min(size, _HARMLESS))):
+            parts.append(part)
             size -= len(part)
-            self._left -= len(part)
-            if self._left < 0:
-                raise FormatError(
-                    self._path,
-                    f"more than {self._max_expansion:g} times as much comes out of this compressed file as is in it. "
-                    "Raise max_expansion if it is to be trusted.",
-                )
-        return data.getvalue()
+        return b"".join(parts)

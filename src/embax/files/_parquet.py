@@ -43,7 +43,7 @@ def _read(source: Source, options: Options) -> Contents:
     if options.mmap:
         raise source.error("a parquet file cannot be mapped into memory, as it is encoded. Leave mmap=True out.")
     with checked(source):
-        data = _whole(source)
+        data = source.as_file()
         with _parquet_file(data) as file:
             columns = columns_of(source, file.schema_arrow)
             rows, dim = _sizes(source, file, columns)
@@ -69,7 +69,7 @@ def read_tokens(source: Source) -> tuple[bytes, Int64[np.ndarray, " tokens_and_1
     """
     texts, lengths, size, rows = [], [np.zeros(1, np.int64)], 0, 0
     with checked(source):
-        data = _whole(source)
+        data = source.as_file()
         with _parquet_file(data) as file:
             schema = file.schema_arrow
         name = only([field.name for field in schema if is_text(field.type)], _TOKENS)
@@ -84,11 +84,6 @@ def read_tokens(source: Source) -> tuple[bytes, Int64[np.ndarray, " tokens_and_1
                 lengths.append(length)
                 size, rows = size + len(text), rows + len(length)
     return b"".join(texts), np.cumsum(np.concatenate(lengths))
-
-
-def _whole(source: Source) -> Any:
-    """Return what pyarrow opens: the file itself, or what has come out of a compressed one."""
-    return arrow().BufferReader(source.read_all()) if source.compressed else source.path
 
 
 def _parquet_file(data: Any, dictionary: Sequence[str] = ()) -> Any:

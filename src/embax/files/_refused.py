@@ -1,6 +1,8 @@
-"""Files that are not read, and how to convert them: pickles, which can run any program, torch files and HDF5."""
+"""Files that are not read, and what to do about them: pickles, torch files, HDF5, and Git LFS pointers."""
 
 import os
+import re
+import shlex
 import struct
 import zipfile
 
@@ -15,6 +17,10 @@ _TORCH = bytes.fromhex("8a0a6cfc9c46f9206aa85019")
 # What may come first in a pickle: the length of a frame, and values. A safetensors header of 640 bytes begins with the
 # two bytes of a pickle, too, but a zero follows.
 _OPCODES = b"\x95(])}cNKMJGXUT\x8a\x8b\x8c\x8d\x8e\x88\x89\x80Ij.BC"
+
+# What a repository holds in the place of a large file, until that is fetched; the older name is of before Git LFS.
+_POINTER = re.compile(rb"version https://(?:git-lfs|hawser)\.github\.com/spec/v[0-9]+\r?\n")
+_SIZE = re.compile(rb"^size ([0-9]{1,18})\r?$", re.MULTILINE)
 
 _CONVERSIONS = {
     "pickle of gensim's": (
@@ -33,15 +39,16 @@ _CONVERSIONS = {
 }
 
 
-def explain(path: str | os.PathLike[str], start: bytes | None = None) -> FormatError | None:
+def explain(path: str | os.PathLike[str], start: bytes | None = None, plain: str | None = None) -> FormatError | None:
     """Tell why a file is not read, if it is one of those.
 
     It is to be asked before an archive is opened as one, as torch's files are archives, and once more with the first
     bytes that come out of a compressed file.
 
     Args:
-      path: The file.
+      path: The file, for messages.
       start: Its first bytes, uncompressed. Default: they are read.
+      plain: Where it lies, if that is not the path.
 
     Returns:
       The error to raise, or None. None, too, where there is no such file.
@@ -52,6 +59,8 @@ def explain(path: str | os.PathLike[str], start: bytes | None = None) -> FormatE
             return None
         with open(path, "rb") as file:
             start = file.read(_START)
+    if (error := explain_pointer(path, start)) is not None:
+        return error
     if start.startswith(_HDF5):
         return FormatError(
             path,
@@ -59,13 +68,34 @@ def explain(path: str | os.PathLike[str], start: bytes | None = None) -> FormatE
             "  import h5py, numpy\n"
             f'  numpy.save("vectors.npy", h5py.File({path!r})["NAME"][:])  # and the tokens as vectors.txt',
         )
-    kind = _kind_of_pickle(path, start)
+    kind = _kind_of_pickle(path if plain is None else plain, start)
     if kind is None:
         return None
     return FormatError(
         path,
         f"is a {kind}, which can run any program when it is read; it is never read here. Convert it where you trust "
         f"it:\n{_CONVERSIONS[kind].format(path=path)}",
+    )
+
+
+def explain_pointer(path: str, start: bytes) -> FormatError | None:
+    """Tell what to do about a Git LFS pointer, if a file is one.
+
+    Args:
+      path: The file, for messages.
+      start: Its first bytes.
+    """
+    if not _POINTER.match(start):
+        return None
+    size = _SIZE.search(start)
+    of = "" if size is None else f" of {int(size[1]):,} bytes"
+    return FormatError(
+        path,
+        f"is a Git LFS pointer: the file{of} that it stands for has not been fetched. In its repository, run:\n"
+        "  git lfs install\n"
+        f"  git lfs pull --include={shlex.quote(os.path.basename(path))}\n"
+        "or download the file itself, from Hugging Face by:\n"
+        f"  hf download OWNER/REPOSITORY {shlex.quote(os.path.basename(path))}",
     )
 
 

@@ -103,7 +103,8 @@ def _checked(contents: Contents) -> str:
             "or set subwords=None to leave them out."
         )
     weight, rows = contents.weight, len(contents.vocabulary)
-    dtype = next((name for name, dtype in FLOATS.items() if dtype == weight.dtype), None)
+    written = weight.dtype.newbyteorder("<") if weight.dtype.kind == "f" else weight.dtype
+    dtype = next((name for name, dtype in FLOATS.items() if dtype == written), None)
     counted = rows if contents.counts is None else len(contents.counts)
     if dtype is None or weight.ndim != 2 or len(weight) != rows or counted != rows:
         raise ValueError(

@@ -5,16 +5,19 @@ import gzip
 import io
 import lzma
 import os
-import sys
 import zlib
 from collections.abc import Iterator
 from typing import BinaryIO, cast
 
 from ._error import FormatError
 from ._line_ends import BYTE_ORDER_MARK, without_mark
+from ._refused import explain_pointer
+from ._streams import is_stream, name_of_input, reading_from
 
 # Small against any corpus, large against the cost of a call.
 _PIECE = 1 << 20
+# Of a Git LFS pointer, which has so many bytes at the most.
+_START = 1 << 10
 _GZIP, _XZ = b"\x1f\x8b", b"\xfd7zXZ\x00"
 
 
@@ -24,13 +27,14 @@ def read_text(path: str | os.PathLike[str]) -> Iterator[str]:
     Gzip and xz are known by their first bytes, not by the file's name. A byte-order mark is left out.
 
     Args:
-      path: The file, or `-` for standard input.
+      path: The file, or `-` for standard input, or another stream.
 
     Yields:
       Pieces of about a million characters, in order; words and lines may be cut anywhere.
 
     Raises:
-      FormatError: If the text is not UTF-8, naming the byte, or if compressed data are truncated or corrupt.
+      FormatError: If the text is not UTF-8, naming the byte, if compressed data are truncated or corrupt, or the file
+        is a Git LFS pointer.
       OSError: If the file cannot be opened or read.
 
     Example:
@@ -40,13 +44,9 @@ def read_text(path: str | os.PathLike[str]) -> Iterator[str]:
       >>> list(embax.files.read_text(path))
       ['In the beginning ...']
     """
-    if os.fspath(path) == "-":
-        if sys.stdin is None:
-            raise FormatError("standard input", "it is closed.")
-        yield from _decoded("standard input", sys.stdin.buffer)
-    else:
-        with open(path, "rb") as file:
-            yield from _decoded(os.fspath(path), file)
+    path = os.fspath(path)
+    with reading_from(path) if is_stream(path) else open(path, "rb") as file:
+        yield from _decoded(name_of_input(path), file)
 
 
 def _decoded(name: str, file: BinaryIO) -> Iterator[str]:
@@ -70,11 +70,13 @@ def _decoded(name: str, file: BinaryIO) -> Iterator[str]:
 
 def _pieces(name: str, file: BinaryIO) -> Iterator[bytes]:
     """Yield the bytes of the text, uncompressed, in full pieces; the last one is empty."""
-    start = file.read(len(_XZ))
+    start = file.read(_START)
+    if (error := explain_pointer(name, start)) is not None:
+        raise error
     whole = cast(BinaryIO, io.BufferedReader(_Rejoined(start, file)))
     if start.startswith(_GZIP):
         whole = cast(BinaryIO, gzip.GzipFile(fileobj=whole))
-    elif start == _XZ:
+    elif start.startswith(_XZ):
         whole = lzma.LZMAFile(whole)
     piece = b"?"
     while piece:

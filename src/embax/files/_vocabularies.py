@@ -3,7 +3,6 @@
 import contextlib
 import itertools
 import json
-import os
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -48,7 +47,7 @@ class Listed(NamedTuple):
         return Listed(self.path, self.text[: offsets[-1]], offsets, ids, special)
 
 
-def tokenizer_beside(path: str, options: Options) -> Listed | None:
+def tokenizer_beside(source: Source, options: Options) -> Listed | None:
     """Read the vocabulary of the tokenizer in the folder of a file.
 
     What special tokens stand for is read from `special_tokens_map.json` and `tokenizer_config.json`, where these are
@@ -56,7 +55,7 @@ def tokenizer_beside(path: str, options: Options) -> Listed | None:
     tells the padding and the unknown one.
 
     Args:
-      path: The file.
+      source: The file.
       options: What the caller wants; the encoding is that of a vocab.txt.
 
     Returns:
@@ -65,12 +64,11 @@ def tokenizer_beside(path: str, options: Options) -> Listed | None:
     Raises:
       FormatError: If one of the files is damaged.
     """
-    folder = os.path.dirname(path)
-    beside = next((file for name in TOKENIZERS if os.path.isfile(file := os.path.join(folder, name))), None)
+    beside = next(filter(None, map(source.beside, TOKENIZERS)), None)
     if beside is None:
         return None
     listed = read_vocabulary(beside, options)
-    tokens = _tokens_of_roles(folder)
+    tokens = _tokens_of_roles(source)
     rows = {token: int(row) for token, row in zip(_split(listed), listed.ids, strict=True) if token in tokens}
     return listed._replace(special=listed.special | {tokens[token]: row for token, row in rows.items()})
 
@@ -121,7 +119,7 @@ def _of_lines(source: Source, options: Options) -> Listed:
     # Before the end of a line there are the ends of those before it, which are left out.
     offsets = np.concatenate([np.zeros(1, np.int64), ends - np.arange(len(ends))])
     text, offsets = decoded(source, text.replace(b"\n", b""), offsets, encoding, options.errors)
-    return Listed(source.path, text, offsets, np.arange(len(ends)), {})
+    return Listed(source.name, text, offsets, np.arange(len(ends)), {})
 
 
 def _of_json(source: Source) -> Listed:
@@ -165,12 +163,12 @@ def _of_tokenizer(source: Source, found: dict[str, Any]) -> tuple[list[tuple[Any
     return pairs, {role: token for role, token in special.items() if isinstance(token, str)}
 
 
-def _tokens_of_roles(folder: str) -> dict[bytes, str]:
-    """Return what tokens stand for, as two files in the folder say."""
+def _tokens_of_roles(table: Source) -> dict[bytes, str]:
+    """Return what tokens stand for, as two files in the folder of a file say."""
     found: dict[bytes, str] = {}
     for name in ("tokenizer_config.json", "special_tokens_map.json"):  # the second one is the more specific
-        path = os.path.join(folder, name)
-        if not os.path.isfile(path):
+        path = table.beside(name)
+        if path is None:
             continue
         with opened(path) as source:
             entries = _loaded(source)
@@ -201,7 +199,7 @@ def _listed(source: Source, pairs: Iterable[tuple[Any, Any]]) -> Listed:
 
 
 def _joined(source: Source, ids: np.ndarray, texts: list[bytes]) -> Listed:
-    return Listed(source.path, b"".join(texts), offsets_of(texts), ids, {})
+    return Listed(source.name, b"".join(texts), offsets_of(texts), ids, {})
 
 
 def _encoded(source: Source, row: int, token: str) -> bytes:
