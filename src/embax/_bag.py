@@ -1,6 +1,5 @@
 """embedding_bag: look up bags of ids and pool the rows of each, without the rows in between."""
 
-import functools
 from typing import Any, NamedTuple
 
 import jax
