@@ -35,7 +35,7 @@ if _TYPE_CHECKING:
     from .vectors import Vectors as Vectors
     from .vocabulary import Vocabulary as Vocabulary
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # The module that each name comes from, loaded at its first use: the command line answers before JAX is there. A module
 # is its own name.

@@ -25,7 +25,8 @@ class Feature:
     Args:
       name: Its key in a batch, and in what the collection returns.
       table: The name of the table that it reads. Several features may read one table.
-      mode: `"sum"`, `"mean"`, `"sqrtn"` or `"max"`, as in `embedding_bag`; None: a row for each id, as in `lookup`.
+      mode: `"mean"`, `"sum"`, `"sqrtn"` or `"max"`, as in `embedding_bag`. Default: none of them, a row for each id, as in
+        `lookup`.
 
     Raises:
       ValueError: If the mode is unknown.
