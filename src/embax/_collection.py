@@ -61,7 +61,8 @@ class Collection:
     """Named features over named tables, read in one call.
 
     Tables of the same width, dtype and rules are stored as one, so that a hundred of them cost one gather, and in
-    training one search for duplicates and one scatter. Only the padding row may differ. Outside, a table goes by its
+    training one search for duplicates and one scatter. Only the padding row may differ. Tables on a mesh have to be
+    laid out alike, over the same axes of the same mesh, and those that are stored as one stay so. Outside, a table goes by its
     own name: `collection["film"]` is that table, and `unstack` brings any tree that has the collection's structure,
     such as a gradient or an optimizer's state, into one with the names of the tables.
 
@@ -75,7 +76,8 @@ class Collection:
 
     Raises:
       TypeError: If a table is not a Table, or one of integers is to be pooled.
-      ValueError: If two features have one name, or one reads a table that there is not.
+      ValueError: If two features have one name, or one reads a table that there is not; if two tables are laid out in
+        different ways, or one is on a mesh and another one is not.
 
     Example:
       >>> import embax, jax
@@ -124,7 +126,7 @@ class Collection:
                     f"`embax.Collection(features=...)` must pool the rows of a table of floats, got {dtype} for "
                     f"{feature.name!r}. Cast the table, or leave out the mode."
                 )
-        members = members_of(tables)
+        members = members_of("embax.Collection(tables=...)", tables)
         _fill(self, stacks_of(dict(tables), members), members, features)
 
     @property
