@@ -138,15 +138,23 @@ def cut_out(stack: Any, member: Member) -> Any:
     end = member.start + member.rows
     if isinstance(stack, RowGrad):
         ids = jnp.where((stack.ids >= member.start) & (stack.ids < end), stack.ids - member.start, member.rows)
-        return row_grad(ids, stack.values, member.rows)
+        rows = row_grad(ids, stack.values, member.rows)
+        return with_weight(stack, rows, **_own_rules(stack, member)) if isinstance(stack, Table) else rows
     if not isinstance(stack, Table):
         return None if stack is None else stack[member.start : end]
     if stack.weight is None:
         return stack
     if stack.placement is not None:
-        placement = dataclasses.replace(stack.placement, rows=member.rows)
-        weight = _moves.moved(stack.placement, stack.weight, placement, member.start)
-        return with_weight(stack, weight, placement=placement, padding_idx=member.padding_idx)
+        rules = _own_rules(stack, member)
+        return with_weight(
+            stack, _moves.moved(stack.placement, stack.weight, rules["placement"], member.start), **rules
+        )
     whole = stack.rows == member.rows
     weight = stack.weight if whole else stack.weight[member.start : end]
     return dataclasses.replace(stack, weight=weight, padding_idx=member.padding_idx)
+
+
+def _own_rules(stack: Table, member: Member) -> dict[str, Any]:
+    """The rules of a table that are not those of its stack."""
+    placement = None if stack.placement is None else dataclasses.replace(stack.placement, rows=member.rows)
+    return {"padding_idx": member.padding_idx, "placement": placement}
