@@ -319,8 +319,11 @@ def _read_together(table: Table, parts: Sequence[_Input]) -> list[Shaped[Array, 
         layout = _pool.Layout(counted.shape[:1], None)
     mode = "max" if parts[0].feature.mode == "max" else "sum"
     total = _pool.pool_rows(table, ids, counted, weights, layout, mode)
+    # On a mesh, bags of different lengths are read alone, and there are as many of them as there are.
+    alone = table.placement is not None and layout.offsets is not None
+    cut = [total] if alone else parted(table.placement, total, sizes)
     out = []
-    for own, part in zip(parted(table.placement, total, sizes), parts, strict=True):
+    for own, part in zip(cut, parts, strict=True):
         bags = math.prod(part.layout.shape)
         own = jnp.reshape(own[:bags], (*part.layout.shape, *table.dim))
         own = _pool.divided(own, part.counted, part.weights, part.layout, part.feature.mode or "sum")

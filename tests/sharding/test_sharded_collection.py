@@ -92,10 +92,10 @@ OTHERS = {
     "layout": ((X, "x", "rows-cyclic"), r"'film' on Placement\('rows' over 4 of 'x'\) and 'user' on .*'rows-cyclic' ov"),
     "columns": ((X, "x", "columns"), r"'film' on Placement\('rows' over 4 of 'x'\) and 'user' on .*'columns' over 4"),
     "axes": ((Y, ("x", "y")), r"'film' on .*over 4 of 'x'\) and 'user' on .*over 2 of 'x' x 2 of 'y'\)"),
-    "kind of axes": ((mesh_of({"x": 4}, "explicit"), "x"), r"'x'\) of Mesh\(.*Auto.* and 'user' on .*Explicit"),
+    "kind of axes": ((mesh_of({"x": 4}, "explicit"), "x"), r"'film' on .*'x'\) of Mesh\(.*Auto.* and 'user' on .*Explicit"),
     "devices": (
         (jax.make_mesh((4,), ("x",), axis_types=X.axis_types, devices=jax.devices()[4:]), "x"),
-        r"with the devices \[0, 1, 2, 3\] and 'user' on .*with the devices \[4, 5, 6, 7\]",
+        r"'film' on .*with the devices \[0, 1, 2, 3\] and 'user' on .*with the devices \[4, 5, 6, 7\]",
     ),
     "none": (None, r"'film' on Placement\('rows' over 4 of 'x'\) and 'user' on no mesh"),
 }
