@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Float32, Int
 from . import _dedupe, _ids, _placed
 from ._held import bare
 from ._rows import RowGrad, is_trained
-from ._table import Table, without_padding
+from ._table import Table, has_weight, without_padding
 
 
 def global_norm(tree: Any) -> Float32[Array, ""]:
@@ -121,13 +121,13 @@ def checked_update(call: str, table: Table, update: Any) -> "RowGrad | Table":
             f"`{call}(updates=...)` must have a RowGrad or a Table where the parameters have a Table, got "
             f"{type(update).__name__}. Differentiate with embax.value_and_grad or embax.grad."
         )
-    if not hasattr(table.weight, "shape"):  # as Equinox leaves out a table of integers, and optax.masked what is masked
+    if not has_weight(table):  # as Equinox leaves out a table of integers
         return update
     if isinstance(update, RowGrad):
         refuse_lanes(call, update)
         fits = (update.rows, update.dim) == (table.rows, table.dim)
     else:
-        fits = update.weight is None or update.weight.shape == table.weight.shape
+        fits = not has_weight(update) or update.weight.shape == table.weight.shape
     if not fits:
         raise ValueError(f"`{call}(updates=...)` must fit the table {table!r}, got {update!r}. Pass its own gradient.")
     return update

@@ -25,8 +25,8 @@ class Feature:
     Args:
       name: Its key in a batch, and in what the collection returns.
       table: The name of the table that it reads. Several features may read one table.
-      mode: `"mean"`, `"sum"`, `"sqrtn"` or `"max"`, as in `embedding_bag`. Default: none of them, a row for each id, as in
-        `lookup`.
+      mode: `"mean"`, `"sum"`, `"sqrtn"` or `"max"`, as in `embedding_bag`. Default: no pooling, a row for each id, as
+        in `lookup`.
 
     Raises:
       ValueError: If the mode is unknown.
@@ -61,10 +61,12 @@ class Collection:
     """Named features over named tables, read in one call.
 
     Tables of the same width, dtype and rules are stored as one, so that a hundred of them cost one gather, and in
-    training one search for duplicates and one scatter. Only the padding row may differ. Tables on a mesh have to be
-    laid out alike, over the same axes of the same mesh, and those that are stored as one stay so. Outside, a table goes by its
+    training one search for duplicates and one scatter. Only the padding row may differ. Outside, a table goes by its
     own name: `collection["film"]` is that table, and `unstack` brings any tree that has the collection's structure,
     such as a gradient or an optimizer's state, into one with the names of the tables.
+
+    The tables may be sharded, all of them in the same layout over the same axes of one mesh. `embax.shard` of a
+    collection does the same for all of its tables at once.
 
     A pytree whose leaves are the stored tables: `embax.value_and_grad`, `embax.optim` and `embax.apply_updates` take it
     as they take a Table. Features that are pooled and have bags of one length share a gather, and so do those with a

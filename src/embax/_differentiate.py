@@ -12,10 +12,10 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Shaped
 
 from . import _ids, _placed, _tape
+from ._apply import apply_updates
 from ._mesh import is_explicit, resharded
 from ._modules import fixed_leaves
 from ._placement import Placement
-from ._apply import apply_updates
 from ._rows import RowGrad, is_trained, no_rows, row_grad
 from ._table import Table, with_weight
 

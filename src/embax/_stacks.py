@@ -12,7 +12,7 @@ import numpy as np
 from . import _ids, _moves
 from ._placement import Placement
 from ._rows import RowGrad, row_grad
-from ._table import Table, with_weight
+from ._table import Table, has_weight, with_weight
 
 # So that rows are numbered in 32 bits.
 _MOST_ROWS = np.iinfo(np.int32).max
@@ -67,8 +67,8 @@ def stacks_of(tables: Mapping[str, Any], members: Sequence[Member], like: Sequen
             continue
         padding = [member.start + row for member in of_stack for row in _ids.padding_rows(member.padding_idx)]
         weights = [part.weight for part in parts]
-        if weights[0] is None:
-            stacks.append(with_weight(like[of_stack[0].stack], None))
+        if not has_weight(parts[0]):
+            stacks.append(with_weight(like[of_stack[0].stack], weights[0]))
             continue
         if like and (placement := like[of_stack[0].stack].placement) is not None:
             weight = _put_together(placement, parts, of_stack)
@@ -84,9 +84,7 @@ def stacks_of(tables: Mapping[str, Any], members: Sequence[Member], like: Sequen
         else:
             placement = dataclasses.replace(placement, rows=sum(part.rows for part in parts))
             weight = _put_together(placement, parts, of_stack)
-        stacks.append(
-            dataclasses.replace(parts[0], weight=weight, placement=placement, padding_idx=tuple(padding))
-        )
+        stacks.append(dataclasses.replace(parts[0], weight=weight, placement=placement, padding_idx=tuple(padding)))
     return stacks
 
 
@@ -142,7 +140,7 @@ def cut_out(stack: Any, member: Member) -> Any:
         return with_weight(stack, rows, **_own_rules(stack, member)) if isinstance(stack, Table) else rows
     if not isinstance(stack, Table):
         return None if stack is None else stack[member.start : end]
-    if stack.weight is None:
+    if not has_weight(stack):
         return stack
     if stack.placement is not None:
         rules = _own_rules(stack, member)

@@ -108,8 +108,8 @@ class Table(OfRows):
 
     def _check_of_rows(self, rows: HeldRows) -> None:
         """Check the rules of a gradient, which are those of a table of zeros."""
-        rules = {name: getattr(self, name) for name in _STATIC} | {"placement": None}
-        of_zeros = Table(np.zeros((rows.rows, 0), np.float32), **rules)
+        rules: dict[str, Any] = {name: getattr(self, name) for name in _STATIC} | {"placement": None}
+        of_zeros = Table(jnp.zeros((rows.rows, 0)), **rules)
         object.__setattr__(self, "padding_idx", of_zeros.padding_idx)
 
     @classmethod
@@ -288,6 +288,11 @@ def rules_of(table: Table) -> dict[str, Any]:
             f"{table!r}. Pass embax.unshard(table)."
         )
     return {name: getattr(table, name) for name in RULES}
+
+
+def has_weight(table: Table) -> bool:
+    """Say whether a Table has a weight, or its shape: Equinox puts None in its place, and optax.masked a node."""
+    return hasattr(table.weight, "shape")
 
 
 def shared_rules(tables: Iterable[Table]) -> Table:

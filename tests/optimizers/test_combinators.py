@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import serialization
 from flax.core import FrozenDict
 
 import embax
@@ -155,7 +156,9 @@ def trained(form):
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     def step(params, states):
         for name, tx in lifted.items():
-            updates, states[name] = tx.update(embax.grad(loss, on_dense="error")(params[name]), states[name], params[name])
+            updates, states[name] = tx.update(
+                embax.grad(loss, on_dense="error")(params[name]), states[name], params[name]
+            )
             assert jax.tree.structure(updates) == jax.tree.structure(gradient)
             params[name] = embax.apply_updates(params[name], updates)
         return params, states
@@ -178,12 +181,13 @@ def trained(form):
 
 
 @pytest.mark.parametrize(
-    ("form", "name"), [(form, name) for form in ("dict", "flax", "module") for name in CASES if form == "dict" or name in IN_EVERY_FORM]
+    ("form", "name"),
+    [(form, name) for form in ("dict", "flax", "module") for name in CASES if form == "dict" or name in IN_EVERY_FORM],
 )
 def test_labels_and_masks_choose_as_they_do_for_plain_arrays(form, name):
     ours, theirs = (jax.tree.leaves(tree[name]) for tree in trained(form))
     start = jax.tree.leaves(params_of(form))
-    for one, other, before in zip(ours, theirs, start, strict=True):
+    for one, other in zip(ours, theirs, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)  # float32
     moved = [not np.array_equal(one, before) for one, before in zip(ours, start, strict=True)]
     assert any(moved)
@@ -218,7 +222,13 @@ def test_a_gradient_of_a_table_counts_as_a_row_grad():
         assert jax.tree.structure(one) == jax.tree.structure(gradient)
     again = dataclasses.replace(table, weight=by_hand)
     assert jax.tree.structure(again) == jax.tree.structure(gradient)
-    for wrong in (lambda: table + table, lambda: -table, lambda: 2 * table, lambda: gradient + table, lambda: gradient + 1):
+    for wrong in (
+        lambda: table + table,
+        lambda: -table,
+        lambda: 2 * table,
+        lambda: gradient + table,
+        lambda: gradient + 1,
+    ):
         with pytest.raises(TypeError):
             wrong()
     with pytest.raises(AttributeError, match="'Table' object has no attribute 'ids'"):
@@ -258,12 +268,30 @@ def test_gradients_of_the_steps_of_a_scan_add_up_to_that_of_the_batch():
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), by_steps, at_once)
 
 
+@pytest.mark.parametrize("labels", [by_path(params_of("dict")), by_path], ids=["tree", "function"])
+def test_a_state_with_labels_is_stored_and_carried_over(labels, tmp_path):
+    params = params_of("dict")
+    tx = kinds(labels, True)
+    _, state = jax.jit(tx.update)(embax.grad(loss)(params), tx.init(params), params)
+    embax.checkpoint.save(tmp_path / "checkpoint", state)
+    restored = embax.checkpoint.restore(tmp_path / "checkpoint", like=tx.init(params))
+    read = serialization.from_bytes(tx.init(params), serialization.to_bytes(state))
+    for again in (restored, read, embax.optim.carry_over(state, params, params, tx)):
+        assert jax.tree.structure(again) == jax.tree.structure(state)
+        sums = [x.inner_states["tables"].inner_state.inner[0].sum_of_squares["words"].weight for x in (again, state)]
+        np.testing.assert_array_equal(*sums)
+    grown = params | {"words": embax.resize(params["words"], ROWS + 5, jax.random.key(0))}
+    tx.update(embax.grad(loss)(grown), embax.optim.carry_over(state, params, grown, tx), grown)
+
+
 COMPUTES = {
     "clip": lambda: optax.chain(optax.clip(1.0), lift(optax.sgd(0.1))),
     "clip after": lambda: optax.chain(lift(optax.sgd(0.1)), optax.clip(1.0)),
     "clip_by_global_norm": lambda: optax.chain(optax.clip_by_global_norm(1.0), lift(optax.sgd(0.1))),
     "scale": lambda: optax.chain(lift(optax.scale_by_adam()), optax.scale(-0.1)),
-    "schedule": lambda: optax.chain(lift(optax.scale_by_adam()), optax.scale_by_schedule(optax.constant_schedule(-1.0))),
+    "schedule": lambda: optax.chain(
+        lift(optax.scale_by_adam()), optax.scale_by_schedule(optax.constant_schedule(-1.0))
+    ),
     "add_decayed_weights": lambda: optax.chain(optax.add_decayed_weights(0.1), lift(optax.sgd(0.1))),
     "MultiSteps": lambda: optax.MultiSteps(lift(optax.sgd(0.1)), 2),
     "ema": lambda: optax.chain(optax.ema(0.9), lift(optax.sgd(0.1))),
@@ -286,16 +314,16 @@ def test_what_computes_with_gradients_is_told_to_go_inside(name, compiled):
         with pytest.raises(NotImplementedError):
             update(gradient, tx.init(params), params)
         return
-    with pytest.raises((TypeError, ValueError), match="inside of embax.optim.lift"):
+    with pytest.raises((TypeError, ValueError), match=r"inside of embax\.optim\.lift"):
         update(gradient, tx.init(params), params)
 
 
 def test_updates_are_not_applied_by_optax():
     params = {"words": Table(weight(ROWS, DIM))}
-    with pytest.raises(TypeError, match="Apply updates with embax.apply_updates"):
+    with pytest.raises(TypeError, match=r"Apply updates with embax\.apply_updates"):
         optax.apply_updates(params, embax.grad(loss)(params))
 
 
 def test_what_is_lifted_is_not_lifted_again():
-    with pytest.raises(ValueError, match="got a transformation with a lifted one in it. Lift it once"):
+    with pytest.raises(ValueError, match=r"got a transformation with a lifted one in it\. Lift it once"):
         lift(optax.chain(lift(optax.adam(0.1)))).init({"words": Table(weight(ROWS, DIM))})

@@ -89,10 +89,13 @@ def test_tables_that_differ_in_how_rows_are_exchanged_are_stored_apart():
 
 X, Y, ON_X = mesh_of({"x": 4}), mesh_of({"x": 2, "y": 2}), (mesh_of({"x": 4}), "x")
 OTHERS = {
-    "layout": ((X, "x", "rows-cyclic"), r"'film' on Placement\('rows' over 4 of 'x'\) and 'user' on .*'rows-cyclic' ov"),
+    "layout": ((X, "x", "rows-cyclic"), r"'film' on Placement\('rows' over 4 of 'x'\) and 'user' on .*'rows-cyclic'"),
     "columns": ((X, "x", "columns"), r"'film' on Placement\('rows' over 4 of 'x'\) and 'user' on .*'columns' over 4"),
     "axes": ((Y, ("x", "y")), r"'film' on .*over 4 of 'x'\) and 'user' on .*over 2 of 'x' x 2 of 'y'\)"),
-    "kind of axes": ((mesh_of({"x": 4}, "explicit"), "x"), r"'film' on .*'x'\) of Mesh\(.*Auto.* and 'user' on .*Explicit"),
+    "kind of axes": (
+        (mesh_of({"x": 4}, "explicit"), "x"),
+        r"'film' on .*'x'\) of Mesh\(.*Auto.* and 'user' on .*Explicit",
+    ),
     "devices": (
         (jax.make_mesh((4,), ("x",), axis_types=X.axis_types, devices=jax.devices()[4:]), "x"),
         r"'film' on .*with the devices \[0, 1, 2, 3\] and 'user' on .*with the devices \[4, 5, 6, 7\]",

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import optax
 
 from .. import _check, _dedupe
+from .._apply import norm_of_distinct, refuse_lanes
 from .._held import around, bare
 from .._made_for import MadeFor, check_made_for, made_for
-from .._apply import norm_of_distinct, refuse_lanes
 from .._rows import RowGrad, is_trained
 from .._table import Table
 

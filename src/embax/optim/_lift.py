@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import optax
 
 from .. import _dedupe, _ids, _placed
+from .._apply import checked_update
 from .._held import around
 from .._made_for import MadeFor, check_made_for, made_for
-from .._apply import checked_update
 from .._rows import is_trained
 from .._table import Table, with_weight
 from ._separable import plan, state_of
@@ -63,8 +63,9 @@ def lift(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraA
 
     Raises:
       TypeError: If `tx` is not a transformation.
-      ValueError: If it is `optax.MultiSteps`. When the state is made: if it does not treat rows one by one, or is lifted
-        already. In `update`: without `params`, if a gradient does not fit its table, or if the state was made for other tables.
+      ValueError: If it is `optax.MultiSteps`. When the state is made: if it does not treat rows one by one, or if
+        something in it is lifted already. In `update`: without `params`, if a gradient does not fit its table, or if
+        the state was made for other tables.
 
     Example:
       >>> import embax, jax, jax.numpy as jnp, optax
@@ -126,7 +127,7 @@ def lift(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraA
         state = jax.tree.map(jnp.asarray, state)  # NumPy arrays, where it was restored from a file
         leaves, structure = jax.tree.flatten(params, is_leaf=_is_table)
         as_given = structure.flatten_up_to(updates)
-        gradients = [
+        gradients: list[Any] = [
             checked_update(_UPDATE, leaf, gradient) if _is_table(leaf) else gradient
             for leaf, gradient in zip(leaves, as_given, strict=True)
         ]
@@ -198,5 +199,6 @@ def _untrained(leaf: Any) -> Any:
 def _gathers_steps(name: str) -> ValueError:
     return ValueError(
         f"`embax.optim.lift(tx=...)` must act on the rows of each step, got optax.{name}, which gathers several steps "
-        "and would forget rows that the last of them did not read. Add up the gradients instead: g1 + g2."
+        "and would forget rows that the last of them did not read. Add up the gradients instead: g1 + g2, or "
+        "gradients.sum(axis=0) of what jax.lax.scan stacks."
     )

@@ -10,7 +10,7 @@ import optax
 from jaxtyping import Array
 
 from .._dedupe import accumulator
-from .._table import Table, with_weight
+from .._table import Table, has_weight, with_weight
 from ._structure import Kind, follows, is_rowwise, is_scaled, step_jaxpr
 
 # Rows of the small tables that a transformation is tried on. Adafactor factors only axes of 128 and more.
@@ -197,7 +197,7 @@ def _abstract(params: Any) -> tuple[Any, tuple[Any, ...]]:
 
 def _tables(params: Any) -> list[Table]:
     leaves = jax.tree.leaves(params, is_leaf=lambda node: isinstance(node, Table))
-    return [leaf for leaf in leaves if isinstance(leaf, Table) and leaf.weight is not None]
+    return [leaf for leaf in leaves if isinstance(leaf, Table) and has_weight(leaf)]
 
 
 def _with_weights(params: Any, weights: dict[int, Any]) -> Any:
@@ -205,7 +205,7 @@ def _with_weights(params: Any, weights: dict[int, Any]) -> Any:
     leaves, structure = jax.tree.flatten(params, is_leaf=lambda node: isinstance(node, Table))
     number = -1
     for i, leaf in enumerate(leaves):
-        if isinstance(leaf, Table) and leaf.weight is not None:
+        if isinstance(leaf, Table) and has_weight(leaf):
             number += 1
             leaves[i] = with_weight(leaf, weights.get(number, leaf.weight))
     return structure.unflatten(leaves)

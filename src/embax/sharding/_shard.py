@@ -16,7 +16,7 @@ from .._held import HeldRows
 from .._made_for import MadeFor
 from .._mesh import laid_out
 from .._placement import Layout, Placement, placement_of
-from .._table import Table, with_weight
+from .._table import Table, has_weight, with_weight
 
 # Reads rows `first, first + step, ...` below `end`, and of these some columns.
 _Reader = Callable[[slice, tuple[slice, ...]], np.ndarray]
@@ -99,10 +99,12 @@ def shard(
     def on_mesh(node: Any) -> Any:
         if isinstance(node, MadeFor):  # of an optimizer's state, whose tables are on the mesh then
             return node.placed(place)
-        if not isinstance(node, Table) or node.weight is None:
+        if not isinstance(node, Table):
             return node
         if isinstance(node.weight, HeldRows):  # of a gradient, which are where its ids are
             return with_weight(node, node.weight, placement=place((node.rows, *node.dim)))
+        if not has_weight(node):
+            return node
         if isinstance(node.weight, Tracer):
             raise TypeError(
                 f"`embax.shard(tree=...)` must be called outside of `jit`, got the traced {node!r}. Shard what goes in."
