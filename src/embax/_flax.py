@@ -44,7 +44,7 @@ def of_table(table: Any) -> dict[str, Any]:
 
 def to_table(table: Any, state: Any) -> Any:
     """A Table with the rules and the layout of another one, and the rows of a state."""
-    from ._table import with_weight
+    from ._table import has_weight, with_weight
     from .sharding._shard import placed
 
     if not isinstance(state, dict) or set(state) != {"weight"}:
@@ -53,15 +53,15 @@ def to_table(table: Any, state: Any) -> Any:
             f"{sorted(state) if isinstance(state, dict) else type(state).__name__}. Pass what to_state_dict gave."
         )
     weight = sys.modules[_NAME].from_state_dict(table.weight, state["weight"], name="weight")
-    wanted = None if table.weight is None else (table.rows, *table.dim)
-    saved = None if weight is None else np.shape(weight)
+    wanted = (table.rows, *table.dim) if has_weight(table) else None
+    saved = np.shape(weight) if hasattr(weight, "shape") else None
     if wanted != saved:
         raise ValueError(
             f"`flax.serialization.from_state_dict(target=...)` must have tables of the shapes that were saved, got "
             f"{table!r} for one of {saved}. Make the target so; embax.resize and embax.optim.carry_over bring it to "
             "other rows."
         )
-    if table.placement is not None and weight is not None:
+    if table.placement is not None and saved is not None:
         return placed(with_weight(table, np.asarray(weight), placement=None), table.placement)
     return with_weight(table, jnp.asarray(weight) if isinstance(weight, np.ndarray) else weight)
 

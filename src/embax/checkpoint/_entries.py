@@ -11,8 +11,9 @@ import numpy as np
 from .._collection import Collection
 from .._made_for import MadeFor
 from .._placement import Placement
+from .._rows import RowGrad
 from .._stacks import cut_out
-from .._table import Table
+from .._table import Table, has_weight
 
 # Dtypes that TensorStore, and so Orbax, has no name for.
 _UNKNOWN = {"object", "uint2", "uint4", "float8_e4m3"}
@@ -54,19 +55,19 @@ def entries_of(call: str, tree: Any) -> list[Entry]:
 
 def _entries(call: str, tree: Any, above: tuple[Any, ...]) -> list[Entry]:
     found = []
-    for path, node in jax.tree.flatten_with_path(tree, is_leaf=lambda node: isinstance(node, Table | Collection))[0]:
+    for path, node in jax.tree.flatten_with_path(tree, is_leaf=_is_node)[0]:
         path = (*above, *path)
         name = _name(path) or "tree"
         if isinstance(node, Collection):
             for member in node._members:
                 stack, of_member = node.stacks[member.stack], (*path, jax.tree_util.DictKey(member.name))
-                if isinstance(stack, Table) and stack.weight is not None and stack.placement is not None:
+                if isinstance(stack, Table) and has_weight(stack) and stack.placement is not None:
                     name = _name(of_member)
                     found.append(Entry(name, stack.weight, stack.placement, member.start, member.rows))
                 else:
                     found += _entries(call, cut_out(stack, member), of_member)
         elif isinstance(node, Table):
-            if node.weight is not None:
+            if has_weight(node):
                 found.append(Entry(name, node.weight, node.placement, 0, node.rows))
         elif _can_be_written(node):
             found.append(Entry(name, node))
@@ -76,6 +77,11 @@ def _entries(call: str, tree: Any, above: tuple[Any, ...]) -> list[Entry]:
                 "Leave it out."
             )
     return found
+
+
+def _is_node(node: Any) -> bool:
+    """Whether a node is written as a table, or as the tables of a Collection; a gradient is not."""
+    return isinstance(node, Table | Collection) and not isinstance(node, RowGrad)
 
 
 def _can_be_written(value: Any) -> bool:
@@ -136,7 +142,8 @@ def _is_description(node: Any) -> bool:
 
 
 def _name(path: Any) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator="/")
+    # The key between a Table and the rows of its gradient is not written.
+    return jax.tree_util.keystr(tuple(key for key in path if str(key)), simple=True, separator="/")
 
 
 def by_blocks(placement: Placement, rows: int) -> Placement:

@@ -14,7 +14,8 @@ from jax.sharding import Mesh, NamedSharding
 from .. import _check, _moves
 from .._collection import Collection, restack
 from .._mesh import laid_out
-from .._table import Table, with_weight
+from .._rows import RowGrad
+from .._table import Table, has_weight, with_weight
 from ..optim._states import with_scratch, without_scratch
 from ._entries import Entry, by_blocks, described, entries_of, is_key, with_descriptions
 from ._orbax import ABOUT, ARRAYS, FORMAT, manager_of, nested, ocp, path_of, taken
@@ -82,7 +83,7 @@ def restore(path: str | os.PathLike[str], like: Any, *, step: int | None = None,
     left = iter(entries)
 
     def filled(in_collection: bool, node: Any) -> Any:
-        if isinstance(node, Table) and node.weight is None:
+        if isinstance(node, Table) and not has_weight(node):
             return node
         entry = next(left)
         value = values.pop(entry.name)
@@ -105,7 +106,7 @@ def restore(path: str | os.PathLike[str], like: Any, *, step: int | None = None,
 
 
 def _is_node(node: Any) -> bool:
-    return isinstance(node, Table | Collection)
+    return isinstance(node, Table | Collection) and not isinstance(node, RowGrad)
 
 
 def _read(
@@ -226,9 +227,9 @@ def _as_wanted(value: Any, entry: Entry, target: jax.ShapeDtypeStruct, found: di
     if entry.rows is not None and entry.placement is None:  # a table saved on a mesh has rows behind its last one
         value = value[: entry.rows]
     if is_key(like):  # of several processes, keys of all of them are made by jit alone
-        return jax.jit(functools.partial(jax.random.wrap_key_data, impl=found["impl"]), out_shardings=_sharding(like))(
-            value
-        )
+        impl = jax.random.key_impl(like) if isinstance(like, jax.Array) else None
+        impl = impl if str(impl) == found["impl"] else found["impl"]  # as the ids of a RowGrad, which have no name
+        return jax.jit(functools.partial(jax.random.wrap_key_data, impl=impl), out_shardings=_sharding(like))(value)
     if isinstance(like, np.generic):
         return like.dtype.type(value)
     if isinstance(like, bool | int | float | complex):

@@ -1,6 +1,7 @@
 """carry_over: the state of an optimizer for tables that have changed in mid-training."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,7 +18,7 @@ from .._made_for import MadeFor, differences, is_node, made_for
 from .._mesh import laid_out
 from .._placement import Placement
 from .._stacks import cut_out, stacks_of
-from .._table import Table, with_weight
+from .._table import Table, has_weight, with_weight
 from ..sharding import unshard
 from ..sharding._shard import placed
 from ._clip import ClipByGlobalNormState
@@ -87,7 +88,7 @@ def carry_over(state: Any, old_params: Any, new_params: Any, tx: optax.GradientT
         if isinstance(node, Table):
             if f"{name}.weight" in owners:
                 return _carried_rows(node, old.tables.get(name))
-            return node if node.weight is None else with_weight(node, old.array(f"{name}.weight", node.weight))
+            return node if not has_weight(node) else with_weight(node, old.array(f"{name}.weight", node.weight))
         if (owner := owners.get(name)) is None or name not in old.arrays:
             return old.array(name, node)
         before = _table(old.arrays[name], old.placements.get(owner))
@@ -108,7 +109,7 @@ class _Old:
             name = jax.tree_util.keystr(path)
             if isinstance(node, Collection):
                 self.tables |= {f"{name}[{key!r}]": table for key, table in _members(node).items()}
-            elif isinstance(node, Table) and node.weight is not None:
+            elif isinstance(node, Table) and has_weight(node):
                 self.tables[name] = node
 
     def array(self, name: str, fresh: Any) -> Any:
@@ -167,7 +168,7 @@ def _carried_collection(name: str, node: Collection, owners: Mapping[str, str], 
             }
             (joined,) = stacks_of(tables, here, node.stacks)
             stacks.append(with_weight(stack, joined.weight))
-        elif stack.weight is None:
+        elif not has_weight(stack):
             stacks.append(stack)
         else:
             stacks.append(with_weight(stack, old.array(path, stack.weight)))
@@ -212,7 +213,7 @@ def _members(collection: Collection) -> dict[str, Table]:
         member.name: cut_out(stack, member)
         for member in collection._members
         for stack in [collection.stacks[member.stack]]
-        if isinstance(stack, Table) and stack.weight is not None and jnp.ndim(stack.weight)
+        if isinstance(stack, Table) and has_weight(stack) and jnp.ndim(stack.weight)
     }
 
 
@@ -224,20 +225,22 @@ def _owners(params: Any, tx: optax.GradientTransformation) -> dict[str, str]:
     """
     nodes, structure = jax.tree.flatten_with_path(params, is_leaf=lambda node: isinstance(node, Table))
     names = [jax.tree_util.keystr(path) for path, _ in nodes]
+    # As many more rows that every device has the same number, since labels for each leaf hold the placement of a table.
+    step = math.lcm(*(x.placement.shards for _, x in nodes if isinstance(x, Table) and x.placement is not None))
 
     def shapes(more: bool) -> dict[str, tuple[int, ...]]:
         longer = []
         for number, (_, node) in enumerate(nodes, start=1):
-            if isinstance(node, Table) and node.weight is not None:
-                weight = jax.ShapeDtypeStruct((node.rows + more * number, *node.dim), node.dtype)
-                longer.append(with_weight(node, weight, placement=None))
+            if isinstance(node, Table) and has_weight(node):
+                rows = node.weight.shape[0] + more * number * step
+                longer.append(with_weight(node, jax.ShapeDtypeStruct((rows, *node.dim), node.dtype)))
             else:
                 longer.append(jax.tree.map(_shape, node))
         state = without_scratch(jax.eval_shape(tx.init, structure.unflatten(longer)), _LIFTED)
         return {jax.tree_util.keystr(path): leaf.shape for path, leaf in jax.tree.flatten_with_path(state)[0]}
 
     few, many = shapes(False), shapes(True)
-    return {name: names[many[name][0] - few[name][0] - 1] for name in few if few[name] != many[name]}
+    return {name: names[(many[name][0] - few[name][0]) // step - 1] for name in few if few[name] != many[name]}
 
 
 def _placements(params: Any) -> dict[str, Placement | None]:

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Float32, Int32
 
 from .. import _check
 from .._dedupe import accumulator
-from .._table import Table, with_weight
+from .._table import Table, has_weight, with_weight
 from ._lift import lift
 
 
@@ -144,7 +144,7 @@ def _map(function: Callable[..., Any], tree: Any, *others: Any) -> Any:
     """Map over a tree with Tables for leaves, of which those without a weight have nothing in the other trees."""
 
     def of_leaf(leaf: Any, *rest: Any) -> Any:
-        return None if isinstance(leaf, Table) and leaf.weight is None else function(leaf, *rest)
+        return None if isinstance(leaf, Table) and not has_weight(leaf) else function(leaf, *rest)
 
     return jax.tree.map(of_leaf, tree, *others, is_leaf=lambda node: isinstance(node, Table))
 

@@ -10,7 +10,7 @@ import optax
 from jaxtyping import Array
 
 from .._dedupe import accumulator
-from .._table import Table, with_weight
+from .._table import Table, has_weight, with_weight
 from ._structure import Kind, follows, is_rowwise, is_scaled, step_jaxpr
 
 # Rows of the small tables that a transformation is tried on. Adafactor factors only axes of 128 and more.
@@ -41,12 +41,6 @@ def plan(tx: optax.GradientTransformationExtraArgs, params: Any) -> Plan:
     Raises:
       ValueError: If rows mix, or the state follows the rows otherwise than along the first axis of a leaf.
     """
-    # Rows are stored rows here, wherever they are.
-    params = jax.tree.map(
-        lambda node: with_weight(Table(jnp.zeros(0)), node.weight) if isinstance(node, Table) else node,
-        params,
-        is_leaf=lambda node: isinstance(node, Table),
-    )
     return _plan(tx.init, tx.update, *_abstract(params))
 
 
@@ -79,16 +73,15 @@ def _owners(init: Callable[..., Any], structure: Any, leaves: tuple[Any, ...]) -
     before, before_structure = jax.tree.flatten(jax.eval_shape(init, params))
     owners: list[int | None] = [None] * len(before)
     for k, table in enumerate(_tables(params)):
-        longer = jax.ShapeDtypeStruct((table.rows + 1, *table.dim), table.dtype)
+        rows = table.weight.shape[0]  # as stored, wherever they are
+        longer = jax.ShapeDtypeStruct((rows + 1, *table.dim), table.dtype)
         after, after_structure = jax.tree.flatten(jax.eval_shape(init, _with_weights(params, {k: longer})))
         if before_structure != after_structure:
             raise _mixes(f"a state of {after_structure} for one row more instead of {before_structure}")
         for i, (few, many) in enumerate(zip(before, after, strict=True)):
             if few.shape == many.shape:
                 continue
-            if (few.shape[:1], many.shape) != ((table.rows,), (table.rows + 1, *few.shape[1:])) or owners[
-                i
-            ] is not None:
+            if (few.shape[:1], many.shape) != ((rows,), (rows + 1, *few.shape[1:])) or owners[i] is not None:
                 raise _mixes(f"a state of shape {many.shape} for one row more instead of {few.shape}")
             owners[i] = k
     return tuple(owners)
@@ -204,7 +197,7 @@ def _abstract(params: Any) -> tuple[Any, tuple[Any, ...]]:
 
 def _tables(params: Any) -> list[Table]:
     leaves = jax.tree.leaves(params, is_leaf=lambda node: isinstance(node, Table))
-    return [leaf for leaf in leaves if isinstance(leaf, Table) and leaf.weight is not None]
+    return [leaf for leaf in leaves if isinstance(leaf, Table) and has_weight(leaf)]
 
 
 def _with_weights(params: Any, weights: dict[int, Any]) -> Any:
@@ -212,7 +205,7 @@ def _with_weights(params: Any, weights: dict[int, Any]) -> Any:
     leaves, structure = jax.tree.flatten(params, is_leaf=lambda node: isinstance(node, Table))
     number = -1
     for i, leaf in enumerate(leaves):
-        if isinstance(leaf, Table) and leaf.weight is not None:
+        if isinstance(leaf, Table) and has_weight(leaf):
             number += 1
             leaves[i] = with_weight(leaf, weights.get(number, leaf.weight))
     return structure.unflatten(leaves)

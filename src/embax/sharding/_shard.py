@@ -12,10 +12,11 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Int32
 
 from .. import _ids, _moves, _placed
+from .._held import HeldRows
 from .._made_for import MadeFor
 from .._mesh import laid_out
 from .._placement import Layout, Placement, placement_of
-from .._table import Table, with_weight
+from .._table import Table, has_weight, with_weight
 
 # Reads rows `first, first + step, ...` below `end`, and of these some columns.
 _Reader = Callable[[slice, tuple[slice, ...]], np.ndarray]
@@ -98,7 +99,11 @@ def shard(
     def on_mesh(node: Any) -> Any:
         if isinstance(node, MadeFor):  # of an optimizer's state, whose tables are on the mesh then
             return node.placed(place)
-        if not isinstance(node, Table) or node.weight is None:
+        if not isinstance(node, Table):
+            return node
+        if isinstance(node.weight, HeldRows):  # of a gradient, which are where its ids are
+            return with_weight(node, node.weight, placement=place((node.rows, *node.dim)))
+        if not has_weight(node):
             return node
         if isinstance(node.weight, Tracer):
             raise TypeError(

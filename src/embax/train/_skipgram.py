@@ -14,10 +14,11 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float32, Int32, Int64, Key, Shaped, UInt32
 
 from .. import _check, _dedupe, _placed
+from .._apply import apply_updates
 from .._candidates import draw_pieces, pieces
 from .._grad import value_and_grad
 from .._lookup import lookup
-from .._rows import RowGrad, apply_updates, row_grad
+from .._rows import RowGrad, row_grad
 from .._table import Table
 from ..sharding import unshard
 from ..vectors import Vectors
