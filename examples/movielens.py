@@ -139,13 +139,15 @@ def train(
 
 def error(collection: embax.Collection, mean: jax.Array, ratings: Ratings, films: Films) -> float:
     """The root of the mean squared error, in stars; predictions are kept within the scale."""
-    stars = predict(collection(inputs(ratings, jnp.asarray(films.genres), collection)), mean)
+    genres = jnp.asarray(films.genres)
+    stars = jax.jit(lambda x, batch: predict(x(inputs(batch, genres, x)), mean))(collection, ratings)
     return float(np.sqrt(np.mean((np.clip(stars, 0.5, 5) - ratings.stars) ** 2)))
 
 
 def film_vectors(collection: embax.Collection, films: Films) -> np.ndarray:
     """The vector by which each film is rated."""
-    genres = embax.embedding_bag(collection["genre"], films.genres, mode="mean")
+    pool = jax.jit(embax.embedding_bag, static_argnames="mode")
+    genres = pool(collection["genre"], films.genres, mode="mean")
     return np.asarray(collection["film"].weight + genres)
 
 

@@ -13,7 +13,7 @@ from embax.train import _skipgram
 TOPICS = [[f"{topic}{number}" for number in range(8)] for topic in "abcdef"]
 
 
-def topics_corpus(sequences=600, seed=0):
+def topics_corpus(sequences, seed=0):
     """Each sequence has words of one topic, and words that occur with all of them."""
     rng = np.random.default_rng(seed)
     for _ in range(sequences):
@@ -107,7 +107,7 @@ def test_noise_covers_all_of_uint32(counts):
 
 
 def test_skipgram_finds_the_words_of_a_topic():
-    vectors = train.skipgram(topics_corpus(), dim=16, epochs=8, sample=0, learning_rate=0.05)
+    vectors = train.skipgram(topics_corpus(300), dim=16, epochs=8, sample=0, learning_rate=0.05)
     for topic in TOPICS:
         for word in topic:
             nearest = [neighbor for neighbor, _ in vectors.most_similar(word, k=7)]

@@ -2,9 +2,9 @@
 
 import atexit
 import contextlib
-import functools
 import os
 import re
+import signal
 import sys
 import threading
 from collections.abc import Iterator
@@ -14,8 +14,10 @@ import typer
 
 from ._common import UserError
 
-# Seconds without a sign of life after which a process counts as lost. Most often its connections break at once.
-_HEARTBEAT = 60
+# Seconds without a heartbeat after which JAX counts a process as lost, and in which all others have ended then. JAX
+# sends one every 10 seconds, from a C++ thread that needs no lock of Python. On a processor with four times more to do
+# than it has cores, healthy runs got by with a limit of 2 seconds.
+_HEARTBEAT, _END = 20, 30
 # Seconds that a process waits for the others to begin.
 _JOIN = 300
 # Seconds that the others wait at the end for the first process, which writes the file.
@@ -63,8 +65,9 @@ def address(distributed: bool, coordinator: str | None, number: int | None, proc
 def together(where: Address | None, lost: str) -> Iterator[bool]:
     """Join the other processes, and end when one of them is lost.
 
-    A process that fails ends without waiting for the others, who find that out by their broken connections. Where
-    these stay, as after a loss of power, JAX ends the others when it misses a sign of life for a minute.
+    A process that fails ends without waiting for the others. JAX raises an error in those whose connections to it
+    break, and aborts the rest once heartbeats are missing. It has no public hook for the abort, so every process prints
+    how to go on before it begins.
 
     Args:
       where: Where they meet; None for a process that is alone.
@@ -79,39 +82,34 @@ def together(where: Address | None, lost: str) -> Iterator[bool]:
     if where is None:
         yield True
         return
-    import socket
-
     import jax
 
-    from ._lifelines import Lifelines, complain_and_leave
-
+    on_terminate = signal.getsignal(signal.SIGTERM) or signal.SIG_DFL
     _join(where)
-    message = f"another process was lost. {lost}"
+    # JAX would take it for a notice that this process is to end soon, and let it run on.
+    signal.signal(signal.SIGTERM, on_terminate)
+    if where.number != 1:
+        note = f"embax: note: if another process is lost, this one ends within {_END} seconds. {lost}"
+        print(note, file=sys.stderr, flush=True)
     with _quiet():
-        host = socket.gethostname() if where.coordinator is None else where.coordinator.rpartition(":")[0]
-        lifelines = Lifelines(host, functools.partial(complain_and_leave, message))
         try:
             yield jax.process_index() == 0
+            jax.distributed.shutdown()
         except BaseException as error:
-            lifelines.end()
-            # Before JAX's own, which waits for the others.
+            # Before the one of JAX, which waits for the others.
             atexit.register(_leave, 130 if isinstance(error, KeyboardInterrupt) else 2)
             if _is_loss(error):
-                raise UserError(message) from None
+                raise UserError(f"another process was lost. {lost}") from None
             raise
-        lifelines.close()
-        jax.distributed.shutdown()
 
 
 def _join(where: Address) -> None:
     import jax
 
-    from ._lifelines import complain_and_leave
-
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     # JAX would abort with a message about fatal errors.
     message = f"the other processes have not come within {_JOIN} seconds. Start all of them with one address."
-    too_late = threading.Timer(_JOIN, complain_and_leave, [message])
+    too_late = threading.Timer(_JOIN, _complain_and_leave, [message])
     too_late.daemon = True
     too_late.start()
     try:
@@ -138,9 +136,12 @@ def _first_line(error: Exception) -> str:
 
 
 def _is_loss(error: BaseException) -> bool:
-    """Whether an error is one of JAX's runtime, which begin with a status, and tells of a broken connection."""
+    """Whether an error is one of JAX's runtime, which begin with a status, and tells of a broken connection.
+
+    While the backend starts, JAX names it before the status.
+    """
     return isinstance(error, ValueError | RuntimeError) and bool(
-        re.match(r"[A-Z_]+: ", str(error)) and _LOST.search(str(error))
+        re.match(r"(Unable to initialize backend '\w+': )?[A-Z_]+: ", str(error)) and _LOST.search(str(error))
     )
 
 
@@ -156,6 +157,11 @@ def _quiet() -> Iterator[None]:
         os.dup2(kept, 1)
         os.close(kept)
         os.close(nothing)
+
+
+def _complain_and_leave(message: str) -> None:
+    print(f"embax: error: {message}", file=sys.stderr, flush=True)
+    os._exit(2)
 
 
 def _leave(status: int) -> None:

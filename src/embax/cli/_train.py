@@ -82,7 +82,8 @@ def train(
         typer.Option(
             "--distributed",
             help="Train together with other processes that run the same command, as Slurm, MPI or Kubernetes start "
-            "them. Each learns from its part of the text; the first one prints and writes.",
+            "them. Each learns from its part of the text; the first one prints and writes. If one is lost, the others "
+            "end within 30 seconds.",
         ),
     ] = False,
     coordinator: Annotated[
