@@ -7,9 +7,11 @@ PACKAGE = Path("src/embax")
 SOURCES = {
     "core": ("_check.py", "_ids.py", "_index.py", "_lookup.py", "_table.py", "_write_back.py", "_mesh.py"),
     "gradients": (
+        "_apply.py",
         "_dedupe.py",
         "_differentiate.py",
         "_grad.py",
+        "_held.py",
         "_rows.py",
         "_tape.py",
         "brainstate/_grad.py",

@@ -4,6 +4,8 @@ import importlib as _importlib
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 
 if _TYPE_CHECKING:
+    from ._apply import apply_updates as apply_updates
+    from ._apply import global_norm as global_norm
     from ._attend import attend as attend
     from ._bag import embedding_bag as embedding_bag
     from ._candidates import Unigram as Unigram
@@ -22,8 +24,6 @@ if _TYPE_CHECKING:
     from ._ragged import Ragged as Ragged
     from ._resize import resize as resize
     from ._rows import RowGrad as RowGrad
-    from ._rows import apply_updates as apply_updates
-    from ._rows import global_norm as global_norm
     from ._sampled_softmax import sampled_softmax as sampled_softmax
     from ._state_dict import from_state_dict as from_state_dict
     from ._state_dict import to_state_dict as to_state_dict
@@ -35,7 +35,7 @@ if _TYPE_CHECKING:
     from .vectors import Vectors as Vectors
     from .vocabulary import Vocabulary as Vocabulary
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # The module that each name comes from, loaded at its first use: the command line answers before JAX is there. A module
 # is its own name.
@@ -52,7 +52,7 @@ _LAZY = {
     "Unigram": "embax._candidates",
     "Vectors": "embax.vectors",
     "Vocabulary": "embax.vocabulary",
-    "apply_updates": "embax._rows",
+    "apply_updates": "embax._apply",
     "attend": "embax._attend",
     "brainstate": "embax.brainstate",
     "checkpoint": "embax.checkpoint",
@@ -61,7 +61,7 @@ _LAZY = {
     "evaluate": "embax.evaluate",
     "files": "embax.files",
     "from_state_dict": "embax._state_dict",
-    "global_norm": "embax._rows",
+    "global_norm": "embax._apply",
     "grad": "embax._grad",
     "hash_ids": "embax._hash",
     "lookup": "embax._lookup",

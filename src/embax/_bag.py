@@ -15,13 +15,13 @@ from ._ragged import Ragged
 from ._table import Table
 
 
-def embedding_bag(table: Table, bags: Any, weights: Any = None, mode: Mode = "sum") -> Shaped[Array, "*bags_dim"]:
+def embedding_bag(table: Table, bags: Any, weights: Any = None, mode: Mode = "mean") -> Shaped[Array, "*bags_dim"]:
     """Look up bags of ids and pool the rows of each bag.
 
     With `x_i` the rows of a bag, as `lookup` reads them, and `w_i` their weights, or ones:
 
+    - `"mean"`, the default: `sum_i w_i x_i / sum_i w_i`
     - `"sum"`: `sum_i w_i x_i`
-    - `"mean"`: `sum_i w_i x_i / sum_i w_i`
     - `"sqrtn"`: `sum_i w_i x_i / sqrt(sum_i w_i**2)`
     - `"max"`: the largest number in each column; where several are, the first of them gets the gradient
 
@@ -35,7 +35,7 @@ def embedding_bag(table: Table, bags: Any, weights: Any = None, mode: Mode = "su
       bags: A Ragged, or ids of the shape `(*bags, length)`.
       weights: A factor for each id, dimensionless: of the shape of the ids, or of `Ragged.values`. Differentiable.
         Default: none. Not with `"max"`.
-      mode: How rows are pooled.
+      mode: How rows are pooled. Default: by their mean, as in torch.
 
     Returns:
       One vector a bag, `(*bags, *dim)`, in the table's dtype.
@@ -49,10 +49,10 @@ def embedding_bag(table: Table, bags: Any, weights: Any = None, mode: Mode = "su
     Example:
       >>> import embax, jax.numpy as jnp
       >>> table = embax.Table(jnp.array([[0.0, 0.0], [1.0, 10.0], [3.0, 30.0]]), padding_idx=0)
-      >>> embax.embedding_bag(table, [[1, 2, 0], [0, 0, 0]], mode="mean")
+      >>> embax.embedding_bag(table, [[1, 2, 0], [0, 0, 0]])
       Array([[ 2., 20.],
              [ 0.,  0.]], dtype=float32)
-      >>> embax.embedding_bag(table, embax.Ragged.from_lists([[1, 2], [], [2, 2]]))
+      >>> embax.embedding_bag(table, embax.Ragged.from_lists([[1, 2], [], [2, 2]]), mode="sum")
       Array([[ 4., 40.],
              [ 0.,  0.],
              [ 6., 60.]], dtype=float32)

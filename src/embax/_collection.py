@@ -25,7 +25,8 @@ class Feature:
     Args:
       name: Its key in a batch, and in what the collection returns.
       table: The name of the table that it reads. Several features may read one table.
-      mode: `"sum"`, `"mean"`, `"sqrtn"` or `"max"`, as in `embedding_bag`; None: a row for each id, as in `lookup`.
+      mode: `"mean"`, `"sum"`, `"sqrtn"` or `"max"`, as in `embedding_bag`. Default: none of them, a row for each id, as in
+        `lookup`.
 
     Raises:
       ValueError: If the mode is unknown.
@@ -60,7 +61,8 @@ class Collection:
     """Named features over named tables, read in one call.
 
     Tables of the same width, dtype and rules are stored as one, so that a hundred of them cost one gather, and in
-    training one search for duplicates and one scatter. Only the padding row may differ. Outside, a table goes by its
+    training one search for duplicates and one scatter. Only the padding row may differ. Tables on a mesh have to be
+    laid out alike, over the same axes of the same mesh, and those that are stored as one stay so. Outside, a table goes by its
     own name: `collection["film"]` is that table, and `unstack` brings any tree that has the collection's structure,
     such as a gradient or an optimizer's state, into one with the names of the tables.
 
@@ -74,7 +76,8 @@ class Collection:
 
     Raises:
       TypeError: If a table is not a Table, or one of integers is to be pooled.
-      ValueError: If two features have one name, or one reads a table that there is not.
+      ValueError: If two features have one name, or one reads a table that there is not; if two tables are laid out in
+        different ways, or one is on a mesh and another one is not.
 
     Example:
       >>> import embax, jax
@@ -123,7 +126,7 @@ class Collection:
                     f"`embax.Collection(features=...)` must pool the rows of a table of floats, got {dtype} for "
                     f"{feature.name!r}. Cast the table, or leave out the mode."
                 )
-        members = members_of(tables)
+        members = members_of("embax.Collection(tables=...)", tables)
         _fill(self, stacks_of(dict(tables), members), members, features)
 
     @property
@@ -316,8 +319,11 @@ def _read_together(table: Table, parts: Sequence[_Input]) -> list[Shaped[Array, 
         layout = _pool.Layout(counted.shape[:1], None)
     mode = "max" if parts[0].feature.mode == "max" else "sum"
     total = _pool.pool_rows(table, ids, counted, weights, layout, mode)
+    # On a mesh, bags of different lengths are read alone, and there are as many of them as there are.
+    alone = table.placement is not None and layout.offsets is not None
+    cut = [total] if alone else parted(table.placement, total, sizes)
     out = []
-    for own, part in zip(parted(table.placement, total, sizes), parts, strict=True):
+    for own, part in zip(cut, parts, strict=True):
         bags = math.prod(part.layout.shape)
         own = jnp.reshape(own[:bags], (*part.layout.shape, *table.dim))
         own = _pool.divided(own, part.counted, part.weights, part.layout, part.feature.mode or "sum")

@@ -15,7 +15,8 @@ from . import _ids, _placed, _tape
 from ._mesh import is_explicit, resharded
 from ._modules import fixed_leaves
 from ._placement import Placement
-from ._rows import RowGrad, apply_updates, is_trained, no_rows, row_grad
+from ._apply import apply_updates
+from ._rows import RowGrad, is_trained, no_rows, row_grad
 from ._table import Table, with_weight
 
 OnDense = Literal["error", "warn", "allow"]
@@ -68,8 +69,13 @@ def evaluate(fun: Callable[..., Any], options: Options, args: Sequence[Any], kwa
         name = f"argument {numbers[path[0].idx]}{jax.tree_util.keystr(path[1:])}"
         report_dense(options.call, options.on_dense, name, leaves[i], reason, options.stacklevel)
     out, gradients = _differentiate(run, leaves, seen, fixed, options)
-    gradient = structure.unflatten(gradients)
+    gradient = structure.unflatten([_of_table(*pair) for pair in zip(leaves, gradients, strict=True)])
     return out, tuple(gradient) if isinstance(options.argnums, Sequence) else gradient[0]
+
+
+def _of_table(leaf: Any, gradient: Any) -> Any:
+    """Put the Table that rows are the gradient of around them, so that the gradients have the parameters' structure."""
+    return with_weight(leaf, gradient) if isinstance(leaf, Table) and isinstance(gradient, RowGrad) else gradient
 
 
 def report_dense(call: str, on_dense: OnDense, name: str, table: Table, reason: str, stacklevel: int = 3) -> None:

@@ -1,6 +1,5 @@
-"""RowGrad: the gradient, or the update, of the rows of a table that were read; and how it is applied."""
+"""RowGrad: the gradient, or the update, of the rows of a table that were read."""
 
-import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -9,16 +8,45 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, Float, Float32, Int, Key, Shaped
+from jax.extend.random import define_prng_impl
+from jaxtyping import Array, Float, Int, Key, Shaped
 
-from . import _check, _dedupe, _ids, _placed
-from ._table import Table, without_padding
+from . import _check, _dedupe, _ids
+from ._held import HeldRows, bare, is_label
+from ._table import Table
 
-# Ids are held as random keys of this implementation: two words of 32 bits.
-_KEYS = "threefry2x32"
+# What JAX says of arithmetic that does not know a RowGrad, which optax does for each leaf: in the name of the dtype of
+# the ids, and in that of the type where trees do not match.
+_HINT = "put this inside of embax.optim.lift"
 
 
-class RowGrad:
+def _no_random_numbers(*_: Any) -> Any:
+    raise TypeError("`jax.random` must be given a random key, got the ids of an embax.RowGrad. Leave them out.")
+
+
+# Ids are held as random keys of two words of 32 bits.
+_KEYS = define_prng_impl(
+    key_shape=(2,),
+    seed=_no_random_numbers,
+    split=_no_random_numbers,
+    random_bits=_no_random_numbers,
+    fold_in=_no_random_numbers,
+    name="embax.RowGrad",
+    tag=f"RowGrad: {_HINT}",
+)
+
+
+class _KindOfRowGrad(type):
+    """What RowGrad is an instance of: a Table whose weight is a RowGrad counts as one."""
+
+    def __instancecheck__(cls, instance: Any) -> bool:
+        return super().__instancecheck__(bare(instance))
+
+    def __repr__(cls) -> str:
+        return f"<class 'embax.{cls.__name__}': {_HINT}>"
+
+
+class RowGrad(HeldRows, metaclass=_KindOfRowGrad):
     """The gradient of a table, held as the rows that were read and nothing else.
 
     `dense[r] = sum of values[i] over all i with ids[i] == r`
@@ -27,13 +55,18 @@ class RowGrad:
     `embax.value_and_grad`, taken by the optimizers of `embax.optim` and by `embax.apply_updates`. `g1 + g2` puts two
     together, `g1 - g2` and `sum([g1, g2])` do so, too; `c * g`, `g / c` and `-g` scale one.
 
+    The gradient of a Table is a Table with the same rules, whose weight is the RowGrad, so that a tree of gradients has
+    the structure of the parameters, and labels and masks for one are those for the other. It counts as a RowGrad, and
+    has the attributes and the arithmetic of one. A RowGrad that you make yourself may stand for a Table as it is;
+    `dataclasses.replace(table, weight=RowGrad(...))` gives it that structure, too.
+
     Leading axes are lanes, each with a gradient of its own: `jax.vmap` makes them of gradients by example, and
     `jax.lax.scan` of the gradients of its steps. `g.sum(axis=0)` joins lanes to the gradient of their sum, which is how
     gradients are accumulated; optimizers and `apply_updates` take it, and refuse lanes.
 
     Arithmetic that does not know it would move rows, such as `jax.tree.map(jnp.add, g1, g2)`, which would add up ids.
-    So the leaf that holds the ids has the dtype of a random key, for which JAX refuses arithmetic with a TypeError, and
-    a leaf of zeros, as `optax.tree.zeros_like` makes it, means that there are no ids.
+    So the leaf that holds the ids has the dtype of a random key, for which JAX refuses arithmetic with a TypeError; a
+    leaf of zeros, as `optax.tree.zeros_like` makes it, means that there are no ids.
 
     Args:
       ids: Row numbers in `[0, rows)`, or `rows` for none, `(length,)`, of any integer dtype.
@@ -193,7 +226,9 @@ class RowGrad:
     def __add__(self, other: Any) -> "RowGrad":
         if isinstance(other, int) and other == 0:  # where sum() begins
             return self
+        other = bare(other)
         if not isinstance(other, RowGrad):
+            _refuse_array(other)
             return NotImplemented
         if (self.rows, self.dim, self.dtype) != (other.rows, other.dim, other.dtype):
             raise ValueError(
@@ -213,7 +248,13 @@ class RowGrad:
     __radd__ = __add__
 
     def __sub__(self, other: Any) -> "RowGrad":
-        return self + -other if isinstance(other, RowGrad) else NotImplemented
+        other = bare(other)
+        if not isinstance(other, RowGrad):
+            _refuse_array(other)
+            return NotImplemented
+        return self + -other
+
+    __rsub__ = __sub__
 
     def __neg__(self) -> "RowGrad":
         return self._with_values(-self.values)
@@ -236,6 +277,14 @@ class RowGrad:
     def _with_values(self, values: Any) -> "RowGrad":
         return _fill(object.__new__(RowGrad), self._keys, values, self.rows, self.at_owners)
 
+    def label(self) -> Any:
+        """The label of the values, if the leaves are labels; else itself."""
+        return self.values if is_label(self.values) and is_label(self._keys) else self
+
+    def empty(self) -> "RowGrad":
+        """The same node with None for its leaves."""
+        return _fill(object.__new__(RowGrad), None, None, self.rows, self.at_owners)
+
     def _of_each_lane(self, function: Callable[[Any, Any], Any]) -> Any:
         """Call a function of the ids and the values of one lane for all of them."""
         for _ in self.lanes:
@@ -249,6 +298,15 @@ class RowGrad:
         shape = ",".join(map(str, values.shape))
         lanes = f"lanes {self.lanes}, each of " if self.lanes else ""
         return f"RowGrad({lanes}{self._keys.shape[-1]} ids of {self.rows} rows, {values.dtype}[{shape}])"
+
+
+def _refuse_array(other: Any) -> None:
+    """Raise a TypeError for an array that is added to a RowGrad, or the other way round, as optax does to apply one."""
+    if hasattr(other, "shape"):
+        raise TypeError(
+            f"`RowGrad + ...` must be of another RowGrad, got an array of the shape {other.shape}. Apply updates with "
+            "embax.apply_updates, put transformations inside of embax.optim.lift, or add to_dense()."
+        )
 
 
 def _is_factor(factor: Any, call: str) -> bool:
@@ -280,15 +338,21 @@ def _fill(gradient: RowGrad, keys: Any, values: Any, rows: int, at_owners: bool 
     return gradient
 
 
+def _rebuilt(static: tuple[int, bool], values: Any, keys: Any) -> RowGrad:
+    return _fill(object.__new__(RowGrad), keys, values, *static)
+
+
 jax.tree_util.register_pytree_with_keys(
     RowGrad,
+    # The values come first, since optax takes the dtype of the first leaf of a tree for that of numbers; and they have
+    # the path of the weight, so that labels by path are the same for both.
     lambda gradient: (
-        ((jax.tree_util.GetAttrKey("ids"), gradient._keys), (jax.tree_util.GetAttrKey("values"), gradient.values)),
+        ((jax.tree_util.GetAttrKey("weight"), gradient.values), (jax.tree_util.GetAttrKey("ids"), gradient._keys)),
         (gradient.rows, gradient.at_owners),
     ),
     # JAX rebuilds pytrees with None, bools and shapes in place of arrays.
-    lambda static, leaves: _fill(object.__new__(RowGrad), *leaves, *static),  # pyright: ignore[reportCallIssue]
-    lambda gradient: ((gradient._keys, gradient.values), (gradient.rows, gradient.at_owners)),
+    lambda static, leaves: _rebuilt(static, *leaves),
+    lambda gradient: ((gradient.values, gradient._keys), (gradient.rows, gradient.at_owners)),
 )
 
 
@@ -314,131 +378,3 @@ def _decode(keys: Key[Array, " length"], rows: int) -> Int[Array, " length"]:
 def is_trained(table: Table) -> bool:
     """Say whether a table has a gradient at all: one of floats that is not frozen."""
     return not table.freeze and hasattr(table.weight, "dtype") and jnp.issubdtype(table.dtype, jnp.inexact)
-
-
-def global_norm(tree: Any) -> Float32[Array, ""]:
-    """Return the Euclidean norm of all gradients in a tree, RowGrads among them, as if they were dense.
-
-    Args:
-      tree: A pytree of arrays, Tables and RowGrads.
-
-    Returns:
-      A scalar, in float32 or wider.
-
-    Example:
-      >>> import embax, jax, jax.numpy as jnp
-      >>> g = embax.RowGrad([4, 4], jnp.ones((2, 2)), rows=1_000)
-      >>> jax.jit(embax.global_norm)({"table": g, "bias": jnp.ones(1)})
-      Array(3., dtype=float32)
-    """
-    leaves = jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, RowGrad))
-    return norm_of_distinct([leaf.deduplicated().values if isinstance(leaf, RowGrad) else leaf for leaf in leaves])
-
-
-def norm_of_distinct(leaves: list[Any]) -> Float32[Array, ""]:
-    """The Euclidean norm of arrays in which nothing occurs twice."""
-    squares = [jnp.square(jnp.abs(leaf.astype(_dedupe.accumulator(leaf.dtype)))).sum() for leaf in leaves]
-    return jnp.sqrt(sum(squares, start=jnp.zeros((), jnp.float32)))
-
-
-def apply_updates(params: Any, updates: Any) -> Any:
-    """Add updates to parameters, those of a table's rows to these rows only.
-
-    As `optax.apply_updates`, for trees in which a Table may stand wherever a parameter does. Where the parameters are
-    donated, the work follows the number of ids, not of rows. Padding rows and frozen tables stay as they are.
-
-    Args:
-      params: A pytree of arrays and Tables.
-      updates: The same pytree, with a RowGrad, or a Table whose weight is a dense update, for each Table; None leaves a
-        parameter as it is. Duplicate ids of one RowGrad add up, in float32 or wider.
-
-    Returns:
-      The new parameters, in their own dtypes.
-
-    Raises:
-      TypeError: If the update of a Table is neither.
-      ValueError: If the structures differ, or a RowGrad does not fit its table.
-
-    Example:
-      >>> import embax, jax.numpy as jnp
-      >>> params = {"table": embax.Table(jnp.zeros((3, 2)))}
-      >>> embax.apply_updates(params, {"table": embax.RowGrad([1], jnp.ones((1, 2)), rows=3)})["table"].weight
-      Array([[0., 0.],
-             [1., 1.],
-             [0., 0.]], dtype=float32)
-    """
-    leaves, structure = jax.tree.flatten(params, is_leaf=lambda node: node is None or isinstance(node, Table))
-    return structure.unflatten(map(_apply, leaves, structure.flatten_up_to(updates)))
-
-
-def _apply(param: Any, update: Any) -> Any:
-    if param is None or update is None:
-        return param
-    if not isinstance(param, Table):
-        return jnp.asarray(param + update).astype(jnp.asarray(param).dtype)
-    update = checked_update("embax.apply_updates", param, update)
-    if not is_trained(param):
-        return param
-    if isinstance(update, Table):
-        # Not by adding 0, which makes 0.0 of -0.0.
-        weight = without_padding(param, _apply(param.weight, update.weight), instead=param.weight)
-        return dataclasses.replace(param, weight=weight)
-    ids, values = _ids.trained(update.ids, param), update.values
-    if param.placement is not None:
-        return dataclasses.replace(param, weight=_added_where_stored(param, ids, values, update.at_owners))
-    if jnp.finfo(param.dtype).bits < 32:  # else the sum would be rounded after each duplicate
-        _, (ids, values, _) = _dedupe.combine(None, ids, values.astype(jnp.float32), param.rows)
-    weight = param.weight.at[ids].add(values.astype(param.dtype), mode="drop")
-    return dataclasses.replace(param, weight=weight)
-
-
-def _added_where_stored(
-    table: Table, ids: Int[Array, " length"], values: Float[Array, "length *dim"], at_owners: bool
-) -> Float[Array, "stored *dim"]:
-    placement: Any = table.placement
-    if not at_owners and jnp.finfo(table.dtype).bits >= 32:
-        return _placed.put(placement, table.weight, ids, values, "add")
-    if not at_owners:
-        (ids, values, _), _ = _placed.combine(placement, ids, values.astype(jnp.float32), table.dim)
-    return _placed.store_at_owners(placement, table.weight, ids, values.astype(table.dtype), table.dim, "add")
-
-
-def checked_update(call: str, table: Table, update: Any) -> "RowGrad | Table":
-    """Return the gradient or update of a table, if it is one and fits.
-
-    Args:
-      call: The call for the messages.
-      table: The table.
-      update: What the caller gave for it.
-
-    Returns:
-      The same.
-
-    Raises:
-      TypeError: If it is neither a RowGrad nor a Table.
-      ValueError: If it is of a table of another shape.
-    """
-    if not isinstance(update, RowGrad | Table):
-        raise TypeError(
-            f"`{call}(updates=...)` must have a RowGrad or a Table where the parameters have a Table, got "
-            f"{type(update).__name__}. Differentiate with embax.value_and_grad or embax.grad."
-        )
-    if table.weight is None:  # as Equinox leaves out a table of integers
-        return update
-    if isinstance(update, RowGrad):
-        refuse_lanes(call, update)
-        fits = (update.rows, update.dim) == (table.rows, table.dim)
-    else:
-        fits = update.weight is None or update.weight.shape == table.weight.shape
-    if not fits:
-        raise ValueError(f"`{call}(updates=...)` must fit the table {table!r}, got {update!r}. Pass its own gradient.")
-    return update
-
-
-def refuse_lanes(call: str, gradient: RowGrad) -> None:
-    """Raise a ValueError for a gradient with lanes, of which a table has none."""
-    if gradient.lanes:
-        raise ValueError(
-            f"`{call}(updates=...)` must have a gradient without lanes for a table, got the lanes {gradient.lanes} of "
-            "jax.vmap or jax.lax.scan. Sum them: gradient.sum(axis=0)."
-        )

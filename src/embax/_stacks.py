@@ -28,15 +28,28 @@ class Member(NamedTuple):
     padding_idx: int | tuple[int, ...] | None  # among its own rows
 
 
-def members_of(tables: Mapping[str, Table]) -> tuple[Member, ...]:
-    """Decide which tables are stored together: those that differ in nothing but their rows and their padding."""
+def members_of(call: str, tables: Mapping[str, Table]) -> tuple[Member, ...]:
+    """Decide which tables are stored together: those that differ in nothing but their rows and their padding.
+
+    Args:
+      call: The call for the message.
+      tables: The tables by name.
+
+    Returns:
+      Where each table is stored, in the order of the tables.
+
+    Raises:
+      ValueError: If two tables are laid out in different ways, or one is on a mesh and another one is not.
+    """
+    _check_laid_out_alike(call, tables)
     stacks: dict[Any, tuple[int, int]] = {}  # the number of each stack, and its rows so far
     members, number = [], itertools.count()
     for name, table in tables.items():
-        rules = dataclasses.replace(table, padding_idx=None)
+        placement = None if table.placement is None else dataclasses.replace(table.placement, rows=0)
+        rules = with_weight(table, table.weight, padding_idx=None, placement=placement)
         kind = table.dim, table.dtype, jax.tree.structure(rules)
         stack, rows = stacks.get(kind, (None, 0))
-        if stack is None or rows + table.rows > _MOST_ROWS:
+        if stack is None or _stored(placement, rows + table.rows) > _MOST_ROWS:
             stack, rows = next(number), 0
         members.append(Member(name, stack, rows, table.rows, table.padding_idx))
         stacks[kind] = stack, rows + table.rows
@@ -63,9 +76,52 @@ def stacks_of(tables: Mapping[str, Any], members: Sequence[Member], like: Sequen
                 with_weight(parts[0], weight, placement=placement, padding_idx=like[of_stack[0].stack].padding_idx)
             )
             continue
-        weight = weights[0] if len(weights) == 1 else jnp.concatenate(weights)
-        stacks.append(dataclasses.replace(parts[0], weight=weight, padding_idx=tuple(padding)))
+        placement = parts[0].placement
+        if len(parts) == 1:
+            weight = weights[0]
+        elif placement is None:
+            weight = jnp.concatenate(weights)
+        else:
+            placement = dataclasses.replace(placement, rows=sum(part.rows for part in parts))
+            weight = _put_together(placement, parts, of_stack)
+        stacks.append(
+            dataclasses.replace(parts[0], weight=weight, placement=placement, padding_idx=tuple(padding))
+        )
     return stacks
+
+
+def _stored(placement: Placement | None, rows: int) -> int:
+    """The number of rows that are stored for some, with the padding that sharding adds."""
+    return rows if placement is None else dataclasses.replace(placement, rows=rows).stored_rows
+
+
+def _check_laid_out_alike(call: str, tables: Mapping[str, Table]) -> None:
+    """Refuse tables of which two are laid out in different ways."""
+    first = next(iter(tables), None)
+    for name, table in tables.items():
+        pair = tables[first].placement, table.placement  # pyright: ignore[reportArgumentType]
+        if _layout(pair[0]) != _layout(pair[1]):
+            one, other = _described(*pair)
+            raise ValueError(
+                f"`{call}` must be laid out alike, got {first!r} on {one} and {name!r} on {other}. Lay all of them out "
+                "in one way with embax.shard, or take them off the mesh with embax.unshard."
+            )
+
+
+def _layout(placement: Placement | None) -> Any:
+    """How a table is laid out, whatever its rows are and however they are exchanged."""
+    return None if placement is None else (placement.mesh, placement.axes, placement.columns, placement.cyclic)
+
+
+def _described(*placements: Placement | None) -> list[str]:
+    """Say in words how two tables are laid out, with as much of the mesh as it takes to tell them apart."""
+    words = ["no mesh" if x is None else repr(x) for x in placements]
+    if words[0] == words[1]:
+        words = [f"{word} of {x.mesh!r}" for word, x in zip(words, placements, strict=True) if x is not None]
+    if words[0] == words[1]:
+        devices = [[device.id for device in x.mesh.devices.flat] for x in placements if x is not None]
+        words = [f"{word} with the devices {ids}" for word, ids in zip(words, devices, strict=True)]
+    return words
 
 
 def _put_together(placement: Placement, tables: Sequence[Table], members: Sequence[Member]) -> jax.Array:
@@ -82,15 +138,23 @@ def cut_out(stack: Any, member: Member) -> Any:
     end = member.start + member.rows
     if isinstance(stack, RowGrad):
         ids = jnp.where((stack.ids >= member.start) & (stack.ids < end), stack.ids - member.start, member.rows)
-        return row_grad(ids, stack.values, member.rows)
+        rows = row_grad(ids, stack.values, member.rows)
+        return with_weight(stack, rows, **_own_rules(stack, member)) if isinstance(stack, Table) else rows
     if not isinstance(stack, Table):
         return None if stack is None else stack[member.start : end]
     if stack.weight is None:
         return stack
     if stack.placement is not None:
-        placement = dataclasses.replace(stack.placement, rows=member.rows)
-        weight = _moves.moved(stack.placement, stack.weight, placement, member.start)
-        return with_weight(stack, weight, placement=placement, padding_idx=member.padding_idx)
+        rules = _own_rules(stack, member)
+        return with_weight(
+            stack, _moves.moved(stack.placement, stack.weight, rules["placement"], member.start), **rules
+        )
     whole = stack.rows == member.rows
     weight = stack.weight if whole else stack.weight[member.start : end]
     return dataclasses.replace(stack, weight=weight, padding_idx=member.padding_idx)
+
+
+def _own_rules(stack: Table, member: Member) -> dict[str, Any]:
+    """The rules of a table that are not those of its stack."""
+    placement = None if stack.placement is None else dataclasses.replace(stack.placement, rows=member.rows)
+    return {"padding_idx": member.padding_idx, "placement": placement}

@@ -12,6 +12,7 @@ from jax.sharding import AxisType, Mesh
 from jaxtyping import Array, DTypeLike, Key, Shaped
 
 from . import _check, _flax, _moves
+from ._held import HeldRows, OfRows, is_label
 from ._mesh import laid_out
 from ._placement import Layout, Placement, placement_of
 
@@ -21,11 +22,14 @@ Initializer = Callable[[Key[Array, ""], tuple[int, ...], Any], Array]
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class Table:
+class Table(OfRows):
     """A weight and the rules by which it is read.
 
     A pytree whose one leaf is `weight`. The rules are static: they are compared by value, and a change of one compiles
     anew. Everything else is a function of tables and ids: `lookup`, `renormalize`, `resize`.
+
+    Its gradient by rows is a Table of the same rules, whose weight is a `RowGrad`: so it has the structure that the
+    parameters have, and it counts as a RowGrad, with the attributes and the arithmetic of one.
 
     Args:
       weight: One row an id, `(rows, *dim)`, of any dtype; NumPy arrays and nested lists become JAX arrays.
@@ -65,6 +69,8 @@ class Table:
 
     def __post_init__(self):
         weight = self.weight
+        if isinstance(weight, HeldRows):
+            return self._check_of_rows(weight)
         if isinstance(weight, np.ndarray) or not (hasattr(weight, "shape") and hasattr(weight, "dtype")):
             weight = jnp.asarray(weight)
         if weight.ndim < 1:
@@ -99,6 +105,12 @@ class Table:
         }
         for name, value in checked.items():
             object.__setattr__(self, name, value)
+
+    def _check_of_rows(self, rows: HeldRows) -> None:
+        """Check the rules of a gradient, which are those of a table of zeros."""
+        rules = {name: getattr(self, name) for name in _STATIC} | {"placement": None}
+        of_zeros = Table(np.zeros((rows.rows, 0), np.float32), **rules)
+        object.__setattr__(self, "padding_idx", of_zeros.padding_idx)
 
     @classmethod
     def create(
@@ -164,12 +176,16 @@ class Table:
     @property
     def rows(self) -> int:
         """The number of rows; of those that fill up a placed table, none counts."""
-        return self.weight.shape[0] if self.placement is None else self.placement.rows
+        weight = self.weight
+        if isinstance(weight, HeldRows):
+            return weight.rows
+        return weight.shape[0] if self.placement is None else self.placement.rows
 
     @property
     def dim(self) -> tuple[int, ...]:
         """The sizes of a row's axes."""
-        return tuple(self.weight.shape[1:])
+        weight = self.weight
+        return weight.dim if isinstance(weight, HeldRows) else tuple(weight.shape[1:])
 
     @property
     def dtype(self) -> np.dtype:
@@ -178,6 +194,8 @@ class Table:
 
     def __repr__(self) -> str:
         weight = self.weight
+        if isinstance(weight, HeldRows):
+            return repr(weight)
         if hasattr(weight, "shape") and hasattr(weight, "dtype"):
             shape = weight.shape if self.placement is None else (self.placement.rows, *weight.shape[1:])
             weight = f"{weight.dtype}[{','.join(map(str, shape))}]"
@@ -191,19 +209,57 @@ _STATIC = tuple(field.name for field in dataclasses.fields(Table)[1:])
 RULES = tuple(name for name in _STATIC if name != "placement")
 
 
+class _OfGradient(tuple):
+    """The rules of a gradient, equal to those of its table, since a map over either gives labels for both.
+
+    A map over a gradient gives one label for the weight, and where Equinox leaves the weight out, the node of its rows
+    has to stay. So they know that node.
+    """
+
+    rows: HeldRows
+
+
+_WEIGHT = jax.tree_util.GetAttrKey("weight")
+
+
+class _KeyOfRows:
+    """The key of a gradient's rows below its Table: that of the weight, but not written, as the rows' own key is."""
+
+    name = _WEIGHT.name
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _KeyOfRows) or other == _WEIGHT
+
+    def __hash__(self) -> int:
+        return hash(_WEIGHT)
+
+    def __str__(self) -> str:
+        return ""
+
+
 def _flatten(table: Table) -> tuple[tuple[Any], tuple[Any, ...]]:
-    return (table.weight,), tuple(getattr(table, name) for name in _STATIC)
+    weight = table.weight
+    rules = tuple(getattr(table, name) for name in _STATIC)
+    rows = weight.empty() if isinstance(weight, HeldRows) else table.__dict__.get("_rows")
+    if rows is not None:
+        rules = _OfGradient(rules)
+        rules.rows = rows
+    return (weight,), rules
 
 
 def _flatten_with_keys(table: Table) -> tuple[tuple[Any], tuple[Any, ...]]:
     (weight,), rules = _flatten(table)
-    return ((jax.tree_util.GetAttrKey("weight"), weight),), rules
+    return ((_KeyOfRows() if isinstance(weight, HeldRows) else _WEIGHT, weight),), rules
 
 
 def _unflatten(rules: tuple[Any, ...], children: Iterable[Any]) -> Table:
     # Past __init__ and its checks: JAX and Equinox rebuild pytrees with None, bools and shapes in place of arrays.
     table = object.__new__(Table)
     (weight,) = children
+    if isinstance(rules, _OfGradient):
+        weight = rules.rows if weight is None else weight.label() if isinstance(weight, HeldRows) else weight
+        if is_label(weight):
+            object.__setattr__(table, "_rows", rules.rows)
     object.__setattr__(table, "weight", weight)
     for name, rule in zip(_STATIC, rules, strict=True):
         object.__setattr__(table, name, rule)

@@ -1,6 +1,7 @@
 """embedding_bag against the reference: every mode, layout, weight and rule; shapes, integers and arguments."""
 
 import functools
+import inspect
 import itertools
 
 import jax
@@ -215,6 +216,16 @@ BAD = {
 def test_bad_arguments_are_refused(arguments, error, match):
     with pytest.raises(error, match=match):
         embedding_bag(**{"table": Table(WEIGHT), "bags": [[1]], **arguments})
+
+
+def test_bags_are_pooled_by_their_mean_where_no_mode_is_given():
+    table = Table(np.array([[1.0], [3.0], [8.0]], np.float32))
+    np.testing.assert_array_equal(embedding_bag(table, [[0, 1], [2, 2]]), [[2], [8]])
+    np.testing.assert_array_equal(embedding_bag(table, Ragged.from_lists([[0, 1], [], [2]])), [[2], [0], [8]])
+    np.testing.assert_array_equal(embedding_bag(table, [[0, 1]], [[3.0, 1.0]]), [[1.5]])
+    layers = [embax.EmbeddingBag, embax.nnx.EmbeddingBag, embax.equinox.EmbeddingBag]
+    pools = [embedding_bag, embax.EmbeddingBag.from_pretrained, *[layer.__init__ for layer in layers]]
+    assert {inspect.signature(pool).parameters["mode"].default for pool in pools} == {"mean"}
 
 
 _IDS = st.lists(st.integers(-ROWS, ROWS - 1), min_size=24, max_size=24)

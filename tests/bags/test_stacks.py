@@ -43,7 +43,7 @@ def gradient_of(tables):
         if isinstance(tables, Collection):
             out = tables(BATCH)
         else:
-            out = {name: embax.embedding_bag(tables[name], ids) for name, ids in BATCH.items()}
+            out = {name: embax.embedding_bag(tables[name], ids, mode="sum") for name, ids in BATCH.items()}
         return sum(jnp.square(x - 0.3).sum() for x in out.values())
 
     return embax.grad(loss)(tables)

@@ -273,7 +273,7 @@ def test_neighbors_is_quiet_where_nobody_reads(vectors):
 
 
 def test_version_and_help():
-    assert run("--version") == (0, "embax 0.1.0\n", "")
+    assert run("--version") == (0, "embax 0.2.0\n", "")
     status, out, _ = run("--help")
     assert status == 0
     assert "neighbors" in out

@@ -220,7 +220,7 @@ def test_other_tables_stay_sparse():
 
     match = r"gradient of argument 0\['a'\]\[1\], Table\(float32\[7,3\], padding_idx=2\)"
     gradient = warned(function, params, match=match, wrap=jax.jit)
-    assert [type(g) for g in (*gradient["a"], gradient["b"])] == [RowGrad, Table, RowGrad]
+    assert [isinstance(g, RowGrad) for g in (*gradient["a"], gradient["b"])] == [True, False, True]
     assert_same_gradient(gradient, jax.jit(jax.grad(function))(params), **FLOAT32)
     updated = embax.apply_updates(params, gradient)
     assert jax.tree.structure(updated) == jax.tree.structure(params)

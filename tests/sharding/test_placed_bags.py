@@ -22,6 +22,7 @@ FACTORS = np.random.default_rng(2).normal(size=BAGS.shape).astype(np.float32)
 MODES = "sum", "mean", "sqrtn"
 # Layouts whose owners sum these bags: not those without a split of rows, or whose sums would be as many as rows.
 POOLED = [layout for layout, (_, how) in LAYOUTS.items() if how.get("layout") not in ("columns", "replicated")]
+summed = functools.partial(embedding_bag, mode="sum")
 
 
 def placed(layout, axes="auto", weight=WEIGHT, **rules):
@@ -76,7 +77,7 @@ def test_sums_of_whole_numbers_are_exact_and_gradients_those_of_rows(layout, axe
     @jax.jit
     def run(table, bags, factors):
         def loss(pair):
-            out = embedding_bag(pair[0], bags, pair[1])
+            out = embedding_bag(pair[0], bags, pair[1], mode="sum")
             return (out * jnp.arange(float(DIM))[None]).sum(), out
 
         (of_table, of_factors), out = embax.grad(loss, has_aux=True, on_dense="error")((table, factors))
@@ -93,7 +94,8 @@ def test_ids_that_crowd_on_one_device_are_all_summed(layout):
     mesh, table = placed(layout, weight=np.round(8 * WEIGHT))
     bags = np.zeros((32, LENGTH), np.int32)  # all of them the first device's
     bags[:, ::3] = 1
-    np.testing.assert_array_equal(jax.jit(embedding_bag)(table, split(mesh, bags)), np.round(8 * WEIGHT)[bags].sum(1))
+    out = jax.jit(summed)(table, split(mesh, bags))
+    np.testing.assert_array_equal(out, np.round(8 * WEIGHT)[bags].sum(1))
 
 
 @pytest.mark.parametrize("axes", ["explicit", rest("auto")])
@@ -107,8 +109,8 @@ def test_bags_of_any_shape_and_number(axes):
     @jax.jit
     def run(table, split_rows, given):
         ids = given[str((11, LENGTH))]
-        out = {name: embedding_bag(table, ids) for name, ids in given.items()}
-        return out, jax.vmap(embedding_bag, (None, 0))(table, ids), embedding_bag(split_rows, ids)
+        out = {name: summed(table, ids) for name, ids in given.items()}
+        return out, jax.vmap(summed, (None, 0))(table, ids), summed(split_rows, ids)
 
     out, of_lanes, of_split_rows = run(table, split_rows, given)
     for name, ids in given.items():
@@ -120,7 +122,7 @@ def test_bags_of_any_shape_and_number(axes):
 
 def test_fewer_rows_than_devices():
     tables = {rows: placed("rows", weight=WEIGHT[:rows], out_of_range="zero")[1] for rows in (0, 1, 2, 9)}
-    run = jax.jit(lambda tables, bags: {rows: embedding_bag(table, bags) for rows, table in tables.items()})
+    run = jax.jit(lambda tables, bags: {rows: summed(table, bags) for rows, table in tables.items()})
     for rows, out in run(tables, np.where(BAGS == 0, 0, 99)).items():
         expected = np.where((BAGS == 0)[..., None], WEIGHT[0], 0).sum(1) if rows else np.zeros((16, DIM))
         np.testing.assert_allclose(out, expected, rtol=1e-6, err_msg=rows)
@@ -134,7 +136,7 @@ def test_many_ones_in_bfloat16_add_up():
 
 
 def compiled(table, bags):
-    return jax.jit(embedding_bag).lower(table, split(table.placement.mesh, bags)).compile()
+    return jax.jit(summed).lower(table, split(table.placement.mesh, bags)).compile()
 
 
 def test_long_bags_send_sums_and_short_ones_rows():

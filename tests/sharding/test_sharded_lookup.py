@@ -50,7 +50,7 @@ def rows_and_gradients(table, ids, cotangent):
 def bags_and_gradients(table, bags, factors, ragged):
     def read(table, factors):
         return {
-            "weighted": embedding_bag(table, bags, factors),
+            "weighted": embedding_bag(table, bags, factors, mode="sum"),
             "ragged": embedding_bag(table, ragged, mode="sqrtn"),
             "largest": embedding_bag(table, bags, mode="max"),
             "largest of ragged": embedding_bag(table, ragged, mode="max"),
@@ -215,7 +215,7 @@ def test_fewer_rows_than_devices(layout, rows):
 
     @jax.jit
     def run(table, ids, outside):
-        return lookup(table, ids), embedding_bag(table, ids[None]), lookup(table, outside)
+        return lookup(table, ids), embedding_bag(table, ids[None], mode="sum"), lookup(table, outside)
 
     ids = np.arange(-rows, rows)
     out, of_bag, outside = run(table, ids, split(mesh, np.full(8, rows)))

@@ -26,7 +26,7 @@ class EmbeddingBag(Embedding):
       max_norm: As in `Embedding`.
       norm_type: As in `Embedding`.
       scale_grad_by_freq: As in `Embedding`.
-      mode: `"sum"`, `"mean"`, `"sqrtn"` or `"max"`.
+      mode: `"mean"`, the default, `"sum"`, `"sqrtn"` or `"max"`.
       include_last_offset: Whether the offsets have one more, at which the last bag ends.
       padding_idx: As in `Embedding`.
       embedding_init: As in `Embedding`.

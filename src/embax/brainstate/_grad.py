@@ -13,7 +13,7 @@ from jaxtyping import Array
 
 from .. import _check, _tape
 from .._differentiate import OnDense, after_loss, check_same_reads, gathered, impure, report_dense, tap_of
-from .._rows import apply_updates
+from .._apply import apply_updates
 from .._table import with_weight
 from ._layers import has_unit, table_of
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from .._rows import apply_updates
+from .._apply import apply_updates
 from .._table import Table, with_weight
 from ..optim import carry_over
 from ..optim._states import check_takes_tables, prepared_gradient

@@ -19,7 +19,7 @@ class EmbeddingBag(Embedding):
     Args:
       num_embeddings: As in `Embedding`.
       embedding_size: As in `Embedding`.
-      mode: `"sum"`, `"mean"`, `"sqrtn"` or `"max"`.
+      mode: `"mean"`, the default, `"sum"`, `"sqrtn"` or `"max"`.
       include_last_offset: Whether offsets have one more, at which the last bag ends.
       **options: As `Embedding`, by name.
 

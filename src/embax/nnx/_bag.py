@@ -19,7 +19,7 @@ class EmbeddingBag(Embedding):
     Args:
       num_embeddings: The number of rows, 0 or more.
       features: The size of a row, or the sizes of its axes.
-      mode: `"sum"`, `"mean"`, `"sqrtn"` or `"max"`.
+      mode: `"mean"`, the default, `"sum"`, `"sqrtn"` or `"max"`.
       include_last_offset: Whether offsets have one more, at which the last bag ends.
       **options: As `Embedding`, by name; `rngs` is needed.
 

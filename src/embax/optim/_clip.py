@@ -7,8 +7,10 @@ import jax.numpy as jnp
 import optax
 
 from .. import _check, _dedupe
+from .._held import around, bare
 from .._made_for import MadeFor, check_made_for, made_for
-from .._rows import RowGrad, is_trained, norm_of_distinct, refuse_lanes
+from .._apply import norm_of_distinct, refuse_lanes
+from .._rows import RowGrad, is_trained
 from .._table import Table
 
 
@@ -52,7 +54,8 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
         call, of_gradients = "embax.optim.clip_by_global_norm(...).update", params is None
         now = made_for(updates if of_gradients else params)
         check_made_for(call, state.made_for, now, of_gradients=of_gradients)
-        leaves, structure = jax.tree.flatten(updates, is_leaf=lambda node: isinstance(node, RowGrad | Table))
+        as_given, structure = jax.tree.flatten(updates, is_leaf=lambda node: isinstance(node, RowGrad | Table))
+        leaves = [bare(leaf) for leaf in as_given]
         slots, distinct, number = [*jax.tree.map(jnp.asarray, state.slots)], [], 0  # NumPy's, out of a file
         for leaf in leaves:
             if isinstance(leaf, RowGrad):
@@ -71,6 +74,7 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
             factor * leaf if isinstance(leaf, RowGrad) else jax.tree.map(lambda x: x * factor.astype(x.dtype), leaf)
             for leaf in leaves
         ]
+        clipped = [around(*pair) for pair in zip(as_given, clipped, strict=True)]
         return structure.unflatten(clipped), ClipByGlobalNormState(tuple(slots), state.made_for)
 
     return optax.GradientTransformation(init, update)

@@ -7,8 +7,10 @@ import jax.numpy as jnp
 import optax
 
 from .. import _dedupe, _ids, _placed
+from .._held import around
 from .._made_for import MadeFor, check_made_for, made_for
-from .._rows import checked_update, is_trained
+from .._apply import checked_update
+from .._rows import is_trained
 from .._table import Table, with_weight
 from ._separable import plan, state_of
 from ._step import Step, laid_out_state
@@ -46,8 +48,10 @@ def lift(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraA
     table, such as `max_norm`, may change at any time.
 
     `tx` has to treat each row by itself, whatever other rows there are. Where that does not follow from its jaxpr, it
-    is tried out on small arrays when the state is made. Combinators go inside, as in `lift(optax.chain(...))`;
-    `optax.multi_transform` and `optax.apply_if_finite` work outside, too. To `tx`, a Table is a node of the tree with
+    is tried out on small arrays when the state is made. What computes with gradients goes inside, as in
+    `lift(optax.chain(optax.clip(1.0), optax.adam(1e-3)))`. What only chooses may be outside or inside:
+    `optax.multi_transform`, `masked`, `freeze`, `selective_transform`, `apply_if_finite` and `inject_hyperparams`, with
+    labels and masks that are made from the parameters or for each table. To `tx`, a Table is a node of the tree with
     one leaf.
 
     Args:
@@ -59,8 +63,8 @@ def lift(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraA
 
     Raises:
       TypeError: If `tx` is not a transformation.
-      ValueError: If it is `optax.MultiSteps`. When the state is made: if it does not treat rows one by one. In
-        `update`: without `params`, if a gradient does not fit its table, or if the state was made for other tables.
+      ValueError: If it is `optax.MultiSteps`. When the state is made: if it does not treat rows one by one, or is lifted
+        already. In `update`: without `params`, if a gradient does not fit its table, or if the state was made for other tables.
 
     Example:
       >>> import embax, jax, jax.numpy as jnp, optax
@@ -93,9 +97,14 @@ def lift(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraA
         without = structure.unflatten([_untrained(leaf) for leaf in leaves])
         inner = tx.init(without)
         states = (optax.MultiStepsState, optax.ApplyEvery, optax.contrib.SAMState)
-        for node in jax.tree.leaves(inner, is_leaf=lambda node: isinstance(node, states)):
+        for node in jax.tree.leaves(inner, is_leaf=lambda node: isinstance(node, (*states, LiftState))):
             if isinstance(node, states):
                 raise _gathers_steps(type(node).__name__.removesuffix("State"))
+            if isinstance(node, LiftState):
+                raise ValueError(
+                    "`embax.optim.lift(tx=...)` must act on arrays, got a transformation with a lifted one in it. Lift "
+                    "it once."
+                )
         trained = [leaf for leaf in leaves if _is_table(leaf) and is_trained(leaf)]
         of_tx = plan(tx, without)
         kinds = of_tx.kinds
@@ -116,14 +125,15 @@ def lift(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraA
         check_made_for(_UPDATE, state.made_for, made_for(params))
         state = jax.tree.map(jnp.asarray, state)  # NumPy arrays, where it was restored from a file
         leaves, structure = jax.tree.flatten(params, is_leaf=_is_table)
-        gradients = structure.flatten_up_to(updates)
-        for leaf, gradient in zip(leaves, gradients, strict=True):
-            if _is_table(leaf):
-                checked_update(_UPDATE, leaf, gradient)
+        as_given = structure.flatten_up_to(updates)
+        gradients = [
+            checked_update(_UPDATE, leaf, gradient) if _is_table(leaf) else gradient
+            for leaf, gradient in zip(leaves, as_given, strict=True)
+        ]
         trained = [i for i, leaf in enumerate(leaves) if _is_table(leaf) and is_trained(leaf)]
         without = structure.unflatten([_untrained(leaf) for leaf in leaves])
         of_tx = plan(tx, without)
-        given = jax.tree.structure(state.inner)
+        state_as_given = jax.tree.structure(state.inner)
         step = Step(tx, of_tx, structure, leaves, gradients, _with_rules_of(tx, without, state.inner), extra_args)
 
         slots, dealt_out = list(state.slots), state.dealt_out
@@ -149,7 +159,9 @@ def lift(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraA
         for k, rows in alone.items():
             out[trained[k]], inner = step.run_alone(k, rows, inner)
         # As it came, so that a loop over steps compiles once whatever rules have changed.
-        inner = given.unflatten(jax.tree.leaves(inner))
+        inner = state_as_given.unflatten(jax.tree.leaves(inner))
+        # An update has the structure of its gradient, so that other transformations find it where they look for it.
+        out = [around(*pair) for pair in zip(as_given, out, strict=True)]
         return structure.unflatten(out), LiftState(inner, tuple(slots), dealt_out, state.made_for)
 
     return optax.GradientTransformationExtraArgs(init, update)

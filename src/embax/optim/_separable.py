@@ -41,12 +41,6 @@ def plan(tx: optax.GradientTransformationExtraArgs, params: Any) -> Plan:
     Raises:
       ValueError: If rows mix, or the state follows the rows otherwise than along the first axis of a leaf.
     """
-    # Rows are stored rows here, wherever they are.
-    params = jax.tree.map(
-        lambda node: with_weight(Table(jnp.zeros(0)), node.weight) if isinstance(node, Table) else node,
-        params,
-        is_leaf=lambda node: isinstance(node, Table),
-    )
     return _plan(tx.init, tx.update, *_abstract(params))
 
 
@@ -79,16 +73,15 @@ def _owners(init: Callable[..., Any], structure: Any, leaves: tuple[Any, ...]) -
     before, before_structure = jax.tree.flatten(jax.eval_shape(init, params))
     owners: list[int | None] = [None] * len(before)
     for k, table in enumerate(_tables(params)):
-        longer = jax.ShapeDtypeStruct((table.rows + 1, *table.dim), table.dtype)
+        rows = table.weight.shape[0]  # as stored, wherever they are
+        longer = jax.ShapeDtypeStruct((rows + 1, *table.dim), table.dtype)
         after, after_structure = jax.tree.flatten(jax.eval_shape(init, _with_weights(params, {k: longer})))
         if before_structure != after_structure:
             raise _mixes(f"a state of {after_structure} for one row more instead of {before_structure}")
         for i, (few, many) in enumerate(zip(before, after, strict=True)):
             if few.shape == many.shape:
                 continue
-            if (few.shape[:1], many.shape) != ((table.rows,), (table.rows + 1, *few.shape[1:])) or owners[
-                i
-            ] is not None:
+            if (few.shape[:1], many.shape) != ((rows,), (rows + 1, *few.shape[1:])) or owners[i] is not None:
                 raise _mixes(f"a state of shape {many.shape} for one row more instead of {few.shape}")
             owners[i] = k
     return tuple(owners)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from .._held import bare
 from .._rows import RowGrad, is_trained, no_rows
 from .._table import Table, with_weight
 from ._lift import LiftState
@@ -26,6 +27,7 @@ def prepared_gradient(call: str, name: Any, param: Any, gradient: Any) -> Any:
     Raises:
       TypeError: If there is a RowGrad for what is no table.
     """
+    gradient = bare(gradient)
     if not isinstance(param, Table):
         if isinstance(gradient, RowGrad):
             raise TypeError(
@@ -34,8 +36,8 @@ def prepared_gradient(call: str, name: Any, param: Any, gradient: Any) -> Any:
             )
         return gradient
     if not is_trained(param):  # whatever it is, nothing comes of it
-        return no_rows(param)
-    return gradient if isinstance(gradient, RowGrad | Table) else with_weight(param, gradient)
+        return with_weight(param, no_rows(param))
+    return gradient if isinstance(gradient, Table) else with_weight(param, gradient)
 
 
 def check_takes_tables(call: str, tx: optax.GradientTransformation, opt_state: Any, params: Any) -> None:
@@ -54,7 +56,9 @@ def check_takes_tables(call: str, tx: optax.GradientTransformation, opt_state: A
     names = [jax.tree_util.keystr(path) for path, param in nodes if isinstance(param, Table)]
     if not names:
         return
-    gradients = structure.unflatten([no_rows(param) if isinstance(param, Table) else param for _, param in nodes])
+    gradients = structure.unflatten(
+        [with_weight(param, no_rows(param)) if isinstance(param, Table) else param for _, param in nodes]
+    )
     try:
         updates, _ = jax.eval_shape(tx.update, gradients, opt_state, params)
         pairs = zip(nodes, structure.flatten_up_to(updates), strict=True)

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Int32
 
 from .. import _ids, _moves, _placed
+from .._held import HeldRows
 from .._made_for import MadeFor
 from .._mesh import laid_out
 from .._placement import Layout, Placement, placement_of
@@ -100,6 +101,8 @@ def shard(
             return node.placed(place)
         if not isinstance(node, Table) or node.weight is None:
             return node
+        if isinstance(node.weight, HeldRows):  # of a gradient, which are where its ids are
+            return with_weight(node, node.weight, placement=place((node.rows, *node.dim)))
         if isinstance(node.weight, Tracer):
             raise TypeError(
                 f"`embax.shard(tree=...)` must be called outside of `jit`, got the traced {node!r}. Shard what goes in."

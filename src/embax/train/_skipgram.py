@@ -17,7 +17,8 @@ from .. import _check, _dedupe, _placed
 from .._candidates import draw_pieces, pieces
 from .._grad import value_and_grad
 from .._lookup import lookup
-from .._rows import RowGrad, apply_updates, row_grad
+from .._apply import apply_updates
+from .._rows import RowGrad, row_grad
 from .._table import Table
 from ..sharding import unshard
 from ..vectors import Vectors
