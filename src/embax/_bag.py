@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jaxtyping import Array, DTypeLike, Float, Int, Int32, Shaped
 
-from . import _check, _ids, _tape
+from . import _check, _ids
 from ._dedupe import accumulator
 from ._pool import Layout, Mode, divided, is_used, pool_rows
 from ._ragged import Ragged
@@ -83,9 +83,7 @@ def pool(
     Returns:
       One vector a bag.
     """
-    # A tape knows its tables by their arrays, which are others inside of a compiled function.
-    compiled = _pool if _tape.find(table.weight) is None else _pool.__wrapped__
-    return compiled(table, ids, layout.offsets, weights, layout.shape, mode)
+    return _pool(table, ids, layout.offsets, weights, layout.shape, mode)
 
 
 @functools.partial(jax.jit, static_argnames=("shape", "mode"), inline=True)  # one program for an eager call

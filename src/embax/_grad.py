@@ -7,8 +7,9 @@ from typing import Any
 import jax
 
 from . import _check
-from ._differentiate import DenseGradientWarning as DenseGradientWarning
-from ._differentiate import OnDense, Options, evaluate
+from ._differentiate import Options, evaluate
+from ._report_dense import DenseGradientWarning as DenseGradientWarning
+from ._report_dense import OnDense
 
 
 def value_and_grad(

@@ -7,7 +7,8 @@ from typing import Any
 from flax import nnx
 
 from .. import _check
-from .._differentiate import OnDense, Options, checked_pair, evaluate
+from .._differentiate import Options, checked_pair, evaluate
+from .._report_dense import OnDense
 from ._call import CONTEXT, Call
 
 Argnums = int | nnx.DiffState | Sequence[int | nnx.DiffState]
@@ -134,7 +135,7 @@ def _differentiated(
             raise ValueError(
                 f"`{call}(argnums=...)` must name no argument twice, got {argnums} repeated. Leave one out."
             )
-        of_core = Options(call, tuple(filters), True, on_dense=on_dense, stacklevel=5, **options)
+        of_core = Options(call, tuple(filters), True, on_dense=on_dense, stacklevel=7, **options)
         with nnx.update_context(CONTEXT):
             this = Call(lambda *args, **kwargs: checked_pair(call, has_aux, f(*args, **kwargs)), filters, args, kwargs)
             (value, changed), gradients = evaluate(this.run, of_core, this.trees, {})
