@@ -115,10 +115,12 @@ class Forms:
                 return None
             ids += form.ids
             axes |= {of_rows | opening.summed_over for of_rows in form.axes}
+            if any(kind.lanes < opening.lanes for kind in form.kinds):
+                return None
             kinds |= {Kind(lanes - opening.joined, placement) for lanes, placement in form.kinds}
             dense |= form.dense
             needs |= form.needs
-        if len(kinds) > 1 or any(kind.lanes < 0 or (opening.by_place and kind.placement) for kind in kinds):
+        if len(kinds) > 1 or (opening.by_place and any(kind.placement for kind in kinds)):
             return None
         # An input may stand for rows of which these things are not known here.
         if inputs and (opening.joined or opening.summed_over or opening.by_place):
@@ -206,7 +208,7 @@ def _of_scan(eqn: JaxprEqn, memo: Memo) -> tuple[_Openings, _Operands]:
         if form.dense:
             openings[j] = form.dense
         elif form.inputs == {sizes.consts + j: True} and len(form.axes) <= 1:
-            if _outgrow(length * form.ids, eqn.outvars[j].aval):
+            if _outgrow(length * form.ids, form, eqn.outvars[j].aval):
                 openings[j] = frozenset({Reason(eqn, is_expected=True)})
             else:
                 # Which operands it needs cannot be said by their places in the body, where it may be through the carry.
@@ -231,11 +233,12 @@ def _used_otherwise(forms: Forms, sizes: ScanSizes, candidates: Sequence[int]) -
     return [j for j in candidates if bits >> (sizes.consts + j) & 1]
 
 
-def _outgrow(ids: int, aval: Any) -> bool:
+def _outgrow(ids: int, form: Form, aval: Any) -> bool:
     """Tell whether rows that a scan stacks take more memory than an array of all rows."""
     if not ids:
         return False
-    of_row = math.prod(aval.shape[1:]) * aval.dtype.itemsize + index_dtype(aval.shape[0]).itemsize
+    lanes = max(kind.lanes for kind in form.kinds)
+    of_row = math.prod(aval.shape[lanes + 1 :]) * aval.dtype.itemsize + index_dtype(aval.shape[lanes]).itemsize
     return ids * of_row > math.prod(aval.shape) * aval.dtype.itemsize
 
 

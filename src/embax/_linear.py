@@ -60,6 +60,7 @@ class Opening(NamedTuple):
     dense: frozenset[Any] = frozenset()  # reasons for terms of all rows that it adds
     summed_over: frozenset[str] = NO_AXES  # axes of devices that the operands' rows are to be added over
     joined: int = 0  # number of lanes that are summed
+    lanes: int = 0  # number of leading axes of the operands that have to be lanes
     by_place: bool = False  # whether rows are treated by where they are in the array
 
 
@@ -197,8 +198,8 @@ _FEW = 2
 
 def _joined(eqn: JaxprEqn) -> Opening | None:
     """The sum of lanes."""
-    axes = tuple(sorted(eqn.params["axes"]))
-    return Opening({0: False}, joined=len(axes)) if axes == tuple(range(axes[0], axes[0] + len(axes))) else None
+    axes = eqn.params["axes"]
+    return Opening({0: False}, joined=len(axes), lanes=1 + max(axes)) if axes else Opening({0: True})
 
 
 def _summed_over_devices(eqn: JaxprEqn) -> Opening | None:
@@ -319,7 +320,7 @@ def _terms_of_updated(eqn: JaxprEqn, read: Any, terms: Any) -> list[Term]:
 
 
 def _terms_of_joined(eqn: JaxprEqn, read: Any, terms: Any) -> list[Term]:
-    axes = tuple(sorted(eqn.params["axes"]))
+    axes = tuple(eqn.params["axes"])
 
     def joined(term: Term) -> Term:
         if not isinstance(term, Rows):

@@ -136,11 +136,11 @@ def _transpose(transposed: Primitive, cotangent: Any, values: Any, ids: Array, *
 
 def _batched(primitive: Primitive, args: Any, axes: Any, *, spec: Spec) -> tuple[Array, int]:
     (values, ids), (of_values, of_ids) = args, axes
+    if primitive is read_rows_p and of_values is None:  # one tangent for all: the ids have one more axis
+        return primitive.bind(values, jnp.moveaxis(ids, of_ids, spec.lanes), spec=spec), spec.lanes
     if spec.placement is not None or is_explicit(spec.weight.sharding.mesh):
         plain = _read if primitive is read_rows_p else _add
         return jax.vmap(functools.partial(plain, spec=spec), axes)(values, ids), 0
-    if primitive is read_rows_p and of_values is None:  # one tangent for all: the ids have one more axis
-        return primitive.bind(values, jnp.moveaxis(ids, of_ids, spec.lanes), spec=spec), spec.lanes
     size = ids.shape[of_ids] if of_values is None else values.shape[of_values]
     values, ids = (
         jnp.broadcast_to(x, (size, *x.shape)) if axis is None else jnp.moveaxis(x, axis, 0)

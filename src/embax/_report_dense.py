@@ -20,8 +20,10 @@ class DenseGradientWarning(UserWarning):
 
 _ROWS = "Compute with rows that embax.lookup reads"
 _WHOLE = "computes with all rows of its weight", _ROWS
+NOT_BY_LOOKUP = "reads rows of a sharded table by their place in its array", "Read rows with embax.lookup"
 # By the primitive in the gradient's program: what it is the gradient of, and what to do instead.
 _USES = {
+    "add_any": NOT_BY_LOOKUP,
     "broadcast_in_dim": ("sums over all rows of its weight", _ROWS),
     "dot_general": ("multiplies by its whole weight", "Call embax.attend or embax.sampled_softmax"),
     "reduce_sum": ("maps over copies of its weight", "Give jax.vmap None for the axis of the table"),
@@ -35,7 +37,6 @@ _USES = {
     ),
 }
 HAS_A_UNIT = "has a unit, which a RowGrad cannot hold", "Divide by the unit first"
-NOT_BY_LOOKUP = "reads rows of a sharded table by their place in its array", "Read rows with embax.lookup"
 OVER_DEVICES = "adds up some of its rows over devices, and others not", "Read all of them with ids of each device"
 
 
