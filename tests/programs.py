@@ -1,8 +1,8 @@
 """Random programs that read tables inside of transformations, drawn by hypothesis.
 
 A program is a tree: its leaves read a table, its nodes are transformations. `built` makes a loss of it, a function
-`(tables, ids, x)` of three tables, four ids and a number. All shapes are the same in every program, so that JAX compiles
-little that differs.
+`(tables, ids, x)` of three tables, four ids and a number. All shapes are the same in every program, so that JAX
+compiles little that differs.
 """
 
 import jax
@@ -115,16 +115,18 @@ NODES = {
     "checkpoint policy": lambda f, g: jax.checkpoint(f, policy=jax.checkpoint_policies.dots_saveable),
     "scan": lambda f, g: lambda t, i, x: scan(lambda c, j: (jnp.tanh(c + f(t, j, c + 1)), g(t, j, c)), x, i)[0],
     "scan stacked": lambda f, g: lambda t, i, x: (scan(lambda c, j: (c + 0.1, f(t, j, c)), x, i)[1] ** 2).sum(),
-    "scan reverse": lambda f, g: lambda t, i, x: scan(
-        lambda c, j: (jnp.tanh(c + f(t, j, c)), None), x, i, reverse=True, unroll=2
-    )[0],
+    "scan reverse": lambda f, g: (
+        lambda t, i, x: scan(lambda c, j: (jnp.tanh(c + f(t, j, c)), None), x, i, reverse=True, unroll=2)[0]
+    ),
     "scan of carried tables": of_carried_tables,
     "map": lambda f, g: lambda t, i, x: lax.map(lambda j: f(t, j, x), some_ids(i), batch_size=2).sum(),
-    "fori_loop": lambda f, g: lambda t, i, x: lax.fori_loop(0, 3, lambda k, c: jnp.tanh(c + f(t, (i + k) % ROWS, c)), x),
+    "fori_loop": lambda f, g: (
+        lambda t, i, x: lax.fori_loop(0, 3, lambda k, c: jnp.tanh(c + f(t, (i + k) % ROWS, c)), x)
+    ),
     "vmap": lambda f, g: lambda t, i, x: jax.vmap(lambda j: f(t, j, x))(some_ids(i)).sum(),
-    "vmap both": lambda f, g: lambda t, i, x: jax.vmap(lambda j, y: f(t, j, y), (1, 0))(
-        some_ids(i, 1), some_numbers(x)
-    ).prod(),
+    "vmap both": lambda f, g: (
+        lambda t, i, x: jax.vmap(lambda j, y: f(t, j, y), (1, 0))(some_ids(i, 1), some_numbers(x)).prod()
+    ),
     "vmap numbers": lambda f, g: lambda t, i, x: jax.vmap(lambda y: f(t, i, y))(some_numbers(x)).sum(),
     "cond": lambda f, g: lambda t, i, x: lax.cond(i.sum() % 2 == 0, f, g, t, i, x),
     "cond of a number": lambda f, g: lambda t, i, x: lax.cond(x > 0.5, lambda: f(t, i, x), lambda: g(t, i, x)),

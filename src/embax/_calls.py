@@ -23,7 +23,7 @@ from jax.sharding import PartitionSpec, Sharding
 from ._equations import CALLS, NO_AXES, ScanSizes, before_sum, inner, programs_of, without_constants
 from ._forms import Memo
 from ._index import index_dtype
-from ._linear import Rows, Term
+from ._terms import Rows, Term
 
 Evaluate = Callable[..., tuple[list[Any], list[list[Term]]]]
 Results = tuple[list[Any], list[list[Term]]]
@@ -109,9 +109,7 @@ def _named(held: _Held) -> Callable[..., Any]:
 # ---- Each kind of equation. `consts` are the constants of its programs.
 
 
-def _run_call(
-    evaluate: Evaluate, held: _Held, arrays: Any, terms: Any, consts: Any, given: Any, taken: Any
-) -> Results:
+def _run_call(evaluate: Evaluate, held: _Held, arrays: Any, terms: Any, consts: Any, given: Any, taken: Any) -> Results:
     params = held.params
     args = _constrained(params.get("in_shardings"), range(len(given)), given)
     values, found = evaluate(held.jaxprs[0], consts[0], args, taken, arrays, terms)
@@ -146,9 +144,7 @@ def _run_remat(
     return found[0].unflatten(held.primitive.bind(*more, *flat, **(held.params | {"jaxpr": made})))
 
 
-def _run_scan(
-    evaluate: Evaluate, held: _Held, arrays: Any, terms: Any, consts: Any, given: Any, taken: Any
-) -> Results:
+def _run_scan(evaluate: Evaluate, held: _Held, arrays: Any, terms: Any, consts: Any, given: Any, taken: Any) -> Results:
     params, sizes, jaxpr = held.params, held.sizes, held.jaxprs[0]
     assert sizes is not None
     kept = tuple(j for j in range(len(jaxpr.outvars)) if j in arrays or j not in terms)
@@ -178,9 +174,7 @@ def _steps_after_lanes(rows: Rows, type_: Any) -> Rows:
     return Rows(jnp.moveaxis(rows.ids, 0, lanes), jnp.moveaxis(rows.values, 0, lanes), rows.axes)
 
 
-def _run_cond(
-    evaluate: Evaluate, held: _Held, arrays: Any, terms: Any, consts: Any, given: Any, taken: Any
-) -> Results:
+def _run_cond(evaluate: Evaluate, held: _Held, arrays: Any, terms: Any, consts: Any, given: Any, taken: Any) -> Results:
     index, *operands = given
     memo = Memo()
     forms = [[memo.forms(jaxpr).form(jaxpr.outvars[j]) for jaxpr in held.jaxprs] for j in terms]

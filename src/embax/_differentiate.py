@@ -20,12 +20,13 @@ from . import _ids, _placed
 from ._apply import apply_updates
 from ._equations import without_constants
 from ._forms import Memo
-from ._linear import Kind, Rows, Term
+from ._linear import Kind
 from ._modules import fixed_leaves
 from ._program import evaluate as evaluate_program
 from ._report_dense import NOT_BY_LOOKUP, OVER_DEVICES, OnDense, report_dense, why_dense
 from ._rows import RowGrad, is_trained, no_rows, row_grad
 from ._table import Table, with_weight
+from ._terms import Rows, Term
 
 
 class Options(NamedTuple):
@@ -124,10 +125,14 @@ def differentiate(
     value, pull_back, aux = jax.vjp(loss, others, has_aux=True)
     _check_value(value, options)
     gradients = _gradients(value, pull_back, others, options, name)
-    return value, aux, [
-        _none_read(leaf) if is_constant else gradient
-        for leaf, is_constant, gradient in zip(leaves, constant, gradients, strict=True)
-    ]
+    return (
+        value,
+        aux,
+        [
+            _none_read(leaf) if is_constant else gradient
+            for leaf, is_constant, gradient in zip(leaves, constant, gradients, strict=True)
+        ],
+    )
 
 
 def _check_leaves(others: Sequence[Any], options: Options) -> None:

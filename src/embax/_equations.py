@@ -1,7 +1,8 @@
 """Equations that hold programs of their own: calls, scans, conds and `shard_map`, as the versions of JAX write them.
 
 For instance, `jit` holds one program, whose inputs are its operands; `scan` holds its body, whose inputs are constants,
-then what is carried, then the values of one step; `cond` holds its branches, whose inputs are its operands but the first.
+then what is carried, then the values of one step; `cond` holds its branches, whose inputs are all its operands but the
+first.
 """
 
 from collections.abc import Sequence
@@ -20,11 +21,16 @@ def inner(program: Any) -> tuple[Jaxpr, Sequence[Any]]:
     return program, ()
 
 
-def programs_of(eqn: JaxprEqn) -> list[Any]:
+def programs_of(eqn: Any) -> list[Any]:
     """The programs that a call, a scan, a cond or a shard_map holds."""
     if eqn.primitive.name == "cond":
         return list(eqn.params["branches"])
     return [eqn.params["jaxpr"] if "jaxpr" in eqn.params else eqn.params["call_jaxpr"]]
+
+
+def shape_of(v: Any) -> tuple[int, ...]:
+    """The shape of a variable or a literal."""
+    return v.aval.shape
 
 
 class ScanSizes(NamedTuple):
@@ -37,8 +43,8 @@ class ScanSizes(NamedTuple):
     def of(cls, eqn: JaxprEqn) -> "ScanSizes":
         """Tell them by the axis of the steps, since the versions of JAX say it in different ways."""
         body, _ = inner(programs_of(eqn)[0])
-        of_steps = sum(x.aval.ndim > y.aval.ndim for x, y in zip(eqn.invars, body.invars, strict=True))
-        stacked = sum(x.aval.ndim > y.aval.ndim for x, y in zip(eqn.outvars, body.outvars, strict=True))
+        of_steps = sum(len(shape_of(x)) > len(shape_of(y)) for x, y in zip(eqn.invars, body.invars, strict=True))
+        stacked = sum(len(shape_of(x)) > len(shape_of(y)) for x, y in zip(eqn.outvars, body.outvars, strict=True))
         carry = len(eqn.outvars) - stacked
         return cls(len(eqn.invars) - of_steps - carry, carry)
 
@@ -46,7 +52,7 @@ class ScanSizes(NamedTuple):
 NO_AXES: frozenset[str] = frozenset()
 
 
-def before_sum(eqn: JaxprEqn, j: int) -> tuple[Any, frozenset[str]]:
+def before_sum(eqn: Any, j: int) -> tuple[Any, frozenset[str]]:
     """What of a shard_map's body is summed over devices to give an output, and over which axes.
 
     With `check_vma=False`, the gradient of what all devices have in common ends with a sum that JAX has added. With

@@ -1,7 +1,7 @@
 """Forms: for each variable of a gradient's program, what it is a sum of.
 
-One pass over the equations, from the first to the last, says of every variable: which inputs of the program it adds, and
-whether each as it is; how many rows it adds; and why some of its terms are arrays of all rows. An example, of the
+One pass over the equations, from the first to the last, says of every variable: which inputs of the program it adds,
+and whether each as it is; how many rows it adds; and why some of its terms are arrays of all rows. An example, of the
 program of a gradient whose loss looks up in the body of a scan, with the body's carry `a`:
 
     scan body:  b = add_rows values ids       b: 4 ids
@@ -21,7 +21,8 @@ from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
 
 from ._equations import CALLS, NO_AXES, ScanSizes, before_sum, inner, programs_of
 from ._index import index_dtype
-from ._linear import ALL_ROWS, ZEROS_ONLY, Kind, Opening, opening_of
+from ._linear import ALL_ROWS, Kind, Opening, opening_of
+
 
 class Reason:
     """Why a term is of all rows.
@@ -107,7 +108,7 @@ class Forms:
         needs = self._bits(eqn, opening.arrays)
         for k, as_it_is in opening.terms.items():
             form = self.form(eqn.invars[k])
-            if eqn.primitive.name in ZEROS_ONLY and (form.inputs or form.ids or form.dense):
+            if opening.of_zeros and (form.inputs or form.ids or form.dense):
                 return None
             for place, once in form.inputs.items():
                 inputs[place] = as_it_is and once and place not in inputs
@@ -251,7 +252,12 @@ def _of_cond(eqn: JaxprEqn, memo: Memo) -> _Openings:
         inputs, axes, kinds = forms[0].inputs, _union(f.axes for f in forms), _union(f.kinds for f in forms)
         if dense := _union(f.dense for f in forms):
             openings.append(dense)
-        elif any(f.inputs != inputs for f in forms) or not all(inputs.values()) or len(axes) > 1 or not _of_one_kind(kinds):
+        elif (
+            any(f.inputs != inputs for f in forms)
+            or not all(inputs.values())
+            or len(axes) > 1
+            or not _of_one_kind(kinds)
+        ):
             openings.append(None)
         else:
             # Operand 0 is the index of the branch.

@@ -121,8 +121,8 @@ def _gather_with_rules(
 @_gather_with_rules.defjvp
 def _gather_with_rules_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
     table, ids, counted = primals
-    # Wide, since the transpose adds up duplicates: 4096 bfloat16 ones would sum to 256. The cast of the whole tangent is
-    # fused into the read.
+    # Wide, since the transpose adds up duplicates: 4096 bfloat16 ones would sum to 256. The cast of the whole tangent
+    # is fused into the read.
     tangent = tangents[0].weight.astype(accumulator(table.dtype))
     named = _ids.trained(ids, table)
     if counted is not None:

@@ -9,9 +9,9 @@ gradient is wanted as terms:
     c = broadcast_in_dim 0.0     needed as terms: none
     d = add_any c b              needed as terms: those of c and of b
 
-What is needed as it is runs as JAX has made it, in segments as long as possible, with its names, contexts and effects. A
-call, a scan or a cond that gives both arrays and terms runs once for both (`_calls`). A value that is missing raises a
-KeyError: none is ever made up.
+What is needed as it is runs as JAX has made it, in segments as long as possible, with its names, contexts and effects.
+A call, a scan or a cond that gives both arrays and terms runs once for both (`_calls`). A value that is missing raises
+a KeyError: none is ever made up.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -23,7 +23,8 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var, jaxpr_as
 from ._calls import RUNNERS, run_equation
 from ._equations import CALLS, ScanSizes, inner, programs_of, without_constants
 from ._forms import Forms, Memo
-from ._linear import Opening, Term, terms_of
+from ._linear import Opening
+from ._terms import Term, terms_of
 
 
 class Segment(NamedTuple):

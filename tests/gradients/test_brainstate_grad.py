@@ -294,7 +294,10 @@ def overwrite(embedding):
 # Name: what a function does with a layer besides reading two rows; and how many ids more that gives.
 FOLLOWED_USES = {
     "for_loop": (lambda layer: brainstate.transform.for_loop(lambda i: layer(i).sum(), jnp.arange(3)).sum(), 3),
-    "scan": (lambda layer: brainstate.transform.scan(lambda c, i: (c + layer(i), i), jnp.ones(2), jnp.arange(3))[0].sum(), 3),
+    "scan": (
+        lambda layer: brainstate.transform.scan(lambda c, i: (c + layer(i), i), jnp.ones(2), jnp.arange(3))[0].sum(),
+        3,
+    ),
     "cond": (
         lambda layer: brainstate.transform.cond(jnp.array(True), lambda: layer([1, 2]).sum(), lambda: jnp.zeros(())),
         2,

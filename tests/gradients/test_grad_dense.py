@@ -47,7 +47,9 @@ def penalty_in_scan(table):
 
 
 def scaled_in_a_branch(table):
-    halved = jax.lax.cond(IDS[0, 0] > 0, lambda table: jax.tree.map(lambda w: 0.5 * w, table), lambda table: table, table)
+    halved = jax.lax.cond(
+        IDS[0, 0] > 0, lambda table: jax.tree.map(lambda w: 0.5 * w, table), lambda table: table, table
+    )
     return energy(halved)
 
 
@@ -125,7 +127,11 @@ def test_other_tables_stay_sparse():
 
     def function(params):
         (first, second), third = params["a"], params["b"]
-        return energy(first) * jitted(second) * second.weight.sum() + energy(third, [1]) + energy(second) * params["c"].sum()
+        return (
+            energy(first) * jitted(second) * second.weight.sum()
+            + energy(third, [1])
+            + energy(second) * params["c"].sum()
+        )
 
     match = r"gradient of argument 0\['a'\]\[1\], Table\(float32\[7,3\], padding_idx=2\)"
     gradient = warned(function, params, match=match, wrap=jax.jit)
@@ -151,7 +157,9 @@ def test_the_warning_says_what_the_loss_does_and_where():
     def penalty(table):
         return energy(table) + table.weight.sum()  # here
 
-    line = Path(__file__).read_text().splitlines().index("        return energy(table) + table.weight.sum()  # here") + 1
+    line = (
+        Path(__file__).read_text().splitlines().index("        return energy(table) + table.weight.sum()  # here") + 1
+    )
     match = rf"{re.escape(__file__)}:{line}\S* \(.*penalty\)\. Compute with rows that embax\.lookup reads, or expect it"
     warned(penalty, Table(WEIGHT), match=match, wrap=traced)
 

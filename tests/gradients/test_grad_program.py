@@ -49,8 +49,16 @@ def test_no_leaf_is_lost_where_a_gradient_is_of_rows_and_of_all_rows():
         logits = jax.checkpoint(embax.attend)(table, jnp.tanh(hidden))
         return jnp.sin(logits).sum() + scanned(other) * energy(other, [3]) + (params["bias"] ** 2).sum()
 
-    params = {"tied": T, "other": Table(WEIGHT), "scale": jnp.ones((1, 3)), "bias": jnp.arange(3.0), "unused": jnp.ones(2)}
-    ours, expected = jax.jit(lambda p: [grad(loss)(p) for grad in (functools.partial(embax.grad, on_dense="error"), jax.grad)])(params)
+    params = {
+        "tied": T,
+        "other": Table(WEIGHT),
+        "scale": jnp.ones((1, 3)),
+        "bias": jnp.arange(3.0),
+        "unused": jnp.ones(2),
+    }
+    ours, expected = jax.jit(
+        lambda p: [grad(loss)(p) for grad in (functools.partial(embax.grad, on_dense="error"), jax.grad)]
+    )(params)
     assert_same_gradient(ours, expected, **FLOAT32)
     assert (type(ours["tied"].weight), isinstance(ours["other"], RowGrad)) == (type(expected["bias"]), True)
 
@@ -95,9 +103,9 @@ def test_ids_in_a_branch_are_as_wide_as_the_table():
 # ---- Sums over devices.
 
 
-def on_two_devices(function, check_vma, out_specs=PartitionSpec()):
+def on_two_devices(function, check_vma):
     mesh = jax.make_mesh((2,), ("x",), axis_types=(AxisType.Auto,))
-    specs = {"in_specs": (PartitionSpec(), PartitionSpec("x")), "out_specs": out_specs}
+    specs = {"in_specs": (PartitionSpec(), PartitionSpec("x")), "out_specs": PartitionSpec()}
     return jax.shard_map(function, mesh=mesh, check_vma=check_vma, **specs)
 
 

@@ -40,13 +40,12 @@ def grad(
     `embax.brainstate.Optimizer` takes it. A weight that is frozen or not read gets a RowGrad of length 0. All other
     states and arguments get the gradient that they have in brainstate, and so do weights of integers and with a unit.
 
-    That needs the layer to be called where `fun` itself runs. A weight that is used in any other way gets its ordinary
-    gradient, an array of all rows: where `fun` computes with `weight.value`, or calls the layer inside of `for_loop`,
-    `cond`, `vmap`, `jit`, `checkpoint` or another derivative. It is the whole gradient, and a warning says what to
-    move: the call out of the inner transformation, `jit` around the outermost function.
+    Reads are followed through `for_loop`, `scan`, `cond`, `vmap`, `jit`, `checkpoint` and JAX's own transformations, as
+    `embax.value_and_grad` says. A weight of which `fun` computes with all rows gets its ordinary gradient, an array,
+    and a warning says which line does so.
 
-    `fun` is traced twice for each call, of which the states see one: what it writes is stored once, and a random key
-    moves on once. Put the training step into `embax.brainstate.jit`, and it is traced in its first call only.
+    `fun` is traced once for each call, and arguments that are not differentiated reach it as they are given. Put the
+    training step into `embax.brainstate.jit`, and it is traced in its first call only.
 
     Args:
       fun: A function that returns a scalar, or `(scalar, aux)` with `has_aux`. Left out, the call is a decorator.
@@ -68,7 +67,6 @@ def grad(
       are asked for.
 
     Raises:
-      RuntimeError: If `fun` does not do the same when it is traced again, when called.
       TypeError: As `brainstate.transform.grad` does.
       ValueError: As `brainstate.transform.grad` does; with `on_dense="error"` also where a gradient would be dense.
 
@@ -220,9 +218,10 @@ def _grad_by_rows(
         asked = Options(_CALL, argnums, has_aux, **options, on_dense=on_dense, stacklevel=8)
         (_, aux), gradients = evaluate(of_tables, asked, (held, *args), {}, lambda path: tables[path[1].key][0])
         if unit_aware:
+            everything = values, *args
             several = isinstance(argnums, Sequence)
-            arguments = [(values, *args)[number] for number in (argnums if several else (argnums,))]
-            gradients = _with_units(arguments if several else arguments[0], gradients)
+            arguments = tuple(everything[number] for number in argnums) if several else everything[argnums]
+            gradients = _with_units(arguments, gradients)
         of_states = gradients[0] if isinstance(argnums, Sequence) else gradients
         of_states = {key: x.weight if isinstance(x, Table) else x for key, x in of_states.items()}
         return (of_states, *gradients[1:]) if isinstance(argnums, Sequence) else of_states, aux

@@ -29,8 +29,8 @@ def value_and_grad(
     often as it was looked up. Time and memory follow the number of ids, not of rows. `embax.nnx.Optimizer` takes it.
     What the function changes in the modules is kept, rows that `max_norm` has clipped among it.
 
-    That needs the layer to be called where `f` itself runs: `embax.value_and_grad` says when a gradient is dense
-    instead, and warns. Put `nnx.jit` around the whole step, not around a part of the loss. `f` is traced twice.
+    Reads are followed through `nnx.vmap`, `scan`, `remat`, `cond`, `jit` and JAX's own transformations, as
+    `embax.value_and_grad` says; so does a warning where a gradient is dense. `f` runs once.
 
     Args:
       f: A function of modules and pytrees that returns a scalar, or `(scalar, aux)` with `has_aux`. Left out, the call
