@@ -146,6 +146,7 @@ def programs(depth=4):
     program = leaf
     for _ in range(depth):
         program = st.one_of(
+            program,
             st.tuples(st.sampled_from([name for name in NODES if name not in WITH_TWO]), program),
             st.tuples(st.sampled_from(sorted(WITH_TWO)), program, leaf),
         )

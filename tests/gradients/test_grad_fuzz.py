@@ -8,7 +8,7 @@ import os
 import jax
 import jax.numpy as jnp
 import numpy as np
-from hypothesis import HealthCheck, given, note, settings
+from hypothesis import HealthCheck, assume, given, note, settings
 from hypothesis import strategies as st
 from programs import DENSE, HEADS, ROWS, built, leaves_of, nodes_of, on_two_devices, programs, tables
 
@@ -38,14 +38,17 @@ def check(program, sharded, ids):
     if sharded and not any(node.startswith("inner") for node in nodes_of(program)):
         loss, expected = on_two_devices(loss)
     names, of_tables = [name for name, _ in leaves_of(program)], tables()
-    followed = not DENSE.keys() & set(names)
+    args = of_tables, jnp.asarray(ids), jnp.float32(0.7)
+    assume(all(jax_can(function, args) for function in (loss, expected)))
+    # Inside of an inner gradient JAX differentiates what `renormalize` stores, and forgets that the gradient passes.
+    followed = not (DENSE.keys() | {"renormalized"}) & set(names)
     ours = embax.value_and_grad(loss, (0, 2), on_dense="error" if followed else "allow")
 
     @jax.jit
     def both(t, ids, x):
         return ours(t, ids, x), jax.value_and_grad(expected, (0, 2))(t, ids, x)
 
-    (value, (rows, of_x)), (theirs, (dense, their_x)) = both(of_tables, jnp.asarray(ids), jnp.float32(0.7))
+    (value, (rows, of_x)), (theirs, (dense, their_x)) = both(*args)
     close(value, theirs)
     close(of_x, their_x)
     for one, other in zip(rows, dense, strict=True):
@@ -53,6 +56,15 @@ def check(program, sharded, ids):
     note(f"{nodes_of(program)}: {rows}")
     if followed and not HEADS.keys() & set(names) and reads_of(program) < STACKED:
         assert all(isinstance(one, RowGrad) for one in rows)
+
+
+def jax_can(function, args):
+    """Whether JAX itself can differentiate a program: branches may differ in their types."""
+    try:
+        jax.eval_shape(jax.value_and_grad(function, (0, 2)), *args)
+    except (TypeError, ValueError, NotImplementedError):
+        return False
+    return True
 
 
 STACKED = ROWS * 3 * 4 // (3 * 4 + 4)  # ids whose rows take as much as a gradient
