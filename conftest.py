@@ -90,6 +90,8 @@ _VERSIONS = {
     "tests/core/test_compiled.py": "the HLO and the memory of XLA's programs",
     "tests/files/": "NumPy's, pyarrow's and the interpreter's readers of text, numbers and archives",
     "tests/gradients/test_grad.py::test_uses": "the form of JAX's backward programs",
+    "tests/gradients/test_grad_followed.py": "the form of JAX's backward programs",
+    "tests/gradients/test_grad_program.py": "the form of JAX's backward programs, their effects and memory",
     "tests/layers/test_frameworks.py::test_training": "each framework's own states and transformations",
     "tests/layers/test_interop.py": "conversion between the frameworks",
     "tests/optimizers/test_lift_compiled.py": "the HLO and the memory of XLA's programs",

@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, DTypeLike, Float, Int, Shaped
 
-from . import _ids, _tape
+from . import _ids
 from ._dedupe import accumulator
 from ._lookup import clipped_rows
 from ._placed_heads import OwnRows, Tokens, on_owners
+from ._read_rows import all_rows
 from ._table import Table, with_weight, without_padding
 
 
@@ -118,22 +119,29 @@ def trained_whole(table: Table) -> Shaped[Array, "rows *dim"]:
     """Return the weight for what reads all of its rows: unclipped, with the gradient that the rules leave it.
 
     Args:
-      table: The table. A tape that knows it is told.
+      table: The table.
 
     Returns:
       The values of the weight. The padding row has no gradient, and of a frozen table no row has one.
     """
-    found = _tape.find(table.weight)
-    weight = table.weight if found is None else found[2]
     if table.freeze:
-        return jax.lax.stop_gradient(weight)
-    if found is not None:
-        weight = found[0].whole(found[1], weight)
+        return jax.lax.stop_gradient(table.weight)
+    weight = _with_gradient_of_all_rows(table.weight)
     if table.padding_idx is None:
         return weight
     # On explicit axes, JAX pulls back through no operation outside of jit that meets what is on no mesh.
     without = _without_padding if table.placement is None else _jitted_without_padding
     return without(with_weight(table, None), weight)
+
+
+@jax.custom_jvp
+def _with_gradient_of_all_rows(weight: Shaped[Array, "rows *dim"]) -> Shaped[Array, "rows *dim"]:
+    return weight
+
+
+@_with_gradient_of_all_rows.defjvp
+def _with_gradient_of_all_rows_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
+    return primals[0], all_rows(tangents[0])
 
 
 @jax.custom_jvp

@@ -1,5 +1,6 @@
 """embedding_bag: look up bags of ids and pool the rows of each, without the rows in between."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -7,7 +8,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jaxtyping import Array, DTypeLike, Float, Int, Int32, Shaped
 
-from . import _check, _ids, _tape
+from . import _check, _ids
 from ._dedupe import accumulator
 from ._pool import Layout, Mode, divided, is_used, pool_rows
 from ._ragged import Ragged
@@ -82,11 +83,10 @@ def pool(
     Returns:
       One vector a bag.
     """
-    # A tape knows its tables by their arrays, which are others inside of a compiled function.
-    run = _compiled if _tape.find(table.weight) is None else _pool
-    return run(table, ids, layout.offsets, weights, layout.shape, mode)
+    return _pool(table, ids, layout.offsets, weights, layout.shape, mode)
 
 
+@functools.partial(jax.jit, static_argnames=("shape", "mode"), inline=True)  # one program for an eager call
 def _pool(
     table: Table,
     ids: _ids.Ids,
@@ -102,10 +102,6 @@ def _pool(
     resolved = jnp.where(counted, resolved, table.rows)
     counted = counted & ~_ids.is_padding(resolved, table.padding_idx)
     return divided(pool_rows(table, resolved, counted, weights, layout, mode), counted, weights, layout, mode)
-
-
-# One program for a call outside of jit.
-_compiled = jax.jit(_pool, static_argnames=("shape", "mode"), inline=True)
 
 
 class Read(NamedTuple):
@@ -211,15 +207,7 @@ def prepared_weights(
         return None
     if mode == "max":
         raise TypeError(f"`{argument}` must be None in mode 'max', got weights. Leave them out.")
-    try:
-        weights = jnp.asarray(weights)
-    except (ValueError, TypeError):
-        if not isinstance(weights, list | tuple):
-            raise
-        raise ValueError(
-            f"`{argument}` must be one for each id, got lists of different lengths. For an embax.Ragged, pass them in "
-            "one list, as its values."
-        ) from None
+    weights = jnp.asarray(weights)
     if not jnp.issubdtype(weights.dtype, jnp.floating):
         raise TypeError(f"`{argument}` must be of a float dtype, got {weights.dtype}. Cast them.")
     if weights.shape != shape:

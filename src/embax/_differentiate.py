@@ -1,29 +1,32 @@
-"""How a loss is differentiated: its lookups by taps on their rows, the rest of it as JAX does."""
+"""How a loss is differentiated: by JAX, and the program of the gradient then taken apart into rows.
 
-import warnings
-from collections.abc import Callable, Sequence, Set
-from typing import Any, Literal, NamedTuple
+An example, of a loss that looks up three ids of a table of a million rows:
+
+    jax.vjp(loss, table)         runs the loss, once, as JAX does
+    make_jaxpr(pullback)(1.0)    a program: zeros of a million rows, `add_rows values ids` into them
+    evaluate(program)            runs what is needed of it for `values` and `ids`: nothing of a million rows
+    RowGrad(ids, values)
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
-from jax.extend.core import jaxpr_as_fun
-from jax.sharding import PartitionSpec
-from jaxtyping import Array, Shaped
+from jaxtyping import Array
 
-from . import _ids, _placed, _tape
+from . import _ids, _placed
 from ._apply import apply_updates
-from ._mesh import is_explicit, resharded
+from ._equations import without_constants
+from ._forms import Memo
+from ._linear import Kind
 from ._modules import fixed_leaves
-from ._placement import Placement
+from ._program import evaluate as evaluate_program
+from ._report_dense import NOT_BY_LOOKUP, OVER_DEVICES, OnDense, report_dense, why_dense
 from ._rows import RowGrad, is_trained, no_rows, row_grad
 from ._table import Table, with_weight
-
-OnDense = Literal["error", "warn", "allow"]
-
-
-class DenseGradientWarning(UserWarning):
-    """A table gets a dense gradient, since its weight is used otherwise than by lookups that can be followed."""
+from ._terms import Rows, Term
 
 
 class Options(NamedTuple):
@@ -35,7 +38,7 @@ class Options(NamedTuple):
     holomorphic: bool
     allow_int: bool
     on_dense: OnDense
-    stacklevel: int = 4  # from a warning up to the user's code
+    stacklevel: int = 6  # from a warning up to the user's code
 
     @property
     def numbers(self) -> tuple[int, ...]:
@@ -47,29 +50,46 @@ class Options(NamedTuple):
         return all(-len(args) <= number < len(args) for number in self.numbers)
 
 
-def evaluate(fun: Callable[..., Any], options: Options, args: Sequence[Any], kwargs: Any) -> tuple[Any, Any]:
-    """Return what a function returns, and its gradient."""
+def evaluate(
+    fun: Callable[..., Any],
+    options: Options,
+    args: Sequence[Any],
+    kwargs: Any,
+    names: Callable[[Any], str] | None = None,
+) -> tuple[Any, Any]:
+    """Differentiate a function of trees in which Tables may stand.
+
+    Args:
+      fun: The function.
+      options: How, and for which of its arguments.
+      args: Its arguments.
+      kwargs: Its arguments by name.
+      names: What a leaf is called in messages, given its path in the list of these arguments. Default: by its argument.
+
+    Returns:
+      What the function returns, and its gradient.
+    """
     numbers = options.numbers
     nodes, structure = jax.tree.flatten_with_path(
         [args[number] for number in numbers], is_leaf=lambda node: isinstance(node, Table)
     )
     leaves = [leaf for _, leaf in nodes]
-    trained = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Table) and is_trained(leaf)]
 
-    def run(leaves: Sequence[Any]) -> Any:
+    def loss(others: Sequence[Any]) -> Any:
+        filled = [leaf if other is None else other for leaf, other in zip(leaves, others, strict=True)]
         full = list(args)
-        for number, value in zip(numbers, structure.unflatten(leaves), strict=True):
+        for number, value in zip(numbers, structure.unflatten(filled), strict=True):
             full[number] = value
-        return fun(*full, **kwargs)
+        return checked_pair(options.call, options.has_aux, fun(*full, **kwargs))
 
-    fixed = [i for i, is_fixed in enumerate(fixed_leaves([args[number] for number in numbers])) if is_fixed]
-    seen = _find_reads(run, leaves, trained)
-    for i, reason in seen.dense.items():
+    def name(i: int) -> str:
         path = nodes[i][0]
-        name = f"argument {numbers[path[0].idx]}{jax.tree_util.keystr(path[1:])}"
-        report_dense(options.call, options.on_dense, name, leaves[i], reason, options.stacklevel)
-    out, gradients = _differentiate(run, leaves, seen, fixed, options)
+        return names(path) if names else f"argument {numbers[path[0].idx]}{jax.tree_util.keystr(path[1:])}"
+
+    fixed = fixed_leaves([args[number] for number in numbers])
+    value, aux, gradients = differentiate(loss, leaves, fixed, options, name)
     gradient = structure.unflatten([_of_table(*pair) for pair in zip(leaves, gradients, strict=True)])
+    out = (value, aux) if options.has_aux else value
     return out, tuple(gradient) if isinstance(options.argnums, Sequence) else gradient[0]
 
 
@@ -78,153 +98,125 @@ def _of_table(leaf: Any, gradient: Any) -> Any:
     return with_weight(leaf, gradient) if isinstance(leaf, Table) and isinstance(gradient, RowGrad) else gradient
 
 
-def report_dense(call: str, on_dense: OnDense, name: str, table: Table, reason: str, stacklevel: int = 3) -> None:
-    """Say that the gradient of a table is dense, as `on_dense` asks.
+def differentiate(
+    loss: Callable[[Sequence[Any]], tuple[Any, Any]],
+    leaves: Sequence[Any],
+    fixed: Sequence[bool],
+    options: Options,
+    name: Callable[[int], str],
+) -> tuple[Any, Any, list[Any]]:
+    """Differentiate a loss for Tables and other leaves.
 
     Args:
-      call: The call for the message.
-      on_dense: As in `value_and_grad`.
-      name: The table's name.
-      table: The table.
-      reason: A primitive that uses the weight, or an empty string for a lookup in an inner transformation.
-      stacklevel: That of the user's code, as in `warnings.warn`.
-
-    Raises:
-      ValueError: If it is `"error"`.
-    """
-    if on_dense == "allow":
-        return
-    if not reason or reason in _TRANSFORMATIONS:
-        inside = f"of `{reason}`" if reason else "an inner transformation"
-        why = f"inside {inside}, where its lookups cannot be followed. Look up outside and pass the rows in"
-    else:
-        why = f"by `{reason}`, which is no lookup. Compute with rows that embax.lookup reads"
-    message = (
-        f"`{call}`: the gradient of {name}, {table!r}, is dense, {table.rows} rows, since the loss uses "
-        f"its weight {why}, or expect it with on_dense='allow'."
-    )
-    if on_dense == "error":
-        raise ValueError(message)
-    warnings.warn(message, DenseGradientWarning, stacklevel=stacklevel)
-
-
-# Primitives that hold a function of their own; the jaxpr of an inner derivative is part of the loss's.
-_TRANSFORMATIONS = frozenset(
-    "jit pjit scan while cond checkpoint remat remat2 custom_jvp_call custom_vjp_call shard_map pmap".split()
-)
-
-
-class _Reads(NamedTuple):
-    """What a first run of a loss has shown of its tables, by the numbers of their leaves."""
-
-    sparse: list[int]  # those that are read by lookups and heads on the tape, or not at all
-    lookups: list[_tape.Lookup]  # of these, by their place in `sparse`, with the type of the ids in place of them
-    whole: list[int]  # those of these that a head reads
-    dense: dict[int, str]  # the others, whose weight is used otherwise, with a reason for `report_dense`
-
-
-def _find_reads(run: Callable[[Sequence[Any]], Any], leaves: Sequence[Any], trained: Sequence[int]) -> _Reads:
-    """Run a loss on stand-ins for the weights of its trained tables."""
-    weights = [leaves[i].weight for i in trained]
-    lookups: list[_tape.Lookup] = []
-    hidden: set[int] = set()
-    whole: set[int] = set()
-
-    def on_tape(stand_ins: Sequence[Any]) -> None:
-        with _tape.recording(_tape.Tape(stand_ins, weights)) as tape:
-            run(_with_weights(leaves, trained, stand_ins))
-        # No tracer may outlive its trace.
-        lookups.extend(lookup._replace(ids=jax.typeof(lookup.ids)) for lookup in tape.lookups)
-        hidden.update(tape.hidden)
-        whole.update(tape.read_whole)
-
-    jaxpr = jax.make_jaxpr(on_tape)(weights).jaxpr
-    used = _tape.other_uses(jaxpr, jaxpr.invars)
-    dense = {trained[k]: "" if k in hidden else name for k, name in used.items()}
-    sparse = [i for i in trained if i not in dense]
-    lookups = [x._replace(table=sparse.index(trained[x.table])) for x in lookups if x.table not in used]
-    return _Reads(sparse, lookups, sorted(trained[k] for k in whole - used.keys()), dense)
-
-
-def _differentiate(
-    run: Callable[[Sequence[Any]], Any], leaves: Sequence[Any], seen: _Reads, fixed: Sequence[int], options: Options
-) -> tuple[Any, list[Any]]:
-    """Differentiate a loss for a tap on each of its lookups, and for its other leaves.
-
-    The second run of the loss gives a jaxpr, and it is that jaxpr which is differentiated. So a stand-in of which it
-    makes no use cannot have had a part in the loss.
+      loss: Called with the leaves, None in the place of one that is not differentiated; returns a value and anything.
+      leaves: Tables, arrays, and what else there is.
+      fixed: Which leaves are not differentiated; neither are tables that are not trained.
+      options: Its `call`, `holomorphic`, `allow_int`, `on_dense` and `stacklevel` count.
+      name: What a leaf is called in messages.
 
     Returns:
-      What the loss returns, and the gradients.
+      What the loss returns, and the gradients: of a table a RowGrad, or a Table of all rows.
     """
-    sparse, lookups = seen.sparse, seen.lookups
-    weights = [leaves[i].weight for i in sparse]
-    constant = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Table) and not is_trained(leaf)]
-    # What a head reads is differentiated as any other leaf, beside the taps of its lookups.
-    left_out = {*sparse, *constant, *fixed} - {*seen.whole}
-    others = [None if i in left_out else leaf for i, leaf in enumerate(leaves)]
-    taps = [tap_of(lookup, weights[lookup.table], leaves[sparse[lookup.table]].placement) for lookup in lookups]
-    outputs: list[Any] = []
-
-    def with_taps(others: Sequence[Any], taps: Sequence[Array], stand_ins: Sequence[Any]) -> Any:
-        filled = [leaf if other is None else other for leaf, other in zip(leaves, others, strict=True)]
-        whole = {sparse.index(i): others[i].weight for i in seen.whole}
-        with _tape.recording(_tape.Tape(stand_ins, weights, taps, whole)) as tape:
-            out = run(_with_weights(filled, sparse, stand_ins))
-        check_same_reads(options.call, tape, lookups, whole.keys())
-        parts, structure = jax.tree.flatten(out)
-        # A stand-in that is returned holds what `renormalize` has made of its table.
-        parts = [part if (found := tape.find(part)) is None else found[1] for part in parts]
-        # What is no tracer, an auxiliary output may be anything, has no part in the jaxpr.
-        traced = [isinstance(part, Tracer) for part in parts]
-        rest = [None if is_traced else part for part, is_traced in zip(parts, traced, strict=True)]
-        outputs.append((structure, traced, rest))
-        parts = [part for part, is_traced in zip(parts, traced, strict=True) if is_traced]
-        return parts, [lookup.ids for lookup in tape.lookups]
-
-    closed = jax.make_jaxpr(with_taps)(others, taps, weights)
-    stand_ins = closed.jaxpr.invars[len(closed.jaxpr.invars) - len(weights) :]
-    if _tape.other_uses(closed.jaxpr, stand_ins):
-        raise impure(options.call, "another use of a table's weight in the second run")
-    structure, traced, rest = outputs[0]
-    evaluate = jaxpr_as_fun(closed)
-
-    def loss(others: Sequence[Any], taps: Sequence[Array]) -> Any:
-        values = iter(evaluate(*jax.tree.leaves((others, taps, weights))))
-        full = [next(values) if is_traced else part for part, is_traced in zip(rest, traced, strict=True)]
-        out = structure.unflatten(full)
-        ids = list(values)
-        value, aux = checked_pair(options.call, options.has_aux, out)
-        return value, ((value, aux) if options.has_aux else value, ids)
-
-    differentiated = jax.value_and_grad(
-        loss, (0, 1), has_aux=True, holomorphic=options.holomorphic, allow_int=options.allow_int
+    is_table = [isinstance(leaf, Table) for leaf in leaves]
+    constant = [is_ and not is_trained(leaf) for is_, leaf in zip(is_table, leaves, strict=True)]
+    left_out = [a or b for a, b in zip(fixed, constant, strict=True)]
+    others = [None if out else leaf for out, leaf in zip(left_out, leaves, strict=True)]
+    _check_leaves(others, options)
+    value, pull_back, aux = jax.vjp(loss, others, has_aux=True)
+    _check_value(value, options)
+    gradients = _gradients(value, pull_back, others, options, name)
+    return (
+        value,
+        aux,
+        [
+            _none_read(leaf) if is_constant else gradient
+            for leaf, is_constant, gradient in zip(leaves, constant, gradients, strict=True)
+        ],
     )
-    (_, (out, ids)), (gradients, cotangents) = differentiated(others, taps)
-    ids = [after_loss(out[0] if options.has_aux else out, x) for x in ids]
-    for i in constant:
-        gradients[i] = _none_read(leaves[i])
-    for k, i in enumerate(sparse):
-        of_table = [n for n, lookup in enumerate(lookups) if lookup.table == k]
-        rows = gathered(leaves[i], [ids[n] for n in of_table], [cotangents[n] for n in of_table])
-        gradients[i] = apply_updates(gradients[i], rows) if i in seen.whole else rows
-    return out, gradients
 
 
-def check_same_reads(call: str, tape: _tape.Tape, lookups: Sequence[_tape.Lookup], whole: Set[int]) -> None:
-    """Check that a second run of a function has read of its tables what the first one has.
+def _check_leaves(others: Sequence[Any], options: Options) -> None:
+    leaves = jax.tree.leaves(others)
+    if options.holomorphic or not all(_is_float(leaf) for leaf in leaves):
+        number = jnp.zeros((), jnp.complex64 if options.holomorphic else jnp.float32)
+        _refuse_as_jax_does(number, others, options)
 
-    Args:
-      call: The call for the message.
-      tape: That of the second run.
-      lookups: The lookups of the first run.
-      whole: The tables of which a head has read all rows in it.
 
-    Raises:
-      RuntimeError: If it has not.
-    """
-    if [lookup.table for lookup in tape.lookups] != [lookup.table for lookup in lookups] or tape.read_whole != whole:
-        raise impure(call, "other lookups in its second run")
+def _check_value(value: Any, options: Options) -> None:
+    if options.holomorphic or not _is_float(value) or jnp.shape(value) != ():
+        _refuse_as_jax_does(value, [], options)
+
+
+def _is_float(x: Any) -> bool:
+    return hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.floating)
+
+
+def _refuse_as_jax_does(value: Any, leaves: Sequence[Any], options: Options) -> None:
+    """Raise the error that JAX has for such a value or such leaves, if it has one."""
+    of_jax = jax.value_and_grad(lambda _: value, holomorphic=options.holomorphic, allow_int=options.allow_int)
+    jax.eval_shape(of_jax, leaves)
+
+
+def _gradients(
+    value: Array, pull_back: Callable[[Array], Any], others: Sequence[Any], options: Options, name: Callable[[int], str]
+) -> list[Any]:
+    """Make the program of the gradients, and run it with rows for the gradients of tables."""
+    found: list[Any] = []
+
+    def backward(one: Array) -> list[Any]:
+        (gradients,) = pull_back(one)
+        flat, structure = jax.tree.flatten(gradients)
+        # What is no tracer, the gradient of an integer, has no part in the program.
+        found.append((structure, [None if isinstance(x, Tracer) else x for x in flat]))
+        return [x for x in flat if isinstance(x, Tracer)]
+
+    one = jax.lax.full_like(value, 1)
+    jaxpr, consts = without_constants(jax.make_jaxpr(backward)(one))
+    structure, rest = found[0]
+    numbers = iter(range(len(jaxpr.outvars)))
+    # Outputs of the program by their numbers, boxed lest an integer be taken for a gradient.
+    boxed = structure.unflatten([_Output(next(numbers)) if x is None else x for x in rest])
+    memo, terms, dense = Memo(), {}, {}
+    for i, leaf in enumerate(others):
+        if isinstance(leaf, Table) and isinstance(output := boxed[i].weight, _Output):
+            form = memo.forms(jaxpr).form(jaxpr.outvars[output.number])
+            # Rows of which each device has its own are not to be added to what is summed over devices.
+            over_devices = len(form.axes) > 1 or (form.dense and any(form.axes))
+            apart = over_devices or form.kinds - {Kind(placement=leaf.placement)}
+            why = why_dense(form.dense) or (OVER_DEVICES if over_devices else NOT_BY_LOOKUP if apart else None)
+            if why is not None:
+                dense[i] = why
+            if not apart:
+                terms[i] = output.number
+    for i, why in dense.items():
+        report_dense(options.call, options.on_dense, name(i), others[i], why, options.stacklevel)
+    arrays_out = [j for j in range(len(jaxpr.outvars)) if j not in terms.values()]
+    arrays, sums = evaluate_program(jaxpr, (), [*consts, one], {}, arrays_out, tuple(terms.values()), memo)
+    values: dict[int, Any] = dict(zip(arrays_out, arrays, strict=True)) | dict.fromkeys(terms.values())
+    gradients = jax.tree.map(
+        lambda x: values[x.number] if isinstance(x, _Output) else x, boxed, is_leaf=lambda x: isinstance(x, _Output)
+    )
+    for i, of_table in zip(terms, sums, strict=True):
+        gradients[i] = _of_terms(others[i], value, of_table)
+    return gradients
+
+
+class _Output(NamedTuple):
+    """The number of an output of a program."""
+
+    number: int
+
+
+def _of_terms(table: Table, value: Array, terms: Sequence[Term]) -> Any:
+    """Make the gradient of a table of the terms that it is a sum of."""
+    rows = [x for x in reversed(terms) if isinstance(x, Rows)]  # as they were read
+    whole = [x for x in terms if not isinstance(x, Rows)]
+    ids = [after_loss(value, _ids.narrow(x.ids, table.rows, jnp)) for x in rows]
+    of_rows = gathered(table, ids, [x.values for x in rows])
+    if not whole:
+        return of_rows
+    total = with_weight(table, sum(whole[1:], start=whole[0]))
+    return apply_updates(total, of_rows) if rows else total
 
 
 def checked_pair(call: str, has_aux: bool, out: Any) -> tuple[Any, Any]:
@@ -249,26 +241,6 @@ def checked_pair(call: str, has_aux: bool, out: Any) -> tuple[Any, Any]:
             f"{type(out).__name__}. Return both, or leave has_aux out."
         )
     return out[0], out[1]
-
-
-def tap_of(lookup: _tape.Lookup, weight: Array, placement: Placement | None = None) -> Shaped[Array, "*batch_dim"]:
-    """Zeros that vary over the axes of a `shard_map` as the rows do, lest their gradient is summed over these.
-
-    Of a table on a mesh with explicit axes, they are laid out as the rows are, too.
-    """
-    tap = jnp.zeros(lookup.shape, lookup.dtype)
-    if placement is not None and is_explicit(placement.mesh):
-        of_ids = lookup.ids.sharding
-        return resharded(tap, placement.mesh, of_ids.spec if is_explicit(of_ids.mesh) else PartitionSpec())
-    axes = lookup.ids.manual_axis_type.varying | jax.typeof(weight).manual_axis_type.varying
-    return jax.lax.pcast(tap, tuple(axes), to="varying") if axes else tap
-
-
-def _with_weights(leaves: Sequence[Any], tables: Sequence[int], weights: Sequence[Any]) -> list[Any]:
-    replaced = list(leaves)
-    for i, weight in zip(tables, weights, strict=True):
-        replaced[i] = with_weight(leaves[i], weight)
-    return replaced
 
 
 def _none_read(table: Table) -> Any:
@@ -300,11 +272,3 @@ def after_loss(value: Array, ids: Array) -> Array:
     """
     bits = jax.lax.bitcast_convert_type(jnp.real(value).astype(jnp.float32), jnp.int32)
     return ids + jax.lax.shift_right_logical(jax.lax.population_count(bits), jnp.int32(6)).astype(ids.dtype)
-
-
-def impure(call: str, seen: str) -> RuntimeError:
-    """The error for a function that does something else when it is traced again."""
-    return RuntimeError(
-        f"`{call}(fun=...)` must be of a function that does the same each time it is traced, got "
-        f"{seen}. Make it depend on nothing but its arguments."
-    )

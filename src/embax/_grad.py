@@ -7,8 +7,9 @@ from typing import Any
 import jax
 
 from . import _check
-from ._differentiate import DenseGradientWarning as DenseGradientWarning
-from ._differentiate import OnDense, Options, evaluate
+from ._differentiate import Options, evaluate
+from ._report_dense import DenseGradientWarning as DenseGradientWarning
+from ._report_dense import OnDense
 
 
 def value_and_grad(
@@ -26,19 +27,17 @@ def value_and_grad(
     was looked up. Time and memory follow the number of ids, not of rows. A table that is frozen, of integers or not
     read gets a RowGrad of length 0.
 
-    That needs `embax.lookup` to be called where `fun` itself runs. Of a table whose weight is used in any other way,
-    the gradient is dense, and comes as a Table with the gradient for its weight: where the loss computes with the
-    weight (a cast, a slice, a sum over it), or looks up inside of `jit`, `scan`, `while_loop`, `cond`, `vmap`,
-    `checkpoint` or another derivative. It is the whole gradient, lookups included, and a warning says what to move: the
-    lookup out of the inner transformation, `jit` around the outermost function. A table that `embax.attend` or
-    `embax.softmax_cross_entropy` reads gets a dense gradient without a warning, and the rows that were looked up are
-    added into it.
+    Reads are followed through every transformation: `jax.vmap`, `scan`, `map`, `fori_loop`, `cond`, `switch`, `jit`,
+    `jax.checkpoint`, `shard_map`, custom derivatives and inner gradients, nested as you like, and `table.weight[ids]`
+    is a read, too. If the loss computes with all rows of the weight (a norm, a product with it), that table gets the
+    whole gradient, as a Table with the gradient for its weight, and a warning says which line does so. `embax.attend`
+    and `embax.softmax_cross_entropy` read all rows by nature: the gradient is dense without a warning. So it is where a
+    scan would stack more bytes of rows than the weight has.
 
     An Equinox module may stand anywhere in the arguments. Of its leaves, those that are no arrays of floats have None
     for their gradient, as in `equinox.filter_grad`.
 
-    `fun` is traced twice before it is differentiated, so that it has to be as pure as under `jax.jit`, and its control
-    flow cannot depend on values that are computed from the arguments.
+    `fun` runs once, as under `jax.value_and_grad`: arguments that are not differentiated reach it as they are given.
 
     Args:
       fun: A function of pytrees, Tables among them, that returns a scalar, or `(scalar, aux)` with `has_aux`.

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,9 +10,10 @@ import numpy as np
 from jax.sharding import reshard
 from jaxtyping import Array, Bool, DTypeLike, Int, Shaped
 
-from . import _ids, _placed, _tape
+from . import _ids, _placed
 from ._dedupe import accumulator
-from ._table import Table, with_weight
+from ._read_rows import read_rows
+from ._table import Table
 
 
 def lookup(table: Table, ids: Any, dtype: DTypeLike | None = None) -> Shaped[Array, "*batch_dim"]:
@@ -76,9 +76,10 @@ def renormalize(table: Table, ids: Any) -> Table:
     ids = _ids.prepare("embax.renormalize(ids=...)", ids, table)
     if table.max_norm is None or table.freeze:
         return table
-    return dataclasses.replace(table, weight=clipped_weight(table, ids, _clipped_table))
+    return dataclasses.replace(table, weight=_clipped_table(table, ids))
 
 
+@functools.partial(jax.jit, static_argnums=2, inline=True)
 def read(
     table: Table, ids: _ids.Ids, dtype: np.dtype | None, counted: Bool[Array, "*batch"] | None = None
 ) -> Shaped[Array, "*batch_dim"]:
@@ -94,63 +95,9 @@ def read(
     Returns:
       The rows.
     """
-    found = _tape.find(table.weight)
-    if found is None:
-        return read_untaped(table, ids, dtype, counted)
-    return _read_on_tape(*found, table, ids, dtype, counted)
-
-
-def clipped_weight(table: Table, ids: _ids.Ids, clip: Callable[[Table, _ids.Ids], Array]) -> Shaped[Array, "rows *dim"]:
-    """Return what `clip(table, ids)`, a way to clip stored rows, makes of the weight; tapes see through it."""
-    found = _tape.find(table.weight)
-    if found is None:
-        return clip(table, ids)
-    tape, number, weight = found
-    return tape.replace(table.weight, number, clip(dataclasses.replace(table, weight=weight), ids))
-
-
-@functools.partial(jax.jit, static_argnums=2, inline=True)
-def read_untaped(
-    table: Table, ids: _ids.Ids, dtype: np.dtype | None, counted: Bool[Array, "*batch"] | None = None
-) -> Shaped[Array, "*batch_dim"]:
-    """`read` of a weight that no tape has to know of."""
     resolved = _ids.resolve(ids, table.rows, table.out_of_range)
     rows = clipped_rows(table, resolved, _gather(table, resolved, counted))
     return rows if dtype is None else rows.astype(dtype)
-
-
-def _read_on_tape(
-    tape: _tape.Tape,
-    number: int,
-    weight: Array,
-    table: Table,
-    ids: _ids.Ids,
-    dtype: np.dtype | None,
-    counted: Bool[Array, "*batch"] | None,
-) -> Shaped[Array, "*batch_dim"]:
-    """Read rows of which a tape takes the gradient: that of the rows becomes that of the tap."""
-    table = dataclasses.replace(table, weight=weight)
-    if table.freeze:  # where the weight itself is trained: another table may share it
-        return read_untaped(table, ids, dtype, counted)
-    rows = read_untaped(table, ids, None, counted)
-    ids = _ids.resolve(ids, table.rows, table.out_of_range)
-    tap = tape.add(_tape.Lookup(number, _ids.trained(ids, table), rows.shape, rows.dtype))
-    if tap is not None:
-        rules = with_weight(table, None)
-        rows = _tapped(rules, ids, rows, tap)
-    return rows if dtype is None else rows.astype(dtype)
-
-
-@jax.custom_jvp
-def _tapped(rules: Table, ids: Int[Array, "*batch"], rows: Array, tap: Array) -> Shaped[Array, "*batch_dim"]:
-    return rows
-
-
-@_tapped.defjvp
-def _tapped_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
-    rules, ids, rows, _ = primals
-    tangent = gradient_rules(rules, ids, tangents[3].astype(accumulator(rows.dtype)))
-    return rows, tangents[2] + tangent.astype(rows.dtype)
 
 
 def _gather(
@@ -174,12 +121,13 @@ def _gather_with_rules(
 @_gather_with_rules.defjvp
 def _gather_with_rules_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
     table, ids, counted = primals
-    # The transpose of this gather adds up duplicates, so it runs in float32: 4096 bfloat16 ones would sum to 256. The
-    # cast of the whole tangent is fused into the gather.
+    # Wide, since the transpose adds up duplicates: 4096 bfloat16 ones would sum to 256. The cast of the whole tangent
+    # is fused into the read.
     tangent = tangents[0].weight.astype(accumulator(table.dtype))
-    tangent = gradient_rules(table, ids, _take(with_weight(table, tangent), _or_first(table, ids, counted), 0))
+    named = _ids.trained(ids, table)
     if counted is not None:
-        tangent = jnp.where(_over_rows(counted, tangent), tangent, jnp.zeros((), tangent.dtype))
+        named = jnp.where(counted, named, table.rows)
+    tangent = gradient_rules(table, ids, read_rows(tangent, named, table.placement))
     return _gather_with_rules(*primals), tangent.astype(table.dtype)
 
 

@@ -12,13 +12,13 @@ import numpy as np
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Bool, Float, Int, Int32, Shaped
 
-from . import _ids, _placed, _tape
+from . import _ids, _placed
 from ._dedupe import accumulator
-from ._lookup import gradient_rules, read, read_untaped
+from ._lookup import read
 from ._placed_bags import is_pooled_where_stored, pooled_where_stored
 from ._placement import Placement
 from ._ragged import segments_of
-from ._table import Table, with_weight
+from ._table import Table
 
 Mode = Literal["sum", "mean", "sqrtn", "max"]
 
@@ -69,18 +69,7 @@ def pool_rows(
         table = dataclasses.replace(table, out_of_range="nan")
     if mode == "max":
         return _largest(read(table, ids, None, counted), counted, layout)
-    # A tape takes the gradient of the rows, though they do not exist.
-    found = _tape.find(table.weight)
-    tap = None
-    if found is not None:
-        tape, number, weight = found
-        table = with_weight(table, weight)
-        tap = (
-            None
-            if table.freeze
-            else tape.add(_tape.Lookup(number, _ids.trained(ids, table), (*ids.shape, *table.dim), table.dtype))
-        )
-    return _sum_of_rows(table, ids, counted, weights, tap, layout.offsets, layout.shape)
+    return _sum_of_rows(table, ids, counted, weights, layout.offsets, layout.shape)
 
 
 def divided(
@@ -114,14 +103,13 @@ def divided(
     return total / jnp.expand_dims(by, tuple(range(by.ndim, total.ndim)))
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(6,))
-@functools.partial(jax.jit, static_argnums=6, inline=True)  # a loop in an eager call compiles once
+@functools.partial(jax.custom_jvp, nondiff_argnums=(5,))
+@functools.partial(jax.jit, static_argnums=5, inline=True)  # a loop in an eager call compiles once
 def _sum_of_rows(
     table: Table,
     ids: Int[Array, "*batch"],
     counted: Bool[Array, "*batch"],
     weights: Float[Array, "*batch"] | None,
-    tap: Shaped[Array, "*batch_dim"] | None,
     offsets: Int32[Array, " bags_and_1"] | None,
     shape: tuple[int, ...],
 ) -> Float[Array, "*bags_dim"]:
@@ -129,20 +117,20 @@ def _sum_of_rows(
     if offsets is None and is_pooled_where_stored(table, shape, ids.shape[-1], weights is not None):
 
         def pool_here(table: Table, ids: Array, *others: Any) -> Array:
-            return _sum_of_rows(table, ids, *others, None, None, ids.shape[:-1])
+            return _sum_of_rows(table, ids, *others, None, ids.shape[:-1])
 
         return pooled_where_stored(table, pool_here, ids, counted, weights)
     if table.placement is None:
         inputs = jnp.where(counted, ids, 0)
     else:  # one exchange of all rows, which are then summed in the same order where they have arrived
-        inputs = read_untaped(table, jnp.where(counted, ids, table.rows), None)
+        inputs = read(table, jnp.where(counted, ids, table.rows), None)
         if offsets is not None:
             return _summed(_terms(inputs, counted, weights), Layout(shape, offsets), table.placement)
         inputs = jnp.moveaxis(inputs, len(shape), -1)
 
     def terms(part: Array, counted: Array, weights: Array | None) -> Float[Array, "*batch_dim"]:
         if table.placement is None:
-            part = read_untaped(table, part, None)
+            part = read(table, part, None)
         elif counted.ndim > len(shape):  # several places
             part = jnp.moveaxis(part, -1, len(shape))
         return _terms(part, counted, weights)
@@ -158,20 +146,16 @@ def _sum_of_rows(
 
 @functools.partial(_sum_of_rows.defjvp, symbolic_zeros=True)
 def _sum_of_rows_jvp(shape: Any, primals: Any, tangents: Any) -> tuple[Array, Any]:
-    table, ids, counted, weights, tap, offsets = primals
-    of_table, _, _, of_weights, of_tap, _ = tangents
+    table, ids, counted, weights, offsets = primals
+    of_table, _, _, of_weights, _ = tangents
     layout = Layout(shape, offsets)
     out = _sum_of_rows(*primals, shape)
     tangent = jnp.zeros_like(out)
-    if tap is not None and not isinstance(of_tap, SymbolicZero):
-        # What does not count has no row in the gradient, so that its values need no zeros.
-        of_rows = gradient_rules(table, ids, of_tap.astype(accumulator(table.dtype)))
-        tangent += _summed(_terms(of_rows, None, weights), layout, table.placement)
     if not isinstance(of_table.weight, SymbolicZero):
-        of_rows = jax.jvp(lambda table: read_untaped(table, ids, None, counted), (table,), (of_table,))[1]
+        of_rows = jax.jvp(lambda table: read(table, ids, None, counted), (table,), (of_table,))[1]
         tangent += _summed(_terms(of_rows, counted, weights), layout, table.placement)
     if weights is not None and not isinstance(of_weights, SymbolicZero):
-        of_rows = _terms(read_untaped(table, ids, None, counted), counted, of_weights)
+        of_rows = _terms(read(table, ids, None, counted), counted, of_weights)
         tangent += _summed(of_rows, layout, table.placement)
     return out, tangent
 

@@ -184,7 +184,7 @@ def test_repeated_lookups_compile_once(compilations, rules):
     ids = np.arange(11)
     for _ in range(4):
         lookup(Table(jnp.ones((13, 3)), **rules), ids)
-    reads = [message for message in compilations() if "(read_untaped)" in message]
+    reads = [message for message in compilations() if "(read)" in message]
     assert len(reads) == 1
 
 

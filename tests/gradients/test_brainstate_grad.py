@@ -286,45 +286,64 @@ def inner_jit(embedding):
     return brainstate.transform.jit(lambda: embedding([1, 2]).sum())()
 
 
-DENSE_USES = {
-    "reduce_sum": lambda embedding: embedding.weight.value.sum(),
-    "convert": lambda embedding: embedding.weight.value.astype(jnp.bfloat16).sum().astype(jnp.float32),
-    "slice": lambda embedding: embedding.weight.value[1:3].sum(),
-    "dot_general": lambda embedding: (embedding.weight.value @ jnp.ones((2, 3))).sum(),
-    "for_loop": lambda embedding: brainstate.transform.for_loop(lambda i: embedding(i).sum(), jnp.arange(3)).sum(),
-    "cond": lambda embedding: brainstate.transform.cond(
-        jnp.array(True), lambda: embedding([1, 2]).sum(), lambda: jnp.zeros(())
+def overwrite(embedding):
+    embedding.weight.value = embedding.weight.value * 2
+    return embedding([1]).sum()
+
+
+# Name: what a function does with a layer besides reading two rows; and how many ids more that gives.
+FOLLOWED_USES = {
+    "for_loop": (lambda layer: brainstate.transform.for_loop(lambda i: layer(i).sum(), jnp.arange(3)).sum(), 3),
+    "scan": (
+        lambda layer: brainstate.transform.scan(lambda c, i: (c + layer(i), i), jnp.ones(2), jnp.arange(3))[0].sum(),
+        3,
     ),
-    "jit": inner_jit,
-    "checkpoint": lambda embedding: brainstate.transform.checkpoint(lambda: embedding([1, 2]).sum())(),
-    "vmap": lambda embedding: brainstate.transform.vmap(embedding)(jnp.arange(3)).sum(),
-    "vmap2": lambda embedding: brainstate.transform.vmap2(embedding)(jnp.arange(3)).sum(),
-    "raw vmap": lambda embedding: jax.vmap(embedding)(jnp.arange(3)).sum(),
-    "raw jit": lambda embedding: jax.jit(lambda i: embedding(i))(jnp.arange(3)).sum(),
-    "raw checkpoint": lambda embedding: jax.checkpoint(lambda i: embedding(i))(jnp.arange(3)).sum(),
-    "raw scan": lambda embedding: jax.lax.scan(lambda c, i: (c, embedding(i)), 0, jnp.arange(3))[1].sum(),
-    "grad": lambda embedding: (
-        brainstate.transform.grad(lambda: (embedding([1, 2]) ** 3).sum(), embedding.weight)() ** 2
-    ).sum(),
-    "write": lambda embedding: setattr(embedding.weight, "value", embedding.weight.value * 2) or embedding([1]).sum(),
+    "cond": (
+        lambda layer: brainstate.transform.cond(jnp.array(True), lambda: layer([1, 2]).sum(), lambda: jnp.zeros(())),
+        2,
+    ),
+    "jit": (inner_jit, 2),
+    "checkpoint": (lambda layer: brainstate.transform.checkpoint(lambda: layer([1, 2]).sum())(), 2),
+    "vmap": (lambda layer: brainstate.transform.vmap(layer)(jnp.arange(3)).sum(), 3),
+    "vmap2": (lambda layer: brainstate.transform.vmap2(layer)(jnp.arange(3)).sum(), 3),
+    "raw vmap": (lambda layer: jax.vmap(layer)(jnp.arange(3)).sum(), 3),
+    "raw jit": (lambda layer: jax.jit(lambda i: layer(i))(jnp.arange(3)).sum(), 3),
+    "raw checkpoint": (lambda layer: jax.checkpoint(lambda i: layer(i))(jnp.arange(3)).sum(), 3),
+    "raw scan": (lambda layer: jax.lax.scan(lambda c, i: (c, layer(i)), 0, jnp.arange(3))[1].sum(), 3),
+    "grad": (
+        lambda layer: (
+            brainstate.transform.grad(lambda: (layer([1, 2]) ** 3).sum(), layer.weight)() ** 2
+        ).sum(),
+        2,
+    ),
+    "write": (overwrite, 1),
+    "index": (lambda layer: layer.weight.value[3].sum(), 1),
+}  # fmt: skip
+
+DENSE_USES = {
+    "reduce_sum": lambda layer: layer.weight.value.sum(),
+    "convert": lambda layer: layer.weight.value.astype(jnp.bfloat16).sum().astype(jnp.float32),
+    "slice": lambda layer: layer.weight.value[1:5].sum(),
+    "dot_general": lambda layer: (layer.weight.value @ jnp.ones((2, 3))).sum(),
 }
 
 
 # Those of which a layer is tried that renormalizes, and the others, by turns: what is found out is the same.
-NORMS = dict(zip(DENSE_USES, itertools.cycle([None, 1.5])))
+NORMS = dict(zip([*FOLLOWED_USES, *DENSE_USES], itertools.cycle([None, 1.5])))
 
 
 @pytest.mark.parametrize(
     "norms",
     [
         NORMS,
-        pytest.param(dict.fromkeys(DENSE_USES), marks=pytest.mark.exhaustive),
-        pytest.param(dict.fromkeys(DENSE_USES, 1.5), marks=pytest.mark.exhaustive),
+        pytest.param(dict.fromkeys(NORMS), marks=pytest.mark.exhaustive),
+        pytest.param(dict.fromkeys(NORMS, 1.5), marks=pytest.mark.exhaustive),
     ],
     ids=["by turns", "without", "with"],
 )
-def test_any_other_use_gives_a_dense_gradient(norms):
+def test_transformations_are_followed_and_uses_of_all_rows_are_announced(norms):
     stored = []
+    uses = {name: use for name, (use, _) in FOLLOWED_USES.items()} | DENSE_USES
 
     def make():
         layers = {
@@ -333,18 +352,22 @@ def test_any_other_use_gives_a_dense_gradient(norms):
         }
         states = {use: layer.weight for use, layer in layers.items()}
         stored.append(states)
-        fun = lambda: sum((layers[use]([0, 2]) ** 2).sum() + DENSE_USES[use](layers[use]) for use in layers)  # noqa: E731
+        fun = lambda: sum((layers[use]([0, 2]) ** 2).sum() + uses[use](layers[use]) for use in layers)  # noqa: E731
         return fun, states
 
     with pytest.warns(embax.DenseGradientWarning) as record:
         ours, theirs = both(make, compile_=embax.brainstate.jit)
     messages = [str(warning.message) for warning in record]
     assert len(messages) == len(DENSE_USES)
-    for use in DENSE_USES:
+    for use in uses:
+        np.testing.assert_array_equal(stored[0][use].value, stored[1][use].value, err_msg=use)
+        if use in FOLLOWED_USES:
+            assert isinstance(ours[use], embax.RowGrad), use
+            assert len(ours[use].values) == 2 + FOLLOWED_USES[use][1], use
+            continue
         (message,) = (message for message in messages if f"gradient of grad_states['{use}'], " in message)
         assert "is dense" in message
         assert isinstance(ours[use], jax.Array), use
-        np.testing.assert_array_equal(stored[0][use].value, stored[1][use].value, err_msg=use)
     assert_same(ours, theirs)
 
 
@@ -362,10 +385,10 @@ def test_a_dense_gradient_outside_of_jit():
 def test_on_dense():
     embedding = embax.Embedding(6, 2)
     fun = lambda: embedding.weight.value.sum()  # noqa: E731
-    with pytest.raises(ValueError, match=r"gradient of grad_states, .* `reduce_sum`, which is no lookup"):
+    with pytest.raises(ValueError, match=r"gradient of grad_states, .* sums over all rows of its weight"):
         embax.brainstate.grad(fun, embedding.weight, on_dense="error")()
-    with pytest.raises(ValueError, match=r"inside an inner transformation, where its lookups cannot be followed"):
-        embax.brainstate.grad(lambda: jax.vmap(embedding)(jnp.arange(3)).sum(), embedding.weight, on_dense="error")()
+    rows = embax.brainstate.grad(lambda: jax.vmap(embedding)(jnp.arange(3)).sum(), embedding.weight, on_dense="error")()
+    assert isinstance(rows, embax.RowGrad)
     gradient = embax.brainstate.grad(fun, embedding.weight, on_dense="allow")()
     np.testing.assert_array_equal(gradient, np.ones((6, 2)))
     with pytest.raises(ValueError, match=r"on_dense=...\)` must be one of"):
@@ -596,37 +619,30 @@ def test_debug_nan_and_errors_of_brainstate_come_through():
         embax.brainstate.grad(model, [jnp.ones(3)])
 
 
-@pytest.mark.parametrize(
-    ("first", "second"),
-    [
-        (lambda a, b: a([1]), lambda a, b: a([1]) + a([3])),
-        (lambda a, b: a([1]) + a([3]), lambda a, b: a([1])),
-        (lambda a, b: a([1]), lambda a, b: a([1, 2])),
-        (lambda a, b: a([1]) + b([1]), lambda a, b: b([1]) + a([1])),
-        (lambda a, b: a([1]) + b([1]), lambda a, b: a([1]) + b([1]) + a.weight.value.sum()),
-    ],
-    ids=["more", "fewer", "longer", "order", "use"],
-)
-def test_a_function_that_changes_between_its_runs_is_refused(first, second):
-    a, b = embax.Embedding(6, 2), embax.Embedding(6, 2)
-    runs = []
+def test_the_function_runs_as_often_as_under_brainstate_on_its_arguments_as_given():
+    embedding, runs, seen = embax.Embedding(6, 2, embedding_init=WEIGHT), [], []
 
-    def fun():
-        runs.append(None)
-        return (first if len(runs) == 1 else second)(a, b).sum()
+    def fun(ids, flag, name):
+        runs.append(name)
+        jax.debug.callback(lambda x: seen.append(int(x)), jnp.asarray(ids)[0])
+        return embedding(ids if flag else [0]).sum(), {"name": name, "flag": flag, "rows": embedding(ids)}
 
-    with pytest.raises(RuntimeError, match=r"same (lookups )?each time"):
-        embax.brainstate.grad(fun, [a.weight, b.weight], check_states=False)()
+    gradient, aux = embax.brainstate.grad(fun, embedding.weight, has_aux=True)([1, 2], True, "embax")
+    jax.effects_barrier()
+    assert (runs, seen, aux["name"]) == (["embax"], [1], "embax")
+    np.testing.assert_array_equal(gradient.ids, [1, 2])
+    np.testing.assert_array_equal(aux["rows"], WEIGHT[1:3])
+    theirs = brainstate.transform.grad(lambda ids: embedding(ids).sum(), embedding.weight)(jnp.array([1, 2]))
+    assert_same(gradient, theirs)
+    with pytest.raises(IndexError, match=r"got 1000000 at position \(0,\)"):
+        embax.brainstate.grad(fun, embedding.weight, has_aux=True)([10**6], True, "embax")
 
 
-def test_a_function_that_keeps_values_of_its_first_run_is_refused():
-    embedding = embax.Embedding(6, 2)
+def test_a_layer_under_raw_jit_is_followed():
+    embedding = embax.Embedding(6, 2, embedding_init=WEIGHT)
     fast = jax.jit(embedding)
-    fun = lambda: fast(jnp.arange(3)).sum()  # noqa: E731
-    with pytest.raises(RuntimeError, match="can be traced twice"):
-        embax.brainstate.grad(fun, embedding.weight, on_dense="allow", check_states=False)()
-    with pytest.raises(RuntimeError, match="can be traced twice"):
-        embax.brainstate.grad(lambda: embedding([1]).sum() + fun(), embedding.weight, on_dense="allow")()
+    gradient = embax.brainstate.grad(lambda: (embedding([1]) * fast(jnp.arange(3))).sum(), embedding.weight)()
+    np.testing.assert_array_equal(gradient.ids, [1, 0, 1, 2])
 
 
 def test_a_weight_that_a_layer_has_given_up_is_an_ordinary_state():

@@ -385,38 +385,49 @@ def written(model):
     return model([1]).sum()
 
 
-DENSE_USES = {
-    "sum": (lambda model: model.embedding.get_value().sum(), "by `reduce_sum`, which is no lookup"),
-    "vmap": (inner_vmap, "inside an inner transformation"),
-    "remat": (
-        lambda model: nnx.remat(lambda m: m([1]).sum())(model),
-        "inside (an inner transformation|of `(remat2?|checkpoint)`)",
-    ),
-    "jit": (lambda model: nnx.jit(lambda m: m([1]).sum())(model), "inside (an inner transformation|of `p?jit`)"),
-    "write": (written, "by `mul`, which is no lookup"),
+def scanned(model):
+    """The layer inside of an `nnx.scan` to which it is broadcast."""
+    total = nnx.scan(lambda sum_, m, i: sum_ + m(i).sum() * sum_, in_axes=(nnx.Carry, None, 0), out_axes=nnx.Carry)
+    return total(jnp.ones(()), model, jnp.arange(3))
+
+
+# Name: what a function does with a layer besides reading two rows; and how many ids more that gives, or the warning.
+USES = {
+    "vmap": (inner_vmap, 3),
+    "scan": (scanned, 3),
+    "remat": (lambda model: nnx.remat(lambda m: m([1]).sum())(model), 1),
+    "jit": (lambda model: nnx.jit(lambda m: m([1]).sum())(model), 1),
+    "cond": (lambda model: nnx.cond(True, lambda m: m([1, 2]).sum(), lambda m: m([3]).sum(), model), 2),
+    "write": (written, 1),
     "grad": (
         lambda model: jnp.square(nnx.grad(lambda m: (m([1, 2]) ** 3).sum())(model)["embedding"].get_value()).sum(),
-        "inside",
+        2,
     ),
+    "sum": (lambda model: model.embedding.get_value().sum(), "sums over all rows of its weight"),
+    "square": (lambda model: (model.embedding.get_value() ** 2).sum(), "computes with all rows of its weight"),
 }
 
 
-def test_any_other_use_gives_a_dense_gradient_and_a_warning():
-    make = lambda: {use: layer() for use in DENSE_USES}  # noqa: E731
-    fun = lambda ms: sum((ms[use]([0, 2]) ** 2).sum() + other(ms[use]) for use, (other, _) in DENSE_USES.items())  # noqa: E731
+def test_transformations_are_followed_and_uses_of_all_rows_are_announced():
+    make = lambda: {use: layer() for use in USES}  # noqa: E731
+    fun = lambda ms: sum((ms[use]([0, 2]) ** 2).sum() + other(ms[use]) for use, (other, _) in USES.items())  # noqa: E731
     with pytest.warns(embax.DenseGradientWarning) as record:
         ours, theirs = both(make, fun, compile_=nnx.jit, on_dense="warn")
     assert_same(ours, theirs)
     messages = [str(warning.message) for warning in record]
-    assert len(messages) == len(DENSE_USES)
-    for use, (_, why) in DENSE_USES.items():
-        found = [re.search(rf"argument 0\['{use}'\]\['embedding'\].* is dense, 6 rows.*{why}", x) for x in messages]
-        assert sum(map(bool, found)) == 1, use
+    for use, (_, expected) in USES.items():
+        found = [x for x in messages if re.search(rf"argument 0\['{use}'\]\['embedding'\].* is dense, 6 rows", x)]
+        gradient = ours[1][use]["embedding"].get_value()
+        if isinstance(expected, str):
+            assert [expected in x for x in found] == [True], use
+        else:
+            assert isinstance(gradient, RowGrad), use
+            assert (len(gradient.values), found) == (2 + expected, []), use
 
 
 def test_on_dense():
     fun = lambda model: model.embedding.get_value().sum()  # noqa: E731
-    with pytest.raises(ValueError, match=r"gradient of argument 0\['embedding'\], .* by `reduce_sum`"):
+    with pytest.raises(ValueError, match=r"gradient of argument 0\['embedding'\], .* sums over all rows of its weight"):
         embax.nnx.grad(fun, on_dense="error")(layer())
     gradient = embax.nnx.grad(fun, on_dense="allow")(layer())
     np.testing.assert_array_equal(gradient["embedding"].get_value(), np.ones((6, 2)))
@@ -449,15 +460,19 @@ def test_errors(options, fun, args, error, match):
         embax.nnx.value_and_grad(fun, **options)(*args)
 
 
-def test_a_function_that_changes_between_its_runs_is_refused():
+def test_the_function_runs_once_on_its_arguments_as_given():
     runs = []
 
-    def fun(model):
-        runs.append(None)
-        return model(IDS[: 1 + len(runs) % 2]).sum()
+    def fun(model, ids, flag, *, name):
+        runs.append(name)
+        return model(ids if flag else [0]).sum(), {"name": name, "len": len}
 
-    with pytest.raises(RuntimeError, match=r"same lookups each time"):
-        embax.nnx.grad(fun)(layer())
+    gradient, aux = embax.nnx.grad(fun, has_aux=True)(layer(), [1, 2], True, name="once")
+    assert runs == ["once"]
+    assert aux == {"name": "once", "len": len}
+    np.testing.assert_array_equal(gradient["embedding"].get_value().ids, [1, 2])
+    with pytest.raises(IndexError, match=r"got 1000000 at position \(0,\)"):
+        embax.nnx.grad(fun, has_aux=True)(layer(), [10**6], True, name="bad")
 
 
 def test_an_error_in_the_function_leaves_the_module_as_it_was():

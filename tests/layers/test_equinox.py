@@ -212,8 +212,8 @@ def test_bags():
     assert bag([[1]], dtype=jnp.bfloat16).dtype == jnp.bfloat16
     last = EmbeddingBag(6, 2, key=KEY, include_last_offset=True)
     assert (last.mode, last([1, 2, 5, 3], offsets=[0, 2, 3]).shape) == ("mean", (2, 2))
-    gradient = embax.grad(lambda bag: eqx.filter_jit(lambda: bag(jnp.array([[1, 2]])))().sum(), on_dense="allow")(bag)
-    np.testing.assert_array_equal(gradient.weight[1:3], np.ones((2, 2)))
+    gradient = embax.grad(lambda bag: eqx.filter_jit(lambda: bag(jnp.array([[1, 2]])))().sum(), on_dense="error")(bag)
+    np.testing.assert_array_equal(gradient.table.to_dense()[1:3], np.ones((2, 2)))
     assert isinstance(embax.grad(lambda bag: bag(IDS[None]).sum())(bag).table, RowGrad)
 
 
@@ -318,11 +318,34 @@ def test_a_table_of_integers_and_a_frozen_one_have_no_rows():
 
 
 def test_dense_uses_name_the_table():
-    with pytest.warns(embax.DenseGradientWarning, match=r"argument 0\['m'\].embedding.table, .* by `reduce_sum`"):
+    with pytest.warns(embax.DenseGradientWarning, match=r"argument 0\['m'\].embedding.table, .* sums over all rows"):
         gradient = embax.grad(lambda d: d["m"].embedding.weight.sum())({"m": Model()})
     np.testing.assert_array_equal(gradient["m"].embedding.weight, np.ones((6, 2)))
-    with pytest.raises(ValueError, match=r"inside an inner transformation, where its lookups cannot be followed"):
-        embax.grad(lambda m: jax.vmap(m)(IDS).sum(), on_dense="error")(layer())
+
+
+TRANSFORMED = {
+    "vmap": lambda m: jax.vmap(m)(IDS),
+    "filter_vmap": lambda m: eqx.filter_vmap(m)(IDS),
+    "filter_vmap_of_module": lambda m: eqx.filter_vmap(lambda m, i: m(i), in_axes=(None, 0))(m, IDS),
+    "filter_jit": lambda m: eqx.filter_jit(m)(IDS),
+    "filter_checkpoint": lambda m: eqx.filter_checkpoint(m)(IDS),
+    "scan": lambda m: jax.lax.scan(lambda c, i: (c, m(i)), 0, IDS)[1],
+}
+
+
+def test_transformations_of_a_module_are_followed():
+    def of(transformed):
+        return lambda m: (jnp.sin(transformed(m)) ** 2).sum()
+
+    @jax.jit
+    def gradients(m):
+        ours = {name: embax.grad(of(way), on_dense="error")(m).table for name, way in TRANSFORMED.items()}
+        return ours, jax.grad(of(lambda m: m(IDS)))(m)
+
+    ours, expected = gradients(layer())
+    for name, gradient in ours.items():
+        assert len(gradient.ids) == IDS.size, name
+        np.testing.assert_allclose(gradient.to_dense(), expected.weight, rtol=1e-6, err_msg=name)  # float32
 
 
 def shared(where):

@@ -12,7 +12,7 @@ from jaxtyping import Array, DTypeLike, Key, Shaped
 from .. import _check, _ids
 from .._attend import attend
 from .._layer import TableLayer
-from .._lookup import clipped_weight, read
+from .._lookup import read
 from .._resize import resize
 from .._table import Initializer, OutOfRange, Table, rules_of
 from .._write_back import clipped_table
@@ -347,7 +347,7 @@ class Embedding(brainstate.nn.Module, TableLayer):
 
     def _store(self, table: Table, ids: Any, unit: Any) -> None:
         if table.max_norm is not None and not table.freeze:
-            self.weight.value = with_unit(clipped_weight(table, ids, clipped_table), unit)
+            self.weight.value = with_unit(clipped_table(table, ids), unit)
 
 
 def _sizes(embedding_size: Any) -> tuple[int, ...]:

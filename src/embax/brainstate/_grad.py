@@ -1,20 +1,19 @@
 """grad: gradients of brainstate states, in which those of an Embedding's weight are the rows that were read."""
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import brainstate
 import brainunit
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+import numpy as np
 
-from .. import _check, _tape
-from .._apply import apply_updates
-from .._differentiate import OnDense, after_loss, check_same_reads, gathered, impure, report_dense, tap_of
-from .._table import with_weight
+from .. import _check
+from .._differentiate import Options, evaluate
+from .._report_dense import HAS_A_UNIT, OnDense, report_dense
+from .._table import Table, with_weight
 from ._layers import has_unit, table_of
 
 _CALL = "embax.brainstate.grad"
@@ -41,13 +40,12 @@ def grad(
     `embax.brainstate.Optimizer` takes it. A weight that is frozen or not read gets a RowGrad of length 0. All other
     states and arguments get the gradient that they have in brainstate, and so do weights of integers and with a unit.
 
-    That needs the layer to be called where `fun` itself runs. A weight that is used in any other way gets its ordinary
-    gradient, an array of all rows: where `fun` computes with `weight.value`, or calls the layer inside of `for_loop`,
-    `cond`, `vmap`, `jit`, `checkpoint` or another derivative. It is the whole gradient, and a warning says what to
-    move: the call out of the inner transformation, `jit` around the outermost function.
+    Reads are followed through `for_loop`, `scan`, `cond`, `vmap`, `jit`, `checkpoint` and JAX's own transformations, as
+    `embax.value_and_grad` says. A weight of which `fun` computes with all rows gets its ordinary gradient, an array,
+    and a warning says which line does so.
 
-    `fun` is traced twice for each call, of which the states see one: what it writes is stored once, and a random key
-    moves on once. Put the training step into `embax.brainstate.jit`, and it is traced in its first call only.
+    `fun` is traced once for each call, and arguments that are not differentiated reach it as they are given. Put the
+    training step into `embax.brainstate.jit`, and it is traced in its first call only.
 
     Args:
       fun: A function that returns a scalar, or `(scalar, aux)` with `has_aux`. Left out, the call is a decorator.
@@ -69,7 +67,6 @@ def grad(
       are asked for.
 
     Raises:
-      RuntimeError: If `fun` does not do the same when it is traced again, when called.
       TypeError: As `brainstate.transform.grad` does.
       ValueError: As `brainstate.transform.grad` does; with `on_dense="error"` also where a gradient would be dense.
 
@@ -107,153 +104,140 @@ def grad(
         return brainstate.transform.grad(fun, grad_states, **options, **asked)
 
     whole = plain()  # whose checks of the arguments are those of this function
-    named, structure = jax.tree.flatten_with_path(grad_states, is_leaf=lambda x: isinstance(x, brainstate.State))
-    states = [state for _, state in named]
+    named, _ = jax.tree.flatten_with_path(grad_states, is_leaf=lambda x: isinstance(x, brainstate.State))
 
     @functools.wraps(fun)
     def gradient(*args: Any, **kwargs: Any) -> Any:
         names = {state: f"grad_states{jax.tree_util.keystr(path)}" for path, state in reversed(named)}
         tables = {
-            state: table
-            for state in names
+            id(state): (name, table)
+            for state, name in names.items()
             if (table := table_of(state)) is not None
             and jnp.issubdtype(table.dtype, jnp.inexact)
             and not has_unit(state)
         }
         if not tables:
             return whole(*args, **kwargs)
-        with _explaining_leaks():
-            seen = _find_lookups(fun, bool(has_aux), list(tables), args, kwargs)
-            for state, reason in seen.uses.items():
-                report_dense(_CALL, on_dense, names[state], tables[state], reason)
-            if not seen.returns_pair or len(seen.uses) == len(tables):
-                return plain()(*args, **kwargs)  # which says what is wrong, if anything is
-            sparse = [state for state in tables if state in seen.read and state not in seen.uses]
-            headed = [state for state in sparse if state in seen.whole]
-            # Those that are not read at all are left to brainstate, which checks that.
-            others = [state for state in names if state not in sparse or state in headed]
-            lookups = [(state, lookup) for state, lookup in seen.lookups if state in sparse]
-            found = _differentiate(fun, bool(has_aux), sparse, headed, others, lookups, options, args, kwargs)
-        gradients = dict(zip(others, found.of_others, strict=True))
-        for state in tables.keys() - seen.uses.keys():
-            parts = [part for (owner, _), part in zip(lookups, found.of_lookups, strict=True) if owner is state]
-            rows = gathered(tables[state], [ids for ids, _ in parts], [rows for _, rows in parts])
-            if state in headed:
-                rows = apply_updates(with_weight(tables[state], gradients[state]), rows).weight
-            gradients[state] = rows
-        out = structure.unflatten([gradients[state] for state in states])
-        out = out if argnums is None else (out, found.of_arguments)
-        more = ((found.value,) if return_value else ()) + ((found.aux,) if has_aux else ())
-        return (out, *more) if more else out
+        call = _Call(fun, args, kwargs, argnums, bool(has_aux))
+        by_brainstate = brainstate.transform.GradientTransform(
+            target=call.run,
+            transform=functools.partial(_grad_by_rows, tables, on_dense, unit_aware),
+            grad_states=grad_states,
+            argnums=call.argnums,
+            return_value=return_value,
+            has_aux=bool(has_aux),
+            transform_params={"holomorphic": holomorphic, "allow_int": allow_int},
+            check_states=check_states,
+            debug_nan=debug_nan,
+        )
+        return call.returned(by_brainstate(*call.differentiated))
 
     return gradient
 
 
-class _Seen(NamedTuple):
-    """What a first run of a function has shown."""
+class _Call:
+    """One call of a function, of which brainstate is shown nothing but what it is to differentiate.
 
-    lookups: list[tuple[brainstate.State, _tape.Lookup]]  # each with its weight, and the type of its ids for these
-    read: set[brainstate.State]  # the weights that a layer has read
-    whole: set[brainstate.State]  # those of these of which a head has read all rows
-    uses: dict[brainstate.State, str]  # the weights that are used otherwise, with a reason for `report_dense`
-    returns_pair: bool  # or need not
-
-
-def _find_lookups(
-    fun: Callable[..., Any], has_aux: bool, states: Sequence[brainstate.State], args: Any, kwargs: Any
-) -> _Seen:
-    """Run a function for its jaxpr, with a tape on which the values that it sees of some states are the stand-ins.
-
-    Every state has its value of before afterwards.
+    All other arguments reach the function as they were given, and so does what it returns that is no array.
     """
-    weights = [state.value for state in states]
-    runs: list[_Seen] = []
-    hidden: set[int] = set()
 
-    def on_tape(*args: Any, **kwargs: Any) -> list[Any]:
-        stand_ins = [state.value for state in states]
-        with _tape.recording(_tape.Tape(stand_ins, weights)) as tape:
-            out = fun(*args, **kwargs)
-        # No tracer may outlive its trace.
-        lookups = [(states[x.table], x._replace(ids=jax.typeof(x.ids))) for x in tape.lookups]
-        hidden.update(tape.hidden)
-        returns_pair = not has_aux or isinstance(out, tuple | list)
-        value = out[0] if has_aux and returns_pair else out
-        # Then the gradient has a unit, too, which a RowGrad cannot hold.
-        uses = dict.fromkeys(states, "unit_aware") if isinstance(value, brainunit.Quantity) else {}
-        read, whole = ({states[k] for k in found} for found in (tape.found, tape.read_whole))
-        runs.append(_Seen(lookups, read, whole, uses, returns_pair))
-        return stand_ins
+    def __init__(
+        self,
+        fun: Callable[..., Any],
+        args: Sequence[Any],
+        kwargs: dict[str, Any],
+        argnums: int | Sequence[int] | None,
+        has_aux: bool,
+    ):
+        self.fun, self.args, self.kwargs, self.has_aux = fun, args, kwargs, has_aux
+        numbers = () if argnums is None else (argnums,) if isinstance(argnums, int) else tuple(argnums)
+        self.numbers = tuple(dict.fromkeys(numbers))
+        self.differentiated = [args[number] for number in self.numbers]
+        places = [self.numbers.index(number) for number in numbers]
+        self.argnums = None if argnums is None else places[0] if isinstance(argnums, int) else tuple(places)
+        self.aux: tuple[Any, list[Any]] | None = None  # its structure, and its leaves that are no arrays
 
-    jaxpr = brainstate.transform.StatefulFunction(on_tape, name="gradient").get_jaxpr(*args, **kwargs).jaxpr
-    uses = {states[k]: "" if k in hidden else name for k, name in _other_uses(jaxpr, 0, len(states)).items()}
-    return runs[-1]._replace(uses=runs[-1].uses | uses)
+    def run(self, *differentiated: Any) -> Any:
+        """Call the function; return its value, and with it the arrays of the auxiliary data."""
+        args = list(self.args)
+        for number, value in zip(self.numbers, differentiated, strict=True):
+            args[number] = value
+        out = self.fun(*args, **self.kwargs)
+        if not self.has_aux or not isinstance(out, tuple | list) or len(out) != 2:
+            return out
+        leaves, structure = jax.tree.flatten(out[1])
+        self.aux = structure, [None if _is_array(leaf) else leaf for leaf in leaves]
+        return out[0], [leaf for leaf in leaves if _is_array(leaf)]
+
+    def returned(self, results: Any) -> Any:
+        """Put the auxiliary data, which come last, together again."""
+        if self.aux is None:
+            return results
+        (structure, rest), arrays = self.aux, iter(results[-1])
+        return *results[:-1], structure.unflatten([next(arrays) if leaf is None else leaf for leaf in rest])
 
 
-class _Found(NamedTuple):
-    """Gradients, and what the function returned."""
-
-    of_others: Sequence[Any]
-    of_lookups: list[tuple[Array, Array]]  # ids and the gradient of their rows
-    of_arguments: Any
-    value: Any
-    aux: Any
+def _is_array(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array | np.ndarray | np.generic | bool | int | float | complex)
 
 
-def _differentiate(
+def _grad_by_rows(
+    tables: Mapping[int, tuple[str, Table]],
+    on_dense: OnDense,
+    unit_aware: bool,
     fun: Callable[..., Any],
+    *,
+    argnums: int | Sequence[int],
     has_aux: bool,
-    sparse: Sequence[brainstate.State],
-    whole: Sequence[brainstate.State],
-    others: Sequence[brainstate.State],
-    lookups: Sequence[tuple[brainstate.State, _tape.Lookup]],
-    options: dict[str, Any],
-    args: Any,
-    kwargs: Any,
-) -> _Found:
-    """Differentiate a function by brainstate, for a tap on each lookup of the sparse states and for the others."""
-    weights = [state.value for state in sparse]
-    taps = [brainstate.ParamState(tap_of(lookup, state.value)) for state, lookup in lookups]
-    if not taps:  # brainstate would take no states to mean the first argument
-        taps = [brainstate.ParamState(jnp.zeros((), jnp.complex64 if options["holomorphic"] else jnp.float32))]
+    **options: bool,
+) -> Callable[..., Any]:
+    """As `jax.grad` of a function whose first argument holds the values of states, by the identity of these.
 
-    def with_taps(*args: Any, **kwargs: Any) -> Any:
-        stand_ins = [state.value for state in sparse]
-        of_heads = {sparse.index(state): state.value for state in whole}
-        with _tape.recording(_tape.Tape(stand_ins, weights, [tap.value for tap in taps], of_heads)) as tape:
-            out = fun(*args, **kwargs)
-        check_same_reads(_CALL, tape, [x._replace(table=sparse.index(state)) for state, x in lookups], of_heads.keys())
-        value, aux = (out[0], out[1]) if has_aux else (out, None)
-        return value, (stand_ins, [lookup.ids for lookup in tape.lookups], aux)
+    Args:
+      tables: By the identity of a state that is the weight of a layer: its name, and a Table of its value.
+      on_dense: As in `grad`.
+      unit_aware: As in `grad`.
+      fun: The function.
+      argnums: As in `jax.grad`.
+      has_aux: As in `jax.grad`; true.
+      options: As in `jax.grad`.
 
-    states: Any = {"others": list(others), "taps": taps}
-    by_brainstate: Any = brainstate.transform.grad(with_taps, states, has_aux=True, return_value=True, **options)
-    gradients, value, (_, ids, aux) = by_brainstate(*args, **kwargs)
-    jaxpr = by_brainstate.stateful_target.get_jaxpr(*args, **kwargs).jaxpr
-    # That of a head is a use of the stand-in itself.
-    if any(sparse[k] not in whole for k in _other_uses(jaxpr, 1, len(sparse))):
-        raise impure(_CALL, "another use of an Embedding's weight in the second run")
-    of_states, of_arguments = (gradients, None) if options["argnums"] is None else gradients
-    ids = [after_loss(value, x) for x in ids]
-    return _Found(of_states["others"], list(zip(ids, of_states["taps"], strict=False)), of_arguments, value, aux)
+    Returns:
+      The function that returns the gradient and the auxiliary data.
+    """
 
+    def of_tables(values: Mapping[int, Any], *args: Any) -> Any:
+        return fun({key: x.weight if isinstance(x, Table) else x for key, x in values.items()}, *args)
 
-def _other_uses(jaxpr: Any, start: int, number: int) -> dict[int, str]:
-    """As `_tape.other_uses`, of the stand-ins that a function returns as its outputs from `start` on."""
-    stand_ins = jaxpr.outvars[start : start + number]
-    inputs = {id(variable) for variable in jaxpr.invars}
-    uses = _tape.other_uses(jaxpr, stand_ins)
-    # A state may compute the value that it shows.
-    return uses | {k: "" for k, variable in enumerate(stand_ins) if id(variable) not in inputs}
+    def gradient(values: Mapping[int, Any], *args: Any) -> Any:
+        if unit_aware and isinstance(jax.eval_shape(lambda: fun(values, *args)[0]), brainunit.Quantity):
+            for name, table in tables.values():
+                report_dense(_CALL, on_dense, name, table, HAS_A_UNIT, stacklevel=5)
+            return brainunit.autograd.grad(fun, argnums, has_aux=has_aux, **options)(values, *args)
+        held = {key: with_weight(tables[key][1], x) if key in tables else x for key, x in values.items()}
+        asked = Options(_CALL, argnums, has_aux, **options, on_dense=on_dense, stacklevel=8)
+        (_, aux), gradients = evaluate(of_tables, asked, (held, *args), {}, lambda path: tables[path[1].key][0])
+        if unit_aware:
+            everything = values, *args
+            several = isinstance(argnums, Sequence)
+            arguments = tuple(everything[number] for number in argnums) if several else everything[argnums]
+            gradients = _with_units(arguments, gradients)
+        of_states = gradients[0] if isinstance(argnums, Sequence) else gradients
+        of_states = {key: x.weight if isinstance(x, Table) else x for key, x in of_states.items()}
+        return (of_states, *gradients[1:]) if isinstance(argnums, Sequence) else of_states, aux
+
+    return gradient
 
 
-@contextmanager
-def _explaining_leaks() -> Iterator[None]:
-    try:
-        yield
-    except jax.errors.UnexpectedTracerError as error:
-        raise RuntimeError(
-            "`embax.brainstate.grad(fun=...)` must be of a function that can be traced twice, got one that keeps "
-            "values of its first run, as a layer does that is under raw `jax.jit` or `jax.checkpoint`. Use those of "
-            "brainstate.transform."
-        ) from error
+def _with_units(arguments: Any, gradients: Any) -> Any:
+    """Give the gradients of a number the units that they have in brainstate: one over those of the arguments."""
+
+    def with_unit(argument: Any, gradient: Any) -> Any:
+        mantissa = brainunit.get_mantissa(gradient)
+        if isinstance(gradient, Table) or mantissa.dtype == jax.dtypes.float0:
+            return gradient if isinstance(gradient, Table) else mantissa
+        unit = brainunit.UNITLESS / brainunit.get_unit(argument)
+        return brainunit.maybe_decimal(brainunit.Quantity(mantissa, unit=unit))
+
+    leaves, structure = jax.tree.flatten(arguments, is_leaf=lambda x: isinstance(x, brainunit.Quantity))
+    return structure.unflatten(map(with_unit, leaves, structure.flatten_up_to(gradients)))

@@ -13,7 +13,7 @@ from jaxtyping import Array, DTypeLike, Float, Key, Shaped
 from .. import _check, _ids
 from .._attend import attend
 from .._layer import TableLayer
-from .._lookup import clipped_weight, read
+from .._lookup import read
 from .._mesh import laid_out
 from .._resize import resize
 from .._table import RULES, Initializer, OutOfRange, PaddingRows, Table, rules_of, with_zero_padding
@@ -193,6 +193,6 @@ class Embedding(nnx.Module, TableLayer):
         if not self.write_back or table.max_norm is None or table.freeze:
             return
         try:
-            self.embedding.set_value(clipped_weight(table, ids, clipped_table))
+            self.embedding.set_value(clipped_table(table, ids))
         except TraceContextError:  # in a raw JAX transformation, which would not carry the new value out
             pass

@@ -7,7 +7,8 @@ from typing import Any
 from flax import nnx
 
 from .. import _check
-from .._differentiate import OnDense, Options, checked_pair, evaluate
+from .._differentiate import Options, checked_pair, evaluate
+from .._report_dense import OnDense
 from ._call import CONTEXT, Call
 
 Argnums = int | nnx.DiffState | Sequence[int | nnx.DiffState]
@@ -28,8 +29,8 @@ def value_and_grad(
     often as it was looked up. Time and memory follow the number of ids, not of rows. `embax.nnx.Optimizer` takes it.
     What the function changes in the modules is kept, rows that `max_norm` has clipped among it.
 
-    That needs the layer to be called where `f` itself runs: `embax.value_and_grad` says when a gradient is dense
-    instead, and warns. Put `nnx.jit` around the whole step, not around a part of the loss. `f` is traced twice.
+    Reads are followed through `nnx.vmap`, `scan`, `remat`, `cond`, `jit` and JAX's own transformations, as
+    `embax.value_and_grad` says; so does a warning where a gradient is dense. `f` runs once.
 
     Args:
       f: A function of modules and pytrees that returns a scalar, or `(scalar, aux)` with `has_aux`. Left out, the call
@@ -134,7 +135,7 @@ def _differentiated(
             raise ValueError(
                 f"`{call}(argnums=...)` must name no argument twice, got {argnums} repeated. Leave one out."
             )
-        of_core = Options(call, tuple(filters), True, on_dense=on_dense, stacklevel=5, **options)
+        of_core = Options(call, tuple(filters), True, on_dense=on_dense, stacklevel=7, **options)
         with nnx.update_context(CONTEXT):
             this = Call(lambda *args, **kwargs: checked_pair(call, has_aux, f(*args, **kwargs)), filters, args, kwargs)
             (value, changed), gradients = evaluate(this.run, of_core, this.trees, {})

@@ -1,0 +1,83 @@
+"""Random programs of nested transformations: value and gradients are those of JAX, and rows where nothing else is read.
+
+30 programs by `make test`, 1,000 by `make fuzz-programs`.
+"""
+
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from hypothesis import HealthCheck, assume, given, note, settings
+from hypothesis import strategies as st
+from programs import DENSE, HEADS, ROWS, built, leaves_of, nodes_of, on_two_devices, programs, tables
+
+import embax
+from embax import RowGrad
+
+NUMBER = int(os.environ.get("PROGRAMS", "30"))
+
+
+@settings(
+    max_examples=NUMBER,
+    deadline=None,
+    database=None,
+    derandomize=NUMBER <= 30,
+    suppress_health_check=list(HealthCheck),
+    print_blob=True,
+)
+@given(program=programs(), sharded=st.integers(0, 9), ids=st.lists(st.integers(0, 99), min_size=4, max_size=4))
+def test_random_programs(program, sharded, ids):
+    check(program, sharded == 0, ids)
+
+
+def check(program, sharded, ids):
+    """Compare the gradients of a program with those of JAX."""
+    loss = expected = built(program)
+    # Inside of a shard_map, an inner gradient is summed over devices.
+    if sharded and not any(node.startswith("inner") for node in nodes_of(program)):
+        loss, expected = on_two_devices(loss)
+    names, of_tables = [name for name, _ in leaves_of(program)], tables()
+    args = of_tables, jnp.asarray(ids), jnp.float32(0.7)
+    assume(all(jax_can(function, args) for function in (loss, expected)))
+    # Inside of an inner gradient JAX differentiates what `renormalize` stores, and forgets that the gradient passes. A
+    # slice of a table that JAX has copied for each lane is no list of rows.
+    followed = not (DENSE.keys() | {"renormalized", "slice"}) & set(names)
+    ours = embax.value_and_grad(loss, (0, 2), on_dense="error" if followed else "allow")
+
+    @jax.jit
+    def both(t, ids, x):
+        return ours(t, ids, x), jax.value_and_grad(expected, (0, 2))(t, ids, x)
+
+    (value, (rows, of_x)), (theirs, (dense, their_x)) = both(*args)
+    close(value, theirs)
+    close(of_x, their_x)
+    for one, other in zip(rows, dense, strict=True):
+        close(one.to_dense() if isinstance(one, RowGrad) else one.weight, other.weight)
+    note(f"{nodes_of(program)}: {rows}")
+    if followed and not HEADS.keys() & set(names) and reads_of(program) < STACKED:
+        assert all(isinstance(one, RowGrad) for one in rows)
+
+
+def jax_can(function, args):
+    """Whether JAX itself can differentiate a program: branches may differ in their types."""
+    try:
+        jax.eval_shape(jax.value_and_grad(function, (0, 2)), *args)
+    except (TypeError, ValueError, NotImplementedError):
+        return False
+    return True
+
+
+STACKED = ROWS * 3 * 4 // (3 * 4 + 4)  # ids whose rows take as much as a gradient
+
+
+def reads_of(program):
+    """More ids than a scan of a program stacks: each node runs what is in it three times at most."""
+    return 8 * 3 ** len(nodes_of(program))
+
+
+def close(actual, expected):
+    actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
+    # Sums in another order, of up to a few hundred float32 numbers around 1, which may cancel.
+    largest = np.max(np.abs(expected), initial=1.0, where=np.isfinite(expected))
+    np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-5 * largest)
