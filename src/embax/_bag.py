@@ -207,7 +207,15 @@ def prepared_weights(
         return None
     if mode == "max":
         raise TypeError(f"`{argument}` must be None in mode 'max', got weights. Leave them out.")
-    weights = jnp.asarray(weights)
+    try:
+        weights = jnp.asarray(weights)
+    except (ValueError, TypeError):
+        if not isinstance(weights, list | tuple):
+            raise
+        raise ValueError(
+            f"`{argument}` must be one for each id, got lists of different lengths. For an embax.Ragged, pass them in "
+            "one list, as its values."
+        ) from None
     if not jnp.issubdtype(weights.dtype, jnp.floating):
         raise TypeError(f"`{argument}` must be of a float dtype, got {weights.dtype}. Cast them.")
     if weights.shape != shape:

@@ -49,7 +49,12 @@ def combine(
 
     Returns:
       The slots for the next call, and the sums.
+
+    Raises:
+      MemoryError: If there are more ids than 32 bits number; their places alone would take 8 GB.
     """
+    if ids.shape[0] > np.iinfo(np.int32).max:
+        raise MemoryError(f"A gradient must have fewer than 2**31 ids, got {ids.shape[0]:,}. Take smaller batches.")
     if slots is None:
         order = jnp.argsort(ids)  # stable, so that sums are the same each time
         ids, values = ids[order], jax.tree.map(lambda x: x[order], values)
