@@ -161,6 +161,9 @@ def _gradients(
     value: Array, pull_back: Callable[[Array], Any], others: Sequence[Any], options: Options, name: Callable[[int], str]
 ) -> list[Any]:
     """Make the program of the gradients, and run it with rows for the gradients of tables."""
+    one = jax.lax.full_like(value, 1)
+    if not any(isinstance(leaf, Table) for leaf in others):
+        return pull_back(one)[0]
     found: list[Any] = []
 
     def backward(one: Array) -> list[Any]:
@@ -170,7 +173,6 @@ def _gradients(
         found.append((structure, [None if isinstance(x, Tracer) else x for x in flat]))
         return [x for x in flat if isinstance(x, Tracer)]
 
-    one = jax.lax.full_like(value, 1)
     jaxpr, consts = without_constants(jax.make_jaxpr(backward)(one))
     structure, rest = found[0]
     numbers = iter(range(len(jaxpr.outvars)))
@@ -183,7 +185,7 @@ def _gradients(
             # Rows of which each device has its own are not to be added to what is summed over devices.
             over_devices = len(form.axes) > 1 or (form.dense and any(form.axes))
             apart = over_devices or form.kinds - {Kind(placement=leaf.placement)}
-            why = why_dense(form.dense) or (OVER_DEVICES if over_devices else NOT_BY_LOOKUP if apart else None)
+            why = why_dense(form) or (OVER_DEVICES if over_devices else NOT_BY_LOOKUP if apart else None)
             if why is not None:
                 dense[i] = why
             if not apart:
