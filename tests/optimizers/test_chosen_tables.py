@@ -1,4 +1,4 @@
-"""Arrays of other layers that a predicate makes tables: gradients by rows, and lifted optimizers for these rows only."""
+"""Arrays of other layers that a predicate makes tables: gradients by rows, and lifted optimizers for only these."""
 
 import equinox as eqx
 import jax
