@@ -47,7 +47,7 @@ def apply_updates(params: Any, updates: Any) -> Any:
     Args:
       params: A pytree of arrays and Tables.
       updates: The same pytree, with a RowGrad, or a Table whose weight is a dense update, for each Table; None leaves a
-        parameter as it is. Duplicate ids of one RowGrad add up, in float32 or wider.
+        parameter as it is. Duplicate ids of one RowGrad add up, in float32 or wider. An array may have a RowGrad, too.
 
     Returns:
       The new parameters, in their own dtypes.
@@ -72,6 +72,8 @@ def _apply(param: Any, update: Any) -> Any:
     if param is None or update is None:
         return param
     if not isinstance(param, Table):
+        if isinstance(update, RowGrad):  # of an array that is read as a table
+            return _apply(Table(param), update).weight
         return jnp.asarray(param + update).astype(jnp.asarray(param).dtype)
     update = checked_update("embax.apply_updates", param, update)
     if not is_trained(param):

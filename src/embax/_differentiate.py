@@ -18,6 +18,7 @@ from jaxtyping import Array
 
 from . import _ids, _placed
 from ._apply import apply_updates
+from ._chosen import Chooser, is_chosen
 from ._equations import without_constants
 from ._forms import Memo
 from ._linear import Kind
@@ -38,6 +39,7 @@ class Options(NamedTuple):
     holomorphic: bool
     allow_int: bool
     on_dense: OnDense
+    tables: Chooser | None = None
     stacklevel: int = 6  # from a warning up to the user's code
 
     @property
@@ -73,10 +75,13 @@ def evaluate(
     nodes, structure = jax.tree.flatten_with_path(
         [args[number] for number in numbers], is_leaf=lambda node: isinstance(node, Table)
     )
-    leaves = [leaf for _, leaf in nodes]
+    fixed = fixed_leaves([args[number] for number in numbers])
+    chosen = [is_chosen(options.call, options.tables, path[1:], leaf) for path, leaf in nodes]
+    leaves = [Table(leaf) if is_table else leaf for is_table, (_, leaf) in zip(chosen, nodes, strict=True)]
 
     def loss(others: Sequence[Any]) -> Any:
         filled = [leaf if other is None else other for leaf, other in zip(leaves, others, strict=True)]
+        filled = [leaf.weight if is_table else leaf for is_table, leaf in zip(chosen, filled, strict=True)]
         full = list(args)
         for number, value in zip(numbers, structure.unflatten(filled), strict=True):
             full[number] = value
@@ -86,9 +91,10 @@ def evaluate(
         path = nodes[i][0]
         return names(path) if names else f"argument {numbers[path[0].idx]}{jax.tree_util.keystr(path[1:])}"
 
-    fixed = fixed_leaves([args[number] for number in numbers])
     value, aux, gradients = differentiate(loss, leaves, fixed, options, name)
-    gradient = structure.unflatten([_of_table(*pair) for pair in zip(leaves, gradients, strict=True)])
+    gradients = [_of_table(*pair) for pair in zip(leaves, gradients, strict=True)]
+    gradients = [x.weight if is_table else x for is_table, x in zip(chosen, gradients, strict=True)]
+    gradient = structure.unflatten(gradients)
     out = (value, aux) if options.has_aux else value
     return out, tuple(gradient) if isinstance(options.argnums, Sequence) else gradient[0]
 
@@ -161,6 +167,9 @@ def _gradients(
     value: Array, pull_back: Callable[[Array], Any], others: Sequence[Any], options: Options, name: Callable[[int], str]
 ) -> list[Any]:
     """Make the program of the gradients, and run it with rows for the gradients of tables."""
+    one = jax.lax.full_like(value, 1)
+    if not any(isinstance(leaf, Table) for leaf in others):
+        return pull_back(one)[0]
     found: list[Any] = []
 
     def backward(one: Array) -> list[Any]:
@@ -170,7 +179,6 @@ def _gradients(
         found.append((structure, [None if isinstance(x, Tracer) else x for x in flat]))
         return [x for x in flat if isinstance(x, Tracer)]
 
-    one = jax.lax.full_like(value, 1)
     jaxpr, consts = without_constants(jax.make_jaxpr(backward)(one))
     structure, rest = found[0]
     numbers = iter(range(len(jaxpr.outvars)))
@@ -183,7 +191,7 @@ def _gradients(
             # Rows of which each device has its own are not to be added to what is summed over devices.
             over_devices = len(form.axes) > 1 or (form.dense and any(form.axes))
             apart = over_devices or form.kinds - {Kind(placement=leaf.placement)}
-            why = why_dense(form.dense) or (OVER_DEVICES if over_devices else NOT_BY_LOOKUP if apart else None)
+            why = why_dense(form) or (OVER_DEVICES if over_devices else NOT_BY_LOOKUP if apart else None)
             if why is not None:
                 dense[i] = why
             if not apart:

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 
 from . import _check
+from ._chosen import Chooser, checked
 from ._differentiate import Options, evaluate
 from ._report_dense import DenseGradientWarning as DenseGradientWarning
 from ._report_dense import OnDense
@@ -20,6 +21,7 @@ def value_and_grad(
     allow_int: bool = False,
     *,
     on_dense: OnDense = "warn",
+    tables: Chooser | None = None,
 ) -> Callable[..., Any]:
     """Differentiate a function; the gradient of a table holds the rows that were read and no others.
 
@@ -46,6 +48,8 @@ def value_and_grad(
       holomorphic: As in `jax.value_and_grad`.
       allow_int: As in `jax.value_and_grad`.
       on_dense: What a dense gradient of a table is: an `"error"`, worth a `"warn"`, or no surprise, `"allow"`.
+      tables: A predicate `(path, leaf) -> bool` that chooses arrays which are read as tables, `weight[ids]`, by layers
+        of other libraries. Their gradients are RowGrads, too. The path is that of `jax.tree_util`, within the argument.
 
     Returns:
       A function of the same arguments that returns `(value, gradient)`, or `((value, aux), gradient)` with `has_aux`.
@@ -68,7 +72,15 @@ def value_and_grad(
       (4,)
     """
     on_dense = _check.choice("embax.value_and_grad(on_dense=...)", on_dense, OnDense)
-    options = Options("embax.value_and_grad", argnums, has_aux, holomorphic, allow_int, on_dense)
+    options = Options(
+        "embax.value_and_grad",
+        argnums,
+        has_aux,
+        holomorphic,
+        allow_int,
+        on_dense,
+        checked("embax.value_and_grad", tables),
+    )
     plain = jax.value_and_grad(fun, argnums, has_aux, holomorphic, allow_int)  # which checks them
 
     @functools.wraps(fun)
@@ -88,6 +100,7 @@ def grad(
     allow_int: bool = False,
     *,
     on_dense: OnDense = "warn",
+    tables: Chooser | None = None,
 ) -> Callable[..., Any]:
     """Differentiate a function, as `embax.value_and_grad` does, and return the gradient only.
 
@@ -98,6 +111,7 @@ def grad(
       holomorphic: As there.
       allow_int: As there.
       on_dense: As there.
+      tables: As there.
 
     Returns:
       A function that returns the gradient, or `(gradient, aux)` with `has_aux`.
@@ -113,7 +127,7 @@ def grad(
       RowGrad(2 ids of 1000 rows, float32[2,4])
     """
     on_dense = _check.choice("embax.grad(on_dense=...)", on_dense, OnDense)
-    options = Options("embax.grad", argnums, has_aux, holomorphic, allow_int, on_dense)
+    options = Options("embax.grad", argnums, has_aux, holomorphic, allow_int, on_dense, checked("embax.grad", tables))
     plain = jax.grad(fun, argnums, has_aux, holomorphic, allow_int)
 
     @functools.wraps(fun)

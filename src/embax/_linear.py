@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from jax.extend.core import JaxprEqn, Literal
+from jax.lax import GatherScatterMode
 
 from ._equations import NO_AXES, shape_of
 from ._placement import Placement
@@ -127,18 +128,22 @@ def _selected(eqn: JaxprEqn) -> Opening:
 
 
 def _scatter(eqn: JaxprEqn) -> Opening | None:
-    """Whole rows that are added to an array, as the transpose of `weight[ids]` does."""
+    """Whole rows that are added to an array, as the transpose of `weight[ids]` and of its `jax.vmap` over ids does."""
     operand, indices, updates = eqn.invars
     numbers = eqn.params["dimension_numbers"]
     lanes = len(numbers.operand_batching_dims)
     window = tuple(shape_of(updates)[axis] for axis in numbers.update_window_dims)
-    is_of_rows = (
-        numbers.operand_batching_dims == tuple(range(lanes)) == numbers.scatter_indices_batching_dims
-        and numbers.scatter_dims_to_operand_dims == (lanes,) == numbers.inserted_window_dims
-        and window == shape_of(operand)[lanes + 1 :]
-        and shape_of(indices)[-1] == 1
+    dim = shape_of(operand)[lanes + 1 :]
+    is_row = numbers.scatter_dims_to_operand_dims == (lanes,) == numbers.inserted_window_dims and window == dim
+    # A slice of one row; where it begins on the other axes is brought to 0, as there is no other place for it.
+    is_slice = (
+        numbers.scatter_dims_to_operand_dims[:1] == (lanes,)
+        and not numbers.inserted_window_dims
+        and window == (1, *dim)
+        and eqn.params["mode"] == GatherScatterMode.CLIP
     )
-    if not is_of_rows:
+    of_lanes = numbers.operand_batching_dims == tuple(range(lanes)) == numbers.scatter_indices_batching_dims
+    if not (of_lanes and (is_row or is_slice)):
         return None
     kinds = frozenset({Kind(lanes)})
     return Opening({0: True}, (1, 2), math.prod(shape_of(indices)[:-1]), frozenset({NO_AXES}), kinds)

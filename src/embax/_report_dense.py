@@ -3,12 +3,11 @@
 import functools
 import os
 import warnings
-from collections.abc import Iterable
 from typing import Any, Literal
 
 from jax.extend import source_info_util
 
-from ._forms import Reason
+from ._forms import Form, Reason
 from ._table import Table
 
 OnDense = Literal["error", "warn", "allow"]
@@ -68,16 +67,18 @@ def report_dense(
     warnings.warn(message, DenseGradientWarning, stacklevel=stacklevel)
 
 
-def why_dense(reasons: Iterable[Reason]) -> tuple[str, str] | None:
+def why_dense(form: Form) -> tuple[str, str] | None:
     """Say what a loss does with a weight whose gradient has terms of all rows, for `report_dense`.
 
     Args:
-      reasons: Those of the terms.
+      form: That of the gradient.
 
     Returns:
-      A reason and an advice; None where it is expected.
+      A reason and an advice; None where there are no such terms, or they are expected.
     """
-    unexpected = [reason for reason in reasons if not reason.is_expected]
+    unexpected = [reason for reason in form.dense if not reason.is_expected]
+    if form.inputs:  # an array that was known before the gradient was computed
+        unexpected.append(Reason(None))
     if not unexpected:
         return None
     found = sorted({(*_use(reason), _line(reason)) for reason in unexpected})

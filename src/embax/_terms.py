@@ -116,13 +116,14 @@ def _terms_of_selected(eqn: JaxprEqn, read: Any, terms: Any) -> list[Term]:
 def _terms_of_scatter(eqn: JaxprEqn, read: Any, terms: Any) -> list[Term]:
     operand, indices, updates = eqn.invars
     numbers, values = eqn.params["dimension_numbers"], read(updates)
-    rows = shape_of(operand)[len(numbers.operand_batching_dims)]
+    lanes = len(numbers.operand_batching_dims)
+    rows, dim = shape_of(operand)[lanes], shape_of(operand)[lanes + 1 :]
     ids = _ids.narrow(read(indices)[..., 0], rows, jnp)
     if eqn.params["mode"] == GatherScatterMode.CLIP:
         ids = jnp.clip(ids, 0, rows - 1)
     window = numbers.update_window_dims
     values = jnp.moveaxis(values, window, range(values.ndim - len(window), values.ndim))
-    return [*terms(operand), Rows(ids, values)]
+    return [*terms(operand), Rows(ids, jnp.reshape(values, (*ids.shape, *dim)))]
 
 
 def _terms_of_padded(eqn: JaxprEqn, read: Any, terms: Any) -> list[Term]:

@@ -46,6 +46,14 @@ def penalty_in_scan(table):
     return jax.lax.scan(lambda sum_, ids: (sum_ + energy(table, ids) * table.weight.sum(), None), 0.0, IDS)[0]
 
 
+@jax.custom_vjp
+def with_gradient_of_its_own(table):
+    return energy(table)
+
+
+with_gradient_of_its_own.defvjp(lambda table: (energy(table), table), lambda table, _: (table,))
+
+
 def scaled_in_a_branch(table):
     halved = jax.lax.cond(
         IDS[0, 0] > 0, lambda table: jax.tree.map(lambda w: 0.5 * w, table), lambda table: table, table
@@ -65,6 +73,7 @@ USES = {
     "penalty_in_scan": (penalty_in_scan, "sums over all rows"),
     "cond_changes_it": (scaled_in_a_branch, "changes its weight in a branch"),
     "renormalized_and_used": (lambda t: renormalize(t, [1, 2]).weight.sum() + energy(t), "sums over all rows"),
+    "residual": (with_gradient_of_its_own, "computes with all rows of its weight"),
     "checkpoint": (jax.checkpoint(lambda t: energy(t) * t.weight.sum()), "sums over all rows"),
     "lookup_and_penalty": (lambda t: energy(t, [1, 1, 2]) + 0.1 * (t.weight**2).sum(), "computes with all rows"),
 }  # fmt: skip

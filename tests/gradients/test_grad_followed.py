@@ -179,6 +179,7 @@ FOLLOWED = {
     "scale_in_scan": (scanned(lambda t, ids: energy(halved(t), ids)), 12),
     "slice": (lambda t: energy(Table(t.weight[:5]), [4, 1]), 5),
     "index": (lambda t: t.weight[2].sum(), 1),
+    "vmap_index": (lambda t: jax.vmap(jax.vmap(lambda i: jnp.sin(t.weight[i]).sum()))(IDS).sum(), 12),
     "take": (lambda t: jnp.sin(jnp.take(t.weight, IDS, axis=0, mode="clip")).sum(), 12),
     "stop_gradient": (lambda t: energy(t) * energy(jax.lax.stop_gradient(t)), 12),
     "renormalized_in_jit": (lambda t: energy(jax.jit(renormalize)(t, [1, 2])), 12),

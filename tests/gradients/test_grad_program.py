@@ -63,6 +63,37 @@ def test_no_leaf_is_lost_where_a_gradient_is_of_rows_and_of_all_rows():
     assert (type(ours["tied"].weight), isinstance(ours["other"], RowGrad)) == (type(expected["bias"]), True)
 
 
+def test_tables_that_are_stored_together_or_taken_apart_are_followed():
+    key = jax.random.key(0)
+    films, users = Table(WEIGHT, padding_idx=0), Table(WEIGHT + 1)
+    features = [embax.Feature("film", "films", "mean"), embax.Feature("user", "users")]
+    params = {
+        "collection": embax.Collection({"films": films, "users": users}, features),
+        "hashed": embax.CompositionalTable.create(key, ids=300, dim=3, remainders=40),
+    }
+
+    def loss(transformed):
+        def of_example(params, film, user):
+            read = params["collection"]({"film": film, "user": user})
+            return (jnp.sin(read["film"]) * read["user"] * params["hashed"](user)).sum()
+
+        return lambda params: transformed(of_example)(params, IDS % 40, IDS[:, 0] % 40)
+
+    def scan(of_example):
+        def scanned(params, *batch):
+            return jax.lax.scan(lambda sum_, x: (sum_ + jax.checkpoint(of_example)(params, *x), None), 0.0, batch)[0]
+
+        return scanned
+
+    ways = scan, lambda f: lambda params, *batch: jax.vmap(f, (None, 0, 0))(params, *batch).sum()
+    grads = functools.partial(embax.grad, on_dense="error"), jax.grad
+    both = jax.jit(lambda params: [[grad(loss(way))(params) for grad in grads] for way in ways])
+    for ours, expected in both(params):
+        assert_same_gradient(ours, expected, **FLOAT32)
+        nodes = jax.tree.leaves(ours, is_leaf=lambda node: isinstance(node, RowGrad))
+        assert [type(node) for node in nodes if not isinstance(node, RowGrad)] == []
+
+
 def test_a_value_that_is_missing_raises():
     table = jnp.asarray(WEIGHT)
     _, pull_back = jax.vjp(lambda weight: energy(Table(weight)) * weight.sum(), table)

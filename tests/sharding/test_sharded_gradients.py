@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from meshes import LAYOUTS, mesh_of, split, usual_and_rest
+from meshes import LAYOUTS, everywhere, mesh_of, split, usual_and_rest
 
 import embax
 from embax import RowGrad, Table, embedding_bag, lookup
@@ -56,15 +56,16 @@ def off_the_mesh():
 @pytest.mark.parametrize(
     ("layout", "axes"),
     usual_and_rest(
-        [("rows-cyclic", "auto"), ("rows and columns", "auto"), ("columns", "auto")],
-        [(layout, "auto") for layout in LAYOUTS],
+        [("rows-cyclic", "explicit"), ("rows and columns", "auto"), ("columns", "auto")],
+        [(layout, axes) for layout in LAYOUTS for axes in ("auto", "explicit")],
     ),
 )
 def test_transformations_are_followed_on_a_mesh(layout, axes):
     sizes, how = LAYOUTS[layout]
     mesh = mesh_of(sizes, axes)
     table = embax.shard(Table(WEIGHT, **RULES), mesh, **how)
-    found = jax.block_until_ready(jax.jit(gradients)(table, split(mesh, IDS)))
+    ids = split(mesh, IDS) if axes == "auto" else everywhere(mesh, IDS)  # as a scan wants them
+    found = jax.block_until_ready(jax.jit(gradients)(table, ids))
     for name, gradient in found.items():
         assert isinstance(gradient, RowGrad), name
         assert len(gradient.ids) == LOSSES[name][1], name

@@ -8,9 +8,10 @@ import optax
 
 from .. import _dedupe, _ids, _placed
 from .._apply import checked_update
+from .._chosen import Chooser, checked, with_gradients, with_tables, without_tables
 from .._held import around
 from .._made_for import MadeFor, check_made_for, made_for
-from .._rows import is_trained
+from .._rows import RowGrad, is_trained
 from .._table import Table, with_weight
 from ._separable import plan, state_of
 from ._step import Step, laid_out_state
@@ -27,7 +28,7 @@ class LiftState(NamedTuple):
     made_for: MadeFor | None = None  # the tables that it belongs to; None from a version that did not note them
 
 
-def lift(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+def lift(tx: optax.GradientTransformation, *, tables: Chooser | None = None) -> optax.GradientTransformationExtraArgs:
     """Make an optax transformation work on the rows of tables that were read, and on nothing else of them.
 
     Ordinary leaves go through `tx` as they are. At a Table the gradient is a RowGrad, as `embax.value_and_grad` gives
@@ -56,6 +57,8 @@ def lift(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraA
 
     Args:
       tx: The transformation.
+      tables: A predicate `(path, leaf) -> bool` that chooses arrays which are tables, too, as for
+        `embax.value_and_grad`.
 
     Returns:
       The transformation over mixed trees. Its `update` needs `params`, and returns a RowGrad of distinct ids at each
@@ -93,7 +96,10 @@ def lift(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraA
         )
     tx = optax.with_extra_args_support(tx)
 
+    tables = checked("embax.optim.lift", tables)
+
     def init(params: Any) -> Any:
+        params = with_tables("embax.optim.lift", tables, params)
         leaves, structure = jax.tree.flatten(params, is_leaf=_is_table)
         without = structure.unflatten([_untrained(leaf) for leaf in leaves])
         inner = tx.init(without)
@@ -123,10 +129,13 @@ def lift(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraA
             raise TypeError(
                 f"`{_UPDATE}(state=...)` must be a LiftState, got {type(state).__name__}. Make it with its `init`."
             )
+        given, params = params, with_tables("embax.optim.lift", tables, params)
+        updates = with_gradients(params, updates)
         check_made_for(_UPDATE, state.made_for, made_for(params))
         state = jax.tree.map(jnp.asarray, state)  # NumPy arrays, where it was restored from a file
         leaves, structure = jax.tree.flatten(params, is_leaf=_is_table)
         as_given = structure.flatten_up_to(updates)
+        _refuse_rows_of_no_table(params, as_given)
         gradients: list[Any] = [
             checked_update(_UPDATE, leaf, gradient) if _is_table(leaf) else gradient
             for leaf, gradient in zip(leaves, as_given, strict=True)
@@ -163,7 +172,9 @@ def lift(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraA
         inner = state_as_given.unflatten(jax.tree.leaves(inner))
         # An update has the structure of its gradient, so that other transformations find it where they look for it.
         out = [around(*pair) for pair in zip(as_given, out, strict=True)]
-        return structure.unflatten(out), LiftState(inner, tuple(slots), dealt_out, state.made_for)
+        return without_tables(given, params, structure.unflatten(out)), LiftState(
+            inner, tuple(slots), dealt_out, state.made_for
+        )
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -178,6 +189,18 @@ def _with_rules_of(tx: optax.GradientTransformationExtraArgs, params: Any, inner
         if leaf.shape != shape:
             raise _of_another(f"the shape {leaf.shape} instead of {shape} for `inner{jax.tree_util.keystr(path)}`")
     return structure.unflatten([leaf for _, leaf in leaves])
+
+
+def _refuse_rows_of_no_table(params: Any, gradients: Any) -> None:
+    """Raise a ValueError for a RowGrad where the parameters have no table."""
+    leaves, _ = jax.tree.flatten_with_path(params, is_leaf=_is_table)
+    for (path, leaf), gradient in zip(leaves, gradients, strict=True):
+        if not _is_table(leaf) and isinstance(gradient, RowGrad):
+            raise ValueError(
+                f"`{_UPDATE}(updates=...)` must have a RowGrad only for tables, got one at "
+                f"params{jax.tree_util.keystr(path)}, which is none. Choose it by lift(tx, tables=...), as for "
+                "embax.value_and_grad."
+            )
 
 
 def _of_another(seen: str) -> ValueError:

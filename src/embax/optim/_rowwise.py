@@ -9,6 +9,7 @@ import optax
 from jaxtyping import Array, Float, Float32, Int32
 
 from .. import _check
+from .._chosen import Chooser
 from .._dedupe import accumulator
 from .._table import Table, has_weight, with_weight
 from ._lift import lift
@@ -29,7 +30,11 @@ class RowwiseAdamState(NamedTuple):
 
 
 def rowwise_adagrad(
-    learning_rate: optax.ScalarOrSchedule, initial_accumulator: float = 0.0, eps: float = 1e-8
+    learning_rate: optax.ScalarOrSchedule,
+    initial_accumulator: float = 0.0,
+    eps: float = 1e-8,
+    *,
+    tables: Chooser | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Adagrad with one accumulator for each row of a table, already lifted.
 
@@ -41,6 +46,7 @@ def rowwise_adagrad(
       learning_rate: The step size, or a schedule of it.
       initial_accumulator: Where the accumulators start, 0 or more.
       eps: What is added to the root, 0 or more.
+      tables: As in `lift`.
 
     Returns:
       A transformation over mixed trees, as `lift` makes it. It gives the same result as dense training.
@@ -78,11 +84,19 @@ def rowwise_adagrad(
         scaled = _map(lambda g, a: _scale(g, inverse_root(_values(a))), updates, sums)
         return scaled, RowwiseAdagradState(sums)
 
-    return lift(optax.chain(optax.GradientTransformation(init, update), optax.scale_by_learning_rate(learning_rate)))
+    return lift(
+        optax.chain(optax.GradientTransformation(init, update), optax.scale_by_learning_rate(learning_rate)),
+        tables=tables,
+    )
 
 
 def rowwise_adam(
-    learning_rate: optax.ScalarOrSchedule, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8
+    learning_rate: optax.ScalarOrSchedule,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    *,
+    tables: Chooser | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Adam with one second moment for each row of a table, already lifted.
 
@@ -97,6 +111,7 @@ def rowwise_adam(
       b1: The decay of the first moment, in [0, 1).
       b2: The decay of the second moment, in [0, 1).
       eps: What is added to the root, 0 or more.
+      tables: As in `lift`.
 
     Returns:
       A transformation over mixed trees, as `lift` makes it.
@@ -137,7 +152,10 @@ def rowwise_adam(
         scaled = _map(corrected, mean, mean_square)
         return scaled, RowwiseAdamState(steps, mean, mean_square)
 
-    return lift(optax.chain(optax.GradientTransformation(init, update), optax.scale_by_learning_rate(learning_rate)))
+    return lift(
+        optax.chain(optax.GradientTransformation(init, update), optax.scale_by_learning_rate(learning_rate)),
+        tables=tables,
+    )
 
 
 def _map(function: Callable[..., Any], tree: Any, *others: Any) -> Any:
