@@ -141,7 +141,7 @@ def _run_remat(
     # Bound as JAX has bound it: `jax.checkpoint` has no way to say that this is a derivative already, behind whose
     # barrier nothing may be shared with the program before.
     made, more = without_constants(closed)
-    params = held.params | {"jaxpr": made}
+    params: dict[str, Any] = {**held.params, "jaxpr": made}
     if isinstance(params.get("prevent_cse"), tuple):  # one for each input, which are others now
         params["prevent_cse"] = any(params["prevent_cse"])
     return found[0].unflatten(held.primitive.bind(*more, *flat, **params))

@@ -24,7 +24,8 @@ def checked(call: str, tables: Any) -> Chooser | None:
             f"`{call}(tables=...)` must be a function of a path and a leaf, got {tables!r}. Pass such as "
             "lambda path, leaf: leaf.ndim == 2."
         )
-    return tables
+    chooser: Any = tables
+    return chooser
 
 
 def is_chosen(call: str, tables: Chooser | None, path: Sequence[Any], leaf: Any) -> bool:
@@ -61,15 +62,23 @@ def with_tables(call: str, tables: Chooser | None, tree: Any) -> Any:
     )
 
 
-def with_gradients(like: Any, gradients: Any) -> Any:
-    """Put gradients or updates into the form that `with_tables` has given the parameters: a Table at each Table."""
+def with_gradients(as_given: Any, like: Any, gradients: Any) -> Any:
+    """Put gradients into the form that `with_tables` has given the parameters.
 
-    def at_table(leaf: Any, gradient: Any) -> Any:
-        is_bare = isinstance(leaf, Table) and gradient is not None and not isinstance(gradient, Table)
-        return with_weight(leaf, gradient) if is_bare else gradient
+    Args:
+      as_given: The parameters before.
+      like: The same afterwards.
+      gradients: A tree of the structure of the parameters before.
 
+    Returns:
+      The gradients, with a Table around those of chosen leaves.
+    """
     leaves, structure = jax.tree.flatten(like, is_leaf=lambda node: isinstance(node, Table))
-    return structure.unflatten(map(at_table, leaves, structure.flatten_up_to(gradients)))
+    before = structure.flatten_up_to(as_given)
+    return structure.unflatten(
+        with_weight(leaf, x) if isinstance(leaf, Table) and not isinstance(b, Table) and x is not None else x
+        for leaf, b, x in zip(leaves, before, structure.flatten_up_to(gradients), strict=True)
+    )
 
 
 def without_tables(as_given: Any, like: Any, tree: Any) -> Any:

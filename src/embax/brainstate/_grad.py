@@ -189,7 +189,8 @@ def _grad_by_rows(
     *,
     argnums: int | Sequence[int],
     has_aux: bool,
-    **options: bool,
+    holomorphic: bool,
+    allow_int: bool,
 ) -> Callable[..., Any]:
     """As `jax.grad` of a function whose first argument holds the values of states, by the identity of these.
 
@@ -200,7 +201,8 @@ def _grad_by_rows(
       fun: The function.
       argnums: As in `jax.grad`.
       has_aux: As in `jax.grad`; true.
-      options: As in `jax.grad`.
+      holomorphic: As in `jax.grad`.
+      allow_int: As in `jax.grad`.
 
     Returns:
       The function that returns the gradient and the auxiliary data.
@@ -213,15 +215,18 @@ def _grad_by_rows(
         if unit_aware and isinstance(jax.eval_shape(lambda: fun(values, *args)[0]), brainunit.Quantity):
             for name, table in tables.values():
                 report_dense(_CALL, on_dense, name, table, HAS_A_UNIT, stacklevel=5)
-            return brainunit.autograd.grad(fun, argnums, has_aux=has_aux, **options)(values, *args)
+            return brainunit.autograd.grad(fun, argnums, has_aux=has_aux, holomorphic=holomorphic, allow_int=allow_int)(
+                values, *args
+            )
         held = {key: with_weight(tables[key][1], x) if key in tables else x for key, x in values.items()}
-        asked = Options(_CALL, argnums, has_aux, **options, on_dense=on_dense, stacklevel=8)
+        asked = Options(_CALL, argnums, has_aux, holomorphic, allow_int, on_dense, stacklevel=8)
         (_, aux), gradients = evaluate(of_tables, asked, (held, *args), {}, lambda path: tables[path[1].key][0])
         if unit_aware:
             everything = values, *args
-            several = isinstance(argnums, Sequence)
-            arguments = tuple(everything[number] for number in argnums) if several else everything[argnums]
-            gradients = _with_units(arguments, gradients)
+            if isinstance(argnums, Sequence):
+                gradients = _with_units(tuple(everything[number] for number in argnums), gradients)
+            else:
+                gradients = _with_units(everything[argnums], gradients)
         of_states = gradients[0] if isinstance(argnums, Sequence) else gradients
         of_states = {key: x.weight if isinstance(x, Table) else x for key, x in of_states.items()}
         return (of_states, *gradients[1:]) if isinstance(argnums, Sequence) else of_states, aux

@@ -130,7 +130,8 @@ def lift(tx: optax.GradientTransformation, *, tables: Chooser | None = None) -> 
                 f"`{_UPDATE}(state=...)` must be a LiftState, got {type(state).__name__}. Make it with its `init`."
             )
         given, params = params, with_tables("embax.optim.lift", tables, params)
-        updates = with_gradients(params, updates)
+        if tables is not None:
+            updates = with_gradients(given, params, updates)
         check_made_for(_UPDATE, state.made_for, made_for(params))
         state = jax.tree.map(jnp.asarray, state)  # NumPy arrays, where it was restored from a file
         leaves, structure = jax.tree.flatten(params, is_leaf=_is_table)
@@ -172,9 +173,10 @@ def lift(tx: optax.GradientTransformation, *, tables: Chooser | None = None) -> 
         inner = state_as_given.unflatten(jax.tree.leaves(inner))
         # An update has the structure of its gradient, so that other transformations find it where they look for it.
         out = [around(*pair) for pair in zip(as_given, out, strict=True)]
-        return without_tables(given, params, structure.unflatten(out)), LiftState(
-            inner, tuple(slots), dealt_out, state.made_for
+        out = (
+            without_tables(given, params, structure.unflatten(out)) if tables is not None else structure.unflatten(out)
         )
+        return out, LiftState(inner, tuple(slots), dealt_out, state.made_for)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
