@@ -27,7 +27,6 @@ REDUCED = {name: RULES[name] for name in ("none", "all")}
 with_all = pytest.mark.parametrize("framework", ALL.values(), ids=ALL)
 with_layers = pytest.mark.parametrize("framework", LAYERS.values(), ids=LAYERS)
 with_storing = pytest.mark.parametrize("framework", [LAYERS["brainstate"], LAYERS["nnx"]], ids=["brainstate", "nnx"])
-with_cases = pytest.mark.parametrize("name", CASES)
 with_kinds = pytest.mark.parametrize("kind", KINDS)
 with_rules = pytest.mark.parametrize("rules", REDUCED.values(), ids=REDUCED)
 
@@ -96,8 +95,14 @@ def test_rows_that_functions_read_and_store_are_those_of_the_reference(name):
         np.testing.assert_allclose(np.asarray(actual, float), expected, rtol=rtol)
 
 
-@with_kinds
-@with_cases
+def halves():
+    """Each case by one kind of gradient, the kinds in turn; by the other one in exhaustive runs."""
+    for number, name in enumerate(CASES):
+        yield pytest.param(name, KINDS[number % 2])
+        yield pytest.param(name, KINDS[1 - number % 2], marks=pytest.mark.exhaustive)
+
+
+@pytest.mark.parametrize(("name", "kind"), list(halves()))
 def test_gradient_of_functions_is_that_of_the_reference(name, kind):
     case = CASES[name]
     gradient, _ = differentiate(FUNCTIONAL, name, kind)
@@ -111,13 +116,6 @@ def test_gradient_of_functions_is_that_of_the_reference(name, kind):
 def test_layer_reads_and_stores_what_functions_do(framework, name):
     for actual, expected in zip(read(framework, name), read(FUNCTIONAL, name), strict=True):
         assert_same(actual, expected)
-
-
-def halves():
-    """Each case by one kind of gradient, the kinds in turn; by the other one in exhaustive runs."""
-    for number, name in enumerate(CASES):
-        yield pytest.param(name, KINDS[number % 2])
-        yield pytest.param(name, KINDS[1 - number % 2], marks=pytest.mark.exhaustive)
 
 
 @pytest.mark.parametrize(("name", "kind"), list(halves()))
