@@ -12,7 +12,7 @@ from jaxtyping import Float32, Float64, Int64
 
 from . import _check, _multiplied, _queries
 from .files._error import FormatError
-from .files._line_ends import ends_in_returns, with_feeds, without_mark
+from .files._line_ends import with_ends_normalized, without_mark
 from .files._open import opened
 
 if TYPE_CHECKING:
@@ -273,8 +273,7 @@ def _read_pairs(path: str | os.PathLike[str]) -> list[tuple[str, str, float]]:
 def _lines(path: str | os.PathLike[str]) -> Iterator[tuple[int, str]]:
     """The lines of a text file and their numbers from 1."""
     with opened(path) as source:
-        data = without_mark(source.read_all())
-    data = with_feeds(data) if ends_in_returns(data) else data
+        data = with_ends_normalized(without_mark(source.read_all()))
     for number, line in enumerate(data.split(b"\n"), 1):
         try:
             yield number, line.decode()

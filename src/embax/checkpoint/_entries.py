@@ -55,7 +55,7 @@ def entries_of(call: str, tree: Any) -> list[Entry]:
 
 def _entries(call: str, tree: Any, above: tuple[Any, ...]) -> list[Entry]:
     found = []
-    for path, node in jax.tree.flatten_with_path(tree, is_leaf=_is_node)[0]:
+    for path, node in jax.tree.flatten_with_path(tree, is_leaf=is_node)[0]:
         path = (*above, *path)
         name = _name(path) or "tree"
         if isinstance(node, Collection):
@@ -79,7 +79,7 @@ def _entries(call: str, tree: Any, above: tuple[Any, ...]) -> list[Entry]:
     return found
 
 
-def _is_node(node: Any) -> bool:
+def is_node(node: Any) -> bool:
     """Whether a node is written as a table, or as the tables of a Collection; a gradient is not."""
     return isinstance(node, Table | Collection) and not isinstance(node, RowGrad)
 

@@ -14,10 +14,9 @@ from jax.sharding import Mesh, NamedSharding
 from .. import _check, _moves
 from .._collection import Collection, restack
 from .._mesh import laid_out
-from .._rows import RowGrad
 from .._table import Table, has_weight, with_weight
 from ..optim._states import with_scratch, without_scratch
-from ._entries import Entry, by_blocks, described, entries_of, is_key, with_descriptions
+from ._entries import Entry, by_blocks, described, entries_of, is_key, is_node, with_descriptions
 from ._orbax import ABOUT, ARRAYS, FORMAT, manager_of, nested, ocp, path_of, taken
 
 # What Orbax and TensorStore raise about files that are cut off, missing or altered.
@@ -68,7 +67,7 @@ def restore(path: str | os.PathLike[str], like: Any, *, step: int | None = None,
             f"`{call}(path=...)` must be a directory with checkpoints, got {os.fspath(path)!r}. Save one first."
         )
     bare = without_scratch(like)
-    wanted, structure = jax.tree.flatten(bare, is_leaf=_is_node)
+    wanted, structure = jax.tree.flatten(bare, is_leaf=is_node)
     # Not the tables of a Collection, but what they would be.
     nodes = [jax.eval_shape(lambda c: c.tables, node) if isinstance(node, Collection) else node for node in wanted]
     entries = entries_of(call, structure.unflatten(nodes))
@@ -99,14 +98,10 @@ def restore(path: str | os.PathLike[str], like: Any, *, step: int | None = None,
         return with_weight(node, laid_out(value, node.placement.sharding(value.shape, node.dim)))
 
     out = [
-        jax.tree.map(functools.partial(filled, isinstance(of_like, Collection)), node, is_leaf=_is_node)
+        jax.tree.map(functools.partial(filled, isinstance(of_like, Collection)), node, is_leaf=is_node)
         for node, of_like in zip(nodes, wanted, strict=True)
     ]
     return with_descriptions(with_scratch(restack(structure.unflatten(out), bare), like), made_for)
-
-
-def _is_node(node: Any) -> bool:
-    return isinstance(node, Table | Collection) and not isinstance(node, RowGrad)
 
 
 def _read(

@@ -74,6 +74,14 @@ Format = Annotated[
         help="The format of the file. Default: that of its content.",
     ),
 ]
+To = Annotated[
+    str | None,
+    typer.Option(
+        callback=one_of_formats,
+        autocompletion=lambda: list(formats()),
+        help="The format to write. Default: by the suffix of the output; for - and pipes it has to be given.",
+    ),
+]
 Limit = Annotated[int | None, typer.Option(callback=at_least_one, help="Read the first rows only, as many.")]
 Encoding = Annotated[
     str,

@@ -13,15 +13,14 @@ from ._common import (
     Json,
     Limit,
     MaxExpansion,
+    To,
     UserError,
     VectorsFile,
     bytes_in_words,
-    formats,
     in_one_line,
     is_same_file,
     name_of,
     note,
-    one_of_formats,
     print_json,
     print_table,
     rule,
@@ -81,14 +80,7 @@ def convert(
         str,
         typer.Argument(metavar="OUTPUT", help="The file to write; its suffix tells the format. - is standard output."),
     ],
-    to: Annotated[
-        str | None,
-        typer.Option(
-            callback=one_of_formats,
-            autocompletion=lambda: list(formats()),
-            help="The format to write. Default: by the suffix of OUTPUT; for - and pipes it has to be given.",
-        ),
-    ] = None,
+    to: To = None,
     dtype: Annotated[
         str | None,
         typer.Option(

@@ -8,14 +8,13 @@ import typer
 
 from ._common import (
     Json,
+    To,
     UserError,
     at_least_one,
-    formats,
     in_one_line,
     is_same_file,
     name_of,
     not_negative,
-    one_of_formats,
     print_json,
     rule,
 )
@@ -37,14 +36,7 @@ def train(
             "--output", "-o", help="The file of vectors to write; its suffix tells the format. - is standard output."
         ),
     ],
-    to: Annotated[
-        str | None,
-        typer.Option(
-            callback=one_of_formats,
-            autocompletion=lambda: list(formats()),
-            help="The format to write. Default: by the suffix of the output; for - and pipes it has to be given.",
-        ),
-    ] = None,
+    to: To = None,
     dim: Annotated[int, typer.Option(callback=at_least_one, help="The size of a vector.")] = 100,
     window: Annotated[
         int, typer.Option(callback=at_least_one, help="The most words on either side that are context.")

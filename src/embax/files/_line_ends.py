@@ -19,6 +19,11 @@ def ends_in_returns(text: bytes) -> bool:
     return b"\r" in text and b"\n" not in text
 
 
+def with_ends_normalized(text: bytes) -> bytes:
+    """Return a whole text, or its first lines, with line feeds at the ends of the lines."""
+    return with_feeds(text) if ends_in_returns(text) else text
+
+
 def with_feeds(text: bytes) -> bytes:
     """End lines in a line feed that end in carriage returns, or in both."""
     return text.replace(b"\r\n", b"\n").replace(b"\r", b"\n")

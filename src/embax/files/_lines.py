@@ -10,7 +10,7 @@ from jaxtyping import Float32, Int64
 
 from ._contents import Gathered
 from ._layout import Layout, LayoutError, split, stripped, without_commas
-from ._line_ends import BYTE_ORDER_MARK, ends_in_returns, with_feeds, without_mark
+from ._line_ends import BYTE_ORDER_MARK, ends_in_returns, with_ends_normalized, with_feeds, without_mark
 from ._open import Source
 
 # Large against the cost of a call, small against a table.
@@ -38,7 +38,7 @@ class Packed(NamedTuple):
 def beginning(source: Source) -> bytes:
     """Return the start of a text file, without a byte-order mark and with line feeds at the ends of lines."""
     start = without_mark(source.start)
-    return with_feeds(start) if ends_in_returns(start) else start
+    return with_ends_normalized(start)
 
 
 def first_lines(source: Source) -> bytes:

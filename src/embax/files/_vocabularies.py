@@ -13,7 +13,7 @@ from .._escapes import encoded
 from .._strings import offsets_of
 from ._contents import Options
 from ._encodings import decoded, is_utf8
-from ._line_ends import ends_in_returns, with_feeds, without_mark
+from ._line_ends import with_ends_normalized, without_mark
 from ._open import Source, opened
 from ._parquet import read_tokens
 
@@ -113,7 +113,7 @@ def _of_lines(source: Source, options: Options) -> Listed:
             ) from None
     # Only this ends a line: others, such as U+2028, occur in tokens.
     text = without_mark(data).replace(b"\r\n", b"\n")
-    text = with_feeds(text) if ends_in_returns(text) else text
+    text = with_ends_normalized(text)
     letters = np.frombuffer(text if text.endswith(b"\n") or not text else text + b"\n", np.uint8)
     ends = np.flatnonzero(letters == ord("\n"))
     # Before the end of a line there are the ends of those before it, which are left out.
