@@ -10,7 +10,7 @@ from pathlib import Path
 import atheris
 import numpy as np
 
-with atheris.instrument_imports(include=["embax.files", "embax.vocabulary", "embax._strings", "embax._subwords"]):
+with atheris.instrument_imports(include=["embax.files", "embax.vocabulary", "embax._base.strings"]):
     import embax.files
     import embax.vocabulary
 

@@ -9,7 +9,8 @@ import optax
 import reference
 from cases import ROWS, RULES
 
-from embax import Unigram, _candidates, attend
+from embax import Unigram, attend
+from embax._heads import candidates as _candidates
 
 FLOAT32 = {"rtol": 1e-5, "atol": 1e-5}
 _RNG = np.random.default_rng(7)

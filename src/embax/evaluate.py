@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import numpy as np
 from jaxtyping import Float32, Float64, Int64
 
-from . import _check, _multiplied, _queries
-from .files._error import FormatError
-from .files._line_ends import with_ends_normalized, without_mark
-from .files._open import opened
+from ._base import check as _check
+from .files._io.error import FormatError
+from .files._io.open import opened
+from .files._lines.line_ends import with_ends_normalized, without_mark
+from .vectors import _cosmul as _multiplied
+from .vectors import _nearest as _queries
 
 if TYPE_CHECKING:
     from .vectors import Vectors

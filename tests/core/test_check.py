@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from embax import _check
+from embax._base import check as _check
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from jax.experimental import checkify
 
-from embax import Table, _ids, lookup, renormalize
+from embax import Table, lookup, renormalize
+from embax._core import ids as _ids
 
 TABLE = Table(jnp.arange(1000.0)[:, None])
 DTYPES = ["int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"]

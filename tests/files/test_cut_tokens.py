@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from embax import Vectors, Vocabulary, files
-from embax._escapes import rows_not_utf8
+from embax._base.escapes import rows_not_utf8
 from embax.files import FormatError, UndecodedTokensWarning
-from embax.vocabulary import printable, quoted
+from embax.vocabulary._vocabulary import printable, quoted
 
 # "東" and "京" cut, the rest of "京", half a surrogate pair as UTF-8, and a good token with a backslash.
 CUT = [b"king", "東".encode()[:2], b"caf\xc3", "京x".encode()[2:], b"\xed\xa0\xbd", "größe".encode(), rb"back\xslash"]
@@ -205,7 +205,7 @@ def escaped_alone(token):
 
 
 def test_tokens_far_into_a_vocabulary_are_checked(monkeypatch):
-    monkeypatch.setattr("embax._escapes._CHECKED", 3)
+    monkeypatch.setattr("embax._base.escapes._CHECKED", 3)
     tokens = [b"a", b"b", b"", "é".encode(), b"c\xc3", b"\xa9", b"", b"", b"\xff", b"d"]
     assert rows_not_utf8(np.frombuffer(b"".join(tokens), np.uint8), offsets(tokens)).tolist() == [4, 5, 8]
 
@@ -240,7 +240,7 @@ def test_messages_get_an_escape():
 
 
 def test_a_tokens_sub_words_are_of_its_bytes():
-    from embax._subwords import Ngrams, Subwords
+    from embax.files._formats.fasttext.subwords import Ngrams, Subwords
 
     rows = np.arange(64, dtype=np.float32)[:, None]
     plain = Subwords(Ngrams(rows, 1, 3, 3, 63), Vocabulary(["x"]), np.array([0]))

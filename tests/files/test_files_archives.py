@@ -108,7 +108,7 @@ def test_links_and_folders_of_a_tar_archive_are_no_files(tmp_path):
 
 
 def test_what_comes_out_of_a_tar_archive_is_limited(tmp_path, monkeypatch):
-    monkeypatch.setattr("embax.files._open._HARMLESS", 1 << 12)
+    monkeypatch.setattr("embax.files._io.open._HARMLESS", 1 << 12)
     path = tmp_path / "v"
     path.write_bytes(
         gzip.compress(tarred({"v.txt": b"20000 3\n" + b"".join(b"%d 0 0 0\n" % row for row in range(20000))}))

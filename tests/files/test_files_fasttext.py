@@ -9,12 +9,12 @@ from damage import KINDS, damages, seeds, told
 from gensim.models.fasttext import load_facebook_model, load_facebook_vectors
 
 import embax
-from embax._strings import packed
-from embax._subwords import means_of, numbered
+from embax._base.strings import packed
 from embax.files import Contents, DuplicateTokensWarning, FormatError, UndecodedTokensWarning
-from embax.files._contents import Options
-from embax.files._fasttext import FORMAT
-from embax.files._open import opened
+from embax.files._formats.fasttext.file import FORMAT
+from embax.files._formats.fasttext.subwords import means_of, numbered
+from embax.files._io.contents import Options
+from embax.files._io.open import opened
 
 DATA = real.GENSIM
 UNKNOWN = ["kingdoms", "не знаю", "", "a", "ab", "ñandú", "日本語", "x" * 50, "🙂🙂", "<>", "Größenwahn", "žluťoučký"]
@@ -219,13 +219,13 @@ def test_read_takes_blocks_of_any_size():
     expected = read(path)
     for block in (1 << 10, 1 << 24):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("embax.files._fasttext._BLOCK", block)
+            patch.setattr("embax.files._formats.fasttext.file._BLOCK", block)
             found = read(path)
         np.testing.assert_array_equal(found.weight, expected.weight)
 
 
 def test_read_grows_with_what_comes_out_of_a_compressed_model(file, monkeypatch):
-    monkeypatch.setattr("embax.files._fasttext._BLOCK", 100)
+    monkeypatch.setattr("embax.files._formats.fasttext.file._BLOCK", 100)
     plain = DATA / "lee_fasttext_new.bin"
     found, expected = read(file(gzip.compress(plain.read_bytes()))), read(plain)
     np.testing.assert_array_equal(found.weight, expected.weight)
@@ -236,7 +236,7 @@ def test_read_takes_a_dictionary_of_any_pieces(file, monkeypatch):
     path = file(model([f"{number}" * (1 + number % 7) for number in range(1, 200)]))
     expected = read(path)
     for chunk in (1, 13, 1000):
-        monkeypatch.setattr("embax.files._fasttext_model._CHUNK", chunk)
+        monkeypatch.setattr("embax.files._formats.fasttext.model._CHUNK", chunk)
         found = read(path)
         assert found.vocabulary == expected.vocabulary
         np.testing.assert_array_equal(found.counts, expected.counts)
@@ -518,7 +518,7 @@ def test_write_without_subwords_has_no_ngrams(tmp_path, counts, dtype):
 
 @pytest.mark.parametrize("rows", [0, 1, 40])
 def test_write_of_blocks(tmp_path, monkeypatch, file, rows):
-    monkeypatch.setattr("embax.files._fasttext_write._ROWS", 7)
+    monkeypatch.setattr("embax.files._formats.fasttext.write._ROWS", 7)
     contents = read(file(model([f"w{row}" for row in range(rows)], bucket=30)))
     FORMAT.write(tmp_path / "v.bin", contents)
     again = read(tmp_path / "v.bin")

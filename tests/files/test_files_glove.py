@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from embax import files
 from embax.files import FormatError
-from embax.files._contents import Contents, DuplicateTokensWarning, Options
-from embax.files._glove import FORMAT
-from embax.files._open import opened
-from embax.files._word2vec import BINARY, TEXT
+from embax.files._formats.glove import FORMAT
+from embax.files._formats.word2vec import BINARY, TEXT
+from embax.files._io.contents import Contents, DuplicateTokensWarning, Options
+from embax.files._io.open import opened
 from embax.vocabulary import Vocabulary
 
 DATA = real.GENSIM

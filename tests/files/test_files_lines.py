@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from embax.files import FormatError
-from embax.files import _lines as lines
+from embax.files._lines import lines as lines
 
 ROWS = [[1.0, 0.5], [-2.0, 0.25]]
 

@@ -3,8 +3,8 @@ import pytest
 import real
 
 from embax import Vectors, Vocabulary, files
-from embax._words import is_mapped
 from embax.files import DuplicateTokensWarning
+from embax.vectors._directions import is_mapped
 
 VECTORS = Vectors(["king", "queen", "日本"], np.asarray([[1, 0.25], [-3, 1e-3], [0, 7]], np.float32))
 SUFFIXES = [".safetensors", ".txt", ".vec", ".bin", ".npy", ".parquet", ".arrow", ".feather", ".fasttext.bin", ".glove"]

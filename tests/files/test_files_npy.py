@@ -13,9 +13,9 @@ from damage import KINDS, damages, seeds, told
 from real import GLOVE, glove
 
 from embax import Vocabulary, files
-from embax.files._contents import Options
-from embax.files._npy import FORMAT
-from embax.files._open import opened
+from embax.files._formats.npy import FORMAT
+from embax.files._io.contents import Options
+from embax.files._io.open import opened
 
 TABLE = np.arange(12, dtype=np.float32).reshape(4, 3)
 TOKENS = ["a", "", "größe", "x\ny"]

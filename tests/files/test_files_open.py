@@ -11,7 +11,7 @@ import pytest
 from damage import damages, seeds, told
 
 from embax import Vectors, files
-from embax.files import _open
+from embax.files._io import open as _open
 
 TEXT = b"2 3\nking 1 0 0.5\nqueen 0 1 -2\n"
 

@@ -9,10 +9,11 @@ import pytest
 from damage import damages, seeds, told
 
 from embax import Vocabulary, files
-from embax.files import _arrow, _parquet
-from embax.files._columns import packed
-from embax.files._contents import Options
-from embax.files._open import opened
+from embax.files._formats import arrow as _arrow
+from embax.files._formats import parquet as _parquet
+from embax.files._formats.columns import packed
+from embax.files._io.contents import Options
+from embax.files._io.open import opened
 
 TABLE = np.arange(12, dtype=np.float32).reshape(4, 3) / 7
 TOKENS = ["a", "", "größe", "x\ny"]
@@ -63,8 +64,8 @@ def test_read_gives_what_was_written(tmp_path, format, rows, dtype, counts):
 
 @both
 def test_write_of_many_blocks(tmp_path, format, monkeypatch):
-    monkeypatch.setattr("embax.files._columns._BLOCK", 7 * 12)
-    monkeypatch.setattr("embax.files._parquet._BLOCK", 5 * 12)
+    monkeypatch.setattr("embax.files._formats.columns._BLOCK", 7 * 12)
+    monkeypatch.setattr("embax.files._formats.parquet._BLOCK", 5 * 12)
     table = np.random.default_rng(0).standard_normal((100, 3), np.float32)
     contents = files.Contents(Vocabulary([f"w{row}" for row in range(100)]), np.asfortranarray(table), np.arange(100))
     format.write(tmp_path / "v", contents)
@@ -224,7 +225,7 @@ def test_read_cannot_map(tmp_path, format):
 
 @pytest.mark.parametrize("size", [-1, 100])
 def test_read_refuses_more_numbers_than_a_file_of_its_size_holds(tmp_path, monkeypatch, size):
-    monkeypatch.setattr("embax.files._open._HARMLESS", 1 << 16)
+    monkeypatch.setattr("embax.files._io.open._HARMLESS", 1 << 16)
     table = np.zeros((20_000, 100), np.float32)
     columns = {"token": [str(row) for row in range(20_000)], "vector": lists(None, size, table)}
     path = written(_parquet.FORMAT, tmp_path, columns, compression="zstd")
@@ -234,7 +235,7 @@ def test_read_refuses_more_numbers_than_a_file_of_its_size_holds(tmp_path, monke
 
 
 def test_read_refuses_more_numbers_than_an_arrow_file_of_its_size_holds(tmp_path, monkeypatch):
-    monkeypatch.setattr("embax.files._open._HARMLESS", 1 << 16)
+    monkeypatch.setattr("embax.files._io.open._HARMLESS", 1 << 16)
     columns = {"token": [str(row) for row in range(2000)], "vector": lists(None, 100, np.zeros((2000, 100)))}
     path = written(_arrow.FORMAT, tmp_path, columns, compression="zstd", chunksize=500)
     with pytest.raises(files.FormatError, match=r"holds more than .* bytes. Raise max_expansion"):
@@ -244,7 +245,7 @@ def test_read_refuses_more_numbers_than_an_arrow_file_of_its_size_holds(tmp_path
 
 @both
 def test_read_refuses_few_strings_that_are_named_many_times(tmp_path, format, monkeypatch):
-    monkeypatch.setattr("embax.files._open._HARMLESS", 1 << 16)
+    monkeypatch.setattr("embax.files._io.open._HARMLESS", 1 << 16)
     tokens = pa.DictionaryArray.from_arrays(pa.array([0] * 4000, pa.int32()), ["x" * 5000])
     path = written(format, tmp_path, {"token": tokens, "vector": lists(table=np.ones((4000, 1)))})
     with pytest.raises(files.FormatError, match=r"its strings take more than .* Raise max_expansion"):

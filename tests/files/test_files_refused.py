@@ -9,7 +9,7 @@ import pytest
 from real import GENSIM
 
 from embax import Vectors, files
-from embax.files._refused import explain
+from embax.files._io.refused import explain
 
 TORCH_2 = bytes.fromhex("80028a0a6cfc9c46f9206aa850192e8002")
 

@@ -10,9 +10,9 @@ from damage import KINDS, damages, seeds, told
 from safetensors.numpy import save_file
 
 from embax import Vocabulary, files
-from embax.files._contents import Options
-from embax.files._open import opened
-from embax.files._safetensors import FORMAT
+from embax.files._formats.safetensors.file import FORMAT
+from embax.files._io.contents import Options
+from embax.files._io.open import opened
 
 TOKENS = ["the", "", "größe", "東京"]
 CONTENTS = files.Contents(

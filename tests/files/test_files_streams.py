@@ -15,7 +15,7 @@ import pytest
 
 import embax
 from embax import Vectors, files
-from embax.files._streams import is_stream
+from embax.files._io.streams import is_stream
 
 TEXT = b"2 3\nking 1 0 0.5\nqueen 0 1 -2\n"
 WRITTEN = [name for name in files.FORMATS if name not in ("tensor", "npy")]

@@ -11,9 +11,9 @@ from safetensors.numpy import save_file
 
 from embax import Vectors, files
 from embax.files import UnnamedRowsWarning
-from embax.files._contents import Options
-from embax.files._open import opened
-from embax.files._tensor import FORMAT
+from embax.files._formats.safetensors.tensor import FORMAT
+from embax.files._io.contents import Options
+from embax.files._io.open import opened
 
 TABLE = np.arange(15, dtype=np.float32).reshape(5, 3)
 TOKENS = ["[PAD]", "[UNK]", "king", "##ly", "größe"]

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from embax.files import FormatError
-from embax.files import _lines as lines
-from embax.files._contents import Contents, DuplicateTokensWarning, Gathered, Options
-from embax.files._open import Source, opened
-from embax.files._word2vec import BINARY, TEXT
+from embax.files._formats.word2vec import BINARY, TEXT
+from embax.files._io.contents import Contents, DuplicateTokensWarning, Gathered, Options
+from embax.files._io.open import Source, opened
+from embax.files._lines import lines as lines
 from embax.vocabulary import Vocabulary
 
 DATA = real.GENSIM

@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import embax
-from embax import _ngrams
-from embax._strings import packed
-from embax._subwords import Ngrams, Subwords, means_of, numbered
+from embax._base.strings import packed
+from embax.files._formats.fasttext import ngrams as _ngrams
+from embax.files._formats.fasttext.subwords import Ngrams, Subwords, means_of, numbered
 
 RNG = np.random.default_rng(0)
 TOKENS = ["cat", "größe", "日本語", "a", "", "</s>", "🙂🙂", "cats"]

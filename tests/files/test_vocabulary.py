@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import embax
-from embax import Vocabulary, _strings
+from embax import Vocabulary
+from embax._base import strings as _strings
 from embax.vocabulary import UnknownTokenError
 
 WORDS = [

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from embax import _dedupe
+from embax._base import distinct as _dedupe
 
 ROWS = 7
 LENGTH = 6

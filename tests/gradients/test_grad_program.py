@@ -15,9 +15,9 @@ from leaks import checking_leaks
 
 import embax
 from embax import RowGrad, Table, lookup
-from embax._calls import _RUNNERS
-from embax._equations import without_constants
-from embax._program import evaluate
+from embax._gradients._analysis.calls import _RUNNERS
+from embax._gradients._analysis.equations import without_constants
+from embax._gradients._analysis.program import evaluate
 
 FLOAT32 = {"rtol": 5e-6, "atol": 5e-6}
 WEIGHT = np.random.default_rng(0).normal(size=(40, 3)).astype(np.float32)

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 import embax
-from embax import Table, _candidates, sampled_softmax, softmax_cross_entropy
+from embax import Table, sampled_softmax, softmax_cross_entropy
+from embax._heads import candidates as _candidates
 
 ROWS = 50
 TABLE = Table(np.random.default_rng(0).normal(size=(ROWS, 4)).astype(np.float32), padding_idx=3)

@@ -9,7 +9,8 @@ import pytest
 from cases import ROWS
 from head_cases import CANDIDATES, KEY, probabilities_of
 
-from embax import Unigram, _candidates
+from embax import Unigram
+from embax._heads import candidates as _candidates
 
 
 def chances(candidates, ids, rows):

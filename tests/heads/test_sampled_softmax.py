@@ -25,7 +25,8 @@ from head_cases import (
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import embax
-from embax import RowGrad, Table, Unigram, _candidates, sampled_softmax, softmax_cross_entropy
+from embax import RowGrad, Table, Unigram, sampled_softmax, softmax_cross_entropy
+from embax._heads import candidates as _candidates
 
 # The candidates, whether hits are removed, the number of samples, and the rules: all pairs of the first three, with
 # padding rows both ways of removing.

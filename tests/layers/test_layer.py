@@ -133,7 +133,7 @@ def test_several_padding_rows_move_where_they_can():
 
 
 def test_a_table_alone_is_not_enough():
-    class Other(embax._layer.TableLayer):
+    class Other(embax._layers.layer.TableLayer):
         pass
 
     with pytest.raises(NotImplementedError):

@@ -13,8 +13,8 @@ PACKAGE = Path(embax.__file__).parent
 
 # As `.. autofunction:: embax.lookup`.
 DIRECTIVE = re.compile(r"^\.\. (?:auto|py:)\w+:: (embax[\w.]*)", re.MULTILINE)
-# As `from ._lift import lift as lift`.
-EXPORT = re.compile(r"^from \S+ import (\w+) as \1$", re.MULTILINE)
+# As `from ._lift import lift as lift`; a name of another package is documented there.
+EXPORT = re.compile(r"^from \.(?!\.)\S+ import (\w+) as \1$", re.MULTILINE)
 TOCTREE = re.compile(r"^```\{toctree\}\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 

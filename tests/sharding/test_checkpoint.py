@@ -18,7 +18,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from meshes import LAYOUTS, everywhere, mesh_of, on_mesh, split, waiting
 
 import embax
-from embax import Collection, Feature, Table, _moves, checkpoint, lookup
+from embax import Collection, Feature, Table, checkpoint, lookup
+from embax._mesh import relayout as _moves
 from embax.checkpoint import _save
 
 WEIGHT = np.random.default_rng(0).normal(size=(101, 8)).astype(np.float32)

@@ -11,7 +11,9 @@ import pytest
 from meshes import AXES, LAYOUTS, mesh_of, on_mesh, waiting
 
 import embax
-from embax import Collection, Feature, Table, Vectors, _moves, _table
+from embax import Collection, Feature, Table, Vectors
+from embax._core import table as _table
+from embax._mesh import relayout as _moves
 
 WEIGHT = np.random.default_rng(0).normal(size=(101, 8)).astype(np.float32)
 of_layouts = pytest.mark.parametrize("layout", LAYOUTS)

@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 from damage import damages, seeds, told
 
-from embax import Vectors, _approximate, _queries
-from embax._approximate import Approximate, StaleIndexError
+from embax import Vectors
 from embax.files import FormatError
+from embax.vectors import _approximate
+from embax.vectors import _nearest as _queries
+from embax.vectors._approximate import Approximate, StaleIndexError
 
 
 @pytest.fixture(autouse=True)

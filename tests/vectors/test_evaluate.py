@@ -9,8 +9,10 @@ from damage import damages, seeds, told
 from gensim.models import KeyedVectors
 
 import embax
-from embax import _multiplied, _queries, evaluate
+from embax import evaluate
 from embax.files import FormatError
+from embax.vectors import _cosmul as _multiplied
+from embax.vectors import _nearest as _queries
 
 DATA = real.GENSIM
 

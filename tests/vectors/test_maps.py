@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib.image import imread
 
-from embax import _map_picture, maps
-from embax.vocabulary import printable
+from embax import maps
+from embax.maps import _picture as _map_picture
+from embax.vocabulary._vocabulary import printable
 
 HOSTILE = [
     "</script><script>document.title = 'taken'</script>",

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from embax import _queries
+from embax.vectors import _nearest as _queries
 
 
 def brute(unit, queries, k, exclude=None):
@@ -186,7 +186,7 @@ def test_nearest_takes_rows_that_may_not_be_written_and_are_not_contiguous():
 def test_nearest_never_makes_an_array_of_queries_and_rows():
     script = """
 import numpy as np, resource
-from embax import _queries
+from embax.vectors import _nearest as _queries
 unit = _queries.unit_rows(np.random.default_rng(0).standard_normal((100_000, 4)).astype(np.float32))
 _queries.nearest(unit, unit[:512], 5)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -6,10 +6,10 @@ from typing import Any, Self
 import brainstate
 from jaxtyping import Array, DTypeLike, Shaped
 
-from .. import _check
-from .._bag import read_bags
-from .._pool import Mode
-from .._table import OutOfRange
+from .._bags.embedding_bag import read_bags
+from .._bags.pool import Mode
+from .._base import check as _check
+from .._core.table import OutOfRange
 from ._embedding import Embedding
 from ._weight import split_unit, with_unit
 

@@ -9,13 +9,14 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, DTypeLike, Key, Shaped
 
-from .. import _check, _ids
-from .._attend import attend
-from .._layer import TableLayer
-from .._lookup import read
-from .._resize import resize
-from .._table import Initializer, OutOfRange, Table, rules_of
-from .._write_back import clipped_table
+from .._base import check as _check
+from .._core import ids as _ids
+from .._core.lookup import read
+from .._core.resize import resize
+from .._core.table import Initializer, OutOfRange, Table, rules_of
+from .._core.write_back import clipped_table
+from .._heads.attend import attend
+from .._layers.layer import TableLayer
 from ._layers import link
 from ._store import inside_brainstate_transform
 from ._weight import in_unit, initial_weight, split_unit, with_unit, zero_row

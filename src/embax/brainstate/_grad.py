@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .. import _check
-from .._differentiate import Options, evaluate
-from .._report_dense import HAS_A_UNIT, OnDense, report_dense
-from .._table import Table, with_weight
+from .._base import check as _check
+from .._core.table import Table, with_weight
+from .._gradients.differentiate import Options, evaluate
+from .._gradients.report_dense import HAS_A_UNIT, OnDense, report_dense
 from ._layers import has_unit, table_of
 
 _CALL = "embax.brainstate.grad"

@@ -5,7 +5,7 @@ from typing import Any
 
 import brainstate
 
-from .._table import Table, shared_rules
+from .._core.table import Table, shared_rules
 from ._weight import split_unit
 
 # A state is hashed by its identity. Neither states nor layers are kept alive from here.

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from .._apply import apply_updates
-from .._table import Table, with_weight
+from .._core.table import Table, with_weight
+from .._gradients.apply import apply_updates
 from ..optim import carry_over
 from ..optim._states import check_takes_tables, prepared_gradient
 from ._layers import has_unit, table_of

@@ -11,10 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from .. import _check, _moves
-from .._collection import Collection, restack
-from .._mesh import laid_out
-from .._table import Table, has_weight, with_weight
+from .._base import check as _check
+from .._base.axes import laid_out
+from .._core.table import Table, has_weight, with_weight
+from .._features.collection import Collection, restack
+from .._mesh import relayout as _moves
 from ..optim._states import with_scratch, without_scratch
 from ._entries import Entry, by_blocks, described, entries_of, is_key, is_node, with_descriptions
 from ._orbax import ABOUT, ARRAYS, FORMAT, manager_of, nested, ocp, path_of, taken

@@ -8,8 +8,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from .. import _check, _moves
-from .._placement import Placement
+from .._base import check as _check
+from .._core.placement import Placement
+from .._mesh import relayout as _moves
 from ..optim._states import without_scratch
 from ._entries import Entry, by_blocks, described, descriptions_of, entries_of, is_empty, is_key
 from ._orbax import ABOUT, ARRAYS, FORMAT, manager_of, nested, ocp, path_of

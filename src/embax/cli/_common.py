@@ -145,7 +145,7 @@ def printable(token: str) -> str:
     """Spell out control characters, with which a file could rule the terminal."""
     if token.isprintable():  # without what the rest has to load
         return token
-    from embax.vocabulary import printable
+    from embax.vocabulary._vocabulary import printable
 
     return printable(token)
 
@@ -173,7 +173,7 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(item) for item in value]
     if isinstance(value, str) and not value.isascii():
-        from embax._escapes import spelled_out
+        from embax._base.escapes import spelled_out
 
         return spelled_out(value)
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -5,9 +5,9 @@ from typing import Any
 import equinox as eqx
 from jaxtyping import Array, DTypeLike, Shaped
 
-from .. import _check
-from .._bag import read_bags
-from .._pool import Mode
+from .._bags.embedding_bag import read_bags
+from .._bags.pool import Mode
+from .._base import check as _check
 from ._embedding import Embedding
 
 

@@ -6,11 +6,11 @@ import equinox as eqx
 import jax
 from jaxtyping import Array, DTypeLike, Key, Shaped
 
-from .. import _check
-from .._layer import TableLayer
-from .._lookup import lookup, renormalize
-from .._resize import resize
-from .._table import Initializer, Table, rules_of, with_zero_padding
+from .._base import check as _check
+from .._core.lookup import lookup, renormalize
+from .._core.resize import resize
+from .._core.table import Initializer, Table, rules_of, with_zero_padding
+from .._layers.layer import TableLayer
 
 
 class Embedding(eqx.Module, TableLayer):

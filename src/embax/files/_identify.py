@@ -3,8 +3,8 @@
 import os
 from typing import NamedTuple
 
-from ._formats import recognised
-from ._open import MAX_EXPANSION, Source, opened, split_path
+from ._formats.registry import recognised
+from ._io.open import MAX_EXPANSION, Source, opened, split_path
 
 
 class Identity(NamedTuple):

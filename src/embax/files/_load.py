@@ -6,14 +6,15 @@ from pathlib import PurePath
 import numpy as np
 from numpy.typing import DTypeLike
 
-from .. import _check
-from ..vocabulary import Errors
-from . import _safetensors, _tensor
-from ._contents import Contents, Options
-from ._formats import ALL, BY_NAME, FORMATS, recognised
+from .._base import check as _check
+from ..vocabulary._vocabulary import Errors
+from ._formats.registry import ALL, BY_NAME, FORMATS, recognised
+from ._formats.safetensors import file as _safetensors
+from ._formats.safetensors import tensor as _tensor
 from ._identify import Identity, identity_of
-from ._open import MAX_EXPANSION, opened
-from ._streams import is_stream
+from ._io.contents import Contents, Options
+from ._io.open import MAX_EXPANSION, opened
+from ._io.streams import is_stream
 
 
 def load(

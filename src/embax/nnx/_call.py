@@ -6,7 +6,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from .._table import Table
+from .._core.table import Table
 from ._params import tables_of, tree_of, with_values
 
 CONTEXT = "embax"  # of `nnx.update_context`, in which a call is made

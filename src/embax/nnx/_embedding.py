@@ -10,14 +10,15 @@ from flax import nnx
 from flax.errors import TraceContextError
 from jaxtyping import Array, DTypeLike, Float, Key, Shaped
 
-from .. import _check, _ids
-from .._attend import attend
-from .._layer import TableLayer
-from .._lookup import read
-from .._mesh import laid_out
-from .._resize import resize
-from .._table import RULES, Initializer, OutOfRange, PaddingRows, Table, rules_of, with_zero_padding
-from .._write_back import clipped_table
+from .._base import check as _check
+from .._base.axes import laid_out
+from .._core import ids as _ids
+from .._core.lookup import read
+from .._core.resize import resize
+from .._core.table import RULES, Initializer, OutOfRange, PaddingRows, Table, rules_of, with_zero_padding
+from .._core.write_back import clipped_table
+from .._heads.attend import attend
+from .._layers.layer import TableLayer
 
 # That of `nnx.Embed`, so that the same seed gives the same weights.
 _INIT = jax.nn.initializers.variance_scaling(1.0, "fan_in", "normal", out_axis=0)

@@ -6,9 +6,9 @@ from typing import Any
 
 from flax import nnx
 
-from .. import _check
-from .._differentiate import Options, checked_pair, evaluate
-from .._report_dense import OnDense
+from .._base import check as _check
+from .._gradients.differentiate import Options, checked_pair, evaluate
+from .._gradients.report_dense import OnDense
 from ._call import CONTEXT, Call
 
 Argnums = int | nnx.DiffState | Sequence[int | nnx.DiffState]

@@ -5,7 +5,7 @@ from typing import Any
 
 from flax import nnx
 
-from .._table import Table, shared_rules, with_weight
+from .._core.table import Table, shared_rules, with_weight
 from ._embedding import Embedding
 
 

@@ -12,13 +12,13 @@ import optax
 from jax.core import Tracer
 from jax.sharding import NamedSharding
 
-from .. import _moves
-from .._collection import Collection
-from .._made_for import MadeFor, differences, is_node, made_for
-from .._mesh import laid_out
-from .._placement import Placement
-from .._stacks import cut_out, stacks_of
-from .._table import Table, has_weight, with_weight
+from .._base.axes import laid_out
+from .._core.placement import Placement
+from .._core.table import Table, has_weight, with_weight
+from .._features.collection import Collection
+from .._features.made_for import MadeFor, differences, is_node, made_for
+from .._features.stacks import cut_out, stacks_of
+from .._mesh import relayout as _moves
 from ..sharding import unshard
 from ..sharding._shard import placed
 from ._clip import ClipByGlobalNormState

@@ -6,12 +6,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from .. import _check, _dedupe
-from .._apply import norm_of_distinct, refuse_lanes
-from .._held import around, bare
-from .._made_for import MadeFor, check_made_for, made_for
-from .._rows import RowGrad, is_trained
-from .._table import Table
+from .._base import check as _check
+from .._base import distinct as _dedupe
+from .._core.held_rows import around, bare
+from .._core.table import Table
+from .._features.made_for import MadeFor, check_made_for, made_for
+from .._gradients.apply import norm_of_distinct, refuse_lanes
+from .._gradients.row_grad import RowGrad, is_trained
 
 
 class ClipByGlobalNormState(NamedTuple):

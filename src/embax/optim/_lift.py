@@ -6,13 +6,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from .. import _dedupe, _ids, _placed
-from .._apply import checked_update
-from .._chosen import Chooser, checked, with_gradients, with_tables, without_tables
-from .._held import around
-from .._made_for import MadeFor, check_made_for, made_for
-from .._rows import RowGrad, is_trained
-from .._table import Table, with_weight
+from .._base import distinct as _dedupe
+from .._core import ids as _ids
+from .._core.held_rows import around
+from .._core.table import Table, with_weight
+from .._features.made_for import MadeFor, check_made_for, made_for
+from .._gradients.apply import checked_update
+from .._gradients.chosen import Chooser, checked, with_gradients, with_tables, without_tables
+from .._gradients.row_grad import RowGrad, is_trained
+from .._mesh import sharded as _placed
 from ._separable import plan, state_of
 from ._step import Step, laid_out_state
 

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Float32, Int32
 
-from .. import _check
-from .._chosen import Chooser
-from .._dedupe import accumulator
-from .._table import Table, has_weight, with_weight
+from .._base import check as _check
+from .._base.distinct import accumulator
+from .._core.table import Table, has_weight, with_weight
+from .._gradients.chosen import Chooser
 from ._lift import lift
 
 

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from .._dedupe import accumulator
-from .._table import Table, has_weight, with_weight
+from .._base.distinct import accumulator
+from .._core.table import Table, has_weight, with_weight
 from ._structure import Kind, follows, is_rowwise, is_scaled, step_jaxpr
 
 # Rows of the small tables that a transformation is tried on. Adafactor factors only axes of 128 and more.

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from .._held import bare
-from .._rows import RowGrad, is_trained, no_rows
-from .._table import Table, with_weight
+from .._core.held_rows import bare
+from .._core.table import Table, with_weight
+from .._gradients.row_grad import RowGrad, is_trained, no_rows
 from ._lift import LiftState
 
 

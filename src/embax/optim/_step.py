@@ -11,11 +11,11 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Int, Shaped
 
-from .. import _placed
-from .._dedupe import Distinct
-from .._mesh import laid_out
-from .._rows import RowGrad, is_trained, row_grad
-from .._table import Table, with_weight, without_padding
+from .._base.axes import laid_out
+from .._base.distinct import Distinct
+from .._core.table import Table, with_weight, without_padding
+from .._gradients.row_grad import RowGrad, is_trained, row_grad
+from .._mesh import sharded as _placed
 from ._separable import Plan
 
 # Numbers in a block of rows, so that the arrays of a step stay in a core's cache.

@@ -6,8 +6,8 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from jaxtyping import ArrayLike, Float64, Int64
 
-from .. import _check
-from .._placement import Placement
+from .._base import check as _check
+from .._core.placement import Placement
 
 Frequencies = Literal["uniform"] | float | ArrayLike
 

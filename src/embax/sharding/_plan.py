@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
-from .. import _check
-from .._placement import Layout, placement_of
-from .._rows import is_trained
-from .._table import Table, with_weight
+from .._base import check as _check
+from .._core.placement import Layout, placement_of
+from .._core.table import Table, with_weight
+from .._gradients.row_grad import is_trained
 from ._frequencies import CALL, Frequencies, law_of
 from ._results import Optimizer, Plan
 from ._traffic import Step

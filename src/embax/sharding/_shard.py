@@ -11,12 +11,14 @@ from jax.core import Tracer
 from jax.sharding import Mesh
 from jaxtyping import Array, Int32
 
-from .. import _ids, _moves, _placed
-from .._held import HeldRows
-from .._made_for import MadeFor
-from .._mesh import laid_out
-from .._placement import Layout, Placement, placement_of
-from .._table import Table, has_weight, with_weight
+from .._base.axes import laid_out
+from .._core import ids as _ids
+from .._core.held_rows import HeldRows
+from .._core.placement import Layout, Placement, placement_of
+from .._core.table import Table, has_weight, with_weight
+from .._features.made_for import MadeFor
+from .._mesh import relayout as _moves
+from .._mesh import sharded as _placed
 
 # Reads rows `first, first + step, ...` below `end`, and of these some columns.
 _Reader = Callable[[slice, tuple[slice, ...]], np.ndarray]

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float64
 
-from .._dedupe import accumulator
-from .._placed_bags import is_pooled_where_stored
-from .._placement import Placement
-from .._table import Table
+from .._base.distinct import accumulator
+from .._core.placement import Placement
+from .._core.table import Table
+from .._mesh.bags import is_pooled_where_stored
 from ._frequencies import Law
 from ._results import Collective, Optimizer, Phase, TablePlan, Transfer
 
@@ -76,7 +76,7 @@ class Step:
 
     @property
     def index(self) -> int:
-        """The bytes of an id: see `embax._ids.index_dtype`."""
+        """The bytes of an id: see `embax._core.ids.index_dtype`."""
         return 4 if self.placement.rows <= np.iinfo(np.int32).max else 8
 
     @property
@@ -93,7 +93,7 @@ class Step:
 
     @property
     def _group(self) -> int:
-        """How many ids of all lookups a device has, with columns those of its group: see `embax._placed.joined`."""
+        """How many ids of all lookups a device has, with columns those of its group: `embax._mesh.sharded.joined`."""
         return sum(map(self.placement.ids_of_device, self.lookups))
 
     def real(self, ids: int) -> float:
@@ -101,7 +101,7 @@ class Step:
         return ids / self.placement.devices * self.placement.column_shards
 
     def _forward(self, ids: int) -> list[Transfer]:
-        """The collectives of a lookup: see `embax._placed.take`."""
+        """The collectives of a lookup: see `embax._mesh.sharded.take`."""
         if self._is_pooled(ids):
             return self._forward_of_bags(ids)
         columns, shards, row = self.placement.column_shards, self.placement.shards, self.part * self.dtype.itemsize
@@ -124,7 +124,7 @@ class Step:
         return length is not None and is_pooled_where_stored(self.table, (ids // length,), length, weighted=False)
 
     def _forward_of_bags(self, ids: int) -> list[Transfer]:
-        """The collectives of bags that are pooled where rows are: see `embax._placed_bags`."""
+        """The collectives of bags that are pooled where rows are: see `embax._mesh.bags`."""
         columns, shards, length = self.placement.column_shards, self.placement.shards, self.bag_length or 1
         bags, own = self.placement.ids_of_device(ids // length), self.real(ids)
         total, sent = self.part * accumulator(self.dtype).itemsize, []
@@ -147,8 +147,8 @@ class Step:
     def _backward(self) -> tuple[list[Transfer], float]:
         """The collectives of an optimizer's step, and the probability that rows crowd.
 
-        See `embax._placed.put`, by which SGD adds gradients to rows, and `embax._placed.combine`, which sums them for
-        the other optimizers.
+        See `embax._mesh.sharded.put`, by which SGD adds gradients to rows, and `embax._mesh.sharded.combine`,
+        which sums them for the other optimizers.
         """
         placement, sent = self.placement, []
         columns, shards, copies = placement.column_shards, placement.shards, placement.copies

@@ -13,13 +13,15 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float32, Int32, Int64, Key, Shaped, UInt32
 
-from .. import _check, _dedupe, _placed
-from .._apply import apply_updates
-from .._candidates import draw_pieces, pieces
-from .._grad import value_and_grad
-from .._lookup import lookup
-from .._rows import RowGrad, row_grad
-from .._table import Table
+from .._base import check as _check
+from .._base import distinct as _dedupe
+from .._core.lookup import lookup
+from .._core.table import Table
+from .._gradients.apply import apply_updates
+from .._gradients.row_grad import RowGrad, row_grad
+from .._gradients.value_and_grad import value_and_grad
+from .._heads.candidates import draw_pieces, pieces
+from .._mesh import sharded as _placed
 from ..sharding import unshard
 from ..vectors import Vectors
 from ._corpus import encode

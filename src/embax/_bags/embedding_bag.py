@@ -1,0 +1,224 @@
+"""embedding_bag: look up bags of ids and pool the rows of each, without the rows in between."""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.core import Tracer
+from jaxtyping import Array, DTypeLike, Float, Int, Int32, Shaped
+
+from .._base import check as _check
+from .._base.distinct import accumulator
+from .._core import ids as _ids
+from .._core.table import Table
+from .pool import Layout, Mode, divided, is_used, pool_rows
+from .ragged import Ragged
+
+
+def embedding_bag(table: Table, bags: Any, weights: Any = None, mode: Mode = "mean") -> Shaped[Array, "*bags_dim"]:
+    """Look up bags of ids and pool the rows of each bag.
+
+    With `x_i` the rows of a bag, as `lookup` reads them, and `w_i` their weights, or ones:
+
+    - `"mean"`, the default: `sum_i w_i x_i / sum_i w_i`
+    - `"sum"`: `sum_i w_i x_i`
+    - `"sqrtn"`: `sum_i w_i x_i / sqrt(sum_i w_i**2)`
+    - `"max"`: the largest number in each column; where several are, the first of them gets the gradient
+
+    Padding ids do not count, not even in a mean, and a bag of nothing else, or of nothing, is zero. Where the weights
+    of a bag sum to 0 in a mean, or are all 0 in `"sqrtn"`, it is NaN or infinite, as the formula says. All rules of the
+    table hold, and `scale_grad_by_freq` counts within the call. Sums run in float32 or wider. In the first three modes
+    the rows themselves need not exist.
+
+    Args:
+      table: The table to read, of a floating-point dtype.
+      bags: A Ragged, or ids of the shape `(*bags, length)`.
+      weights: A factor for each id, dimensionless: of the shape of the ids, or of `Ragged.values`. Differentiable.
+        Default: none. Not with `"max"`.
+      mode: How rows are pooled. Default: by their mean, as in torch.
+
+    Returns:
+      One vector a bag, `(*bags, *dim)`, in the table's dtype.
+
+    Raises:
+      TypeError: If the ids are not of an integer dtype, the table or the weights not of a floating-point one, or if
+        weights are given for `"max"`.
+      ValueError: If the mode is unknown, or a shape does not fit.
+      IndexError: If a concrete id has no row and `table.out_of_range` is `"error"`.
+
+    Example:
+      >>> import embax, jax.numpy as jnp
+      >>> table = embax.Table(jnp.array([[0.0, 0.0], [1.0, 10.0], [3.0, 30.0]]), padding_idx=0)
+      >>> embax.embedding_bag(table, [[1, 2, 0], [0, 0, 0]])
+      Array([[ 2., 20.],
+             [ 0.,  0.]], dtype=float32)
+      >>> embax.embedding_bag(table, embax.Ragged.from_lists([[1, 2], [], [2, 2]]), mode="sum")
+      Array([[ 4., 40.],
+             [ 0.,  0.],
+             [ 6., 60.]], dtype=float32)
+
+    References:
+      `torch.nn.EmbeddingBag`; `tf.nn.embedding_lookup_sparse` for sqrtn.
+    """
+    mode = _check.choice("embax.embedding_bag(mode=...)", mode, Mode)
+    if not jnp.issubdtype(table.dtype, jnp.inexact):
+        raise TypeError(f"`embax.embedding_bag(table=...)` must be of a float dtype, got {table.dtype}. Cast it.")
+    layout, ids = layout_of("embax.embedding_bag(bags=...)", table, bags)
+    weights = prepared_weights("embax.embedding_bag(weights=...)", weights, ids.shape, table, mode)
+    return pool(table, ids, layout, weights, mode).astype(table.dtype)
+
+
+def pool(
+    table: Table, ids: _ids.Ids, layout: Layout, weights: Float[Array, "*batch"] | None, mode: Mode
+) -> Shaped[Array, "*bags_dim"]:
+    """`embedding_bag` of ids that `_ids.prepare` has checked.
+
+    Args:
+      table: The table.
+      ids: The ids, flat or `(*bags, length)`.
+      layout: Which of them belong to which bag.
+      weights: A factor for each, in the dtype that sums run in, or None.
+      mode: How rows are pooled.
+
+    Returns:
+      One vector a bag.
+    """
+    return _pool(table, ids, layout.offsets, weights, layout.shape, mode)
+
+
+@functools.partial(jax.jit, static_argnames=("shape", "mode"), inline=True)  # one program for an eager call
+def _pool(
+    table: Table,
+    ids: _ids.Ids,
+    offsets: Int32[Array, " bags_and_1"] | None,
+    weights: Float[Array, "*batch"] | None,
+    shape: tuple[int, ...],
+    mode: Mode,
+) -> Shaped[Array, "*bags_dim"]:
+    layout = Layout(shape, offsets)
+    resolved = _ids.resolve(ids, table.rows, table.out_of_range)
+    counted = is_used(layout, ids)
+    # No row where no id is, so that it does not count as often as another one.
+    resolved = jnp.where(counted, resolved, table.rows)
+    counted = counted & ~_ids.is_padding(resolved, table.padding_idx)
+    return divided(pool_rows(table, resolved, counted, weights, layout, mode), counted, weights, layout, mode)
+
+
+class Read(NamedTuple):
+    """What a layer has read of its table."""
+
+    pooled: Shaped[Array, "*bags_dim"]
+    layout: Layout
+    ids: _ids.Ids
+
+    def named(self, table: Table) -> Int[Array, "*batch"]:
+        """The rows that are in a bag, to be stored clipped; those of what is in none, and names no row, are `rows`."""
+        named = _ids.resolve(self.ids, table.rows, table.out_of_range)
+        return jnp.where(is_used(self.layout, self.ids), named, table.rows)
+
+
+def read_bags(
+    call: str,
+    table: Table,
+    input: Any,
+    offsets: Any,
+    per_sample_weights: Any,
+    mode: Mode,
+    include_last_offset: bool,
+    dtype: DTypeLike | None = None,
+) -> Read:
+    """Read bags as `torch.nn.EmbeddingBag` is given them.
+
+    Args:
+      call: The call for the messages.
+      table: The table.
+      input: Ids of the shape `(*bags, length)`, or a Ragged; with offsets, `(ids,)`.
+      offsets: Where each bag starts, `(bags,)`, or one more with `include_last_offset`; or None.
+      per_sample_weights: A factor for each id, or None.
+      mode: How rows are pooled.
+      include_last_offset: Whether the last offset is where the last bag ends.
+      dtype: That of the output. Default: the table's.
+
+    Returns:
+      One vector a bag, and what was read for it.
+
+    Raises:
+      TypeError: As `embedding_bag`, and for a Ragged with offsets.
+      ValueError: As `embedding_bag` and `Ragged`.
+      IndexError: As `embedding_bag`.
+    """
+    if offsets is not None:
+        if isinstance(input, Ragged):
+            raise TypeError(f"`{call}(offsets=...)` must be None for a Ragged, got {offsets!r}. It has its own.")
+        input = Ragged.from_offsets(input, offsets, include_last_offset)
+    if not jnp.issubdtype(table.dtype, jnp.inexact):
+        raise TypeError(f"`{call}` must have a table of a float dtype, got {table.dtype}. Cast its weight.")
+    layout, ids = layout_of(f"{call}(input=...)", table, input)
+    weights = prepared_weights(f"{call}(per_sample_weights=...)", per_sample_weights, ids.shape, table, mode)
+    return Read(pool(table, ids, layout, weights, mode).astype(dtype or table.dtype), layout, ids)
+
+
+def layout_of(argument: str, table: Table, bags: Any) -> tuple[Layout, _ids.Ids]:
+    """Check bags, and take them apart.
+
+    Args:
+      argument: The call and its argument for the messages.
+      table: The table that they shall be read from.
+      bags: A Ragged, or ids of the shape `(*bags, length)`.
+
+    Returns:
+      The layout and the ids.
+
+    Raises:
+      TypeError: As `_ids.prepare`.
+      ValueError: As `_ids.prepare`, and for a scalar.
+      IndexError: As `_ids.prepare`.
+    """
+    if isinstance(bags, Ragged):
+        # What stands behind the last bag is no id, and may be anything; where it ends is unknown while traced.
+        used = 0 if isinstance(bags.offsets, Tracer) else bags.used
+        return Layout((bags.bags,), bags.offsets), _ids.prepare(argument, bags.values, table, used=used)
+    ids = _ids.prepare(argument, bags, table)
+    if ids.ndim == 0:
+        raise ValueError(f"`{argument}` must have an axis of ids, got a scalar. Pass (*bags, length), or a Ragged.")
+    return Layout(ids.shape[:-1], None), ids
+
+
+def prepared_weights(
+    argument: str, weights: Any, shape: tuple[int, ...], table: Table, mode: Mode
+) -> Float[Array, "*batch"] | None:
+    """Check the weights of ids.
+
+    Args:
+      argument: The call and its argument for the messages.
+      weights: What the caller gave.
+      shape: The shape of the ids.
+      table: The table that is read.
+      mode: How its rows are pooled.
+
+    Returns:
+      The weights in the dtype that sums run in, or None.
+
+    Raises:
+      TypeError: If they are not of a floating-point dtype, or there are any for the largest.
+      ValueError: If their shape is not that of the ids.
+    """
+    if weights is None:
+        return None
+    if mode == "max":
+        raise TypeError(f"`{argument}` must be None in mode 'max', got weights. Leave them out.")
+    try:
+        weights = jnp.asarray(weights)
+    except (ValueError, TypeError):
+        if not isinstance(weights, list | tuple):
+            raise
+        raise ValueError(
+            f"`{argument}` must be one for each id, got lists of different lengths. For an embax.Ragged, pass them in "
+            "one list, as its values."
+        ) from None
+    if not jnp.issubdtype(weights.dtype, jnp.floating):
+        raise TypeError(f"`{argument}` must be of a float dtype, got {weights.dtype}. Cast them.")
+    if weights.shape != shape:
+        raise ValueError(f"`{argument}` must be one for each id, {shape}, got shape {weights.shape}. Broadcast them.")
+    return weights.astype(accumulator(table.dtype))

@@ -1,0 +1,1 @@
+"""What every other package leans on: checks, dtypes, meshes, distinct ids, text."""

@@ -1,0 +1,158 @@
+"""Strings as one buffer of UTF-8: hashes of all of them at once, comparison, and an index by hash."""
+
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Int, Int64, UInt8, UInt64
+
+from .escapes import decoded
+
+# Strings are read 8 bytes at a time, so a buffer has this many zero bytes behind its last one.
+_PAD = 8
+# Strings that are hashed at a time, so that temporary memory stays small.
+_BLOCK = 1 << 15
+# From the 64-bit finalizer of MurmurHash3 (Austin Appleby, public domain), which mixes every bit into every other.
+_MIX_1, _MIX_2 = np.uint64(0xFF51AFD7ED558CCD), np.uint64(0xC4CEB9FE1A85EC53)
+_SHIFT = np.uint64(33)
+
+
+class Strings(NamedTuple):
+    """Any number of strings, one after the other."""
+
+    text: UInt8[np.ndarray, " bytes"]  # UTF-8, or any bytes, and 8 zero bytes
+    offsets: Int64[np.ndarray, " number_and_1"]  # where each begins, and where the last ends
+
+    @property
+    def number(self) -> int:
+        """How many there are."""
+        return self.offsets.shape[0] - 1
+
+    def decoded(self, row: int) -> str:
+        """One of them."""
+        return decoded(self.text[self.offsets[row] : self.offsets[row + 1]].tobytes())
+
+
+class Index(NamedTuple):
+    """Strings by their hash."""
+
+    hashes: UInt64[np.ndarray, " number"]  # rising
+    rows: Int[np.ndarray, " number"]  # which string has it; of equal hashes, the first one first
+
+
+def packed(encoded: list[bytes]) -> Strings:
+    """Put strings into one buffer."""
+    return Strings(np.frombuffer(b"".join([*encoded, bytes(_PAD)]), np.uint8), offsets_of(encoded))
+
+
+def offsets_of(encoded: list[bytes]) -> Int64[np.ndarray, " number_and_1"]:
+    """Tell where each string begins, and where the last ends, where one lies behind the other."""
+    offsets = np.zeros(len(encoded) + 1, np.int64)
+    np.cumsum(np.fromiter(map(len, encoded), np.int64, len(encoded)), out=offsets[1:])
+    return offsets
+
+
+def padded(text: UInt8[np.ndarray, " bytes"]) -> UInt8[np.ndarray, " bytes"]:
+    """Copy a buffer and put the zero bytes behind it."""
+    return np.concatenate([text, np.zeros(_PAD, np.uint8)])
+
+
+def indexed(strings: Strings) -> Index:
+    """Make an index."""
+    hashes = _hashes(strings)
+    order = np.argsort(hashes, kind="stable")
+    hashes = hashes[order]
+    return Index(hashes, order.astype(np.int32) if strings.number < 1 << 31 else order)
+
+
+def find(index: Index, strings: Strings, wanted: Strings) -> Int64[np.ndarray, " wanted"]:
+    """Find the first string equal to each of those wanted.
+
+    Args:
+      index: The index of the strings.
+      strings: Where to look.
+      wanted: What to look for.
+
+    Returns:
+      The numbers of strings, -1 where there is none.
+    """
+    hashes = _hashes(wanted)
+    found = np.full(wanted.number, -1, np.int64)
+    places = np.searchsorted(index.hashes, hashes)
+    open_ = np.arange(wanted.number)
+    while True:
+        # Only strings of the same hash are looked at, one after the other.
+        open_ = open_[places[open_] < index.hashes.shape[0]]
+        open_ = open_[index.hashes[places[open_]] == hashes[open_]]
+        if not open_.size:
+            return found
+        rows = index.rows[places[open_]]
+        same = _equal(strings, rows, wanted, open_)
+        found[open_[same]] = rows[same]
+        open_ = open_[~same]
+        places[open_] += 1
+
+
+def first_of_each(index: Index, strings: Strings) -> Bool[np.ndarray, " number"]:
+    """Tell which strings have no equal before them."""
+    is_first = np.ones(strings.number, bool)
+    again = np.flatnonzero(index.hashes[1:] == index.hashes[:-1])
+    if again.size:
+        rows = np.unique(np.concatenate([index.rows[again], index.rows[again + 1]]))
+        is_first[rows] = find(index, strings, taken(strings, rows)) == rows
+    return is_first
+
+
+def taken(strings: Strings, rows: Int64[np.ndarray, " some"]) -> Strings:
+    """Copy some of the strings, in the order given."""
+    lengths = strings.offsets[rows + 1] - strings.offsets[rows]
+    offsets = np.zeros(rows.shape[0] + 1, np.int64)
+    np.cumsum(lengths, out=offsets[1:])
+    # The place of each byte: as many places to the right as its string is.
+    places = np.arange(offsets[-1]) + np.repeat(strings.offsets[rows] - offsets[:-1], lengths)
+    return Strings(padded(strings.text[places]), offsets)
+
+
+def _hashes(strings: Strings) -> UInt64[np.ndarray, " number"]:
+    words, hashes = _words(strings), np.empty(strings.number, np.uint64)
+    for start in range(0, strings.number, _BLOCK):
+        offsets = strings.offsets[start : start + _BLOCK + 1]
+        starts, left = offsets[:-1], np.diff(offsets)
+        of_block = _mixed(left.astype(np.uint64))
+        rows, shift = np.flatnonzero(left > 0), 0
+        while rows.size:
+            length = left[rows] - shift
+            of_block[rows] = _mixed(of_block[rows] ^ _up_to(words[starts[rows] + shift], length))
+            rows, shift = rows[length > _PAD], shift + _PAD
+        hashes[start : start + _BLOCK] = of_block
+    return hashes
+
+
+def _equal(a: Strings, a_rows: np.ndarray, b: Strings, b_rows: np.ndarray) -> Bool[np.ndarray, " rows"]:
+    a_words, b_words = _words(a), _words(b)
+    a_starts, b_starts = a.offsets[a_rows], b.offsets[b_rows]
+    left = a.offsets[a_rows + 1] - a_starts
+    same = left == b.offsets[b_rows + 1] - b_starts
+    rows, shift = np.flatnonzero(same & (left > 0)), 0
+    while rows.size:
+        length = left[rows] - shift
+        equal = _up_to(a_words[a_starts[rows] + shift], length) == _up_to(b_words[b_starts[rows] + shift], length)
+        same[rows[~equal]] = False
+        rows, shift = rows[equal & (length > _PAD)], shift + _PAD
+    return same
+
+
+def _words(strings: Strings) -> UInt64[np.ndarray, " bytes"]:
+    """The 8 bytes from each byte on, as a number."""
+    return np.ndarray(strings.text.shape[0] - _PAD + 1, "<u8", strings.text, strides=(1,))
+
+
+def _up_to(words: UInt64[np.ndarray, " rows"], length: Int64[np.ndarray, " rows"]) -> UInt64[np.ndarray, " rows"]:
+    """Keep the first bytes of words, as many as are left."""
+    unused = 8 * (_PAD - np.clip(length, 0, _PAD)).astype(np.uint64)
+    return words & (~np.uint64(0) >> unused)
+
+
+def _mixed(hashes: UInt64[np.ndarray, " rows"]) -> UInt64[np.ndarray, " rows"]:
+    hashes = (hashes ^ (hashes >> _SHIFT)) * _MIX_1
+    hashes = (hashes ^ (hashes >> _SHIFT)) * _MIX_2
+    return hashes ^ (hashes >> _SHIFT)

@@ -1,0 +1,1 @@
+"""A table: its rules, its ids and its rows."""

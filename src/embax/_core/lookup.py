@@ -1,0 +1,256 @@
+"""Lookup and renormalize: gather rows by id, clip their norm, and give each id its gradient."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import reshard
+from jaxtyping import Array, Bool, DTypeLike, Int, Shaped
+
+from .._base.distinct import accumulator
+from .._mesh import sharded as _placed
+from . import ids as _ids
+from .read_rows import read_rows
+from .table import Table
+
+
+def lookup(table: Table, ids: Any, dtype: DTypeLike | None = None) -> Shaped[Array, "*batch_dim"]:
+    """Read one row of the table for each id.
+
+    `out[b] = clip(weight[ids[b]], max_norm)`
+
+    Works under every JAX transformation, and on any mesh: the output is sharded as the ids are. Work and temporary
+    memory follow the number of ids, not of rows. A rule that the table does not have compiles to nothing.
+
+    Args:
+      table: The table to read.
+      ids: Row numbers in `[-rows, rows)`, negative ones from the end: an array of any integer dtype and any shape, a
+        nested list or a scalar. `table.out_of_range` says what others read. A 64-bit array given to `jax.jit` without
+        `jax_enable_x64` is narrowed by JAX before it comes here.
+      dtype: The dtype of the output; the rows are cast, never the table. Default: the table's.
+
+    Returns:
+      The rows, `(*ids.shape, *dim)`.
+
+    Raises:
+      TypeError: If the ids are not of an integer dtype.
+      IndexError: If a concrete id has no row and `table.out_of_range` is `"error"`.
+
+    Example:
+      >>> import embax, jax.numpy as jnp
+      >>> table = embax.Table(jnp.arange(6.0).reshape(3, 2))
+      >>> embax.lookup(table, [2, -1])
+      Array([[4., 5.],
+             [4., 5.]], dtype=float32)
+    """
+    ids = _ids.prepare("embax.lookup(ids=...)", ids, table)
+    return read(table, ids, None if dtype is None else jnp.dtype(dtype))
+
+
+def renormalize(table: Table, ids: Any) -> Table:
+    """Write back the clipped norm of the rows that the ids name.
+
+    Afterwards those rows are stored as `lookup` reads them. Only they are touched: where the table is donated, time and
+    memory follow the number of ids. The gradient passes straight through, as it does in `lookup`.
+
+    Args:
+      table: The table to renormalise; it is not changed. Without `max_norm`, or frozen, it is returned as it is.
+      ids: Row numbers, as in `lookup`. Those without a row, and the padding row, are left alone.
+
+    Returns:
+      A table with the same rules.
+
+    Raises:
+      TypeError: If the ids are not of an integer dtype.
+      IndexError: If a concrete id has no row and `table.out_of_range` is `"error"`.
+
+    Example:
+      >>> import embax, jax.numpy as jnp
+      >>> table = embax.Table(jnp.asarray([[3.0, 4.0], [6.0, 8.0]]), max_norm=1.0)
+      >>> embax.renormalize(table, [0]).weight
+      Array([[0.6, 0.8],
+             [6. , 8. ]], dtype=float32)
+    """
+    ids = _ids.prepare("embax.renormalize(ids=...)", ids, table)
+    if table.max_norm is None or table.freeze:
+        return table
+    return dataclasses.replace(table, weight=_clipped_table(table, ids))
+
+
+@functools.partial(jax.jit, static_argnums=2, inline=True)
+def read(
+    table: Table, ids: _ids.Ids, dtype: np.dtype | None, counted: Bool[Array, "*batch"] | None = None
+) -> Shaped[Array, "*batch_dim"]:
+    """`lookup` of ids that `_ids.prepare` has checked.
+
+    Args:
+      table: The table.
+      ids: The ids.
+      dtype: As in `lookup`.
+      counted: Which of the ids are to be read. The others must be `rows`; they read any row, which the caller
+        leaves out, and have no gradient, so that checkify finds no error. Default: all.
+
+    Returns:
+      The rows.
+    """
+    resolved = _ids.resolve(ids, table.rows, table.out_of_range)
+    rows = clipped_rows(table, resolved, _gather(table, resolved, counted))
+    return rows if dtype is None else rows.astype(dtype)
+
+
+def _gather(
+    table: Table, ids: Int[Array, "*batch"], counted: Bool[Array, "*batch"] | None
+) -> Shaped[Array, "*batch_dim"]:
+    if not jnp.issubdtype(table.dtype, jnp.inexact):
+        return _take(table, _or_first(table, ids, counted), 0)
+    if table.freeze:
+        table = dataclasses.replace(table, weight=jax.lax.stop_gradient(table.weight))
+    return _gather_with_rules(table, ids, counted)
+
+
+@jax.custom_jvp
+def _gather_with_rules(
+    table: Table, ids: Int[Array, "*batch"], counted: Bool[Array, "*batch"] | None
+) -> Shaped[Array, "*batch_dim"]:
+    # np.nan, not a fresh float("nan"): NaN differs from itself, so a new object would compile every eager call anew.
+    return _take(table, _or_first(table, ids, counted), 0 if table.out_of_range == "zero" else np.nan)
+
+
+@_gather_with_rules.defjvp
+def _gather_with_rules_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
+    table, ids, counted = primals
+    # Wide, since the transpose adds up duplicates: 4096 bfloat16 ones would sum to 256. The cast of the whole tangent
+    # is fused into the read.
+    tangent = tangents[0].weight.astype(accumulator(table.dtype))
+    named = _ids.trained(ids, table)
+    if counted is not None:
+        named = jnp.where(counted, named, table.rows)
+    tangent = gradient_rules(table, ids, read_rows(tangent, named, table.placement))
+    return _gather_with_rules(*primals), tangent.astype(table.dtype)
+
+
+def _or_first(table: Table, ids: Int[Array, "*batch"], counted: Bool[Array, "*batch"] | None) -> Int[Array, "*batch"]:
+    """Put the first row in the place of what is not to be read; on a mesh no row, lest all ask one device for it."""
+    return ids if counted is None or table.placement is not None else jnp.where(counted, ids, 0)
+
+
+def gradient_rules(
+    table: Table, ids: Int[Array, "*batch"], rows: Shaped[Array, "*batch_dim"]
+) -> Shaped[Array, "*batch_dim"]:
+    """Apply to row tangents what the rules say of gradients: a linear map, whose transpose is the gradient's.
+
+    Args:
+      table: The table whose rules they are.
+      ids: Row numbers as `_ids.resolve` gives them.
+      rows: The tangent of each row that was read.
+
+    Returns:
+      The same with the padding row at zero (by selection: 0 * NaN is NaN) and duplicates divided by their number.
+    """
+    if table.scale_grad_by_freq:
+        rows = _divided_by_frequency(table, ids, rows)
+    if table.padding_idx is not None:
+        rows = jnp.where(_over_rows(_ids.is_padding(ids, table.padding_idx), rows), jnp.zeros((), rows.dtype), rows)
+    return rows
+
+
+def _divided_by_frequency(
+    table: Table, ids: Int[Array, "*batch"], rows: Shaped[Array, "*batch_dim"]
+) -> Shaped[Array, "*batch_dim"]:
+    # All occurrences take the row of the first one. In the transpose they are summed there before the division: 70,000
+    # ones are 70,000 / 70,000, where the float32 sum of their quotients is 1.0006.
+    first, count = _ids.occurrences(ids)
+    if table.placement is not None:  # where to go to the first one is to travel
+        return rows / _over_rows(jnp.reshape(count, ids.shape), rows).astype(rows.dtype)
+    flat = jnp.reshape(_ids.on_every_device(rows), (ids.size, *rows.shape[ids.ndim :]))
+    flat = flat / _over_rows(count, flat).astype(rows.dtype)
+    first = jnp.reshape(first, ids.shape)
+    if (sharding := _ids.explicit_sharding(ids)) is not None:
+        first = reshard(first, sharding)
+    return _take(Table(flat), first, 0)
+
+
+def clipped_rows(
+    table: Table, ids: Int[Array, "*batch"], rows: Shaped[Array, "*batch_dim"]
+) -> Shaped[Array, "*batch_dim"]:
+    """Clip rows to the table's norm, the padding row excepted.
+
+    Args:
+      table: The table whose rules hold; its weight is not read.
+      ids: The number of each row.
+      rows: The rows.
+
+    Returns:
+      The same shape. The gradient passes straight through.
+    """
+    if table.max_norm is None:
+        return rows
+    axes = tuple(range(ids.ndim, rows.ndim))
+    clipped = _clip_norm(rows, axes, table.max_norm, table.norm_type)
+    if table.padding_idx is None:
+        return clipped
+    return jnp.where(_over_rows(_ids.is_padding(ids, table.padding_idx), rows), rows, clipped)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2, 3))
+def _clip_norm(rows: Array, axes: tuple[int, ...], max_norm: float, norm_type: float) -> Array:
+    wide = rows.astype(accumulator(rows.dtype))
+    largest = jnp.max(jnp.abs(wide), axis=axes, keepdims=True, initial=0)
+    # XLA divides by multiplying with the reciprocal, and flushes that of a number above 2**126 to zero. So huge rows
+    # are brought into range first, by a power of two, which is exact.
+    scale = jnp.where(largest > 2.0**64, 2.0**-64, 1.0).astype(largest.dtype)
+    scaled, largest = wide * scale.astype(wide.dtype), largest * scale
+    if np.isinf(norm_type):
+        norm = largest
+    else:
+        # The largest is taken out of the sum, so that no power of a large or small entry leaves the range of float32.
+        relative = jnp.abs(scaled) / jnp.where(largest > 0, largest, 1)
+        norm = largest * jnp.sum(relative**norm_type, axis=axes, keepdims=True) ** (1 / norm_type)
+    longer = norm > max_norm * scale
+    factor = max_norm / jnp.where(longer, norm, 1)  # never by zero, for checkify and debug_nans
+    return jnp.where(longer, scaled * factor.astype(wide.dtype), wide).astype(rows.dtype)
+
+
+@_clip_norm.defjvp
+def _clip_norm_jvp(axes: Any, max_norm: Any, norm_type: Any, primals: Any, tangents: Any) -> tuple[Array, Array]:
+    return _clip_norm(*primals, axes, max_norm, norm_type), *tangents
+
+
+@jax.custom_jvp
+def _renormalized(table: Table, ids: _ids.Ids) -> Shaped[Array, "rows *dim"]:
+    ids = _ids.resolve(ids, table.rows, table.out_of_range)
+    if table.placement is not None:
+        ids = jnp.ravel(ids)
+        return _placed.put(table.placement, table.weight, ids, clipped_rows(table, ids, _take(table, ids, 0)), "set")
+    ids = _ids.on_every_device(ids)
+    # Duplicates write one and the same value, and the padding row its own.
+    rows = clipped_rows(table, ids, _take(table, ids, 0))
+    sharding = _ids.explicit_sharding(table.weight)
+    return table.weight.at[ids].set(rows, mode="drop", wrap_negative_indices=False, out_sharding=sharding)
+
+
+@_renormalized.defjvp
+def _renormalized_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
+    return _renormalized(*primals), tangents[0].weight
+
+
+_clipped_table = jax.jit(_renormalized)
+
+
+def _take(table: Table, ids: Int[Array, "*batch"], fill: float) -> Shaped[Array, "*batch_dim"]:
+    """Gather rows, without any rule; `fill` where an id has none."""
+    weight = table.weight
+    if table.placement is not None:
+        return _placed.take(table.placement, weight, ids, fill)
+    if weight.shape[0] == 0:  # XLA has no gather from nothing
+        return jnp.full((*ids.shape, *weight.shape[1:]), fill, weight.dtype)
+    sharding = _ids.explicit_sharding(ids, trailing=weight.ndim - 1)
+    return weight.at[ids].get(mode="fill", fill_value=fill, wrap_negative_indices=False, out_sharding=sharding)
+
+
+def _over_rows(values: Shaped[Array, "*batch"], rows: Shaped[Array, "*batch_dim"]) -> Shaped[Array, "*batch_ones"]:
+    """Give values of each id trailing axes of size 1, to broadcast against its row."""
+    return jnp.expand_dims(values, tuple(range(values.ndim, rows.ndim)))

@@ -1,0 +1,175 @@
+"""read_rows and add_rows: the derivative of a lookup, as two primitives that are each other's transpose.
+
+A gradient that is a sum of rows is easy to use only while the ids of the rows can be seen. The transpose of a gather
+hides them: padding is masked out of the values, and for a sharded table it is an exchange between devices. So the
+derivative of a lookup binds primitives of its own, with ids that are final (`rows` stands for none):
+
+    read_rows(tangent, [1, 3, 9]) of 5 rows    -> tangent[1], tangent[3], 0
+    add_rows([u, v, w], [1, 3, 9]) to 5 rows   -> zeros, u added to row 1 and v to row 3
+
+`_forms` finds `add_rows` in the program of a gradient and takes its two operands in place of its output. Where nobody
+does so, both compile to a gather and a scatter-add, or to the exchange of a sharded table.
+
+Leading axes that `jax.vmap` adds to the tangent are lanes: each has rows, and ids, of its own.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+from jaxtyping import Array, Int, Shaped
+
+from .._base.axes import explicit_sharding, is_explicit
+from .._mesh import sharded as _placed
+from .placement import Placement
+
+
+class Spec(NamedTuple):
+    """What rows are read of."""
+
+    weight: Any  # abstract value of the tangent, lanes first
+    lanes: int  # how many leading axes of the tangent and of the ids are lanes
+    placement: Placement | None
+
+    @property
+    def dim(self) -> tuple[int, ...]:
+        """The sizes of a row's axes."""
+        return self.weight.shape[self.lanes + 1 :]
+
+
+def read_rows(
+    tangent: Shaped[Array, "rows *dim"], ids: Int[Array, "*batch"], placement: Placement | None
+) -> Shaped[Array, "*batch_dim"]:
+    """Read the rows of a tangent.
+
+    Args:
+      tangent: As the weight, in row order or as `placement` stores it.
+      ids: Row numbers; zero is read where an id has no row.
+      placement: That of the table.
+
+    Returns:
+      The rows.
+    """
+    # JAX does so for its own operations: the transpose of this cast sums over the devices of a `shard_map`.
+    tangent = _varying_as(ids, tangent)
+    ids = _varying_as(tangent, ids)
+    return read_rows_p.bind(tangent, ids, spec=Spec(jax.typeof(tangent), 0, placement))
+
+
+def _varying_as(like: Array, array: Array) -> Array:
+    axes = jax.typeof(like).manual_axis_type.varying - jax.typeof(array).manual_axis_type.varying
+    return jax.lax.pcast(array, tuple(axes), to="varying") if axes else array
+
+
+read_rows_p, add_rows_p = Primitive("embax_read_rows"), Primitive("embax_add_rows")
+
+# ---- What they compute.
+
+
+def _read(tangent: Array, ids: Array, *, spec: Spec) -> Array:
+    def lane(tangent: Array, ids: Array) -> Array:
+        if spec.placement is not None:
+            return _placed.take(spec.placement, tangent, ids, 0)
+        if tangent.shape[0] == 0:  # XLA has no gather from nothing
+            return jnp.zeros((*ids.shape, *tangent.shape[1:]), tangent.dtype)
+        sharding = explicit_sharding(ids, trailing=tangent.ndim - 1)
+        return tangent.at[ids].get(mode="fill", fill_value=0, wrap_negative_indices=False, out_sharding=sharding)
+
+    return _of_lanes(lane, spec)(tangent, ids)
+
+
+def _add(values: Array, ids: Array, *, spec: Spec) -> Array:
+    weight = spec.weight
+
+    def lane(values: Array, ids: Array) -> Array:
+        zeros = jnp.zeros(weight.shape[spec.lanes :], values.dtype)
+        # Else JAX would cast them by itself, and sum over devices in the transpose of that.
+        zeros = _varying_as(values, zeros)
+        values = jnp.reshape(values, (*ids.shape, *spec.dim))
+        return zeros.at[ids].add(values, mode="drop", wrap_negative_indices=False)
+
+    if spec.placement is None and not is_explicit(weight.sharding.mesh):
+        return _of_lanes(lane, spec)(values, ids)
+    like = _struct(weight, values.dtype)
+    return jax.linear_transpose(lambda weight: _read(weight, ids, spec=spec), like)(values)[0]
+
+
+def _of_lanes(function: Any, spec: Spec) -> Any:
+    for _ in range(spec.lanes):
+        function = jax.vmap(function)
+    return function
+
+
+def _struct(aval: Any, dtype: Any = None) -> jax.ShapeDtypeStruct:
+    sharding = aval.sharding if is_explicit(aval.sharding.mesh) else None
+    return jax.ShapeDtypeStruct(aval.shape, dtype or aval.dtype, sharding=sharding)
+
+
+# ---- The rules of JAX.
+
+
+@read_rows_p.def_abstract_eval
+def _(tangent: Any, ids: Any, *, spec: Spec) -> Any:
+    placement = spec.placement
+    if is_explicit(ids.sharding.mesh) or (placement is not None and is_explicit(placement.mesh)):
+        return jax.make_jaxpr(functools.partial(_read, spec=spec))(_struct(tangent), _struct(ids)).out_avals[0]
+    return ids.update(shape=(*ids.shape, *spec.dim), dtype=tangent.dtype, weak_type=False)
+
+
+@add_rows_p.def_abstract_eval
+def _(values: Any, ids: Any, *, spec: Spec) -> Any:
+    return spec.weight.update(dtype=values.dtype, weak_type=False)
+
+
+def _jvp(primitive: Primitive, tangent: Array, values: Array, ids: Array, *, spec: Spec) -> Array:
+    return primitive.bind(tangent, ids, spec=spec)
+
+
+def _transpose(transposed: Primitive, cotangent: Any, values: Any, ids: Array, *, spec: Spec) -> tuple[Any, None]:
+    if isinstance(cotangent, ad.Zero):
+        return None, None
+    return transposed.bind(cotangent, ids, spec=spec), None
+
+
+def _batched(primitive: Primitive, args: Any, axes: Any, *, spec: Spec) -> tuple[Array, int]:
+    (values, ids), (of_values, of_ids) = args, axes
+    if primitive is read_rows_p and of_values is None:  # one tangent for all: the ids have one more axis
+        return primitive.bind(values, jnp.moveaxis(ids, of_ids, spec.lanes), spec=spec), spec.lanes
+    if spec.placement is not None or is_explicit(spec.weight.sharding.mesh):
+        plain = _read if primitive is read_rows_p else _add
+        return jax.vmap(functools.partial(plain, spec=spec), axes)(values, ids), 0
+    size = ids.shape[of_ids] if of_values is None else values.shape[of_values]
+    values, ids = (
+        jnp.broadcast_to(x, (size, *x.shape)) if axis is None else jnp.moveaxis(x, axis, 0)
+        for x, axis in ((values, of_values), (ids, of_ids))
+    )
+    weight = spec.weight.update(shape=(size, *spec.weight.shape), weak_type=False)
+    return primitive.bind(values, ids, spec=spec._replace(weight=weight, lanes=spec.lanes + 1)), 0
+
+
+# ---- What is of all rows by nature.
+
+all_rows_p = Primitive("embax_all_rows")
+
+
+def all_rows(tangent: Shaped[Array, "rows *dim"]) -> Shaped[Array, "rows *dim"]:
+    """Return a tangent as it is, and mark its gradient as one of all rows by nature, as that of a softmax is."""
+    return all_rows_p.bind(tangent)
+
+
+all_rows_p.def_impl(lambda tangent: tangent)
+all_rows_p.def_abstract_eval(lambda tangent: tangent)
+mlir.register_lowering(all_rows_p, lambda context, tangent: [tangent])
+ad.deflinear2(all_rows_p, lambda cotangent, _: [cotangent if isinstance(cotangent, ad.Zero) else all_rows(cotangent)])
+batching.primitive_batchers[all_rows_p] = lambda args, axes: (all_rows(*args), axes[0])
+
+
+for _primitive, _transposed, _function in ((read_rows_p, add_rows_p, _read), (add_rows_p, read_rows_p, _add)):
+    _primitive.def_impl(jax.jit(_function, static_argnames="spec"))
+    mlir.register_lowering(_primitive, mlir.lower_fun(_function, multiple_results=False))
+    ad.defjvp(_primitive, functools.partial(_jvp, _primitive), None)
+    ad.primitive_transposes[_primitive] = functools.partial(_transpose, _transposed)
+    batching.primitive_batchers[_primitive] = functools.partial(_batched, _primitive)

@@ -1,0 +1,76 @@
+"""resize: a table with more rows or fewer, on a mesh or not."""
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Key, Shaped
+
+from .._base import check as _check
+from .._base.axes import laid_out
+from .._mesh import relayout as _moves
+from .placement import Placement, with_rows
+from .table import Initializer, Table, created, fresh_rows, with_weight
+
+
+def resize(table: Table, rows: int, key: Key[Array, ""] | None = None, *, init: Initializer | None = None) -> Table:
+    """Return the table with another number of rows: grown with fresh rows, or cut.
+
+    The rows that both have keep their values and their ids; the rules stay as they are, and so do mesh and layout. On a
+    mesh, each device gets the rows that it is to hold from the others and makes its part of the fresh ones, which are
+    those of the table off the mesh, to rounding.
+
+    The state of an optimizer goes on with `embax.optim.carry_over`.
+
+    Args:
+      table: The table to resize; it is not changed.
+      rows: The new number of rows, 0 or more.
+      key: A JAX random key for the fresh rows. Needed where the table grows.
+      init: How fresh rows are made, as in `Table.create`.
+
+    Returns:
+      A new table of `rows` rows.
+
+    Raises:
+      TypeError: If `rows` is not a whole number, or the table grows without a key.
+      ValueError: If `rows` is negative, or the padding row would be cut off; on a mesh, as `embax.shard`.
+
+    Example:
+      >>> import embax, jax
+      >>> table = embax.Table.create(jax.random.key(0), rows=10, dim=4)
+      >>> embax.resize(table, 12, jax.random.key(1))
+      Table(float32[12,4])
+      >>> embax.resize(table, 8)
+      Table(float32[8,4])
+    """
+    rows = _check.size("embax.resize(rows=...)", rows)
+    if table.padding_idx is not None and rows <= np.max(table.padding_idx):
+        raise ValueError(
+            f"`embax.resize(rows=...)` must keep the padding row {table.padding_idx}, got {rows}. "
+            "Cut less, or drop the rule first with dataclasses.replace(table, padding_idx=None)."
+        )
+    if rows > table.rows and key is None:
+        raise TypeError("`embax.resize(key=...)` must be a JAX random key where the table grows, got None. Pass one.")
+    if table.placement is not None:
+        return _resized_on_mesh(table, table.placement, rows, key, init)
+    if rows <= table.rows:
+        return dataclasses.replace(table, weight=table.weight[:rows])
+    fresh = _fresh(table, rows, key, init)
+    return dataclasses.replace(table, weight=jnp.concatenate([table.weight, fresh]))
+
+
+def _resized_on_mesh(table: Table, placement: Placement, rows: int, key: Any, init: Initializer | None) -> Table:
+    """Give each device the rows that it is to hold now, and have it make its part of the fresh ones."""
+    to = with_rows("embax.resize", placement, rows)
+    weight = _moves.moved(placement, table.weight, to)
+    if rows > table.rows:
+        of_fresh = dataclasses.replace(placement, rows=rows - table.rows)
+        fresh = created(lambda: Table(_fresh(table, rows, key, init)), of_fresh)
+        weight = _moves.moved_into(to, weight, table.rows, of_fresh, fresh.weight)
+    weight = laid_out(weight, to.sharding(weight.shape, table.dim))
+    return with_weight(table, weight, placement=to)
+
+
+def _fresh(table: Table, rows: int, key: Any, init: Initializer | None) -> Shaped[Array, "fresh *dim"]:
+    return fresh_rows("embax.resize", key, rows - table.rows, table.dim, init, table.dtype).astype(table.dtype)

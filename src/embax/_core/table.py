@@ -1,0 +1,394 @@
+"""Table: a weight and the rules by which it is read."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh
+from jaxtyping import Array, DTypeLike, Key, Shaped
+
+from .._base import check as _check
+from .._base.axes import laid_out
+from .._mesh import relayout as _moves
+from . import flax_state as _flax
+from .held_rows import HeldRows, OfRows, is_label
+from .placement import Layout, Placement, placement_of
+
+PaddingRows = int | tuple[int, ...] | None
+OutOfRange = Literal["error", "clip", "nan", "zero"]
+Initializer = Callable[[Key[Array, ""], tuple[int, ...], Any], Array]
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Table(OfRows):
+    """A weight and the rules by which it is read.
+
+    A pytree whose one leaf is `weight`. The rules are static: they are compared by value, and a change of one compiles
+    anew. Everything else is a function of tables and ids: `lookup`, `renormalize`, `resize`.
+
+    Its gradient by rows is a Table of the same rules, whose weight is a `RowGrad`: so it has the structure that the
+    parameters have, and it counts as a RowGrad, with the attributes and the arithmetic of one.
+
+    Args:
+      weight: One row an id, `(rows, *dim)`, of any dtype; NumPy arrays and nested lists become JAX arrays.
+      padding_idx: The row, in `[-rows, rows)`, that never gets a gradient and is never renormalised, or a tuple of such
+        rows. Its value stays as it is; `Table.create` makes it zero. Kept as a number in `[0, rows)`. Default: none.
+      max_norm: Rows are read clipped to this norm over all trailing axes, in units of the weight. Default: no limit.
+      norm_type: The p of that norm, above 0 or infinity, dimensionless.
+      scale_grad_by_freq: Divide the gradient of a row by the number of times its id occurs in the lookup call.
+      freeze: The weight gets no gradient.
+      out_of_range: What an id without a row reads. `"error"`: an IndexError where the ids are concrete, NaN (integer
+        tables: 0) where they are traced, and an exact error under `jax.experimental.checkify.checkify` with its
+        `index_checks`. `"clip"`: the nearest row. `"nan"`: NaN (integer tables: 0). `"zero"`: 0.
+      placement: Where the rows are on a mesh, as `embax.shard` gives it. Default: one array as any other.
+
+    Raises:
+      TypeError: If an argument is of the wrong type, or `max_norm` is given for an integer table.
+      ValueError: If an argument is outside its range, or the weight is a scalar.
+
+    Example:
+      >>> import embax, jax.numpy as jnp
+      >>> table = embax.Table(jnp.ones((4, 2)), padding_idx=-1)
+      >>> table
+      Table(float32[4,2], padding_idx=3)
+      >>> embax.lookup(table, [0, 3]).shape
+      (2, 2)
+    """
+
+    weight: Shaped[Array, "rows *dim"]
+    _: dataclasses.KW_ONLY
+    padding_idx: PaddingRows = None
+    max_norm: float | None = None
+    norm_type: float = 2.0
+    scale_grad_by_freq: bool = False
+    freeze: bool = False
+    out_of_range: OutOfRange = "error"
+    placement: Placement | None = None
+
+    def __post_init__(self):
+        weight = self.weight
+        if isinstance(weight, HeldRows):
+            return self._check_of_rows(weight)
+        if isinstance(weight, np.ndarray) or not (hasattr(weight, "shape") and hasattr(weight, "dtype")):
+            weight = jnp.asarray(weight)
+        if weight.ndim < 1:
+            raise ValueError("`embax.Table(weight=...)` must have an axis of rows, got a scalar. Pass (rows, *dim).")
+        if self.placement is not None and weight.shape[0] != self.placement.stored_rows:
+            raise ValueError(
+                f"`embax.Table(weight=...)` must have the {self.placement.stored_rows} stored rows of its placement, "
+                f"got {weight.shape[0]}. Make it with embax.shard."
+            )
+        total = weight.shape[0] if self.placement is None else self.placement.rows
+        padding_idx, max_norm = self.padding_idx, self.max_norm
+        if isinstance(padding_idx, tuple):
+            rows = {_check.row("embax.Table(padding_idx=...)", row, total) for row in padding_idx}
+            padding_idx = tuple(sorted(rows)) if len(rows) > 1 else rows.pop() if rows else None
+        elif padding_idx is not None:
+            padding_idx = _check.row("embax.Table(padding_idx=...)", padding_idx, total)
+        if max_norm is not None:
+            max_norm = _check.positive("embax.Table(max_norm=...)", max_norm)
+            if not jnp.issubdtype(weight.dtype, jnp.inexact):
+                raise TypeError(
+                    f"`embax.Table(max_norm=...)` must be None for a table of integers, got {max_norm} for "
+                    f"{weight.dtype}. Cast the weight to a float dtype."
+                )
+        checked = {
+            "weight": weight,
+            "padding_idx": padding_idx,
+            "max_norm": max_norm,
+            "norm_type": _check.positive("embax.Table(norm_type=...)", self.norm_type),
+            "scale_grad_by_freq": _check.flag("embax.Table(scale_grad_by_freq=...)", self.scale_grad_by_freq),
+            "freeze": _check.flag("embax.Table(freeze=...)", self.freeze),
+            "out_of_range": _check.choice("embax.Table(out_of_range=...)", self.out_of_range, OutOfRange),
+        }
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
+
+    def _check_of_rows(self, rows: HeldRows) -> None:
+        """Check the rules of a gradient, which are those of a table of zeros."""
+        rules: dict[str, Any] = {name: getattr(self, name) for name in _STATIC} | {"placement": None}
+        of_zeros = Table(jnp.zeros((rows.rows, 0)), **rules)
+        object.__setattr__(self, "padding_idx", of_zeros.padding_idx)
+
+    @classmethod
+    def create(
+        cls,
+        key: Key[Array, ""],
+        rows: int,
+        dim: int | Sequence[int],
+        *,
+        init: Initializer | None = None,
+        dtype: DTypeLike = jnp.float32,
+        mesh: Any = None,
+        axis: str | Sequence[str] = (),
+        layout: Layout = "rows",
+        columns: str | None = None,
+        skew: float = 2.0,
+        pool_at_owners: bool = False,
+        **rules: Any,
+    ) -> "Table":
+        """Make a table of fresh rows; the padding row is zero.
+
+        On a mesh, each device makes its own rows: those that the same key gives without one, to rounding.
+
+        Args:
+          key: A JAX random key.
+          rows: The number of rows, 0 or more.
+          dim: The size of a row, or the sizes of its axes.
+          init: Called as `init(key, (rows, *dim), dtype)`, as `jax.nn.initializers` are. Default: normal with the
+            standard deviation `1 / sqrt(dim)`, so that rows have a norm near 1.
+          dtype: The dtype of the weight.
+          mesh: The mesh that the table is to be split over, as by `embax.shard`. Default: none.
+          axis: With a mesh, as there.
+          layout: With a mesh, as there.
+          columns: With a mesh, as there.
+          skew: With a mesh, as there.
+          pool_at_owners: With a mesh, as there.
+          **rules: The rules of `Table`, by name.
+
+        Returns:
+          The table.
+
+        Raises:
+          TypeError: If a size is not a whole number, or a rule is unknown or of the wrong type.
+          ValueError: If a size is negative, `init` gives another shape, or a rule is outside its range; for a mesh, as
+            `embax.shard`.
+
+        Example:
+          >>> import embax, jax
+          >>> embax.Table.create(jax.random.key(0), rows=10_000, dim=64, padding_idx=0)
+          Table(float32[10000,64], padding_idx=0)
+        """
+        rows = _check.size("embax.Table.create(rows=...)", rows)
+        axes = tuple(dim) if isinstance(dim, Sequence) else (dim,)
+        axes = tuple(_check.size("embax.Table.create(dim=...)", axis) for axis in axes)
+
+        def fresh() -> "Table":
+            return with_zero_padding(cls(fresh_rows("embax.Table.create", key, rows, axes, init, dtype), **rules))
+
+        if mesh is None:
+            return fresh()
+        placement = placement_of("embax.Table.create", mesh, axis, layout, columns, skew, pool_at_owners, (rows, *axes))
+        return created(fresh, placement)
+
+    @property
+    def rows(self) -> int:
+        """The number of rows; of those that fill up a placed table, none counts."""
+        weight = self.weight
+        if isinstance(weight, HeldRows):
+            return weight.rows
+        return weight.shape[0] if self.placement is None else self.placement.rows
+
+    @property
+    def dim(self) -> tuple[int, ...]:
+        """The sizes of a row's axes."""
+        weight = self.weight
+        return weight.dim if isinstance(weight, HeldRows) else tuple(weight.shape[1:])
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The dtype of the weight."""
+        return self.weight.dtype
+
+    def __repr__(self) -> str:
+        weight = self.weight
+        if isinstance(weight, HeldRows):
+            return repr(weight)
+        if hasattr(weight, "shape") and hasattr(weight, "dtype"):
+            shape = weight.shape if self.placement is None else (self.placement.rows, *weight.shape[1:])
+            weight = f"{weight.dtype}[{','.join(map(str, shape))}]"
+        fields = dataclasses.fields(self)[1:]
+        rules = [f", {f.name}={value!r}" for f in fields if (value := getattr(self, f.name)) != f.default]
+        return f"Table({weight}{''.join(rules)})"
+
+
+_STATIC = tuple(field.name for field in dataclasses.fields(Table)[1:])
+# Where a table is says nothing of how it is read.
+RULES = tuple(name for name in _STATIC if name != "placement")
+
+
+class _OfGradient(tuple):
+    """The rules of a gradient, equal to those of its table, since a map over either gives labels for both.
+
+    A map over a gradient gives one label for the weight, and where Equinox leaves the weight out, the node of its rows
+    has to stay. So they know that node.
+    """
+
+    rows: HeldRows
+
+
+_WEIGHT = jax.tree_util.GetAttrKey("weight")
+
+
+class _KeyOfRows:
+    """The key of a gradient's rows below its Table: that of the weight, but not written, as the rows' own key is."""
+
+    name = _WEIGHT.name
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _KeyOfRows) or other == _WEIGHT
+
+    def __hash__(self) -> int:
+        return hash(_WEIGHT)
+
+    def __str__(self) -> str:
+        return ""
+
+
+def _flatten(table: Table) -> tuple[tuple[Any], tuple[Any, ...]]:
+    weight = table.weight
+    rules = tuple(getattr(table, name) for name in _STATIC)
+    rows = weight.empty() if isinstance(weight, HeldRows) else table.__dict__.get("_rows")
+    if rows is not None:
+        rules = _OfGradient(rules)
+        rules.rows = rows
+    return (weight,), rules
+
+
+def _flatten_with_keys(table: Table) -> tuple[tuple[Any], tuple[Any, ...]]:
+    (weight,), rules = _flatten(table)
+    return ((_KeyOfRows() if isinstance(weight, HeldRows) else _WEIGHT, weight),), rules
+
+
+def _unflatten(rules: tuple[Any, ...], children: Iterable[Any]) -> Table:
+    # Past __init__ and its checks: JAX and Equinox rebuild pytrees with None, bools and shapes in place of arrays.
+    table = object.__new__(Table)
+    (weight,) = children
+    if isinstance(rules, _OfGradient):
+        weight = rules.rows if weight is None else weight.label() if isinstance(weight, HeldRows) else weight
+        if is_label(weight):
+            object.__setattr__(table, "_rows", rules.rows)
+    object.__setattr__(table, "weight", weight)
+    for name, rule in zip(_STATIC, rules, strict=True):
+        object.__setattr__(table, name, rule)
+    return table
+
+
+jax.tree_util.register_pytree_with_keys(Table, _flatten_with_keys, _unflatten, _flatten)
+_flax.register(Table, _flax.of_table, _flax.to_table)
+
+
+def rules_of(table: Table) -> dict[str, Any]:
+    """List the rules of a table by name, for a weight that is held without it.
+
+    Args:
+      table: A table on no mesh.
+
+    Returns:
+      The rules.
+
+    Raises:
+      ValueError: If the table is sharded, since its weight holds rows in stored order, which is not that of ids.
+    """
+    if table.placement is not None:
+        raise ValueError(
+            "`from_table(table=...)` must not be given a sharded table, whose weight is in stored order, got "
+            f"{table!r}. Pass embax.unshard(table)."
+        )
+    return {name: getattr(table, name) for name in RULES}
+
+
+def has_weight(table: Table) -> bool:
+    """Say whether a Table has a weight, or its shape: Equinox puts None in its place, and optax.masked a node."""
+    return hasattr(table.weight, "shape")
+
+
+def shared_rules(tables: Iterable[Table]) -> Table:
+    """Return the rules that an optimizer has to keep for a weight that several tables share.
+
+    A row that one of them trains is trained, so a rule holds where all of them have it.
+
+    Args:
+      tables: One table or more, of one weight.
+
+    Returns:
+      A Table of that weight, with `padding_idx` and `freeze`.
+    """
+    tables = list(tables)
+    paddings = {table.padding_idx for table in tables}
+    padding_idx = paddings.pop() if len(paddings) == 1 else None
+    freeze = all(table.freeze for table in tables)
+    return Table(tables[0].weight, padding_idx=padding_idx, freeze=freeze, placement=tables[0].placement)
+
+
+def with_weight(table: Table, weight: Any, **rules: Any) -> Table:
+    """The same rules, but for those given, for any leaf, unchecked: other rows, a gradient, None."""
+    static = {name: getattr(table, name) for name in _STATIC} | rules
+    return _unflatten(tuple(static.values()), (weight,))
+
+
+def fresh_rows(
+    call: str, key: Key[Array, ""], rows: int, dim: tuple[int, ...], init: Initializer | None, dtype: DTypeLike
+) -> Shaped[Array, "rows *dim"]:
+    """Make rows as `Table.create` does, and check what the initialiser gives."""
+    if init is None:
+        if not jnp.issubdtype(dtype, jnp.inexact):
+            raise TypeError(
+                f"`{call}(init=...)` must be given for a table of integers, got None for {jnp.dtype(dtype)}. "
+                "Pass init(key, shape, dtype)."
+            )
+        init = jax.nn.initializers.normal(stddev=1 / math.sqrt(max(1, math.prod(dim))))
+    weight = init(key, (rows, *dim), dtype)
+    if weight.shape != (rows, *dim):
+        raise ValueError(
+            f"`{call}(init=...)` must give the shape it is asked for, {(rows, *dim)}, got {weight.shape}. "
+            "Use its `shape` argument."
+        )
+    return weight
+
+
+def created(fresh: Callable[[], Table], placement: Placement) -> Table:
+    """Make a table on a mesh, each device its own rows."""
+    # XLA splits what it makes by blocks; on explicit axes it would have to be told how.
+    mesh = placement.mesh
+    mesh = Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
+    of_blocks = dataclasses.replace(placement, cyclic=False, mesh=mesh)
+
+    def blocks() -> Table:
+        table = fresh()
+        more = placement.stored_rows - table.rows
+        weight = jnp.pad(table.weight, [(0, more), *[(0, 0)] * (table.weight.ndim - 1)])
+        weight = laid_out(weight, of_blocks.sharding(weight.shape, table.dim))
+        return with_weight(table, weight, placement=of_blocks)
+
+    table = jax.jit(blocks)()
+    weight = table.weight
+    if placement.cyclic:
+        weight = _moves.moved(of_blocks, weight, dataclasses.replace(of_blocks, cyclic=True))
+    weight = jax.device_put(weight, placement.sharding(weight.shape, table.dim))
+    return with_weight(table, weight, placement=placement)
+
+
+def with_zero_padding(table: Table) -> Table:
+    """Set the padding rows of a table to zero."""
+    return dataclasses.replace(table, weight=without_padding(table, table.weight))
+
+
+def without_padding(
+    table: Table, values: Shaped[Array, "rows *dim"], instead: Any = None
+) -> Shaped[Array, "rows *dim"]:
+    """Put zeros, or the rows of another array, in place of the padding rows.
+
+    By selection: to write these rows alone is no less work where all rows are made anew, and of a sharded array jaxlib
+    0.10.2 then writes a row of the next shard, too.
+
+    Args:
+      table: The table whose rules hold.
+      values: An array of all of its rows.
+      instead: An array of the same shape, or None for zeros.
+
+    Returns:
+      A new array, laid out as the old one.
+    """
+    if table.padding_idx is None:
+        return values
+    padding = jnp.asarray(table.padding_idx)
+    if table.placement is not None:
+        padding = table.placement.positions(padding)
+    is_padding = jnp.isin(jnp.arange(values.shape[0]), padding)
+    mask = jnp.expand_dims(is_padding, tuple(range(1, values.ndim)))
+    return jnp.where(mask, jnp.zeros((), values.dtype) if instead is None else instead, values)

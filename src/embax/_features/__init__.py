@@ -1,0 +1,1 @@
+"""Several tables together: collections, stacks, hashing."""

@@ -1,0 +1,364 @@
+"""Collection: named features over named tables, of which like ones are stored as one."""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Shaped
+
+from .._bags import embedding_bag as _bag
+from .._bags import pool as _pool
+from .._bags.ragged import Ragged
+from .._base import check as _check
+from .._core import flax_state as _flax
+from .._core import ids as _ids
+from .._core.lookup import read
+from .._core.table import Table, with_weight
+from .._mesh.sharded import joined, parted
+from .stacks import Member, cut_out, members_of, stacks_of
+
+
+@dataclasses.dataclass(frozen=True)
+class Feature:
+    """One input of a Collection: which table it reads, and how its ids are pooled.
+
+    Args:
+      name: Its key in a batch, and in what the collection returns.
+      table: The name of the table that it reads. Several features may read one table.
+      mode: `"mean"`, `"sum"`, `"sqrtn"` or `"max"`, as in `embedding_bag`. Default: no pooling, a row for each id, as
+        in `lookup`.
+
+    Raises:
+      ValueError: If the mode is unknown.
+
+    Example:
+      >>> import embax
+      >>> embax.Feature("genres", table="genre", mode="mean")
+      Feature(name='genres', table='genre', mode='mean')
+    """
+
+    name: str
+    table: str
+    mode: _pool.Mode | None = None
+
+    def __post_init__(self):
+        if self.mode is not None:
+            _check.choice("embax.Feature(mode=...)", self.mode, _pool.Mode)
+
+
+class _Input(NamedTuple):
+    """The ids of a feature."""
+
+    feature: Feature
+    stack: int
+    ids: Int[Array, "*batch"]  # row numbers in the stack, its number of rows for none
+    counted: Bool[Array, "*batch"]  # which of them a pool counts
+    weights: Float[Array, "*batch"] | None
+    layout: _pool.Layout  # of the bags
+
+
+class Collection:
+    """Named features over named tables, read in one call.
+
+    Tables of the same width, dtype and rules are stored as one, so that a hundred of them cost one gather, and in
+    training one search for duplicates and one scatter. Only the padding row may differ. Outside, a table goes by its
+    own name: `collection["film"]` is that table, and `unstack` brings any tree that has the collection's structure,
+    such as a gradient or an optimizer's state, into one with the names of the tables.
+
+    The tables may be sharded, all of them in the same layout over the same axes of one mesh. `embax.shard` of a
+    collection does the same for all of its tables at once.
+
+    A pytree whose leaves are the stored tables: `embax.value_and_grad`, `embax.optim` and `embax.apply_updates` take it
+    as they take a Table. Features that are pooled and have bags of one length share a gather, and so do those with a
+    Ragged, those that take the largest, and those that are not pooled.
+
+    Args:
+      tables: The tables by name.
+      features: The features.
+
+    Raises:
+      TypeError: If a table is not a Table, or one of integers is to be pooled.
+      ValueError: If two features have one name, or one reads a table that there is not; if two tables are laid out in
+        different ways, or one is on a mesh and another one is not.
+
+    Example:
+      >>> import embax, jax
+      >>> keys = jax.random.split(jax.random.key(0), 2)
+      >>> tables = {
+      ...     "film": embax.Table.create(keys[0], rows=100, dim=8),
+      ...     "genre": embax.Table.create(keys[1], rows=20, dim=8, padding_idx=0),
+      ... }
+      >>> features = [embax.Feature("film", "film"), embax.Feature("genres", "genre", mode="mean")]
+      >>> collection = embax.Collection(tables, features)
+      >>> collection
+      Collection(film: 100 rows, genre: 20 rows; 2 features; stored as Table(float32[120,8], padding_idx=100))
+      >>> out = collection({"film": [4, 7], "genres": [[1, 3], [2, 0]]})
+      >>> out["film"].shape, out["genres"].shape
+      ((2, 8), (2, 8))
+    """
+
+    __slots__ = ("_features", "_members", "stacks")
+    stacks: tuple[Any, ...]
+    _members: tuple[Member, ...]
+    _features: tuple[Feature, ...]
+
+    def __init__(self, tables: Mapping[str, Table], features: Iterable[Feature]):
+        features = tuple(features)
+        for name, table in tables.items():
+            if not isinstance(table, Table):
+                raise TypeError(
+                    f"`embax.Collection(tables=...)` must be Tables, got {type(table).__name__} for {name!r}. "
+                    "Pass embax.Table(weight)."
+                )
+        names = [feature.name for feature in features]
+        for feature in features:
+            if (times := names.count(feature.name)) > 1:
+                raise ValueError(
+                    f"`embax.Collection(features=...)` must have names of their own, got {feature.name!r} {times} "
+                    "times. Rename one."
+                )
+            if feature.table not in tables:
+                raise ValueError(
+                    f"`embax.Collection(features=...)` must read a table that there is, got {feature.table!r} for "
+                    f"{feature.name!r}. There are {_listed(tables)}."
+                )
+            dtype = tables[feature.table].dtype
+            if feature.mode is not None and not jnp.issubdtype(dtype, jnp.inexact):
+                raise TypeError(
+                    f"`embax.Collection(features=...)` must pool the rows of a table of floats, got {dtype} for "
+                    f"{feature.name!r}. Cast the table, or leave out the mode."
+                )
+        members = members_of("embax.Collection(tables=...)", tables)
+        _fill(self, stacks_of(dict(tables), members), members, features)
+
+    @property
+    def features(self) -> tuple[Feature, ...]:
+        """The features."""
+        return self._features
+
+    @property
+    def tables(self) -> dict[str, Any]:
+        """The tables by name; in a gradient, those of the tables."""
+        return {member.name: cut_out(self.stacks[member.stack], member) for member in self._members}
+
+    def __getitem__(self, name: str) -> Any:
+        for member in self._members:
+            if member.name == name:
+                return cut_out(self.stacks[member.stack], member)
+        names = [member.name for member in self._members]
+        raise KeyError(f"`embax.Collection` has no table {name!r}. There are {_listed(names)}.")
+
+    def __call__(
+        self, batch: Mapping[str, Any], weights: Mapping[str, Any] | None = None
+    ) -> dict[str, Shaped[Array, "..."]]:
+        """Read all features.
+
+        Args:
+          batch: The ids of each feature: an array of any shape and integer dtype; for a feature that is pooled,
+            `(*bags, length)`, or a Ragged.
+          weights: For some of the features that are pooled, a factor for each id, as in `embedding_bag`.
+
+        Returns:
+          For each feature, the rows, `(*ids.shape, *dim)`, or one vector a bag, `(*bags, *dim)`.
+
+        Raises:
+          TypeError: As `lookup` and `embedding_bag`.
+          ValueError: As `embedding_bag`, and if a feature is missing or unknown.
+          IndexError: As `lookup`.
+        """
+        weights = {} if weights is None else weights
+        names = [feature.name for feature in self._features]
+        if set(batch) != set(names) or not set(weights) <= set(names):
+            raise ValueError(
+                f"`embax.Collection(batch, weights)` must have the features {_listed(names)}, got {_listed(batch)} "
+                f"and weights for {_listed(weights)}. Pass all of them, and no others."
+            )
+        inputs = [self._input(feature, batch[feature.name], weights.get(feature.name)) for feature in self._features]
+        out: dict[str, Any] = {}
+        for _, group in itertools.groupby(
+            sorted(enumerate(map(self._kind, inputs)), key=lambda x: x[1]), lambda x: x[1]
+        ):
+            parts = [inputs[i] for i, _ in group]
+            table = self.stacks[parts[0].stack]
+            out.update(zip([part.feature.name for part in parts], _read_together(table, parts), strict=True))
+        return {name: out[name] for name in names}
+
+    def _input(self, feature: Feature, ids: Any, weights: Any) -> _Input:
+        """Check the ids of a feature and turn them into rows of its stack."""
+        member = next(member for member in self._members if member.name == feature.table)
+        stack = self.stacks[member.stack]
+        shape = jax.ShapeDtypeStruct((member.rows, *stack.dim), stack.dtype)
+        own = with_weight(stack, shape, placement=None)
+        call = f"embax.Collection(batch[{feature.name!r}])"
+        if feature.mode is None:
+            if weights is not None or isinstance(ids, Ragged):
+                raise TypeError(
+                    f"`{call}` must be an array and have no weights, as the feature is not pooled, got "
+                    f"{type(ids).__name__}. Give the feature a mode."
+                )
+            layout, ids = _pool.Layout((), None), _ids.prepare(call, ids, own)
+            checked = None
+        else:
+            layout, ids = _bag.layout_of(call, own, ids)
+            checked = _bag.prepared_weights(
+                f"embax.Collection(weights[{feature.name!r}])", weights, ids.shape, own, feature.mode
+            )
+        rows = _ids.resolve(ids, member.rows, stack.out_of_range)
+        counted = _pool.is_used(layout, ids) & ~_ids.is_padding(rows, member.padding_idx)
+        exists = (rows >= 0) & (rows < member.rows)
+        if feature.mode is not None:
+            exists &= counted
+        return _Input(
+            feature, member.stack, jnp.where(exists, rows + member.start, stack.rows), counted, checked, layout
+        )
+
+    def _kind(self, part: _Input) -> tuple[Any, ...]:
+        """Features of one kind are read together."""
+        mode = part.feature.mode
+        how = "rows" if mode is None else "max" if mode == "max" else "sum"
+        length = -1 if mode is None or part.layout.offsets is not None else part.ids.shape[-1]
+        # The frequency of an id is that within its feature. On a mesh, bags of different lengths are where they are.
+        stack = self.stacks[part.stack]
+        apart = stack.placement is not None and part.layout.offsets is not None
+        alone = part.feature.name if stack.scale_grad_by_freq or apart else ""
+        return part.stack, how, length, part.weights is not None, alone
+
+    def __repr__(self) -> str:
+        members = ", ".join(f"{member.name}: {member.rows} rows" for member in self._members)
+        stacks = ", ".join(map(repr, self.stacks))
+        return f"Collection({members}; {len(self._features)} features; stored as {stacks})"
+
+
+def unstack(tree: Any) -> Any:
+    """Put a dictionary of tables in the place of each Collection in a tree, so that it has the names of the tables.
+
+    For checkpoints, in which one does not want to know how tables are stored: parameters, gradients and the state of
+    optimizers.
+
+    Args:
+      tree: A pytree.
+
+    Returns:
+      The same tree with dictionaries for Collections.
+
+    Example:
+      >>> import embax, jax.numpy as jnp, optax
+      >>> tables = {"film": embax.Table(jnp.ones((4, 2))), "user": embax.Table(jnp.zeros((3, 2)))}
+      >>> params = {"rows": embax.Collection(tables, [embax.Feature("film", "film")])}
+      >>> embax.unstack(params)
+      {'rows': {'film': Table(float32[4,2]), 'user': Table(float32[3,2])}}
+      >>> embax.restack(embax.unstack(params), like=params)["rows"]["user"]
+      Table(float32[3,2])
+    """
+    leaves, structure = jax.tree.flatten(tree, is_leaf=_is_collection)
+    return structure.unflatten([leaf.tables if _is_collection(leaf) else leaf for leaf in leaves])
+
+
+def restack(tree: Any, like: Any) -> Any:
+    """Put the Collections back that `unstack` has taken out.
+
+    Args:
+      tree: What `unstack` gave, perhaps with other values.
+      like: A tree of the structure that it had before.
+
+    Returns:
+      That tree with these values.
+
+    Raises:
+      ValueError: If the structures differ.
+    """
+    leaves, structure = jax.tree.flatten(like, is_leaf=_is_collection)
+    for leaf, value in zip(leaves, structure.flatten_up_to(tree), strict=True):
+        if _is_collection(leaf) and set(value) != (names := {member.name for member in leaf._members}):
+            raise ValueError(
+                f"`embax.restack(tree=...)` must have the tables {_listed(sorted(names))}, got {_listed(value)}. "
+                "Pass what embax.unstack gave."
+            )
+    values = [
+        _fill(object.__new__(Collection), stacks_of(value, leaf._members, leaf.stacks), leaf._members, leaf._features)
+        if _is_collection(leaf)
+        else value
+        for leaf, value in zip(leaves, structure.flatten_up_to(tree), strict=True)
+    ]
+    return structure.unflatten(values)
+
+
+def _is_collection(node: Any) -> bool:
+    return isinstance(node, Collection)
+
+
+def _fill(collection: Collection, stacks: Any, members: Any, features: Any) -> Collection:
+    collection.stacks, collection._members, collection._features = tuple(stacks), members, features
+    return collection
+
+
+jax.tree_util.register_pytree_with_keys(
+    Collection,
+    lambda c: (
+        tuple((jax.tree_util.GetAttrKey(f"stacks[{i}]"), stack) for i, stack in enumerate(c.stacks)),
+        (c._members, c._features),
+    ),
+    lambda static, stacks: _fill(object.__new__(Collection), stacks, *static),
+    lambda c: (c.stacks, (c._members, c._features)),
+)
+_flax.register(Collection, _flax.of_collection, _flax.to_collection)
+
+
+def _read_together(table: Table, parts: Sequence[_Input]) -> list[Shaped[Array, "..."]]:
+    """Read features of one kind in one lookup."""
+    if parts[0].feature.mode is None:
+        rows = read(table, joined(table.placement, [jnp.ravel(part.ids) for part in parts], table.rows), None)
+        cut = parted(table.placement, rows, [part.ids.size for part in parts])
+        return [jnp.reshape(own, (*part.ids.shape, *table.dim)) for own, part in zip(cut, parts, strict=True)]
+    # Padding is left out already, of what is counted and of the ids.
+    table = dataclasses.replace(table, padding_idx=None)
+    layout, sizes = _joined([part.layout for part in parts], [part.ids.shape for part in parts])
+    fills = {"ids": table.rows, "counted": False, "weights": 0}
+    ids, counted, weights = (
+        _flat(table, [getattr(part, name) for part in parts], layout, fill) for name, fill in fills.items()
+    )
+    if layout.offsets is None:
+        layout = _pool.Layout(counted.shape[:1], None)
+    mode = "max" if parts[0].feature.mode == "max" else "sum"
+    total = _pool.pool_rows(table, ids, counted, weights, layout, mode)
+    # On a mesh, bags of different lengths are read alone, and there are as many of them as there are.
+    alone = table.placement is not None and layout.offsets is not None
+    cut = [total] if alone else parted(table.placement, total, sizes)
+    out = []
+    for own, part in zip(cut, parts, strict=True):
+        bags = math.prod(part.layout.shape)
+        own = jnp.reshape(own[:bags], (*part.layout.shape, *table.dim))
+        own = _pool.divided(own, part.counted, part.weights, part.layout, part.feature.mode or "sum")
+        out.append(own.astype(table.dtype))
+    return out
+
+
+def _joined(layouts: Sequence[_pool.Layout], shapes: Sequence[tuple[int, ...]]) -> tuple[_pool.Layout, list[int]]:
+    """Lay bags of several features out one after the other; say how many there are for each."""
+    sizes = [math.prod(layout.shape) for layout in layouts]
+    ragged = [layout.offsets for layout in layouts if layout.offsets is not None]
+    if not ragged:
+        return _pool.Layout((sum(sizes),), None), sizes
+    starts = [0, *itertools.accumulate(shape[0] for shape in shapes)][:-1]
+    offsets = jnp.concatenate([own + start for own, start in zip(ragged, starts, strict=True)])
+    # Behind the last bag of each feature but the last there is one more, of what is in none of its bags.
+    sizes = [size + 1 for size in sizes]
+    sizes[-1] -= 1
+    return _pool.Layout((offsets.shape[0] - 1,), offsets), sizes
+
+
+def _flat(table: Table, arrays: Sequence[Any], layout: _pool.Layout, fill: Any) -> Any:
+    if arrays[0] is None:
+        return None
+    if layout.offsets is not None:
+        return jnp.concatenate(arrays)
+    arrays = [jnp.reshape(x, (math.prod(x.shape[:-1]), x.shape[-1])) for x in arrays]
+    return joined(table.placement, arrays, fill)
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(map(repr, names)) or "none"

@@ -1,0 +1,1 @@
+"""Gradients of tables as the rows that were read."""

@@ -1,0 +1,1 @@
+"""The program of a gradient, taken apart into rows."""

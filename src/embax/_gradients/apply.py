@@ -1,0 +1,146 @@
+"""apply_updates and global_norm: trees of arrays, Tables and RowGrads, and the check of what is given for a table."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, Int
+
+from .._base import distinct as _dedupe
+from .._core import ids as _ids
+from .._core.held_rows import bare
+from .._core.table import Table, has_weight, without_padding
+from .._mesh import sharded as _placed
+from .row_grad import RowGrad, is_trained
+
+
+def global_norm(tree: Any) -> Float32[Array, ""]:
+    """Return the Euclidean norm of all gradients in a tree, RowGrads among them, as if they were dense.
+
+    Args:
+      tree: A pytree of arrays, Tables and RowGrads.
+
+    Returns:
+      A scalar, in float32 or wider.
+
+    Example:
+      >>> import embax, jax, jax.numpy as jnp
+      >>> g = embax.RowGrad([4, 4], jnp.ones((2, 2)), rows=1_000)
+      >>> jax.jit(embax.global_norm)({"table": g, "bias": jnp.ones(1)})
+      Array(3., dtype=float32)
+    """
+    leaves = jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, RowGrad))
+    return norm_of_distinct([leaf.deduplicated().values if isinstance(leaf, RowGrad) else leaf for leaf in leaves])
+
+
+def norm_of_distinct(leaves: list[Any]) -> Float32[Array, ""]:
+    """The Euclidean norm of arrays in which nothing occurs twice."""
+    squares = [jnp.square(jnp.abs(leaf.astype(_dedupe.accumulator(leaf.dtype)))).sum() for leaf in leaves]
+    return jnp.sqrt(sum(squares, start=jnp.zeros((), jnp.float32)))
+
+
+def apply_updates(params: Any, updates: Any) -> Any:
+    """Add updates to parameters, those of a table's rows to these rows only.
+
+    As `optax.apply_updates`, for trees in which a Table may stand wherever a parameter does. Where the parameters are
+    donated, the work follows the number of ids, not of rows. Padding rows and frozen tables stay as they are.
+
+    Args:
+      params: A pytree of arrays and Tables.
+      updates: The same pytree, with a RowGrad, or a Table whose weight is a dense update, for each Table; None leaves a
+        parameter as it is. Duplicate ids of one RowGrad add up, in float32 or wider. An array may have a RowGrad, too.
+
+    Returns:
+      The new parameters, in their own dtypes.
+
+    Raises:
+      TypeError: If the update of a Table is neither.
+      ValueError: If the structures differ, or a RowGrad does not fit its table.
+
+    Example:
+      >>> import embax, jax.numpy as jnp
+      >>> params = {"table": embax.Table(jnp.zeros((3, 2)))}
+      >>> embax.apply_updates(params, {"table": embax.RowGrad([1], jnp.ones((1, 2)), rows=3)})["table"].weight
+      Array([[0., 0.],
+             [1., 1.],
+             [0., 0.]], dtype=float32)
+    """
+    leaves, structure = jax.tree.flatten(params, is_leaf=lambda node: node is None or isinstance(node, Table))
+    return structure.unflatten(map(_apply, leaves, structure.flatten_up_to(updates)))
+
+
+def _apply(param: Any, update: Any) -> Any:
+    if param is None or update is None:
+        return param
+    if not isinstance(param, Table):
+        if isinstance(update, RowGrad):  # of an array that is read as a table
+            return _apply(Table(param), update).weight
+        return jnp.asarray(param + update).astype(jnp.asarray(param).dtype)
+    update = checked_update("embax.apply_updates", param, update)
+    if not is_trained(param):
+        return param
+    if isinstance(update, Table):
+        # Not by adding 0, which makes 0.0 of -0.0.
+        weight = without_padding(param, _apply(param.weight, update.weight), instead=param.weight)
+        return dataclasses.replace(param, weight=weight)
+    ids, values = _ids.trained(update.ids, param), update.values
+    if param.placement is not None:
+        return dataclasses.replace(param, weight=_added_where_stored(param, ids, values, update.at_owners))
+    if jnp.finfo(param.dtype).bits < 32:  # else the sum would be rounded after each duplicate
+        _, (ids, values, _) = _dedupe.combine(None, ids, values.astype(jnp.float32), param.rows)
+    weight = param.weight.at[ids].add(values.astype(param.dtype), mode="drop")
+    return dataclasses.replace(param, weight=weight)
+
+
+def _added_where_stored(
+    table: Table, ids: Int[Array, " length"], values: Float[Array, "length *dim"], at_owners: bool
+) -> Float[Array, "stored *dim"]:
+    placement: Any = table.placement
+    if not at_owners and jnp.finfo(table.dtype).bits >= 32:
+        return _placed.put(placement, table.weight, ids, values, "add")
+    if not at_owners:
+        (ids, values, _), _ = _placed.combine(placement, ids, values.astype(jnp.float32), table.dim)
+    return _placed.store_at_owners(placement, table.weight, ids, values.astype(table.dtype), table.dim, "add")
+
+
+def checked_update(call: str, table: Table, update: Any) -> "RowGrad | Table":
+    """Return the gradient or update of a table, if it is one and fits, of rows without the Table around them.
+
+    Args:
+      call: The call for the messages.
+      table: The table.
+      update: What the caller gave for it.
+
+    Returns:
+      A RowGrad, or a Table whose weight is dense.
+
+    Raises:
+      TypeError: If it is neither a RowGrad nor a Table.
+      ValueError: If it is of a table of another shape.
+    """
+    update = bare(update)
+    if not isinstance(update, RowGrad | Table):
+        raise TypeError(
+            f"`{call}(updates=...)` must have a RowGrad or a Table where the parameters have a Table, got "
+            f"{type(update).__name__}. Differentiate with embax.value_and_grad or embax.grad."
+        )
+    if not has_weight(table):  # as Equinox leaves out a table of integers
+        return update
+    if isinstance(update, RowGrad):
+        refuse_lanes(call, update)
+        fits = (update.rows, update.dim) == (table.rows, table.dim)
+    else:
+        fits = not has_weight(update) or update.weight.shape == table.weight.shape
+    if not fits:
+        raise ValueError(f"`{call}(updates=...)` must fit the table {table!r}, got {update!r}. Pass its own gradient.")
+    return update
+
+
+def refuse_lanes(call: str, gradient: RowGrad) -> None:
+    """Raise a ValueError for a gradient with lanes, of which a table has none."""
+    if gradient.lanes:
+        raise ValueError(
+            f"`{call}(updates=...)` must have a gradient without lanes for a table, got the lanes {gradient.lanes} of "
+            "jax.vmap or jax.lax.scan. Sum them: gradient.sum(axis=0)."
+        )

@@ -1,0 +1,100 @@
+"""Leaves that are read as tables though no Table holds them: those of other layers, which a caller chooses.
+
+For instance, with `tables=lambda path, leaf: leaf.ndim == 2`, the tree on the left is taken for the one on the right:
+
+    {"embed": float32[1000, 4], "bias": float32[4]}    {"embed": Table(float32[1000, 4]), "bias": float32[4]}
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from .._core.table import Table, with_weight
+
+# Called with the path of a leaf, as `jax.tree_util.tree_map_with_path` gives it, and the leaf.
+Chooser = Callable[[Any, Any], bool]
+
+
+def checked(call: str, tables: Any) -> Chooser | None:
+    """Return a predicate that a caller gave, or None; raise a TypeError for anything else."""
+    if tables is not None and not callable(tables):
+        raise TypeError(
+            f"`{call}(tables=...)` must be a function of a path and a leaf, got {tables!r}. Pass such as "
+            "lambda path, leaf: leaf.ndim == 2."
+        )
+    chooser: Any = tables
+    return chooser
+
+
+def is_chosen(call: str, tables: Chooser | None, path: Sequence[Any], leaf: Any) -> bool:
+    """Tell whether a leaf is to be taken for the weight of a table.
+
+    Args:
+      call: The call for the message.
+      tables: The predicate, or None for no leaf.
+      path: The path of the leaf.
+      leaf: The leaf; a Table is one already.
+
+    Returns:
+      Whether it is.
+
+    Raises:
+      ValueError: If it is chosen and is no array of floats with an axis of rows.
+    """
+    if tables is None or leaf is None or isinstance(leaf, Table) or not tables(tuple(path), leaf):
+        return False
+    if not (hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.inexact) and leaf.ndim):
+        raise ValueError(
+            f"`{call}(tables=...)` must choose arrays of floats with an axis of rows, got {leaf!r} at "
+            f"{jax.tree_util.keystr(tuple(path))!r}. Choose by the dtype and the number of axes, too."
+        )
+    return True
+
+
+def with_tables(call: str, tables: Chooser | None, tree: Any) -> Any:
+    """Put a Table in the place of each chosen leaf of a tree."""
+    return jax.tree.map_with_path(
+        lambda path, leaf: Table(leaf) if is_chosen(call, tables, path, leaf) else leaf,
+        tree,
+        is_leaf=lambda node: isinstance(node, Table),
+    )
+
+
+def with_gradients(as_given: Any, like: Any, gradients: Any) -> Any:
+    """Put gradients into the form that `with_tables` has given the parameters.
+
+    Args:
+      as_given: The parameters before.
+      like: The same afterwards.
+      gradients: A tree of the structure of the parameters before.
+
+    Returns:
+      The gradients, with a Table around those of chosen leaves.
+    """
+    leaves, structure = jax.tree.flatten(like, is_leaf=lambda node: isinstance(node, Table))
+    before = structure.flatten_up_to(as_given)
+    return structure.unflatten(
+        with_weight(leaf, x) if isinstance(leaf, Table) and not isinstance(b, Table) and x is not None else x
+        for leaf, b, x in zip(leaves, before, structure.flatten_up_to(gradients), strict=True)
+    )
+
+
+def without_tables(as_given: Any, like: Any, tree: Any) -> Any:
+    """Take the Tables away again that `with_tables` has put into a tree.
+
+    Args:
+      as_given: The parameters, or a tree of their structure, before.
+      like: The same afterwards.
+      tree: A tree with a node for each Table of `like`.
+
+    Returns:
+      The tree with the weight of each such Table.
+    """
+    leaves, structure = jax.tree.flatten(like, is_leaf=lambda node: isinstance(node, Table))
+    before = structure.flatten_up_to(as_given)
+    return structure.unflatten(
+        x.weight if isinstance(leaf, Table) and not isinstance(b, Table) and isinstance(x, Table) else x
+        for leaf, b, x in zip(leaves, before, structure.flatten_up_to(tree), strict=True)
+    )

@@ -1,0 +1,283 @@
+"""How a loss is differentiated: by JAX, and the program of the gradient then taken apart into rows.
+
+An example, of a loss that looks up three ids of a table of a million rows:
+
+    jax.vjp(loss, table)         runs the loss, once, as JAX does
+    make_jaxpr(pullback)(1.0)    a program: zeros of a million rows, `add_rows values ids` into them
+    evaluate(program)            runs what is needed of it for `values` and `ids`: nothing of a million rows
+    RowGrad(ids, values)
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.core import Tracer
+from jaxtyping import Array
+
+from .._core import ids as _ids
+from .._core.table import Table, with_weight
+from .._mesh import sharded as _placed
+from ._analysis.equations import without_constants
+from ._analysis.forms import Memo
+from ._analysis.linear import Kind
+from ._analysis.program import evaluate as evaluate_program
+from ._analysis.terms import Rows, Term
+from .apply import apply_updates
+from .chosen import Chooser, is_chosen
+from .modules import fixed_leaves
+from .report_dense import NOT_BY_LOOKUP, OVER_DEVICES, OnDense, report_dense, why_dense
+from .row_grad import RowGrad, is_trained, no_rows, row_grad
+
+
+class Options(NamedTuple):
+    """The arguments of `value_and_grad`, besides the function."""
+
+    call: str  # for messages
+    argnums: int | Sequence[int]
+    has_aux: bool
+    holomorphic: bool
+    allow_int: bool
+    on_dense: OnDense
+    tables: Chooser | None = None
+    stacklevel: int = 6  # from a warning up to the user's code
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """The positions of the arguments."""
+        return tuple(self.argnums) if isinstance(self.argnums, Sequence) else (self.argnums,)
+
+    def fit(self, args: Sequence[Any]) -> bool:
+        """Say whether there are such arguments."""
+        return all(-len(args) <= number < len(args) for number in self.numbers)
+
+
+def evaluate(
+    fun: Callable[..., Any],
+    options: Options,
+    args: Sequence[Any],
+    kwargs: Any,
+    names: Callable[[Any], str] | None = None,
+) -> tuple[Any, Any]:
+    """Differentiate a function of trees in which Tables may stand.
+
+    Args:
+      fun: The function.
+      options: How, and for which of its arguments.
+      args: Its arguments.
+      kwargs: Its arguments by name.
+      names: What a leaf is called in messages, given its path in the list of these arguments. Default: by its argument.
+
+    Returns:
+      What the function returns, and its gradient.
+    """
+    numbers = options.numbers
+    nodes, structure = jax.tree.flatten_with_path(
+        [args[number] for number in numbers], is_leaf=lambda node: isinstance(node, Table)
+    )
+    fixed = fixed_leaves([args[number] for number in numbers])
+    chosen = [is_chosen(options.call, options.tables, path[1:], leaf) for path, leaf in nodes]
+    leaves = [Table(leaf) if is_table else leaf for is_table, (_, leaf) in zip(chosen, nodes, strict=True)]
+
+    def loss(others: Sequence[Any]) -> Any:
+        filled = [leaf if other is None else other for leaf, other in zip(leaves, others, strict=True)]
+        filled = [leaf.weight if is_table else leaf for is_table, leaf in zip(chosen, filled, strict=True)]
+        full = list(args)
+        for number, value in zip(numbers, structure.unflatten(filled), strict=True):
+            full[number] = value
+        return checked_pair(options.call, options.has_aux, fun(*full, **kwargs))
+
+    def name(i: int) -> str:
+        path = nodes[i][0]
+        return names(path) if names else f"argument {numbers[path[0].idx]}{jax.tree_util.keystr(path[1:])}"
+
+    value, aux, gradients = differentiate(loss, leaves, fixed, options, name)
+    gradients = [_of_table(*pair) for pair in zip(leaves, gradients, strict=True)]
+    gradients = [x.weight if is_table else x for is_table, x in zip(chosen, gradients, strict=True)]
+    gradient = structure.unflatten(gradients)
+    out = (value, aux) if options.has_aux else value
+    return out, tuple(gradient) if isinstance(options.argnums, Sequence) else gradient[0]
+
+
+def _of_table(leaf: Any, gradient: Any) -> Any:
+    """Put the Table that rows are the gradient of around them, so that the gradients have the parameters' structure."""
+    return with_weight(leaf, gradient) if isinstance(leaf, Table) and isinstance(gradient, RowGrad) else gradient
+
+
+def differentiate(
+    loss: Callable[[Sequence[Any]], tuple[Any, Any]],
+    leaves: Sequence[Any],
+    fixed: Sequence[bool],
+    options: Options,
+    name: Callable[[int], str],
+) -> tuple[Any, Any, list[Any]]:
+    """Differentiate a loss for Tables and other leaves.
+
+    Args:
+      loss: Called with the leaves, None in the place of one that is not differentiated; returns a value and anything.
+      leaves: Tables, arrays, and what else there is.
+      fixed: Which leaves are not differentiated; neither are tables that are not trained.
+      options: Its `call`, `holomorphic`, `allow_int`, `on_dense` and `stacklevel` count.
+      name: What a leaf is called in messages.
+
+    Returns:
+      What the loss returns, and the gradients: of a table a RowGrad, or a Table of all rows.
+    """
+    is_table = [isinstance(leaf, Table) for leaf in leaves]
+    constant = [is_ and not is_trained(leaf) for is_, leaf in zip(is_table, leaves, strict=True)]
+    left_out = [a or b for a, b in zip(fixed, constant, strict=True)]
+    others = [None if out else leaf for out, leaf in zip(left_out, leaves, strict=True)]
+    _check_leaves(others, options)
+    value, pull_back, aux = jax.vjp(loss, others, has_aux=True)
+    _check_value(value, options)
+    gradients = _gradients(value, pull_back, others, options, name)
+    return (
+        value,
+        aux,
+        [
+            _none_read(leaf) if is_constant else gradient
+            for leaf, is_constant, gradient in zip(leaves, constant, gradients, strict=True)
+        ],
+    )
+
+
+def _check_leaves(others: Sequence[Any], options: Options) -> None:
+    leaves = jax.tree.leaves(others)
+    if options.holomorphic or not all(_is_float(leaf) for leaf in leaves):
+        number = jnp.zeros((), jnp.complex64 if options.holomorphic else jnp.float32)
+        _refuse_as_jax_does(number, others, options)
+
+
+def _check_value(value: Any, options: Options) -> None:
+    if options.holomorphic or not _is_float(value) or jnp.shape(value) != ():
+        _refuse_as_jax_does(value, [], options)
+
+
+def _is_float(x: Any) -> bool:
+    return hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.floating)
+
+
+def _refuse_as_jax_does(value: Any, leaves: Sequence[Any], options: Options) -> None:
+    """Raise the error that JAX has for such a value or such leaves, if it has one."""
+    of_jax = jax.value_and_grad(lambda _: value, holomorphic=options.holomorphic, allow_int=options.allow_int)
+    jax.eval_shape(of_jax, leaves)
+
+
+def _gradients(
+    value: Array, pull_back: Callable[[Array], Any], others: Sequence[Any], options: Options, name: Callable[[int], str]
+) -> list[Any]:
+    """Make the program of the gradients, and run it with rows for the gradients of tables."""
+    one = jax.lax.full_like(value, 1)
+    if not any(isinstance(leaf, Table) for leaf in others):
+        return pull_back(one)[0]
+    found: list[Any] = []
+
+    def backward(one: Array) -> list[Any]:
+        (gradients,) = pull_back(one)
+        flat, structure = jax.tree.flatten(gradients)
+        # What is no tracer, the gradient of an integer, has no part in the program.
+        found.append((structure, [None if isinstance(x, Tracer) else x for x in flat]))
+        return [x for x in flat if isinstance(x, Tracer)]
+
+    jaxpr, consts = without_constants(jax.make_jaxpr(backward)(one))
+    structure, rest = found[0]
+    numbers = iter(range(len(jaxpr.outvars)))
+    # Outputs of the program by their numbers, boxed lest an integer be taken for a gradient.
+    boxed = structure.unflatten([_Output(next(numbers)) if x is None else x for x in rest])
+    memo, terms, dense = Memo(), {}, {}
+    for i, leaf in enumerate(others):
+        if isinstance(leaf, Table) and isinstance(output := boxed[i].weight, _Output):
+            form = memo.forms(jaxpr).form(jaxpr.outvars[output.number])
+            # Rows of which each device has its own are not to be added to what is summed over devices.
+            over_devices = len(form.axes) > 1 or (form.dense and any(form.axes))
+            apart = over_devices or form.kinds - {Kind(placement=leaf.placement)}
+            why = why_dense(form) or (OVER_DEVICES if over_devices else NOT_BY_LOOKUP if apart else None)
+            if why is not None:
+                dense[i] = why
+            if not apart:
+                terms[i] = output.number
+    for i, why in dense.items():
+        report_dense(options.call, options.on_dense, name(i), others[i], why, options.stacklevel)
+    arrays_out = [j for j in range(len(jaxpr.outvars)) if j not in terms.values()]
+    arrays, sums = evaluate_program(jaxpr, (), [*consts, one], {}, arrays_out, tuple(terms.values()), memo)
+    values: dict[int, Any] = dict(zip(arrays_out, arrays, strict=True)) | dict.fromkeys(terms.values())
+    gradients = jax.tree.map(
+        lambda x: values[x.number] if isinstance(x, _Output) else x, boxed, is_leaf=lambda x: isinstance(x, _Output)
+    )
+    for i, of_table in zip(terms, sums, strict=True):
+        gradients[i] = _of_terms(others[i], value, of_table)
+    return gradients
+
+
+class _Output(NamedTuple):
+    """The number of an output of a program."""
+
+    number: int
+
+
+def _of_terms(table: Table, value: Array, terms: Sequence[Term]) -> Any:
+    """Make the gradient of a table of the terms that it is a sum of."""
+    rows = [x for x in reversed(terms) if isinstance(x, Rows)]  # as they were read
+    whole = [x for x in terms if not isinstance(x, Rows)]
+    ids = [after_loss(value, _ids.narrow(x.ids, table.rows, jnp)) for x in rows]
+    of_rows = gathered(table, ids, [x.values for x in rows])
+    if not whole:
+        return of_rows
+    total = with_weight(table, sum(whole[1:], start=whole[0]))
+    return apply_updates(total, of_rows) if rows else total
+
+
+def checked_pair(call: str, has_aux: bool, out: Any) -> tuple[Any, Any]:
+    """Return the value and the auxiliary output, None without one, of what a function returned.
+
+    Args:
+      call: The call for the message.
+      has_aux: Whether it is to be a pair.
+      out: What it returned.
+
+    Returns:
+      Both.
+
+    Raises:
+      TypeError: If it is to be a pair, and is none.
+    """
+    if not has_aux:
+        return out, None
+    if not isinstance(out, tuple | list) or len(out) != 2:
+        raise TypeError(
+            f"`{call}(has_aux=True)` must be of a function that returns a pair, a scalar and anything else, got "
+            f"{type(out).__name__}. Return both, or leave has_aux out."
+        )
+    return out[0], out[1]
+
+
+def _none_read(table: Table) -> Any:
+    if not hasattr(table.weight, "dtype"):  # as Equinox leaves out what is in another place
+        return with_weight(table, None)
+    return no_rows(table)
+
+
+def gathered(table: Table, ids: Sequence[Array], cotangents: Sequence[Array]) -> RowGrad:
+    """Put the gradients of a table's lookups together."""
+    if not ids:
+        return _none_read(table)
+    if table.placement is not None:
+        flat_ids = _placed.joined(table.placement, [jnp.ravel(x) for x in ids], table.rows)
+        values = [jnp.reshape(x, (n.size, *table.dim)) for x, n in zip(cotangents, ids, strict=True)]
+        return row_grad(flat_ids, _placed.joined(table.placement, values, 0), table.rows)
+    ids, cotangents = ([_ids.on_every_device(x) for x in arrays] for arrays in (ids, cotangents))
+    flat_ids = jnp.concatenate([jnp.ravel(x) for x in ids])
+    values = jnp.concatenate([jnp.reshape(x, (n.size, *table.dim)) for x, n in zip(cotangents, ids, strict=True)])
+    return row_grad(flat_ids, values, table.rows)
+
+
+def after_loss(value: Array, ids: Array) -> Array:
+    """Make ids depend on the loss, so that the rows are read before a donated table is written in their place.
+
+    Where the gradient of the rows does not depend on them, as in a sum, XLA would be free to write first, and copy the
+    table to be able to. (It drops an optimization_barrier before it decides.) No number has 64 bits set of 32, but XLA
+    does not reason about that.
+    """
+    bits = jax.lax.bitcast_convert_type(jnp.real(value).astype(jnp.float32), jnp.int32)
+    return ids + jax.lax.shift_right_logical(jax.lax.population_count(bits), jnp.int32(6)).astype(ids.dtype)

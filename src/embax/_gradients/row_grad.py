@@ -1,0 +1,382 @@
+"""RowGrad: the gradient, or the update, of the rows of a table that were read."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jax.extend.random import define_prng_impl
+from jaxtyping import Array, Float, Int, Key, Shaped
+
+from .._base import check as _check
+from .._base import distinct as _dedupe
+from .._core import ids as _ids
+from .._core.held_rows import HeldRows, bare, is_label
+from .._core.table import Table
+
+# What JAX says of arithmetic that does not know a RowGrad, which optax does for each leaf: in the name of the dtype of
+# the ids, and in that of the type where trees do not match.
+_HINT = "put this inside of embax.optim.lift"
+
+
+def _no_random_numbers(*_: Any) -> Any:
+    raise TypeError("`jax.random` must be given a random key, got the ids of an embax.RowGrad. Leave them out.")
+
+
+# Ids are held as random keys of two words of 32 bits.
+_KEYS = define_prng_impl(
+    key_shape=(2,),
+    seed=_no_random_numbers,
+    split=_no_random_numbers,
+    random_bits=_no_random_numbers,
+    fold_in=_no_random_numbers,
+    name="embax.RowGrad",
+    tag=f"RowGrad: {_HINT}",
+)
+
+
+class _KindOfRowGrad(type):
+    """What RowGrad is an instance of: a Table whose weight is a RowGrad counts as one."""
+
+    def __instancecheck__(cls, instance: Any) -> bool:
+        return super().__instancecheck__(bare(instance))
+
+    def __repr__(cls) -> str:
+        return f"<class 'embax.{cls.__name__}': {_HINT}>"
+
+
+class RowGrad(HeldRows, metaclass=_KindOfRowGrad):
+    """The gradient of a table, held as the rows that were read and nothing else.
+
+    `dense[r] = sum of values[i] over all i with ids[i] == r`
+
+    A pytree of static length: an id may occur many times, and `rows` stands where there is none. Made by
+    `embax.value_and_grad`, taken by the optimizers of `embax.optim` and by `embax.apply_updates`. `g1 + g2` puts two
+    together, `g1 - g2` and `sum([g1, g2])` do so, too; `c * g`, `g / c` and `-g` scale one.
+
+    The gradient of a Table is a Table with the same rules, whose weight is the RowGrad, so that a tree of gradients has
+    the structure of the parameters, and labels and masks for one are those for the other. It counts as a RowGrad, and
+    has the attributes and the arithmetic of one. A RowGrad that you make yourself may stand for a Table as it is;
+    `dataclasses.replace(table, weight=RowGrad(...))` gives it that structure, too.
+
+    Leading axes are lanes, each with a gradient of its own: `jax.vmap` makes them of gradients by example, and
+    `jax.lax.scan` of the gradients of its steps. `g.sum(axis=0)` joins lanes to the gradient of their sum, which is how
+    gradients are accumulated; optimizers and `apply_updates` take it, and refuse lanes.
+
+    Arithmetic that does not know it would move rows, such as `jax.tree.map(jnp.add, g1, g2)`, which would add up ids.
+    So the leaf that holds the ids has the dtype of a random key, for which JAX refuses arithmetic with a TypeError; a
+    leaf of zeros, as `optax.tree.zeros_like` makes it, means that there are no ids.
+
+    Args:
+      ids: Row numbers in `[0, rows)`, or `rows` for none, `(length,)`, of any integer dtype.
+      values: One floating-point value an id, `(length, *dim)`.
+      rows: The number of rows of the table.
+
+    Raises:
+      TypeError: If the ids are not of an integer dtype, or the values not of a floating-point one.
+      ValueError: If the shapes do not fit, or a concrete id is outside of `[0, rows]`. A traced one outside counts as
+        none.
+
+    Example:
+      >>> import embax, jax.numpy as jnp
+      >>> g = embax.RowGrad([4, 1, 4], jnp.ones((3, 2)), rows=1_000)
+      >>> g
+      RowGrad(3 ids of 1000 rows, float32[3,2])
+      >>> (g + 2 * g).deduplicated().values[:3, 0]
+      Array([3., 6., 0.], dtype=float32)
+      >>> g.to_dense().shape
+      (1000, 2)
+    """
+
+    __slots__ = ("_keys", "at_owners", "rows", "values")
+    __array_ufunc__ = None  # so that a NumPy scalar leaves `c * g` to us
+    _keys: Key[Array, "*lanes length"]
+    values: Float[Array, "*lanes_length_dim"]
+    rows: int
+    at_owners: bool  # whether the rows are laid out as those of a placed table: as its optimizer leaves them
+
+    def __init__(self, ids: Any, values: Any, rows: int):
+        rows = _check.size("embax.RowGrad(rows=...)", rows)
+        ids = ids if hasattr(ids, "dtype") else np.asarray(ids, np.int32 if len(ids) == 0 else None)
+        values = jnp.asarray(values)
+        if not jnp.issubdtype(ids.dtype, jnp.integer):
+            raise TypeError(f"`embax.RowGrad(ids=...)` must be of an integer dtype, got {ids.dtype}. Cast them.")
+        if not jnp.issubdtype(values.dtype, jnp.inexact):
+            raise TypeError(f"`embax.RowGrad(values=...)` must be of a float dtype, got {values.dtype}. Cast them.")
+        if ids.ndim != 1 or values.shape[:1] != ids.shape:
+            raise ValueError(
+                "`embax.RowGrad(ids=..., values=...)` must be of the shapes (length,) and (length, *dim), got "
+                f"{ids.shape} and {values.shape}. Flatten the ids, and give one value for each."
+            )
+        if not isinstance(ids, Tracer):
+            ids = np.asarray(ids)  # compares small integers with large ones, too
+            bad = (ids < 0) | (ids > rows)
+            if bad.any():
+                position = int(bad.argmax())
+                raise ValueError(
+                    f"`embax.RowGrad(ids=...)` must be in [0, {rows}], {rows} for none, got {int(ids[position])} at "
+                    f"position {position}. Wrap negative ids, and leave out those without a row."
+                )
+        _fill(self, _encode(jnp.asarray(ids), rows), values, rows)
+
+    @property
+    def ids(self) -> Int[Array, "*lanes length"]:
+        """Row numbers, `rows` where there is none."""
+        return _decode(self._keys, self.rows)
+
+    @property
+    def lanes(self) -> tuple[int, ...]:
+        """The sizes of the leading axes, `()` for a gradient without lanes."""
+        return tuple(self._keys.shape[:-1])
+
+    @property
+    def dim(self) -> tuple[int, ...]:
+        """The sizes of a row's axes."""
+        return tuple(self.values.shape[self._keys.ndim :])
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The dtype of the values."""
+        return self.values.dtype
+
+    def to_dense(self) -> Float[Array, "*lanes_rows_dim"]:
+        """Return the gradient as an array of all rows; duplicates are summed in float32 or wider."""
+
+        def dense(ids: Int[Array, " length"], values: Float[Array, "length *dim"]) -> Float[Array, "rows *dim"]:
+            wide = values.astype(_dedupe.accumulator(self.dtype))
+            zeros = jnp.zeros((self.rows, *self.dim), wide.dtype)
+            return zeros.at[ids].add(wide, mode="drop").astype(self.dtype)
+
+        return self._of_each_lane(dense)
+
+    def deduplicated(self) -> "RowGrad":
+        """Return the same gradient with each id once, in rising order, of the same length; sums as in `to_dense`."""
+
+        def distinct(ids: Int[Array, " length"], values: Float[Array, "length *dim"]) -> "RowGrad":
+            _, combined = _dedupe.combine(None, ids, values, self.rows)
+            return row_grad(combined.ids, combined.values, self.rows)
+
+        return self._of_each_lane(distinct)
+
+    def sum(self, axis: int | tuple[int, ...] | None = None) -> "RowGrad":
+        """Return the sum of lanes: a gradient with the rows of all of them.
+
+        `sum.to_dense() == to_dense().sum(axis)`, and the lengths add up.
+
+        Args:
+          axis: The axes of lanes that are summed. Default: all.
+
+        Returns:
+          The gradient, without these axes.
+
+        Raises:
+          ValueError: If an axis is not one of lanes.
+
+        Example:
+          >>> import embax, jax, jax.numpy as jnp
+          >>> table = embax.Table.create(jax.random.key(0), rows=1_000, dim=4)
+          >>> def add(_, ids):  # a step of gradient accumulation
+          ...     return None, embax.grad(lambda table: embax.lookup(table, ids).sum())(table)
+          ...
+          >>> jax.lax.scan(add, None, jnp.array([[3, 5], [5, 7]]))[1].sum(axis=0)
+          RowGrad(4 ids of 1000 rows, float32[4,4])
+        """
+        lanes = len(self.lanes)
+        axes = tuple(range(lanes)) if axis is None else (axis,) if isinstance(axis, int) else tuple(axis)
+        if len({axis % max(lanes, 1) for axis in axes}) < len(axes) or not all(-lanes <= axis < lanes for axis in axes):
+            raise ValueError(
+                f"`embax.RowGrad.sum(axis=...)` must name axes of the lanes {self.lanes}, got {axis}. Rows are summed "
+                "by to_dense().sum."
+            )
+        summed = sorted(axis % lanes for axis in axes)
+        kept = [axis for axis in range(lanes) if axis not in summed]
+        order = [*kept, *summed]
+        shape = (
+            *(self.lanes[axis] for axis in kept),
+            math.prod(self.lanes[axis] for axis in summed) * self._keys.shape[-1],
+        )
+        keys = jnp.transpose(self._keys, (*order, lanes)).reshape(shape)
+        rest = range(lanes, self.values.ndim)
+        values = jnp.transpose(self.values, (*order, *rest)).reshape(*shape, *self.dim)
+        return _fill(object.__new__(RowGrad), keys, values, self.rows, self.at_owners)
+
+    def psum(self, axis_name: Any) -> "RowGrad":
+        """Return the sum over a mapped axis, as `jax.lax.psum` does for arrays: a gradient with the rows of all.
+
+        Args:
+          axis_name: The name of an axis of `jax.vmap` or `jax.shard_map`.
+
+        Returns:
+          The gradient; every lane or device of the axis has it whole.
+
+        Example:
+          >>> import embax, jax, jax.numpy as jnp
+          >>> def gradient(ids):
+          ...     return embax.RowGrad(ids, jnp.ones((2, 1)), rows=4).psum("batch").to_dense()[:, 0]
+          ...
+          >>> jax.vmap(gradient, axis_name="batch")(jnp.array([[0, 1], [1, 3]]))[0]
+          Array([1., 2., 0., 1.], dtype=float32)
+        """
+        words = jax.lax.all_gather(jax.random.key_data(self._keys), axis_name)
+        keys = jax.random.wrap_key_data(words, impl=_KEYS)
+        values = jax.lax.all_gather(self.values, axis_name)
+        return _fill(object.__new__(RowGrad), keys, values, self.rows, self.at_owners).sum(axis=0)
+
+    def __add__(self, other: Any) -> "RowGrad":
+        if isinstance(other, int) and other == 0:  # where sum() begins
+            return self
+        other = bare(other)
+        if not isinstance(other, RowGrad):
+            _refuse_array(other)
+            return NotImplemented
+        if (self.rows, self.dim, self.dtype) != (other.rows, other.dim, other.dtype):
+            raise ValueError(
+                "`RowGrad + RowGrad` must be of tables of the same rows, dim and dtype, got "
+                f"{self!r} and {other!r}. Add gradients of one table only."
+            )
+        if self.lanes != other.lanes:
+            raise ValueError(
+                f"`RowGrad + RowGrad` must have the same lanes, got {self.lanes} and {other.lanes}. Sum lanes first: "
+                "g.sum(axis=0)."
+            )
+        length = len(self.lanes)
+        keys = jnp.concatenate([self._keys, other._keys], axis=length)
+        values = jnp.concatenate([self.values, other.values], axis=length)
+        return _fill(object.__new__(RowGrad), keys, values, self.rows)
+
+    __radd__ = __add__
+
+    def __sub__(self, other: Any) -> "RowGrad":
+        other = bare(other)
+        if not isinstance(other, RowGrad):
+            _refuse_array(other)
+            return NotImplemented
+        return self + -other
+
+    __rsub__ = __sub__
+
+    def __neg__(self) -> "RowGrad":
+        return self._with_values(-self.values)
+
+    def __pos__(self) -> "RowGrad":
+        return self
+
+    def __mul__(self, factor: Any) -> "RowGrad":
+        if not _is_factor(factor, "factor * RowGrad"):
+            return NotImplemented
+        return self._with_values(self.values * jnp.asarray(factor, self.dtype))
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, divisor: Any) -> "RowGrad":
+        if not _is_factor(divisor, "RowGrad / divisor"):
+            return NotImplemented
+        return self._with_values(self.values / jnp.asarray(divisor, self.dtype))
+
+    def _with_values(self, values: Any) -> "RowGrad":
+        return _fill(object.__new__(RowGrad), self._keys, values, self.rows, self.at_owners)
+
+    def label(self) -> Any:
+        """The label of the values, if the leaves are labels; else itself."""
+        return self.values if is_label(self.values) and is_label(self._keys) else self
+
+    def empty(self) -> "RowGrad":
+        """The same node with None for its leaves."""
+        return _fill(object.__new__(RowGrad), None, None, self.rows, self.at_owners)
+
+    def _of_each_lane(self, function: Callable[[Any, Any], Any]) -> Any:
+        """Call a function of the ids and the values of one lane for all of them."""
+        for _ in self.lanes:
+            function = jax.vmap(function)
+        return function(_ids.on_every_device(self.ids), _ids.on_every_device(self.values))
+
+    def __repr__(self) -> str:
+        values = self.values
+        if not (hasattr(values, "shape") and hasattr(values, "dtype")):
+            return f"RowGrad(of {self.rows} rows, {values!r})"
+        shape = ",".join(map(str, values.shape))
+        lanes = f"lanes {self.lanes}, each of " if self.lanes else ""
+        return f"RowGrad({lanes}{self._keys.shape[-1]} ids of {self.rows} rows, {values.dtype}[{shape}])"
+
+
+def _refuse_array(other: Any) -> None:
+    """Raise a TypeError for an array that is added to a RowGrad, or the other way round, as optax does to apply one."""
+    if hasattr(other, "shape"):
+        raise TypeError(
+            f"`RowGrad + ...` must be of another RowGrad, got an array of the shape {other.shape}. Apply updates with "
+            "embax.apply_updates, put transformations inside of embax.optim.lift, or add to_dense()."
+        )
+
+
+def _is_factor(factor: Any, call: str) -> bool:
+    """Tell whether a gradient can be scaled by something, and refuse arrays."""
+    if isinstance(factor, RowGrad) or (not hasattr(factor, "shape") and not isinstance(factor, int | float)):
+        return False
+    if jnp.ndim(factor):
+        raise ValueError(
+            f"`{call}` must have a scalar factor, got shape {jnp.shape(factor)}. Scale `values` for a factor an id."
+        )
+    return True
+
+
+def row_grad(
+    ids: Int[Array, " length"], values: Shaped[Array, "length *dim"], rows: int, *, at_owners: bool = False
+) -> RowGrad:
+    """`RowGrad` without its checks; any id outside of `[0, rows)` means none."""
+    return _fill(object.__new__(RowGrad), _encode(ids, rows), values, rows, at_owners)
+
+
+def no_rows(table: Table) -> RowGrad:
+    """The gradient of a table of which no row was read; of integers, it is one of float32."""
+    dtype = table.dtype if jnp.issubdtype(table.dtype, jnp.inexact) else jnp.float32
+    return row_grad(jnp.zeros(0, jnp.int32), jnp.zeros((0, *table.dim), dtype), table.rows)
+
+
+def _fill(gradient: RowGrad, keys: Any, values: Any, rows: int, at_owners: bool = False) -> RowGrad:
+    gradient._keys, gradient.values, gradient.rows, gradient.at_owners = keys, values, rows, at_owners
+    return gradient
+
+
+def _rebuilt(static: tuple[int, bool], values: Any, keys: Any) -> RowGrad:
+    return _fill(object.__new__(RowGrad), keys, values, *static)
+
+
+jax.tree_util.register_pytree_with_keys(
+    RowGrad,
+    # The values come first, since optax takes the dtype of the first leaf of a tree for that of numbers; and they have
+    # the path of the weight, so that labels by path are the same for both.
+    lambda gradient: (
+        ((jax.tree_util.GetAttrKey("weight"), gradient.values), (jax.tree_util.GetAttrKey("ids"), gradient._keys)),
+        (gradient.rows, gradient.at_owners),
+    ),
+    # JAX rebuilds pytrees with None, bools and shapes in place of arrays.
+    lambda static, leaves: _rebuilt(static, *leaves),
+    lambda gradient: ((gradient.values, gradient._keys), (gradient.rows, gradient.at_owners)),
+)
+
+
+def _encode(ids: Int[Array, " length"], rows: int) -> Key[Array, " length"]:
+    """Hold ids as keys: their number from 1, and 0 for none."""
+    ids = _ids.narrow(ids, rows, jnp)
+    valid = (ids >= 0) & (ids < rows)
+    numbers = jnp.where(valid, ids, -1) + 1
+    high = jnp.zeros_like(ids) if numbers.dtype.itemsize <= 4 else numbers >> 32
+    words = jnp.stack([high.astype(jnp.uint32), numbers.astype(jnp.uint32)], axis=-1)
+    return jax.random.wrap_key_data(words, impl=_KEYS)
+
+
+def _decode(keys: Key[Array, " length"], rows: int) -> Int[Array, " length"]:
+    words = jax.random.key_data(keys)
+    # Of keys that are not ours, the high word may be anything.
+    numbers = jnp.where(words[..., 0] == 0, words[..., 1], 0).astype(jnp.int32)
+    if rows > np.iinfo(np.int32).max:
+        numbers = (words[..., 0].astype(jnp.int64) << 32) | words[..., 1].astype(jnp.int64)
+    return jnp.where(numbers == 0, rows, numbers - 1)
+
+
+def is_trained(table: Table) -> bool:
+    """Say whether a table has a gradient at all: one of floats that is not frozen."""
+    return not table.freeze and hasattr(table.weight, "dtype") and jnp.issubdtype(table.dtype, jnp.inexact)

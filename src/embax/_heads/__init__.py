@@ -1,0 +1,1 @@
+"""Heads that multiply vectors by rows: logits and losses."""

@@ -1,0 +1,328 @@
+"""softmax_cross_entropy: the loss of a head over all rows of a table, without the logits of all rows."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Bool, Float, Shaped
+
+from .._base import check as _check
+from .._base.distinct import accumulator
+from .._core import ids as _ids
+from .._core.lookup import clipped_rows
+from .._core.table import Table, with_weight
+from .._mesh.heads import Block, OwnRows, Tokens, on_owners
+from . import labels as _labels
+from .attend import common_dtype, trained_whole
+from .labels import NOT_COUNTED, Reduction
+from .loops import varying_alike, with_auto_axes, zeros_as
+from .row_blocks import over_blocks
+
+# Numbers in a block of logits, 2 MB of float32, and in the rows of one: a block stays in the second-level cache from
+# the product to the exponentials and on to the next product. See benchmarks/heads.py; a quarter of it or four times
+# as much makes a difference of less than a tenth.
+_BLOCK = 2**19
+_LEAST_ROWS = 128  # of many tokens, lest a product be too thin to be fast
+
+
+class _Terms(NamedTuple):
+    """What the loss of a token consists of, and how it is computed: the static arguments."""
+
+    chunk: int
+    mask_padding: bool
+    label_smoothing: float
+    z_loss: float
+
+
+def softmax_cross_entropy(
+    table: Table,
+    x: Any,
+    labels: Any,
+    *,
+    chunk: int | None = None,
+    mask_padding: bool = False,
+    ignore_index: int | None = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    reduction: Reduction = "none",
+) -> Float[Array, "..."]:
+    """Return the cross-entropy of each label under the softmax over all rows: the loss of a language model's head.
+
+    `loss[b] = log(sum_r exp(logits[b, r])) - logits[b, labels[b]]`, with the logits of `attend`
+
+    A token does not count if its label is `ignore_index`, or if `mask_padding` is set and its label is a padding row.
+    Its loss is 0, and neither the table nor `x` has a gradient of it, even if its vector is NaN.
+
+    The logits are never held: they are computed for one block of rows after the other, in the backward pass again.
+    Temporary memory follows the tokens and the block, not the rows; time is near that of the plain way. The gradient of
+    the table is of all rows, and `embax.value_and_grad` treats it as that of `attend`, as it does the table's rules.
+
+    Of a table on a mesh, each device goes through its own rows in blocks, for the vectors of all devices with other
+    rows, and only what there is of a token is summed over these: largest logits, normalisers, and the gradient of `x`.
+    So a batch is best split over other mesh axes than the table, or over all; it is gathered over the table's.
+
+    Works under `jit`, `vmap`, `scan`, `checkpoint`, `grad` and what is forward over reverse, `jax.hessian` among it. It
+    has no forward-mode derivative of its own, so that `jax.jvp` and `jax.jacfwd` are refused: for those, take the
+    logits of `attend`.
+
+    Args:
+      table: The table, of a floating-point dtype.
+      x: Vectors `(*batch, *dim)` of a floating-point dtype; the trailing axes are those of a row.
+      labels: The right row of each vector, `(*batch)`, of any integer dtype: a number in `[0, rows)` or `ignore_index`.
+        Others have no row: unlike ids of a lookup, negative ones do not count from the end. Where a traced label has no
+        row, the loss is NaN, and neither the table nor `x` has a gradient of it; by `out_of_range="zero"` its logit is
+        0, and by `"clip"` the nearest row is the label.
+      chunk: The rows of a block, 1 or more; on a mesh, those that a device multiplies at once. Default: by the number
+        of tokens, so that a block fits a processor's cache.
+      mask_padding: Whether padding rows are left out, as rows that are never predicted and as labels: a token that has
+        one for its label does not count.
+      ignore_index: The label of tokens that do not count. None: there is no such label. Default: that of torch.
+      label_smoothing: The share of the target probability, from 0 to 1, that is spread evenly over all rows, as torch
+        does; with `mask_padding` over all but the padding rows.
+      z_loss: The weight of `log(sum_r exp(logits[b, r])) ** 2`, which is added to the loss of each token, 0 or more.
+        PaLM was trained with 1e-4.
+      reduction: `"none"`: one loss a token. `"sum"`: the sum of the losses. `"mean"`: the sum divided by the number of
+        tokens that count. If no token counts, the mean is 0 and has no gradient; torch gives NaN.
+
+    Returns:
+      The losses in nats, `(*batch)` or one number by `reduction`, in float32 or wider.
+
+    Raises:
+      TypeError: If the table or `x` is not of a floating-point dtype, the labels are not of an integer one, or an
+        option is of the wrong type.
+      ValueError: If the trailing axes of `x` are not those of a row, the others are not those of the labels, or an
+        option is outside its range.
+      IndexError: If a concrete label that counts has no row and `table.out_of_range` is `"error"`.
+
+    Example:
+      >>> import embax, jax.numpy as jnp
+      >>> table = embax.Table(jnp.array([[0.0, 0.0], [1.0, 2.0], [3.0, 4.0]]), padding_idx=0)
+      >>> embax.softmax_cross_entropy(table, [[1.0, 1.0], [1.0, 1.0]], [2, 0], mask_padding=True).round(4)
+      Array([0.0181, 0.    ], dtype=float32)
+      >>> embax.softmax_cross_entropy(table, [[1.0, 1.0], [1.0, 1.0]], [2, -100], reduction="mean").round(4)
+      Array(0.019, dtype=float32)
+
+    References:
+      Wijmans et al., Cut your losses in large-vocabulary language models, 2024, https://arxiv.org/abs/2411.09009.
+      Milakov and Gimelshein, Online normalizer calculation for softmax, 2018, https://arxiv.org/abs/1805.02867.
+      Szegedy et al., Rethinking the Inception architecture for computer vision, 2016, https://arxiv.org/abs/1512.00567,
+      section 7.
+      Chowdhery et al., PaLM: scaling language modeling with pathways, 2022, https://arxiv.org/abs/2204.02311,
+      section 5.
+    """
+    call = "embax.softmax_cross_entropy"
+    mask_padding = _check.flag("embax.softmax_cross_entropy(mask_padding=...)", mask_padding)
+    x, labels = _labels.checked_batch(call, table, x, labels, ignore_index, mask_padding)
+    terms = _Terms(
+        _rows_of_block(chunk, labels.size, table),
+        mask_padding,
+        _check.not_negative(f"{call}(label_smoothing=...)", label_smoothing, most=1),
+        _check.not_negative(f"{call}(z_loss=...)", z_loss),
+    )
+    reduction = _check.choice(f"{call}(reduction=...)", reduction, Reduction)
+    # The padding row's gradient is left out block by block instead.
+    weight = trained_whole(dataclasses.replace(table, padding_idx=None))
+    if table.placement is None:
+        weight, x, labels = varying_alike(_ids.on_every_device(weight), x, labels)
+    return _jitted(terms, reduction, with_weight(table, None), weight, x, labels)
+
+
+def _rows_of_block(chunk: int | None, tokens: int, table: Table) -> int:
+    rows = table.rows
+    if table.placement is not None:  # those of a device
+        tokens = -(-tokens // table.placement.copies)
+        rows = -(-table.placement.block // table.placement.column_shards)
+    if chunk is None:
+        width = max(tokens, int(np.prod(table.dim)), 1)
+        chunk = max(_BLOCK // width, _LEAST_ROWS)
+    chunk = _check.integer("embax.softmax_cross_entropy(chunk=...)", chunk)
+    if chunk < 1:
+        raise ValueError(
+            f"`embax.softmax_cross_entropy(chunk=...)` must be at least 1, got {chunk}. Pass the rows of a block."
+        )
+    return max(min(chunk, rows), 1)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _losses(terms: _Terms, rules: Table, weight: Array, x: Array, labels: Array) -> Array:
+    return _losses_fwd(terms, rules, weight, x, labels)[0]
+
+
+def _reduced(terms: _Terms, reduction: Reduction, *args: Any) -> Array:
+    return _labels.reduced(_losses(terms, *args), args[-1], reduction)
+
+
+# Inlined, and compiled once for calls without jit.
+_jitted = jax.jit(_reduced, static_argnums=(0, 1), inline=True)
+
+
+def _losses_fwd(terms: _Terms, *args: Any) -> tuple[Array, Any]:
+    rules, weight, x, labels = args
+    forward = functools.partial(_forward, terms, rules)
+    if rules.placement is None:
+        of_token = PartitionSpec(*jax.typeof(x).sharding.spec[: labels.ndim])
+        of_tokens = with_auto_axes(forward, (of_token,) * 3, (weight, x, labels))
+    else:
+        tokens = Tokens(rules.placement, labels.shape)
+        given = tokens.laid_out(x), tokens.laid_out(labels, NOT_COUNTED)
+        of_tokens = on_owners(tokens, forward, (tokens.spec,) * 3, weight, *given)
+        of_tokens = tuple(tokens.restored(values, x) for values in of_tokens)
+    loss, *normalizer = of_tokens
+    return loss, (*args, *normalizer)
+
+
+def _losses_bwd(terms: _Terms, saved: Any, cotangent: Array) -> tuple[None, Array, Array, None]:
+    rules, weight, x, labels, *of_tokens = (*saved, cotangent)
+    backward = functools.partial(_backward, terms, rules)
+    if rules.placement is None:
+        specs = jax.typeof(weight).sharding.spec, jax.typeof(x).sharding.spec
+        of_weight, of_x = with_auto_axes(backward, specs, (weight, x, labels, *of_tokens))
+        return None, of_weight, of_x.astype(x.dtype), None
+    tokens = Tokens(rules.placement, labels.shape)
+
+    def local(*args: Array) -> tuple[Array, Array]:
+        of_weight, of_x = backward(*args)
+        return of_weight, tokens.summed(of_x).astype(x.dtype)
+
+    given = tokens.laid_out(x), tokens.laid_out(labels, NOT_COUNTED), *map(tokens.laid_out, of_tokens)
+    specs = rules.placement.spec(weight.shape, weight.shape[1:]), tokens.parted_spec
+    of_weight, of_x = on_owners(tokens, local, specs, weight, *given)
+    return None, of_weight, tokens.restored(of_x, x), None
+
+
+_losses.defvjp(_losses_fwd, _losses_bwd)
+
+
+def _forward(terms: _Terms, rules: Table, weight: Array, x: Array, labels: Array) -> tuple[Array, Array, Array]:
+    """Return the losses, the largest logits `m` and the normalisers `sum_r exp(logits[r] - m)`, `(*batch)` each.
+
+    These are two, since of large logits `m + log(sum)` would lose the logarithm's digits.
+    """
+    own, wide = OwnRows.of(rules, weight), accumulator(common_dtype(with_weight(rules, weight), x))
+    logits_of, places = _logits_of(terms.mask_padding, rules, weight, x), own.places(labels)
+    of_label, of_all = _targets(terms, rules, own.rows)
+
+    def step(start: Any, size: int, carry: Any) -> Any:
+        largest, total, target, sum_of_rows = carry
+        block = own.read(weight, start, size)
+        rows, logits, left_out = logits_of(block)
+        # Any number of the size of the logits would do in place of the largest, so it has no derivative.
+        higher = jnp.maximum(largest, jax.lax.stop_gradient(jnp.max(logits, axis=-1)))
+        # Where all rows so far are masked, nothing is subtracted: infinity less itself is NaN.
+        finite = _finite(higher)
+        total = total * jnp.exp(largest - finite) + jnp.sum(jnp.exp(logits - finite[..., None]), axis=-1)
+        place, last = places - block.first, logits.shape[-1] - 1
+        picked = jnp.take_along_axis(logits, jnp.clip(place, 0, last)[..., None], axis=-1, mode="clip")[..., 0]
+        target += jnp.where((place >= 0) & (place <= last), of_label * picked, 0)
+        if of_all:  # the sum of logits is the logit of the sum
+            missing = None if left_out is None else jnp.expand_dims(left_out, tuple(range(1, rows.ndim)))
+            rows = rows.astype(wide)
+            sum_of_rows += jnp.sum(rows if missing is None else jnp.where(missing, 0, rows), axis=0)
+        return higher, total, target, sum_of_rows
+
+    zeros, sum_of_rows = zeros_as(x, labels.shape, wide), zeros_as(x, x.shape[labels.ndim :] if of_all else (), wide)
+    start = zeros - np.inf, zeros, zeros, sum_of_rows
+    largest, total, target, sum_of_rows = over_blocks(step, weight.shape[0], terms.chunk * own.parts, start)
+    if of_all:
+        axes = tuple(range(labels.ndim, x.ndim)), tuple(range(sum_of_rows.ndim))
+        target += of_all * _dot(x.astype(wide), sum_of_rows, *axes, wide)
+    largest, total, target = _of_all_owners(own, largest, total, target)
+    loss = largest - target + jnp.log(total)
+    if terms.z_loss:
+        loss += terms.z_loss * (largest + jnp.log(total)) ** 2
+    return _labels.masked(rules, own.rows, labels, loss), largest, total
+
+
+def _targets(terms: _Terms, rules: Table, rows: int) -> tuple[float, float]:
+    """Return the factor of the label's logit in the target, and that of each logit that can be predicted."""
+    predicted = rows - (len(_ids.padding_rows(rules.padding_idx)) if terms.mask_padding else 0)
+    return 1 - terms.label_smoothing, terms.label_smoothing / max(predicted, 1)
+
+
+def _of_all_owners(own: OwnRows, largest: Array, total: Array, target: Array) -> tuple[Array, Array, Array]:
+    """Join what the devices that have other rows have found of the same tokens; only one of them has the label."""
+    highest = own.highest(largest)
+    return highest, own.summed(total * jnp.exp(largest - _finite(highest))), own.summed(target)
+
+
+def _backward(
+    terms: _Terms, rules: Table, weight: Array, x: Array, labels: Array, *of_tokens: Array
+) -> tuple[Array, Array]:
+    """Return the gradients of the weight, and of `x` by the rows that are here, which is wide."""
+    largest, total, g = of_tokens
+    own = OwnRows.of(rules, weight)
+    counted = _labels.have_loss(rules, own.rows, labels)
+    # By selection, also of the vectors: 0 * NaN is NaN.
+    batch = tuple(range(labels.ndim))
+    vectors = jnp.where(jnp.expand_dims(counted, tuple(range(labels.ndim, x.ndim))), x, jnp.zeros((), x.dtype))
+    largest, g = jnp.where(counted, _finite(largest), 0), jnp.where(counted, g, 0)
+    total = jnp.where(counted & (total != 0), total, 1)
+    of_normalizer = g / total
+    if terms.z_loss:
+        of_normalizer *= 1 + 2 * terms.z_loss * (largest + jnp.log(total))
+    logits_of, places, wide = _logits_of(terms.mask_padding, rules, weight, vectors), own.places(labels), g.dtype
+    of_label, of_all = _targets(terms, rules, own.rows)
+
+    def step(start: Any, size: int, carry: Any) -> Any:
+        of_weight, of_x = carry
+        block = own.read(weight, start, size)
+        rows, logits, left_out = logits_of(block)
+        here = (
+            over_last(jnp.arange(rows.shape[0], dtype=labels.dtype), logits.ndim) == (places - block.first)[..., None]
+        )
+        error = jnp.exp(logits - largest[..., None]) * of_normalizer[..., None]
+        error -= jnp.where(here, of_label * g[..., None], 0)
+        if of_all:
+            error -= _without(left_out, of_all * g[..., None])
+        of_x += _dot(error, rows.astype(wide), (labels.ndim,), (0,), wide)
+        of_rows = own.summed_over_copies(_dot(error, vectors.astype(wide), batch, batch, wide))
+        if rules.padding_idx is not None or own.filled_up:
+            no_gradient = _ids.is_padding(block.ids, rules.padding_idx) | ~own.exist(block.ids)
+            of_rows = jnp.where(jnp.expand_dims(no_gradient, tuple(range(1, of_rows.ndim))), 0, of_rows)
+        return own.write(of_weight, of_rows.astype(weight.dtype), start, size), of_x
+
+    start = zeros_as(x, weight.shape, weight.dtype), zeros_as(x, x.shape, wide)
+    return over_blocks(step, weight.shape[0], terms.chunk * own.parts, start)
+
+
+def _logits_of(
+    mask_padding: bool, rules: Table, weight: Float[Array, "stored *part"], x: Float[Array, "*batch_dim"]
+) -> Callable[[Block], tuple[Float[Array, "block *dim"], Float[Array, "*batch block"], Bool[Array, " block"] | None]]:
+    """Make the function that gives the rows of a block as they are read, their logits, and which are not predicted."""
+    own, common = OwnRows.of(rules, weight), common_dtype(with_weight(rules, weight), x)
+    vectors, wide = x.astype(common), accumulator(common)
+    axes = tuple(range(x.ndim - weight.ndim + 1, x.ndim)), tuple(range(1, weight.ndim))
+    masked = rules.padding_idx if mask_padding else None
+
+    def logits_of(block: Block) -> tuple[Array, Array, Array | None]:
+        rows = clipped_rows(rules, block.ids, block.rows).astype(common)
+        logits = _dot(vectors, rows, *axes, wide)
+        if masked is None and not own.filled_up:
+            return rows, logits, None
+        left_out = _ids.is_padding(block.ids, masked) | ~own.exist(block.ids)
+        return rows, jnp.where(over_last(left_out, logits.ndim), -np.inf, logits), left_out
+
+    return logits_of
+
+
+def _without(left_out: Bool[Array, " block"] | None, values: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Put 0 in the place of the values of rows that are not predicted; the last axis is of rows, or of size 1."""
+    return values if left_out is None else jnp.where(over_last(left_out, values.ndim), 0, values)
+
+
+def _dot(a: Array, b: Array, axes_a: tuple[int, ...], axes_b: tuple[int, ...], dtype: np.dtype) -> Array:
+    return jax.lax.dot_general(a, b, ((axes_a, axes_b), ((), ())), preferred_element_type=dtype)
+
+
+def _finite(largest: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
+    return jnp.where(largest == -np.inf, 0, largest)
+
+
+def over_last(values: Shaped[Array, " last"], ndim: int) -> Shaped[Array, "*ones last"]:
+    """Give values of the last axis leading ones of size 1."""
+    return jnp.expand_dims(values, tuple(range(ndim - 1)))

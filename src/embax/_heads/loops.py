@@ -1,0 +1,50 @@
+"""Layouts: what lets one loop run on a device, over the explicit axes of a mesh, and inside of a `shard_map`."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec, auto_axes
+from jaxtyping import Array, Shaped
+
+from .._core import ids as _ids
+
+
+def varying_alike(*arrays: Array) -> tuple[Array, ...]:
+    """Let all vary over the axes of a `shard_map` that one does; the gradients of those that did not are summed."""
+    axes = [jax.typeof(array).manual_axis_type.varying for array in arrays]
+    missing = [tuple(frozenset().union(*axes) - of_one) for of_one in axes]
+    return tuple(
+        jax.lax.pcast(array, names, to="varying") if names else array
+        for array, names in zip(arrays, missing, strict=True)
+    )
+
+
+def zeros_as(like: Array, shape: tuple[int, ...], dtype: np.dtype) -> Shaped[Array, "*shape"]:
+    """Make zeros that vary over the axes of a `shard_map` as an array does."""
+    axes = tuple(jax.typeof(like).manual_axis_type.varying)
+    zeros = jnp.zeros(shape, dtype)
+    return jax.lax.pcast(zeros, axes, to="varying") if axes else zeros
+
+
+def with_auto_axes(
+    function: Callable[..., tuple[Array, ...]], specs: Sequence[PartitionSpec], args: Sequence[Any]
+) -> tuple[Array, ...]:
+    """Call a function with the explicit axes of a mesh left to XLA.
+
+    Args:
+      function: A function that returns several arrays.
+      specs: How each of them is laid out on the mesh, where the arguments are on one that has explicit axes.
+      args: Pytrees of arrays.
+
+    Returns:
+      What the function returns.
+    """
+    meshes = [sharding.mesh for array in jax.tree.leaves(args) if (sharding := _ids.explicit_sharding(array))]
+    if not meshes:
+        return function(*args)
+    layouts = tuple(NamedSharding(meshes[0], spec) for spec in specs)
+    by_xla: Any = auto_axes(function, out_sharding=layouts)
+    return by_xla(*args)

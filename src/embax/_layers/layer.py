@@ -1,0 +1,172 @@
+"""TableLayer: what the layers of all frameworks share, as they differ only in what holds the weight."""
+
+from typing import Any, Self
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Shaped
+
+from .._core.table import Table
+from .._heads.attend import attend
+from .fill import Missing, warn_of_missing
+from .state_dict import from_state_dict, to_state_dict
+
+
+class TableLayer:
+    """A layer that holds a table, as its attribute or property `table`."""
+
+    table: Any
+
+    @classmethod
+    def from_table(cls, table: Table, **options: Any) -> Self:
+        """Make a layer of a table: its weight as it is, padding row included, and its rules.
+
+        `embedding.table` of a layer in another framework is one, so that this is how a layer moves between them. The
+        layer of brainstate takes one padding row, those of NNX and Equinox also a tuple.
+
+        Args:
+          table: The table.
+          **options: What the constructor takes by name besides; a rule replaces the table's.
+
+        Returns:
+          The layer.
+
+        Raises:
+          ValueError: If the table is sharded: take it off the mesh by `embax.unshard` first.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def from_pretrained(cls, weight: Any, freeze: bool = True, **options: Any) -> Self:
+        """Make a layer of vectors that exist, frozen unless told otherwise.
+
+        Args:
+          weight: `(rows, *dim)`: an array, NumPy array or nested list. Its dtype and its padding row are kept.
+          freeze: Whether the weight gets no gradient.
+          **options: What the constructor takes by name besides.
+
+        Returns:
+          The layer.
+
+        Raises:
+          TypeError: As the constructor.
+          ValueError: As the constructor, and for fewer than 2 axes.
+        """
+        weight = jnp.asarray(weight)
+        if weight.ndim < 2:
+            raise ValueError(
+                f"`{_name(cls)}.from_pretrained(weight=...)` must have 2 axes or more, (rows, *dim), got shape "
+                f"{weight.shape}. Reshape it."
+            )
+        return cls.from_table(Table(weight), freeze=freeze, **options)
+
+    @classmethod
+    def from_vectors(
+        cls,
+        vectors: Any,
+        tokens: Any = None,
+        missing: Missing = "mean",
+        *,
+        seed: int = 0,
+        return_report: bool = False,
+        **options: Any,
+    ) -> Any:
+        """Make a layer of vectors from a file, for a model's own vocabulary.
+
+        Args:
+          vectors: An `embax.Vectors`.
+          tokens: The model's vocabulary: an `embax.Vocabulary`, or a token a row. Its padding token, if it has one, is
+            the padding row. Default: the vocabulary of the vectors.
+          missing: What a token gets that has no vector: `"mean"`, `"random"`, `"zero"` or `"error"`, as in
+            `embax.Vectors.fill`.
+          seed: Of the random numbers.
+          return_report: Whether to return what was missing, too, instead of a warning that tells how much.
+          **options: As `from_pretrained`, frozen unless told otherwise.
+
+        Returns:
+          The layer; with `return_report` the layer and the `embax.vectors.Filled` that it was made of, whose `missing`
+          names the tokens without a vector and whose `found` counts the others.
+
+        Raises:
+          UnknownTokenError: If a token is missing and that is to be an error; a KeyError.
+          TypeError: As `from_pretrained`.
+          ValueError: As `from_pretrained` and `embax.Vectors.fill`.
+
+        Example:
+          >>> import embax
+          >>> vectors = embax.Vectors(["king", "queen"], [[1.0, 0.0], [0.0, 1.0]])
+          >>> embedding, report = embax.Embedding.from_vectors(vectors, ["queen", "sword"], return_report=True)
+          >>> embedding([0, 1])
+          Array([[0. , 1. ],
+                 [0.5, 0.5]], dtype=float32)
+          >>> report.missing
+          ('sword',)
+        """
+        filled = vectors.fill(vectors.vocabulary if tokens is None else tokens, missing, seed=seed)
+        special = getattr(vectors.vocabulary if tokens is None else tokens, "special", {})
+        layer = cls.from_pretrained(filled.weight, **{"padding_idx": special.get("padding"), **options})
+        if return_report:
+            return layer, filled
+        warn_of_missing(f"{_name(cls)}.from_vectors", filled)
+        return layer
+
+    @classmethod
+    def from_state_dict(cls, state: Any, name: str | None = None, **options: Any) -> Self:
+        """Make a layer of a weight in a state dict of torch's, by its name there: `embax.from_state_dict`.
+
+        Args:
+          state: Arrays by name.
+          name: The name of the weight or of its module. Default: that of the only table of tokens.
+          **options: What the constructor takes by name besides. Trained unless `freeze=True`.
+
+        Returns:
+          The layer. Its padding row keeps its values.
+
+        Raises:
+          KeyError: As `embax.from_state_dict`.
+          TypeError: As the constructor.
+          ValueError: As the constructor.
+
+        Example:
+          >>> import embax, numpy as np
+          >>> state = {"model.embed_tokens.weight": np.eye(3, dtype=np.float32)}
+          >>> embax.Embedding.from_state_dict(state)([2])
+          Array([[0., 0., 1.]], dtype=float32)
+        """
+        return cls.from_table(from_state_dict(state, name), **options)
+
+    def to_state_dict(self, prefix: str = "") -> dict[str, Shaped[np.ndarray, "rows *dim"]]:
+        """Return the weight under torch's name, `<prefix>weight`: `embax.to_state_dict`.
+
+        Args:
+          prefix: Comes before the name, as in `"encoder.tokens."`.
+
+        Returns:
+          One array, by its name.
+        """
+        return to_state_dict(self.table, prefix)
+
+    def attend(self, x: Any, *, mask_padding: bool = False) -> Float[Array, "*batch rows"]:
+        """Multiply vectors by every row: the logits of a head that is tied to this layer, as `embax.attend`.
+
+        Args:
+          x: Vectors `(*batch, *dim)`.
+          mask_padding: Whether the logits of padding rows are minus infinity.
+
+        Returns:
+          One logit a row, `(*batch, rows)`.
+
+        Raises:
+          TypeError: As `embax.attend`.
+          ValueError: As `embax.attend`.
+
+        Example:
+          >>> import embax, numpy as np
+          >>> embax.Embedding.from_pretrained(np.eye(3, dtype=np.float32)).attend([[1.0, 2.0, 3.0]])
+          Array([[1., 2., 3.]], dtype=float32)
+        """
+        return attend(self.table, x, mask_padding=mask_padding)
+
+
+def _name(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"

@@ -1,0 +1,337 @@
+"""Exchange: rows on their way between the devices that store them and those that read them.
+
+All of it runs on each device of a `shard_map`, in rounds: in each, a device sends any other one as many ids or rows as
+a static capacity says. There is one round as a rule, and there are as many as it takes where ids crowd on one device.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Int32, Shaped
+
+from .._base import distinct as _dedupe
+from .._core.placement import Placement
+
+Mode = Literal["add", "set"]
+
+
+class _Route(NamedTuple):
+    """What a device asks the others for, or has for them."""
+
+    positions: Int[Array, " ids"]  # in rising order, then `stored_rows`
+    places: Int32[Array, " ids"]  # which of these each id asks for; to deliver, which value belongs to each of these
+    first: Int32[Array, " shards_and_1"]  # from which of these on they belong to which device
+
+
+def fetch(
+    placement: Placement, block: Shaped[Array, "block *dim"], positions: Int[Array, " ids"], *, expected: bool
+) -> Shaped[Array, "ids *dim"]:
+    """Read rows from the devices that store them.
+
+    Args:
+      placement: Where the rows are.
+      block: The rows of this device.
+      positions: Where rows are stored; any row comes for `stored_rows`.
+      expected: Whether there are, as a rule, rows of other devices among them.
+
+    Returns:
+      One row for each position.
+    """
+    local, owner, is_foreign = _owners(placement, positions)
+    out = _at(block, local)
+    if placement.shards == 1 or positions.shape[0] == 0:
+        return out
+    capacity = placement.capacity(positions.shape[0])
+
+    def turn(route: _Route, number: Any, out: Array) -> Array:
+        places, exists = _outgoing(route, number, capacity)
+        asked = jnp.where(exists, route.positions[places] % placement.block, 0)
+        answers = _at(block, _swapped(placement, asked))
+        answers = _swapped(placement, answers)
+        place = route.places - route.first[owner] - number * capacity
+        here = is_foreign & (place >= 0) & (place < capacity)
+        got = answers[jnp.minimum(owner, placement.shards - 1), jnp.clip(place, 0, capacity - 1)]
+        return jnp.where(jnp.expand_dims(here, tuple(range(1, out.ndim))), got, out)
+
+    plan = functools.partial(_distinct_route, placement, positions, is_foreign)
+    return _in_rounds(placement, owner, is_foreign, capacity, plan, turn, out, expected)
+
+
+def deliver(
+    placement: Placement,
+    block: Shaped[Array, "block *dim"],
+    positions: Int[Array, " ids"],
+    values: Shaped[Array, "ids *dim"],
+    mode: Mode,
+    *,
+    expected: bool,
+    copies: tuple[str, ...] = (),
+) -> Shaped[Array, "block *dim"]:
+    """Write rows, or add to rows, on the devices that store them.
+
+    Args:
+      placement: Where the rows are.
+      block: The rows of this device.
+      positions: Where rows are stored; `stored_rows` goes nowhere. To set, values of one position must be equal.
+      values: One row for each.
+      mode: What is done to the rows.
+      expected: Whether there are, as a rule, rows of other devices among them.
+      copies: Mesh axes along which devices have the same rows, and positions of their own.
+
+    Returns:
+      The new rows of this device.
+    """
+
+    def write(block: Array, local: Array, values: Array) -> Array:
+        if copies:
+            local, values = (jax.lax.all_gather(x, copies, tiled=True) for x in (local, values))
+        # What is outside is dropped.
+        local = jnp.where((local >= 0) & (local < placement.block), local, placement.block)
+        at = block.at[local]
+        values = values.astype(block.dtype)
+        return at.add(values, mode="drop") if mode == "add" else at.set(values, mode="drop")
+
+    if positions.shape[0] == 0 or placement.block == 0:
+        return block
+    local, owner, is_foreign = _owners(placement, positions)
+    block = write(block, local, values)
+    if placement.shards == 1:
+        return block
+    capacity = placement.capacity(positions.shape[0])
+
+    def turn(route: _Route, number: Any, block: Array) -> Array:
+        places, exists = _outgoing(route, number, capacity)
+        local = jnp.where(exists, route.positions[places] % placement.block, placement.block)
+        return write(block, *_sent(placement, local, jnp.where(exists, route.places[places], 0), exists, values))
+
+    plan = functools.partial(_ordered_route, placement, positions, is_foreign)
+    return _in_rounds(placement, owner, is_foreign, capacity, plan, turn, block, expected)
+
+
+def summed_at_owners(
+    placement: Placement, positions: Int[Array, " ids"], values: Shaped[Array, "ids *dim"], copies: tuple[str, ...]
+) -> tuple[Int[Array, " held"], Shaped[Array, "held *dim"], Bool[Array, ""]]:
+    """Bring the values of each row together on one device, and sum them there.
+
+    That is the device which stores the row. Where a device would have to take more rows than the capacity says, the
+    distinct rows are dealt out to all devices in turn instead, so that every device holds as many at most.
+
+    Args:
+      placement: Where the rows are.
+      positions: Where rows are stored; `stored_rows` goes nowhere.
+      values: One for each.
+      copies: Mesh axes along which devices have the same rows, and positions of their own.
+
+    Returns:
+      The positions that are held here, each once on all devices but for `stored_rows`; their sums; and whether the
+      rows were dealt out.
+    """
+    none = placement.stored_rows
+    dtype = values.dtype
+    # Each device sums first what it has.
+    values = values.astype(_dedupe.accumulator(dtype))
+    _, (positions, values, _) = _dedupe.combine(None, positions, values, none)
+    length, capacity = positions.shape[0], placement.capacity(positions.shape[0])
+
+    def gathered(x: Array) -> Array:
+        return jax.lax.all_gather(x, copies, tiled=True) if copies else x
+
+    def combined(positions: Array, values: Array) -> tuple[Array, Array]:
+        _, distinct = _dedupe.combine(None, gathered(positions), gathered(values), none)
+        return distinct.ids, distinct.values.astype(dtype)
+
+    if placement.shards == 1 or length == 0:
+        return *combined(positions, values), jnp.zeros((), bool)
+    first = _first_of_owners(placement, positions)
+
+    def at_owners() -> tuple[Array, Array]:
+        places, exists = _outgoing(_Route(positions, jnp.zeros(0, jnp.int32), first), 0, capacity)
+        return combined(*_sent(placement, jnp.where(exists, positions[places], none), places, exists, values))
+
+    if capacity >= length:
+        return *at_owners(), jnp.zeros((), bool)
+    everyone_axes = (*placement.axes, *copies)
+    held = capacity * jax.lax.axis_size(everyone_axes)
+
+    def dealt_out() -> tuple[Array, Array]:
+        everyone = jax.lax.all_gather(positions, everyone_axes, tiled=True)
+        missing = max(held * placement.shards - everyone.shape[0], 0)
+        everyone = jnp.pad(everyone, (0, missing), constant_values=none)
+        _, (distinct, _, _) = _dedupe.combine(None, everyone, (), none)
+        rank = jnp.searchsorted(distinct, positions).astype(positions.dtype)
+        homes = dataclasses.replace(placement, rows=held * placement.shards, cyclic=False)
+        rank = jnp.where(positions < none, rank, homes.stored_rows)
+        sums = deliver(
+            homes, jnp.zeros((held, *values.shape[1:]), values.dtype), rank, values, "add", expected=True, copies=copies
+        )
+        mine = jax.lax.dynamic_slice_in_dim(distinct, jax.lax.axis_index(placement.axes) * held, held)
+        return mine, sums.astype(dtype)
+
+    crowded = jnp.max(jnp.diff(first)) > capacity
+    crowded = jax.lax.pmax(crowded.astype(jnp.int32), everyone_axes) > 0
+    return *jax.lax.cond(crowded, dealt_out, at_owners), crowded
+
+
+def summed_by_owners(
+    placement: Placement,
+    positions: Int[Array, " ids"],
+    factors: Float[Array, " ids"] | None,
+    length: int,
+    terms: Callable[[Array, Array | None], Array],
+) -> Float[Array, "bags *dim"]:
+    """Sum the rows of bags where they are stored, and what all owners have of each bag where the bag is.
+
+    Args:
+      placement: Where the rows are.
+      positions: Where those of each id are stored, bag by bag; `stored_rows` adds nothing.
+      factors: What there is for each id besides, or None.
+      length: How many ids a bag has.
+      terms: Called as `terms(local, factors)` on the owner; returns what rows of this device add to their bags, and
+        zero for row `block`.
+
+    Returns:
+      One sum a bag.
+    """
+    capacity, bags = placement.capacity(positions.shape[0]), positions.shape[0] // length
+    of_row = jax.eval_shape(terms, positions[:1], None if factors is None else factors[:1])
+    sums = jnp.zeros((placement.shards, bags, *of_row.shape[1:]), of_row.dtype)
+    exists = positions < placement.stored_rows
+
+    def turn(route: _Route, number: Any, sums: Array) -> Array:
+        places, exists = _outgoing(route, number, capacity)
+        local = jnp.where(exists, route.positions[places] % placement.block, placement.block)
+        ids = route.places[places]
+        local, of = _swapped(placement, local), _swapped(placement, ids // length)
+        sent = None if factors is None else _swapped(placement, factors[ids])
+        return sums.at[jnp.arange(placement.shards)[:, None], of].add(terms(local, sent))
+
+    plan = functools.partial(_ordered_route, placement, positions, exists)
+    owner = positions // max(placement.block, 1)
+    sums = _in_rounds(placement, owner, exists, capacity, plan, turn, sums, expected=True)
+    return _swapped(placement, sums).sum(0)
+
+
+def rounds_of(placement: Placement, positions: Int[Array, " ids"]) -> Int32[Array, ""]:
+    """Say how many rounds `fetch` takes for some positions; the same on all devices."""
+    if placement.shards == 1 or positions.shape[0] == 0:
+        return jnp.ones((), jnp.int32)
+    _, _, is_foreign = _owners(placement, positions)
+    first = _distinct_route(placement, positions, is_foreign).first
+    return jnp.maximum(_rounds(placement, jnp.diff(first), placement.capacity(positions.shape[0])), 1)
+
+
+def _in_rounds(
+    placement: Placement,
+    owner: Int[Array, " ids"],
+    is_foreign: Bool[Array, " ids"],
+    capacity: int,
+    plan: Callable[[], Any],
+    turn: Callable[[Any, Any, Array], Array],
+    carry: Array,
+    expected: bool,
+) -> Array:
+    """Take as many turns as it takes; all but the expected first one behind a condition.
+
+    A scan over as many as there can be, and not a while loop, so that it can be transposed.
+    """
+    most = -(-owner.shape[0] // capacity)
+    done = int(expected)
+    route: Any = plan() if expected else None
+    if expected:
+        carry = turn(route, 0, carry)
+        if most == 1:
+            return carry
+        rounds = _rounds(placement, jnp.diff(route.first), capacity)
+    else:
+        counts = jnp.zeros(placement.shards, jnp.int32).at[owner].add(is_foreign.astype(jnp.int32), mode="drop")
+        rounds = _rounds(placement, counts, capacity)
+
+    def further(carry: Array) -> Array:
+        of_further = route if expected else plan()
+
+        def step(carry: Array, number: Array) -> tuple[Array, None]:
+            take = functools.partial(turn, of_further, number)
+            return jax.lax.cond(number < rounds, take, lambda carry: carry, carry), None
+
+        return jax.lax.scan(step, carry, jnp.arange(done, most, dtype=jnp.int32))[0]
+
+    return jax.lax.cond(rounds > done, further, lambda carry: carry, carry)
+
+
+def _rounds(placement: Placement, counts: Int[Array, " shards"], capacity: int) -> Int32[Array, ""]:
+    """The rounds in which the most crowded device of all is through."""
+    rounds = (jnp.max(counts) + (capacity - 1)) // capacity
+    return jax.lax.pmax(rounds.astype(jnp.int32), placement.mesh.axis_names)
+
+
+def _ordered_route(placement: Placement, positions: Int[Array, " ids"], is_foreign: Bool[Array, " ids"]) -> _Route:
+    """Put what belongs to other devices in the order of its positions, duplicates and all."""
+    positions = jnp.where(is_foreign, positions, placement.stored_rows)
+    order = jnp.argsort(positions)  # stable, so that sums are the same each time
+    positions = positions[order]
+    return _Route(positions, order.astype(jnp.int32), _first_of_owners(placement, positions))
+
+
+def _distinct_route(placement: Placement, positions: Int[Array, " ids"], is_foreign: Bool[Array, " ids"]) -> _Route:
+    """Find the distinct positions that belong to other devices, and which of them each id asks for."""
+    ordered, order, _ = _ordered_route(placement, positions, is_foreign)
+    starts = jnp.concatenate([jnp.ones_like(ordered[:1], bool), ordered[1:] != ordered[:-1]])
+    number = jnp.cumsum(starts.astype(jnp.int32)) - 1
+    distinct = jnp.full_like(ordered, placement.stored_rows).at[number].set(ordered, indices_are_sorted=True)
+    return _Route(distinct, jnp.zeros_like(number).at[order].set(number), _first_of_owners(placement, distinct))
+
+
+def _first_of_owners(placement: Placement, ordered: Int[Array, " ids"]) -> Int32[Array, " shards_and_1"]:
+    edges = jnp.arange(placement.shards + 1, dtype=ordered.dtype) * placement.block
+    return jnp.searchsorted(ordered, edges).astype(jnp.int32)
+
+
+def _outgoing(
+    route: _Route, number: Any, capacity: int
+) -> tuple[Int32[Array, "shards capacity"], Bool[Array, "shards capacity"]]:
+    """Say which places of a route go to which device in a round."""
+    places = route.first[:-1, None] + number * capacity + jnp.arange(capacity, dtype=jnp.int32)[None, :]
+    exists = places < route.first[1:, None]
+    return jnp.where(exists, places, 0), exists
+
+
+def _sent(
+    placement: Placement,
+    local: Int[Array, "shards capacity"],
+    places: Int32[Array, "shards capacity"],
+    exists: Bool[Array, "shards capacity"],
+    values: Shaped[Array, "ids *dim"],
+) -> tuple[Int[Array, " received"], Shaped[Array, "received *dim"]]:
+    """Send the values of some places, and where they belong, and get those of the others; zero where there is none."""
+    rows = jnp.where(jnp.expand_dims(exists, tuple(range(2, values.ndim + 1))), values[places], 0)
+    local, rows = _swapped(placement, local), _swapped(placement, rows)
+    return jnp.ravel(local), jnp.reshape(rows, (-1, *values.shape[1:]))
+
+
+def _swapped(placement: Placement, parts: Shaped[Array, "shards ..."]) -> Shaped[Array, "shards ..."]:
+    """Give each device its part, and get one from each."""
+    return jax.lax.all_to_all(parts, placement.axes, 0, 0, tiled=True)
+
+
+def start_of_device(placement: Placement, dtype: Any) -> Int[Array, ""]:
+    """The position of the first row of this device."""
+    number = jax.lax.axis_index(placement.axes) if placement.axes else 0
+    return jnp.asarray(number, dtype) * placement.block
+
+
+def _owners(
+    placement: Placement, positions: Int[Array, " ids"]
+) -> tuple[Int[Array, " ids"], Int[Array, " ids"], Bool[Array, " ids"]]:
+    """Say where positions are among the rows of this device, which device they belong to, and whether to another."""
+    local = positions - start_of_device(placement, positions.dtype)
+    is_foreign = (positions < placement.stored_rows) & ((local < 0) | (local >= placement.block))
+    return local, positions // max(placement.block, 1), is_foreign
+
+
+def _at(block: Shaped[Array, "block *dim"], local: Int[Array, "*batch"]) -> Shaped[Array, "*batch_dim"]:
+    """Read rows of this device; any row where there is none."""
+    return block.at[jnp.clip(local, 0, block.shape[0] - 1)].get(mode="promise_in_bounds")

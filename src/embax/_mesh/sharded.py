@@ -1,0 +1,297 @@
+"""Placed rows: what is done with the rows of a table on a mesh, seen from outside of its devices."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Int, Int32, Shaped
+
+from .._base import distinct as _dedupe
+from .._base.axes import is_explicit, laid_out_as, on_every_device, resharded
+from .._base.distinct import Distinct
+from .._core.placement import Placement
+from . import exchange as _exchange
+
+
+def take(
+    placement: Placement, leaf: Shaped[Array, "stored *dim"], ids: Int[Array, "*batch"], fill: float
+) -> Shaped[Array, "*batch_dim"]:
+    """Read a row for each id, the ids being split over all devices: traffic follows their number.
+
+    Args:
+      placement: Where the rows are.
+      leaf: The rows.
+      ids: Row numbers in `[0, rows)`; any other one stands for no row.
+      fill: What stands where an id has no row.
+
+    Returns:
+      The rows, laid out as the ids.
+    """
+    dim = leaf.shape[1:]
+    if placement.rows == 0 or ids.size == 0 or math.prod(dim) == 0:
+        exists = jnp.zeros((*ids.shape, *[1] * len(dim)), bool)
+        return jnp.where(exists, jnp.zeros((), leaf.dtype), jnp.full((*ids.shape, *dim), fill, leaf.dtype))
+    placement = _of_leaf(placement, dim)
+    split, shape = _split(placement, ids)
+
+    def local(leaf: Array, ids: Array) -> Array:
+        positions = placement.positions(jnp.ravel(ids))
+        rows = _exchange.fetch(placement, leaf, group_of(placement, positions), expected=True)
+        rows = whole_rows(placement, rows)
+        exists = jnp.expand_dims(positions < placement.stored_rows, tuple(range(1, rows.ndim)))
+        rows = jnp.where(exists, rows, jnp.asarray(fill, rows.dtype))
+        return jnp.reshape(rows, (*ids.shape, *dim))
+
+    in_specs = placement.spec(leaf.shape, dim), placement.batch_spec
+    rows = on_devices(placement, local, in_specs, placement.batch_spec)(leaf, split)
+    return _joined_back(placement, ids, rows, shape)
+
+
+def put(
+    placement: Placement,
+    leaf: Shaped[Array, "stored *dim"],
+    ids: Int[Array, " length"],
+    values: Shaped[Array, "length *dim"],
+    mode: _exchange.Mode,
+) -> Shaped[Array, "stored *dim"]:
+    """Set rows, or add to rows, the ids being split over all devices.
+
+    Args:
+      placement: Where the rows are.
+      leaf: The rows.
+      ids: Row numbers; any outside of `[0, rows)` stands for no row. To set, values of one id must be equal.
+      values: A row for each.
+      mode: What to do.
+
+    Returns:
+      The new rows, laid out as the old ones.
+    """
+    dim = leaf.shape[1:]
+    if placement.rows == 0 or ids.size == 0 or math.prod(dim) == 0:
+        return leaf
+    placement = _of_leaf(placement, dim)
+    ids, values = _spread(placement, ids, values)
+
+    def local(leaf: Array, ids: Array, values: Array) -> Array:
+        positions = placement.positions(ids)
+        if mode == "add":
+            _, (positions, values, _) = _dedupe.combine(None, positions, values, placement.stored_rows)
+        positions, values = group_of(placement, positions), _own_columns(placement, values)
+        return _exchange.deliver(placement, leaf, positions, values, mode, expected=True, copies=placement.copy_axes)
+
+    spec = placement.spec(leaf.shape, dim)
+    return on_devices(placement, local, (spec, placement.batch_spec, placement.batch_spec), spec)(leaf, ids, values)
+
+
+def combine(
+    placement: Placement, ids: Int[Array, " length"], values: Shaped[Array, "length *dim"], dim: tuple[int, ...]
+) -> tuple[Distinct, Int32[Array, ""]]:
+    """Sum the values of each row where it is stored, the ids being split over all devices.
+
+    Args:
+      placement: Where the rows are.
+      ids: Row numbers; any outside of `[0, rows)` stands for no row.
+      values: A row for each.
+      dim: The sizes of a row's axes.
+
+    Returns:
+      The distinct rows, laid out as their owners are; and whether rows had to be dealt out to others, 0 or 1.
+    """
+    ids, values = _spread(placement, ids, values)
+
+    def local(ids: Array, values: Array) -> tuple[Array, Array, Array]:
+        positions, values = group_of(placement, placement.positions(ids)), _own_columns(placement, values)
+        held, sums, crowded = _exchange.summed_at_owners(placement, positions, values, placement.copy_axes)
+        return placement.ids(held), sums, crowded.astype(jnp.int32)
+
+    out = placement.owner_spec, placement.spec((0, *dim), dim), PartitionSpec()
+    ids, sums, crowded = on_devices(placement, local, (placement.batch_spec, placement.batch_spec), out)(ids, values)
+    return Distinct(ids, sums, jnp.zeros((), jnp.int32)), crowded
+
+
+def gather_at_owners(
+    placement: Placement, leaf: Shaped[Array, "stored ..."], ids: Int[Array, " held"], dim: tuple[int, ...]
+) -> Shaped[Array, "held ..."]:
+    """Read rows for ids as `combine` has laid them out; zero where there is no row."""
+
+    def local(leaf: Array, ids: Array) -> Array:
+        positions = placement.positions(ids)
+        rows = _exchange.fetch(placement, leaf, positions, expected=False)
+        exists = jnp.expand_dims(positions < placement.stored_rows, tuple(range(1, rows.ndim)))
+        return jnp.where(exists, rows, jnp.zeros((), rows.dtype))
+
+    spec = placement.spec(leaf.shape, dim)
+    return on_devices(placement, local, (spec, placement.owner_spec), spec)(leaf, ids)
+
+
+def store_at_owners(
+    placement: Placement,
+    leaf: Shaped[Array, "stored ..."],
+    ids: Int[Array, " held"],
+    values: Shaped[Array, "held ..."],
+    dim: tuple[int, ...],
+    mode: _exchange.Mode = "set",
+) -> Shaped[Array, "stored ..."]:
+    """Set rows, or add to rows, for distinct ids as `combine` has laid them out."""
+
+    def local(leaf: Array, ids: Array, values: Array) -> Array:
+        return _exchange.deliver(placement, leaf, placement.positions(ids), values, mode, expected=False)
+
+    spec = placement.spec(leaf.shape, dim)
+    return on_devices(placement, local, (spec, placement.owner_spec, spec), spec)(leaf, ids, values)
+
+
+def summed_by(
+    placement: Placement, bags: Int[Array, " length"], terms: Shaped[Array, "length *dim"], number: int
+) -> Shaped[Array, "bags *dim"]:
+    """Sum terms by the bags that they belong to, terms and bags being split over all devices.
+
+    Args:
+      placement: That of the table that the terms come from.
+      bags: The bag of each term, in `[0, number)`.
+      terms: The terms.
+      number: The number of bags.
+
+    Returns:
+      One sum a bag.
+    """
+    axes = tuple(placement.mesh.axis_names)
+    of_bags = dataclasses.replace(placement, axes=axes, columns=None, cyclic=False, rows=number)
+    zeros = jnp.zeros((of_bags.stored_rows, *terms.shape[1:]), terms.dtype)
+    sums = put(of_bags, zeros, bags, terms, "add")
+    return first_of(placement, sums, number)
+
+
+def rounds(placement: Placement, ids: Int[Array, "*batch"]) -> Int32[Array, ""]:
+    """Say in how many rounds `take` reads some ids."""
+    split, _ = _split(placement, ids)
+
+    def local(ids: Array) -> Array:
+        positions = group_of(placement, placement.positions(jnp.ravel(ids)))
+        return _exchange.rounds_of(placement, positions)
+
+    return on_devices(placement, local, (placement.batch_spec,), PartitionSpec())(split)
+
+
+def joined(
+    placement: Placement | None, arrays: Sequence[Shaped[Array, "length ..."]], fill: Any
+) -> Shaped[Array, "total ..."]:
+    """Put arrays one behind the other; on a mesh, those that are split over all devices on each device for itself.
+
+    Args:
+      placement: That of a table, or None.
+      arrays: The arrays; on a mesh, those that cannot be split evenly are filled up.
+      fill: With what.
+
+    Returns:
+      One array. On a mesh, its order is that of the devices.
+    """
+    if placement is None:
+        return jnp.concatenate(arrays)
+    filled = [padded(placement, x, fill) for x in arrays]
+    if len(filled) == 1:
+        return filled[0]
+    spec = placement.batch_spec
+    return on_devices(placement, lambda *parts: jnp.concatenate(parts), (spec,) * len(filled), spec)(*filled)
+
+
+def parted(
+    placement: Placement | None, array: Shaped[Array, "total ..."], lengths: Sequence[int]
+) -> list[Shaped[Array, "length ..."]]:
+    """Take apart what has an entry for each entry of what `joined` has put together.
+
+    Args:
+      placement: As there.
+      array: The entries.
+      lengths: Those of the arrays.
+
+    Returns:
+      The arrays.
+    """
+    # By one split, of which the derivative is one concatenation; that of slices is a sum of as many arrays.
+    if placement is None:
+        return list(jax.lax.split(array, lengths))
+    sizes = [-(-length // placement.devices) for length in lengths]
+    spec = placement.batch_spec
+    parts = on_devices(placement, lambda x: tuple(jax.lax.split(x, sizes)), (spec,), (spec,) * len(sizes))(array)
+    return [first_of(placement, x, length) for x, length in zip(parts, lengths, strict=True)]
+
+
+def first_of(placement: Placement, array: Shaped[Array, "more ..."], length: int) -> Shaped[Array, "length ..."]:
+    """Cut off what an array was filled up with."""
+    if array.shape[0] == length:
+        return array
+    return resharded(array, placement.mesh, PartitionSpec())[:length]
+
+
+def on_devices(placement: Placement, function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
+    """Have a function called on each device of a mesh, its arguments laid out as it wants them.
+
+    Args:
+      placement: A placement on the mesh.
+      function: Called with each device's parts.
+      in_specs: How each argument is laid out.
+      out_specs: How what it returns is laid out.
+
+    Returns:
+      A function of whole arrays.
+    """
+    mesh = placement.mesh
+    mapped = jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+    if not is_explicit(mesh):
+        return mapped
+    return lambda *args: mapped(*(resharded(x, mesh, spec) for x, spec in zip(args, in_specs, strict=True)))
+
+
+def _of_leaf(placement: Placement, dim: tuple[int, ...]) -> Placement:
+    """That of rows which are a number each, and cannot be split, where those of their table are split by columns."""
+    return placement if dim else dataclasses.replace(placement, columns=None)
+
+
+def _split(placement: Placement, ids: Int[Array, "*batch"]) -> tuple[Int[Array, "..."], tuple[int, ...]]:
+    """Make ids divisible by the devices, along their first axis if it is as it stands."""
+    if ids.ndim and ids.shape[0] % placement.devices == 0:
+        return ids, ids.shape
+    return padded(placement, jnp.reshape(on_every_device(ids), (ids.size,)), placement.rows), (ids.size,)
+
+
+def _joined_back(
+    placement: Placement, ids: Int[Array, "*batch"], rows: Shaped[Array, "..."], shape: tuple[int, ...]
+) -> Shaped[Array, "*batch_dim"]:
+    if rows.shape[: len(shape)] != ids.shape:
+        rows = resharded(first_of(placement, rows, ids.size), placement.mesh, PartitionSpec())
+        rows = jnp.reshape(rows, (*ids.shape, *rows.shape[1:]))
+    return laid_out_as(ids, rows, ids.ndim, placement.mesh)
+
+
+def padded(placement: Placement, array: Shaped[Array, "length ..."], fill: Any) -> Shaped[Array, "more ..."]:
+    """Fill an array up so that it can be split over all devices."""
+    missing = -array.shape[0] % placement.devices
+    if not missing:
+        return array
+    return jnp.pad(on_every_device(array), [(0, missing), *[(0, 0)] * (array.ndim - 1)], constant_values=fill)
+
+
+def _spread(
+    placement: Placement, ids: Int[Array, " length"], values: Shaped[Array, "length *dim"]
+) -> tuple[Int[Array, " more"], Shaped[Array, "more *dim"]]:
+    return padded(placement, ids, placement.rows), padded(placement, values, 0)
+
+
+def group_of(placement: Placement, array: Shaped[Array, "ids ..."]) -> Shaped[Array, "more ..."]:
+    """What there is for the ids of all devices that have parts of the same rows."""
+    return array if placement.columns is None else jax.lax.all_gather(array, placement.columns, tiled=True)
+
+
+def whole_rows(placement: Placement, rows: Shaped[Array, "group *part"]) -> Shaped[Array, "ids *dim"]:
+    """Put together the parts of the rows that this device asks for."""
+    return rows if placement.columns is None else jax.lax.all_to_all(rows, placement.columns, 0, 1, tiled=True)
+
+
+def _own_columns(placement: Placement, values: Shaped[Array, "ids *dim"]) -> Shaped[Array, "group *part"]:
+    """Get this device's columns of the values of its group."""
+    return values if placement.columns is None else jax.lax.all_to_all(values, placement.columns, 1, 0, tiled=True)

@@ -1,0 +1,1 @@
+"""fastText models, and their n-grams."""

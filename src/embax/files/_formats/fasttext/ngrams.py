@@ -1,0 +1,125 @@
+"""N-grams of words as fastText numbers them: the hashes of all of them at once."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Int64, UInt8, UInt32
+
+from ...._base.strings import Strings, packed
+
+# FNV-1a of 32 bits (Fowler, Noll and Vo, public domain).
+_BASIS, _PRIME = np.uint32(2166136261), np.uint32(16777619)
+# fastText puts these around a word, and makes no n-grams of the word that stands for the end of a line.
+_BEGIN, _END, _LINE_END = b"<", b">", b"</s>"
+# How many n-grams, and how many numbers in a result, are in work at once.
+_NGRAMS, _NUMBERS = 1 << 22, 1 << 23
+
+
+class Hashes(NamedTuple):
+    """N-grams of words."""
+
+    hashes: UInt32[np.ndarray, " ngrams"]  # word after word; in a word by where they begin, then by their length
+    counts: Int64[np.ndarray, " words"]  # how many a word has
+
+
+def hashed(words: Strings, minimum: int, maximum: int, line_end: bool = False) -> Hashes:
+    """Hash the n-grams of words.
+
+    Those of "word" are pieces of "<word>", but not "<" and ">" alone. They are cut between characters of UTF-8, and
+    hashed by bytes that count as signed: of one above 127, the upper bits of the 32 are ones.
+
+    Args:
+      words: The words. They need not be UTF-8: a byte of `10xxxxxx` always belongs to the character before it.
+      minimum: The shortest, in characters.
+      maximum: The longest.
+      line_end: Whether "</s>" has n-grams too.
+
+    Returns:
+      The hashes.
+    """
+    text, ends = _wrapped(words)
+    minimum = max(minimum, 1)
+    starts = np.flatnonzero((text & 0xC0) != 0x80)
+    sizes = np.diff(starts, append=text.size)
+    # Characters of a word are numbered from first[word] to first[word + 1].
+    first = np.searchsorted(starts, ends)
+    left = np.repeat(first[1:], np.diff(first)) - np.arange(starts.size)
+    signed = text.view(np.int8).astype(np.int32).view(np.uint32)
+
+    grid = np.zeros((starts.size, max(0, maximum - minimum + 1)), np.uint32)
+    is_ngram = np.zeros(grid.shape, bool)
+    open_ = np.flatnonzero(left) if grid.size else np.zeros(0, np.int64)
+    hashes = np.full(open_.size, _BASIS)
+    for length in range(1, maximum + 1):
+        keep = left[open_] >= length
+        open_, hashes = open_[keep], hashes[keep]
+        if not open_.size:
+            break
+        hashes = _extended(hashes, signed, starts[open_ + (length - 1)], sizes[open_ + (length - 1)])
+        if length >= minimum:
+            grid[open_, length - minimum] = hashes
+            is_ngram[open_, length - minimum] = True
+    if minimum == 1 and grid.size:
+        is_ngram[first[:-1], 0] = is_ngram[first[1:] - 1, 0] = False
+    if not line_end:
+        for word in np.flatnonzero(_is_line_end(words)):
+            is_ngram[first[word] : first[word + 1]] = False
+    before = np.zeros(starts.size + 1, np.int64)
+    np.cumsum(is_ngram.sum(axis=1), out=before[1:])
+    return Hashes(grid[is_ngram], before[first[1:]] - before[first[:-1]])
+
+
+def blocks(words: Strings, widths: int, dim: int) -> Iterator[tuple[int, int, Strings]]:
+    """Cut words into blocks whose n-grams, and whose vectors, take little memory.
+
+    Args:
+      words: The words.
+      widths: How many lengths of n-grams there are.
+      dim: The size of a vector.
+
+    Yields:
+      The first word of a block, the one after its last, and the words.
+    """
+    sizes = words.offsets + 2 * np.arange(words.number + 1)
+    start = 0
+    while start < words.number:
+        stop = int(np.searchsorted(sizes, sizes[start] + _NGRAMS // max(1, widths), side="right")) - 1
+        stop = max(start + 1, min(stop, start + _NUMBERS // max(1, dim)))
+        yield start, stop, Strings(words.text, words.offsets[start : stop + 1])
+        start = stop
+
+
+def _wrapped(words: Strings) -> tuple[UInt8[np.ndarray, " bytes"], Int64[np.ndarray, " words_and_1"]]:
+    """Put the signs of begin and end around words; return the text and where words begin, and the last ends."""
+    ends = words.offsets - words.offsets[0] + 2 * np.arange(words.number + 1)
+    text = np.empty(int(ends[-1]), np.uint8)
+    is_inside = np.ones(text.size, bool)
+    is_inside[ends[:-1]] = is_inside[ends[1:] - 1] = False
+    text[ends[:-1]], text[ends[1:] - 1] = ord(_BEGIN), ord(_END)
+    text[is_inside] = words.text[words.offsets[0] : words.offsets[-1]]
+    return text, ends
+
+
+def _extended(
+    hashes: UInt32[np.ndarray, " ngrams"],
+    signed: UInt32[np.ndarray, " bytes"],
+    starts: Int64[np.ndarray, " ngrams"],
+    sizes: Int64[np.ndarray, " ngrams"],
+) -> UInt32[np.ndarray, " ngrams"]:
+    """Hash one more character of each."""
+    hashes = (hashes ^ signed[starts]) * _PRIME
+    more, shift = np.flatnonzero(sizes > 1), 1
+    while more.size:
+        hashes[more] = (hashes[more] ^ signed[starts[more] + shift]) * _PRIME
+        shift += 1
+        more = more[sizes[more] > shift]
+    return hashes
+
+
+def _is_line_end(words: Strings) -> Bool[np.ndarray, " words"]:
+    wanted = packed([_LINE_END]).text[: len(_LINE_END)]
+    found = np.diff(words.offsets) == wanted.size
+    rows = np.flatnonzero(found)
+    found[rows] = (words.text[words.offsets[rows, None] + np.arange(wanted.size)] == wanted).all(axis=1)
+    return found

@@ -1,0 +1,20 @@
+"""What a format is to the rest: how it is recognised, read and written."""
+
+import os
+from collections.abc import Callable
+from typing import NamedTuple
+
+from .._io.contents import Contents, Options
+from .._io.open import Source
+
+
+class Format(NamedTuple):
+    """A format of vector files."""
+
+    name: str  # what `format=` calls it
+    suffixes: tuple[str, ...]  # by which a file to write is taken for it, such as ".bin"
+    recognises: Callable[[Source], bool]  # by the first bytes, `source.start`, and the size
+    read: Callable[[Source, Options], Contents]
+    write: Callable[[str | os.PathLike[str], Contents], None]
+    # Raises a ValueError where nothing can be written to a path, before there is anything to write.
+    check: Callable[[str | os.PathLike[str]], None] = lambda path: None

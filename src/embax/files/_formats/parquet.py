@@ -1,0 +1,137 @@
+"""Vectors in the columns of a parquet file."""
+
+import functools
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int64
+
+from .._io.contents import Contents, Options
+from .._io.open import Source
+from .columns import (
+    Columns,
+    arrow,
+    check_nulls,
+    checked,
+    columns_of,
+    gathered,
+    is_text,
+    lengths_of,
+    listing,
+    only,
+    packed,
+    write_batches,
+)
+from .format import Format
+
+_MAGIC = b"PAR1"
+# Of the vectors that are decoded at once.
+_BLOCK = 1 << 21
+_BUFFER = 1 << 20
+# Of a column of strings, as many at once; it goes by one of these names.
+_ROWS = 1 << 16
+_TOKENS = ("token", "word", "index")
+
+
+def _recognises(source: Source) -> bool:
+    return source.start.startswith(_MAGIC)
+
+
+def _read(source: Source, options: Options) -> Contents:
+    if options.mmap:
+        raise source.error("a parquet file cannot be mapped into memory, as it is encoded. Leave mmap=True out.")
+    with checked(source):
+        data = source.as_file()
+        with _parquet_file(data) as file:
+            columns = columns_of(source, file.schema_arrow)
+            rows, dim = _sizes(source, file, columns)
+        step = max(1, _BLOCK // (max(1, dim) * columns.dtype.itemsize))
+        if options.limit is not None:
+            step = max(1, min(step, options.limit))
+        # As a dictionary, the size of strings is known before they are copied as often as they are named.
+        with _parquet_file(data, [columns.token]) as file:
+            return gathered(source, options, columns, _batches(file, step, columns.names), rows)
+
+
+def read_tokens(source: Source) -> tuple[bytes, Int64[np.ndarray, " tokens_and_1"]]:
+    """Read the strings of a parquet file: of the column named token, word or index, or else of the only one.
+
+    Args:
+      source: The file.
+
+    Returns:
+      The strings, one after the other, and where each begins and the last ends.
+
+    Raises:
+      FormatError: If there is no such column, a string is missing, or the file is damaged.
+    """
+    texts, lengths, size, rows = [], [np.zeros(1, np.int64)], 0, 0
+    with checked(source):
+        data = source.as_file()
+        with _parquet_file(data) as file:
+            schema = file.schema_arrow
+        name = only([field.name for field in schema if is_text(field.type)], _TOKENS)
+        if name is None or len(schema.get_all_field_indices(name)) > 1:
+            raise source.error(f"must have one column of strings, or name it {_TOKENS[0]!r}, got {listing(schema)}.")
+        with _parquet_file(data, [name]) as file:
+            for batch in _batches(file, _ROWS, [name]):
+                batch.validate(full=True)
+                check_nulls(source, batch.column(name), name, rows)
+                text, length = packed(source, batch.column(name), source.limit - size)
+                texts.append(text)
+                lengths.append(length)
+                size, rows = size + len(text), rows + len(length)
+    return b"".join(texts), np.cumsum(np.concatenate(lengths))
+
+
+def _parquet_file(data: Any, dictionary: Sequence[str] = ()) -> Any:
+    arrow()
+    from pyarrow.parquet import ParquetFile
+
+    # Read through a buffer: else a whole row group, which may be the whole file, is read first.
+    return ParquetFile(data, read_dictionary=list(dictionary), pre_buffer=False, buffer_size=_BUFFER)
+
+
+def _batches(file: Any, step: int, names: list[str]) -> Iterator[Any]:
+    # Each group by itself, so that the dictionary of one is let go of before the next.
+    for group in range(file.num_row_groups):
+        yield from file.iter_batches(step, row_groups=[group], columns=names, use_threads=False)
+
+
+def _sizes(source: Source, file: Any, columns: Columns) -> tuple[int, int]:
+    """Return the number of rows and how long each is, if a file of its size can hold so much."""
+    rows, dim = file.metadata.num_rows, columns.dim
+    if dim is None:
+        # Of the first row. The metadata of columns would tell, too, but pyarrow aborts where they are damaged.
+        first = next(_batches(file, 1, list(columns.vector)), None)
+        dim = 0 if first is None else int(lengths_of(first, columns)[:1].sum())
+    if rows < 0 or rows * dim * columns.dtype.itemsize > source.limit:
+        raise source.error(
+            f"says that it holds {rows:,} rows of {dim:,} numbers, more than is likely of a file of its size. "
+            "Raise max_expansion if it is to be trusted."
+        )
+    return rows, dim
+
+
+def write_parquet(path: str | os.PathLike[str], contents: Contents) -> None:
+    """Write vectors as a parquet file: columns `token`, `vector` and, where there are counts, `count`.
+
+    What special tokens stand for is not kept. bfloat16, which Arrow does not know, becomes float32.
+
+    Args:
+      path: The destination.
+      contents: What to write.
+
+    Raises:
+      ValueError: If the vectors have no number.
+      OSError: If the file cannot be written.
+    """
+    arrow()
+    from pyarrow.parquet import ParquetWriter
+
+    write_batches(path, contents, functools.partial(ParquetWriter, compression="zstd", use_dictionary=False))
+
+
+FORMAT = Format("parquet", (".parquet",), _recognises, _read, write_parquet)

@@ -1,0 +1,1 @@
+"""safetensors, and the folders of the Hugging Face world."""

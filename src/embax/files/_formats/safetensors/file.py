@@ -1,0 +1,193 @@
+"""Vectors in one safetensors file: the package's own format."""
+
+import json
+import os
+from typing import Any
+
+import numpy as np
+
+from ....vocabulary import Vocabulary
+from ..._io.atomic import replacing
+from ..._io.contents import Contents, Options
+from ..._io.open import Source, opened
+from ..array import table_of
+from ..format import Format
+from .header import FLOATS, Tensor, is_safetensors, read_header
+
+_METADATA = {"format": "embax.vectors", "version": "1"}
+# NumPy dtype and axes of each tensor but `weight`. Wide dtypes come first, so that each is aligned to its own size.
+_LAYOUT = {"counts": ("<i8", "I64", 1), "token_offsets": ("<i8", "I64", 1), "tokens": ("|u1", "U8", 1)}
+
+
+def write_safetensors(path: str | os.PathLike[str], contents: Contents) -> None:
+    r"""Write vectors as one safetensors file, beside its destination and then renamed.
+
+    The tensors are `weight` `(rows, dim)` in its own dtype of floats, `tokens` uint8 (the tokens in UTF-8, one after
+    the other), `token_offsets` int64 `(rows + 1)` (where each begins and the last ends) and, where there are counts,
+    `counts` int64 `(rows)`. The metadata are `format=embax.vectors`, `version=1` and, where there are special tokens,
+    `special`, their row numbers as JSON. Bytes of tokens that are not UTF-8 become `\xNN`. The same contents give the
+    same bytes.
+
+    Args:
+      path: The destination; an existing file is replaced.
+      contents: One token and vector a row.
+
+    Raises:
+      ValueError: If the contents have sub-words, a weight that is not a table of floats with a row a token, or a token
+        twice.
+      OSError: If the file cannot be written.
+
+    Example:
+      >>> import embax, embax.files, numpy as np, pathlib, tempfile
+      >>> path = pathlib.Path(tempfile.mkdtemp(), "vectors.safetensors")
+      >>> contents = embax.files.Contents(embax.Vocabulary(["a", "b"]), np.eye(2, dtype=np.float32))
+      >>> embax.files.write_safetensors(path, contents)
+      >>> embax.files.read_safetensors(path).vocabulary.tokens()
+      ['a', 'b']
+    """
+    contents = contents._replace(vocabulary=contents.vocabulary.escaped())
+    dtype = _checked(contents)
+    text, offsets = contents.vocabulary.utf8
+    tensors = {"token_offsets": (np.asarray(offsets, "<i8"), "I64")}
+    if contents.counts is not None:
+        tensors = {"counts": (np.asarray(contents.counts, "<i8"), "I64")} | tensors
+    tensors["weight"] = (np.asarray(contents.weight, FLOATS[dtype]), dtype)
+    tensors["tokens"] = (text, "U8")
+    metadata = dict(_METADATA)
+    if contents.vocabulary.special:
+        metadata["special"] = json.dumps(contents.vocabulary.special, separators=(",", ":"))
+    # Written here, as safetensors.numpy.save puts the metadata in another order in each call.
+    header: dict[str, Any] = {"__metadata__": metadata}
+    end = 0
+    for name, (tensor, kind) in tensors.items():
+        begin, end = end, end + tensor.nbytes
+        header[name] = {"dtype": kind, "shape": tensor.shape, "data_offsets": (begin, end)}
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    with replacing(path) as file:
+        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        for tensor, _ in tensors.values():
+            # bfloat16 is no dtype that buffers know, so the bytes are handed over.
+            file.write(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data)
+
+
+def read_safetensors(path: str | os.PathLike[str]) -> Contents:
+    """Read vectors that `write_safetensors` wrote.
+
+    The file is taken as hostile: its sizes are checked against each other before memory is taken. The weight is mapped
+    into memory, so that only those rows are read that are used.
+
+    Args:
+      path: The file, plain or compressed.
+
+    Returns:
+      The contents.
+
+    Raises:
+      FormatError: If the file is not of this format, truncated or corrupt, naming the file and what is wrong.
+      OSError: If the file cannot be opened or read.
+
+    Example:
+      See `write_safetensors`.
+    """
+    with opened(path) as source:
+        return _read(source, Options())
+
+
+def _checked(contents: Contents) -> str:
+    """Check the contents, and return what safetensors calls the dtype of the weight."""
+    where = "embax.files.write_safetensors(contents=...)"
+    if contents.subwords is not None:
+        raise ValueError(
+            f"`{where}` must have no sub-words, got some. Only the .bin format of fastText keeps them: save as that, "
+            "or set subwords=None to leave them out."
+        )
+    weight, rows = contents.weight, len(contents.vocabulary)
+    written = weight.dtype.newbyteorder("<") if weight.dtype.kind == "f" else weight.dtype
+    dtype = next((name for name, dtype in FLOATS.items() if dtype == written), None)
+    counted = rows if contents.counts is None else len(contents.counts)
+    if dtype is None or weight.ndim != 2 or len(weight) != rows or counted != rows:
+        raise ValueError(
+            f"`{where}` must have a weight of 16, 32 or 64 bit floats with a row, and counts with a number, for each "
+            f"of {rows} tokens, got {weight.dtype} {weight.shape} and {counted} counts. Convert or cut them."
+        )
+    repeated = contents.vocabulary.repeated()
+    if repeated.any():
+        twice = contents.vocabulary.tokens(int(repeated.argmax()))
+        raise ValueError(f"`{where}` must not name two rows the same, got {twice!r} twice. Drop one.")
+    return dtype
+
+
+def _recognises(source: Source) -> bool:
+    header = source.start[8 : 8 + int.from_bytes(source.start[:8], "little")]
+    return is_safetensors(source) and _METADATA["format"].encode() in header
+
+
+def _read(source: Source, options: Options) -> Contents:
+    metadata, tensors = read_header(source)
+    rows = _check_header(source, metadata, tensors)
+    found: dict[str, Any] = {}
+    for name, tensor in tensors.items():  # as they lie in the file: compressed data come in order
+        if name == "weight":
+            shape = (tensor.shape[0], tensor.shape[1])
+            found[name] = table_of(source, options, FLOATS[tensor.dtype], shape, tensor.begin)
+        elif name in _LAYOUT:
+            source.skip_to(tensor.begin)
+            data = source.read_exactly(tensor.end - tensor.begin, f"`{name}`")
+            found[name] = np.frombuffer(data, _LAYOUT[name][0])
+    text, offsets = found["tokens"], found["token_offsets"]
+    if offsets[0] != 0 or offsets[-1] != len(text) or (offsets[1:] < offsets[:-1]).any():
+        raise source.error(f"`token_offsets` must rise from 0 to the {len(text):,} bytes of `tokens`.")
+    counts = found.get("counts")
+    if counts is not None and (counts < 0).any():
+        raise source.error("`counts` must not be negative.")
+    special = _special(source, metadata, rows)
+    if options.limit is not None and options.limit < rows:
+        rows = options.limit
+        offsets = offsets[: rows + 1]
+        text, counts = text[: offsets[-1]], None if counts is None else counts[:rows]
+        special = {role: row for role, row in special.items() if row < rows}
+    try:
+        # Tokens that occur twice are not looked for, as that takes longer than all else; the writer has.
+        vocabulary = Vocabulary.from_utf8(text, offsets, special=special)
+    except ValueError as error:
+        raise source.error(f"`tokens` must be UTF-8, cut between characters: {error}.") from None
+    return Contents(vocabulary, found["weight"], counts)
+
+
+def _check_header(source: Source, metadata: dict[str, str], tensors: dict[str, Tensor]) -> int:
+    """Check that the tensors are those of this format and fit together; return the number of rows."""
+    found = {name: metadata.get(name) for name in _METADATA}
+    if found != _METADATA:
+        raise source.error(f"the metadata must be {_METADATA}, got {found}. Is it a file of embax vectors?")
+    for name in ("weight", "tokens", "token_offsets"):
+        if name not in tensors:
+            raise source.error(f"tensor `{name}` is missing.")
+    weight = tensors["weight"]
+    if weight.dtype not in FLOATS or len(weight.shape) != 2:
+        raise source.error(f"`weight` must be {', '.join(FLOATS)} with 2 axes, got {weight.dtype} {weight.shape}.")
+    rows = weight.shape[0]
+    lengths = {"counts": rows, "token_offsets": rows + 1}
+    for name, (_, dtype, axes) in _LAYOUT.items():
+        if (tensor := tensors.get(name)) is None:
+            continue
+        if tensor.dtype != dtype or len(tensor.shape) != axes:
+            raise source.error(f"`{name}` must be {dtype} with {axes} axis, got {tensor.dtype} {tensor.shape}.")
+        if tensor.shape[0] != lengths.get(name, tensor.shape[0]):
+            raise source.error(
+                f"`{name}` must have {lengths[name]:,} entries, as `weight` has {rows:,} rows, got {tensor.shape[0]:,}."
+            )
+    return rows
+
+
+def _special(source: Source, metadata: dict[str, str], rows: int) -> dict[str, int]:
+    try:
+        special = json.loads(metadata.get("special", "{}"))
+    except (ValueError, RecursionError):
+        special = None
+    if not isinstance(special, dict) or any(type(row) is not int or not 0 <= row < rows for row in special.values()):
+        raise source.error(f"`special` must be row numbers below {rows:,} by name, got {metadata['special'][:80]!r}.")
+    return special
+
+
+FORMAT = Format("safetensors", (".safetensors",), _recognises, _read, write_safetensors)

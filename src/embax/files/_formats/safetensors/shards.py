@@ -1,0 +1,89 @@
+"""Safetensors files in shards: the index, a JSON file that says which file each tensor is in, and those files."""
+
+import contextlib
+import json
+import posixpath
+from collections.abc import Iterator
+
+from ..._io.error import FormatError
+from ..._io.open import Source, opened
+from .header import Tensor, read_header
+
+_KEY = "weight_map"
+
+
+def is_index(source: Source) -> bool:
+    """Tell whether a file is an index of shards."""
+    return source.start[:64].lstrip().startswith(b"{") and f'"{_KEY}"'.encode() in source.start
+
+
+def read_index(source: Source) -> dict[str, str]:
+    """Read an index.
+
+    Args:
+      source: The file, at its beginning.
+
+    Returns:
+      The name of a file for each tensor. It is the name of a file in the same folder, or below that.
+
+    Raises:
+      FormatError: If it is no index.
+    """
+    try:
+        files = json.loads(source.read_all().decode())[_KEY]
+        if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
+            raise ValueError(f"{_KEY!r} is no object of the names of files")
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise source.error(f"is no index of shards ({str(error).rstrip('.')}).") from None
+    for tensor, file in files.items():
+        is_below = posixpath.normpath(file) == file and not file.startswith(("/", ".."))
+        if not is_below or any(sign in file for sign in "\\:\0"):
+            raise source.error(f"must name files in its own folder, got {file!r:.80} for tensor {tensor!r:.80}.")
+    return files
+
+
+@contextlib.contextmanager
+def opened_shard(index: Source, file: str, tensor: str | None = None) -> Iterator[Source]:
+    """Open a shard.
+
+    Args:
+      index: The index.
+      file: The name of the shard.
+      tensor: The one that is wanted of it.
+
+    Yields:
+      The shard, at its beginning.
+
+    Raises:
+      FormatError: If it is not there.
+    """
+    path = index.beside(file)
+    if path is None:
+        raise index.error(f"names the shard {file!r}, which is not in its folder. Fetch it, or the whole model again.")
+    with opened(path if tensor is None else f"{path}:{tensor}") as shard:
+        yield shard
+
+
+def all_tensors(index: Source, files: dict[str, str]) -> dict[str, Tensor]:
+    """Find out what all tensors are, by the headers of the shards.
+
+    Args:
+      index: The index.
+      files: What it says.
+
+    Returns:
+      The tensors by name.
+
+    Raises:
+      FormatError: If a shard is missing, damaged, or does not hold a tensor.
+    """
+    found: dict[str, Tensor] = {}
+    for file in dict.fromkeys(files.values()):
+        with opened_shard(index, file) as shard:
+            _, tensors = read_header(shard)
+        wanted = [name for name, its in files.items() if its == file]
+        missing = next((name for name in wanted if name not in tensors), None)
+        if missing is not None:
+            raise FormatError(shard.name, f"has no tensor {missing!r}, which {index.name} says it has.")
+        found |= {name: tensors[name] for name in wanted}
+    return found

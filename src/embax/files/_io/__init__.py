@@ -1,0 +1,1 @@
+"""Files, streams and archives, opened and written safely."""

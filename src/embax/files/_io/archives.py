@@ -1,0 +1,182 @@
+"""Archives, zip and tar: which of their files is read, and its bytes in order. Nothing is unpacked onto a disk."""
+
+import contextlib
+import errno
+import posixpath
+import re
+import tarfile
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from typing import BinaryIO, Protocol, cast
+
+from .error import FormatError
+
+_BLOCK = 1 << 20
+# A tar archive begins with a header of so many bytes, in which the sum of all stands in octal digits.
+TAR_HEADER = 512
+_SUM = slice(148, 156)
+# Of names in an archive, what no vectors are in: documents, and hidden files, of which macOS adds some.
+_BESIDES = re.compile(
+    r"(?:.*/)?(?:(?:readme|licen[cs]e|copying|notice|changelog|citation)\b[^/]*|[^/]*\.md|\..*|__MACOSX/.*)",
+    re.IGNORECASE,
+)
+# Of several files, the only one of the first of these kinds that is there. A table may have its vocabulary beside it.
+_KINDS = (".safetensors.index.json", ".safetensors", ".npy")
+_SHOWN = 10
+
+
+class Archive(Protocol):
+    """An archive: the names of its files, and their bytes."""
+
+    def names(self) -> list[str]:
+        """The names of the files, in their order."""
+        ...
+
+    def open(self, name: str, stack: contextlib.ExitStack) -> BinaryIO:
+        """Open a file that is there, until the stack ends."""
+        ...
+
+
+class Zip:
+    """A zip archive.
+
+    Args:
+      path: The archive, for messages.
+      file: Its bytes.
+    """
+
+    def __init__(self, path: str, file: BinaryIO):
+        self._path = path
+        with self._checked():
+            self._archive = zipfile.ZipFile(file)
+
+    def names(self) -> list[str]:
+        """The names of the files."""
+        return [info.filename for info in self._archive.infolist() if not info.filename.endswith("/")]
+
+    def open(self, name: str, stack: contextlib.ExitStack) -> BinaryIO:
+        """Open a file."""
+        with self._checked():
+            return cast(BinaryIO, stack.enter_context(self._archive.open(name)))
+
+    @contextlib.contextmanager
+    def _checked(self) -> Iterator[None]:
+        try:
+            yield
+        except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, ValueError, OSError) as error:
+            if isinstance(error, OSError) and error.errno != errno.EINVAL:
+                raise
+            reason = f"the zip archive is damaged or not of a kind that can be read ({error})."
+            raise FormatError(self._path, reason) from None
+
+
+class Tar:
+    """A tar archive, which is read from its beginning each time it is asked for a file.
+
+    Links in it are not followed.
+
+    Args:
+      path: The archive, for messages.
+      unpacked: Gives its bytes from the first one on, uncompressed.
+    """
+
+    def __init__(self, path: str, unpacked: Callable[[], BinaryIO]):
+        self._path, self._unpacked = path, unpacked
+        self._names: list[str] | None = None
+
+    def names(self) -> list[str]:
+        """The names of the files, without a leading `./`."""
+        if self._names is None:
+            with contextlib.ExitStack() as stack:
+                self._names = [name for name, _, _ in self._files(stack)]
+        return self._names
+
+    def open(self, name: str, stack: contextlib.ExitStack) -> BinaryIO:
+        """Open a file."""
+        for found, archive, info in self._files(stack):
+            if found == name:
+                return cast(BinaryIO, archive.extractfile(info))
+        raise FormatError(self._path, f"holds no file {name!r}.")
+
+    def _files(self, stack: contextlib.ExitStack) -> Iterator[tuple[str, tarfile.TarFile, tarfile.TarInfo]]:
+        try:
+            archive = stack.enter_context(tarfile.open(fileobj=self._unpacked(), mode="r|", bufsize=_BLOCK))
+            for info in archive:
+                if info.isreg() and not info.issparse():
+                    yield posixpath.normpath(info.name).lstrip("/"), archive, info
+        except (tarfile.TarError, EOFError, OverflowError, ValueError) as error:
+            if isinstance(error, FormatError):
+                raise
+            raise FormatError(self._path, f"the tar archive is damaged ({error}).") from None
+
+
+def is_tar(start: bytes) -> bool:
+    """Tell whether bytes are the first ones of a tar archive."""
+    header = start[:TAR_HEADER]
+    digits = header[_SUM].strip(b" \0")
+    if len(header) < TAR_HEADER or not re.fullmatch(b"[0-7]+", digits):
+        return False
+    # The digits themselves count as spaces.
+    return sum(header) - sum(header[_SUM]) + 8 * ord(" ") == int(digits, 8)
+
+
+def chosen(path: str, archive: Archive, member: str | None) -> tuple[str, str | None]:
+    """Choose a file of an archive.
+
+    Args:
+      path: The archive, for messages.
+      archive: It.
+      member: What the caller names: a file, a folder, or a tensor or another thing in one of them, behind a colon. None
+        for the only file, or the only model.
+
+    Returns:
+      The file, and what is named in it.
+
+    Raises:
+      FormatError: If there is no such file, or several could be meant.
+    """
+    names = archive.names()
+    if member is None:
+        found = _likely(names)
+        if found is None:
+            raise FormatError(
+                path,
+                f"holds {len(names)} files, of which one has to be named, as {path}:NAME. It has {names[:_SHOWN]}.",
+            )
+        return found, None
+    if member in names:
+        return member, None
+    wanted = posixpath.normpath(member)
+    # The longest part before a colon that is a file, or a folder with one model.
+    ends = [*(colon.start() for colon in re.finditer(":", wanted)), len(wanted)]
+    for end in reversed(ends):
+        name, rest = wanted[:end], wanted[end + 1 :] or None
+        if name in names:
+            return name, rest
+        inside = _likely([one for one in names if one.startswith(f"{name}/")])
+        if inside is not None:
+            return inside, rest
+    model = _likely(names)
+    if model is not None and model.lower().endswith(_KINDS[:2]):
+        return model, member
+    raise FormatError(path, f"holds no file {member!r}. It has {names[:_SHOWN]}.")
+
+
+def beside(names: Sequence[str], name: str) -> dict[str, str]:
+    """Return the files in the folder of a file, by their names there."""
+    folder = posixpath.dirname(name)
+    return {posixpath.basename(one): one for one in names if posixpath.dirname(one) == folder}
+
+
+def _likely(names: Sequence[str]) -> str | None:
+    """Return the only file that vectors could be in."""
+    if len(names) == 1:
+        return names[0]
+    files = [name for name in names if not _BESIDES.fullmatch(posixpath.normpath(name))]
+    if len(files) == 1:
+        return files[0]
+    for kind in _KINDS:
+        fitting = [name for name in files if name.lower().endswith(kind)]
+        if fitting:
+            return fitting[0] if len(fitting) == 1 else None
+    return None

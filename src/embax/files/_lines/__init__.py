@@ -1,0 +1,1 @@
+"""Lines of text: their ends, layouts and numbers."""

@@ -1,0 +1,7 @@
+"""Vectors: a vocabulary and a weight, with queries by token."""
+
+from ..vocabulary import UnknownTokenError as UnknownTokenError
+from ._vectors import Filled as Filled
+from ._vectors import MissingTokensWarning as MissingTokensWarning
+from ._vectors import NotFiniteWarning as NotFiniteWarning
+from ._vectors import Vectors as Vectors
