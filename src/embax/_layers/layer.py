@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Shaped
 
 from .._core.table import Table
 from .._heads.attend import attend
-from .fill import Missing, warn_of_missing
+from ..vectors._fill import Missing, warn_of_missing
 from .state_dict import from_state_dict, to_state_dict
 
 

@@ -50,8 +50,6 @@ def to_state_dict(tables: Any, prefix: str = "") -> dict[str, Shaped[np.ndarray,
       >>> list(embax.to_state_dict({"bert.embeddings.word_embeddings": table}))
       ['bert.embeddings.word_embeddings.weight']
     """
-    from ..sharding import unshard
-
     if not isinstance(tables, Mapping):
         tables = {"": tables}
     out = {}
@@ -62,7 +60,7 @@ def to_state_dict(tables: Any, prefix: str = "") -> dict[str, Shaped[np.ndarray,
                 f"`embax.to_state_dict(tables=...)` must have tables or layers, got {type(node).__name__} for "
                 f"{module!r}. Name the layers of a model, as in {{'tokens': model.embedding}}."
             )
-        out[f"{prefix}{module}.weight" if module else f"{prefix}weight"] = np.array(unshard(table).weight)
+        out[f"{prefix}{module}.weight" if module else f"{prefix}weight"] = np.array(table.storage.to_rows(table.weight))
     return out
 
 

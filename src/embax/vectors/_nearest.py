@@ -1,13 +1,16 @@
 """Nearest rows, exactly: the greatest product of each segment of rows first, then the few segments that matter."""
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Float32, Float64, Int64
+
+from .._base.unit_rows import ENTRIES, blocks
+from .._base.unit_rows import unit_rows as unit_rows
 
 # Of so many rows one greatest product is kept. Fewer rows a segment make more of them to choose from, more rows make
 # each of those chosen dearer to look at.
@@ -17,10 +20,6 @@ _BLOCK_ROWS = 4096
 _BLOCK_QUERIES = (32, 128, 512)  # each compiled once, the smallest that holds what is left of the queries
 # As few queries are multiplied one by one, with so many rows at a time: 4 MB of products.
 _FEW, _ROWS_OF_ONE, _LONG_SEGMENT = 8, 1 << 20, 512
-# Entries of a block of rows, 4 or 8 MB.
-_ENTRIES = 1 << 20
-# Where memory begins at a multiple of this, JAX reads it on the processor without a copy.
-_ALIGNMENT = 64
 
 
 class Queries(NamedTuple):
@@ -29,27 +28,6 @@ class Queries(NamedTuple):
     scaled: Float32[np.ndarray, "queries dim"]  # the greatest entry is in [0.5, 1); NaN where one is not finite
     scale: Float64[np.ndarray, " queries"]  # a power of two, by which the products are multiplied
     error: Float64[np.ndarray, " queries"]  # how far at most a float32 product with a unit row is from the true one
-
-
-def unit_rows(rows: Float[np.ndarray, "rows dim"]) -> Float32[np.ndarray, "rows dim"]:
-    """Scale rows to length 1.
-
-    Args:
-      rows: Rows of any float dtype; blocks of them are read, so that they may be mapped from a file.
-
-    Returns:
-      The rows; those of zeros stay, those with NaN or infinity are NaN.
-    """
-    unit = _aligned(rows.shape[0], rows.shape[1])
-    for block in _blocks(rows.shape[0], rows.shape[1]):
-        part = np.asarray(rows[block], np.float64)
-        # The largest entry is taken out first, so that no square leaves the range.
-        largest = np.abs(part).max(axis=1, keepdims=True, initial=0)
-        largest[~np.isfinite(largest)] = np.nan
-        part = part / np.where(largest == 0, 1, largest)
-        length = np.sqrt(np.einsum("rd,rd->r", part, part))[:, None]
-        unit[block] = part / np.where(length == 0, 1, length)
-    return unit
 
 
 def nearest(
@@ -121,7 +99,7 @@ def _greatest(
 
 def block_rows(dim: int) -> int:
     """How many rows a block has."""
-    return max(SEGMENT, min(_BLOCK_ROWS, _ENTRIES // max(dim, 1)) // SEGMENT * SEGMENT)
+    return max(SEGMENT, min(_BLOCK_ROWS, ENTRIES // max(dim, 1)) // SEGMENT * SEGMENT)
 
 
 def fill(
@@ -234,7 +212,7 @@ def products_of(
 ) -> Float[np.ndarray, " some"]:
     """Multiply some rows with a query, in float64 such that equal rows have equal products."""
     products = np.empty(rows.shape[0], dtype)
-    for block in _blocks(rows.shape[0], unit.shape[1]):
+    for block in blocks(rows.shape[0], unit.shape[1]):
         part = unit[rows[block]]
         if dtype == np.float32:
             np.matmul(part, query, out=products[block])
@@ -254,15 +232,3 @@ def nth_greatest(values: Float32[np.ndarray, " number"], n: int) -> float:
     """The n-th greatest of some values, minus infinity where there are fewer."""
     size = values.shape[0]
     return float(np.partition(values, size - n)[size - n]) if n <= size else -np.inf
-
-
-def _aligned(rows: int, dim: int) -> Float32[np.ndarray, "rows dim"]:
-    memory = np.empty(rows * dim * 4 + _ALIGNMENT, np.uint8)
-    start = -memory.ctypes.data % _ALIGNMENT
-    return memory[start : start + rows * dim * 4].view(np.float32).reshape(rows, dim)
-
-
-def _blocks(rows: int, dim: int) -> Iterator[slice]:
-    """Cut rows into blocks of a few MB."""
-    length = max(1, _ENTRIES // max(dim, 1))
-    return (slice(start, min(start + length, rows)) for start in range(0, rows, length))

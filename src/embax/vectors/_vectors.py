@@ -12,9 +12,6 @@ from numpy.typing import ArrayLike, DTypeLike
 from .. import files
 from .._base import check as _check
 from .._core.table import Table
-from .._layers.fill import Filled as Filled
-from .._layers.fill import Missing, filled
-from .._layers.fill import MissingTokensWarning as MissingTokensWarning
 from ..files._io.open import split_path
 from ..vocabulary import UnknownTokenError as UnknownTokenError
 from ..vocabulary._vocabulary import Errors, Vocabulary
@@ -32,6 +29,9 @@ from ._directions import (
     read_only,
     warn_of_not_finite,
 )
+from ._fill import Filled as Filled
+from ._fill import Missing, filled
+from ._fill import MissingTokensWarning as MissingTokensWarning
 
 
 @final

@@ -7,6 +7,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Float32, Int32, Int64
 
 from ...._base import strings as _strings
+from ...._base.unit_rows import unit_rows
 from ....vocabulary import Vocabulary
 from . import ngrams as _ngrams
 
@@ -99,9 +100,7 @@ class Subwords:
             means[start:stop] = mean
         if not self._unit:
             return means
-        from ....vectors import _nearest as _queries  # which loads JAX
-
-        return _queries.unit_rows(means)
+        return unit_rows(means)
 
     def covers(self, tokens: Iterable[str]) -> Bool[np.ndarray, " tokens"]:
         """Tell which tokens have any n-gram; of the others, nothing is known but zeros."""
