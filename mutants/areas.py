@@ -11,6 +11,7 @@ SOURCES = {
         "_base/dtypes.py",
         "_core/ids.py",
         "_core/lookup.py",
+        "_core/dense.py",
         "_core/table.py",
         "_core/write_back.py",
     ),
@@ -23,10 +24,10 @@ SOURCES = {
         "brainstate/_grad.py",
         "nnx/_grad.py",
     ),
-    "bags": ("_bags/*.py", "_features/*.py", "_heads/row_blocks.py"),
+    "bags": ("_bags/*.py", "_features/*.py", "_base/row_blocks.py"),
     "optimizers": ("optim/*.py", "brainstate/_optimizer.py", "nnx/_optimizer.py"),
     "heads": ("_heads/*.py",),
-    "sharding": ("_core/placement.py", "_mesh/*.py", "checkpoint/*.py", "sharding/*.py"),
+    "sharding": ("_mesh/*.py", "checkpoint/*.py", "sharding/*.py"),
     "files": ("_base/strings.py", "files/**/*.py", "vectors/_vectors.py", "vocabulary/*.py"),
 }
 

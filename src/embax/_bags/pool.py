@@ -14,11 +14,10 @@ from jaxtyping import Array, Bool, Float, Int, Int32, Shaped
 
 from .._base.distinct import accumulator
 from .._core import ids as _ids
+from .._core.dense import DENSE
 from .._core.lookup import read
-from .._core.placement import Placement
+from .._core.storage import Storage
 from .._core.table import Table
-from .._mesh import sharded as _placed
-from .._mesh.bags import is_pooled_where_stored, pooled_where_stored
 from .ragged import segments_of
 
 Mode = Literal["sum", "mean", "sqrtn", "max"]
@@ -115,22 +114,22 @@ def _sum_of_rows(
     shape: tuple[int, ...],
 ) -> Float[Array, "*bags_dim"]:
     inputs: Array
-    if offsets is None and is_pooled_where_stored(table, shape, ids.shape[-1], weights is not None):
+    if offsets is None and table.storage.pools(table, shape, ids.shape[-1], weights is not None):
 
         def pool_here(table: Table, ids: Array, *others: Any) -> Array:
             return _sum_of_rows(table, ids, *others, None, ids.shape[:-1])
 
-        return pooled_where_stored(table, pool_here, ids, counted, weights)
-    if table.placement is None:
+        return table.storage.pooled(table, pool_here, ids, counted, weights)
+    if table.storage.is_local:
         inputs = jnp.where(counted, ids, 0)
     else:  # one exchange of all rows, which are then summed in the same order where they have arrived
         inputs = read(table, jnp.where(counted, ids, table.rows), None)
         if offsets is not None:
-            return _summed(_terms(inputs, counted, weights), Layout(shape, offsets), table.placement)
+            return _summed(_terms(inputs, counted, weights), Layout(shape, offsets), table.storage)
         inputs = jnp.moveaxis(inputs, len(shape), -1)
 
     def terms(part: Array, counted: Array, weights: Array | None) -> Float[Array, "*batch_dim"]:
-        if table.placement is None:
+        if table.storage.is_local:
             part = read(table, part, None)
         elif counted.ndim > len(shape):  # several places
             part = jnp.moveaxis(part, -1, len(shape))
@@ -154,10 +153,10 @@ def _sum_of_rows_jvp(shape: Any, primals: Any, tangents: Any) -> tuple[Array, An
     tangent = jnp.zeros_like(out)
     if not isinstance(of_table.weight, SymbolicZero):
         of_rows = jax.jvp(lambda table: read(table, ids, None, counted), (table,), (of_table,))[1]
-        tangent += _summed(_terms(of_rows, counted, weights), layout, table.placement)
+        tangent += _summed(_terms(of_rows, counted, weights), layout, table.storage)
     if weights is not None and not isinstance(of_weights, SymbolicZero):
         of_rows = _terms(read(table, ids, None, counted), counted, of_weights)
-        tangent += _summed(of_rows, layout, table.placement)
+        tangent += _summed(of_rows, layout, table.storage)
     return out, tangent
 
 
@@ -176,9 +175,7 @@ def _terms(
     return rows * jnp.expand_dims(weights.astype(rows.dtype), range(weights.ndim, rows.ndim))
 
 
-def _summed(
-    terms: Float[Array, "*batch_dim"], layout: Layout, placement: Placement | None = None
-) -> Float[Array, "*bags_dim"]:
+def _summed(terms: Float[Array, "*batch_dim"], layout: Layout, storage: Storage = DENSE) -> Float[Array, "*bags_dim"]:
     """Sum what stands there for each id, bag by bag; behind the last one is zero, or what has no row.
 
     Of a table on a mesh, the bags are split over its devices as their ids are, and what is of another device's bag goes
@@ -186,13 +183,9 @@ def _summed(
     """
     if layout.offsets is None:
         return terms.sum(axis=len(layout.shape))
-    start = jnp.zeros((*layout.shape, *terms.shape[1:]), terms.dtype)
     if layout.shape == (0,):
-        return start
-    bags = _bag_of(layout.offsets, terms.shape[0])
-    if placement is not None:
-        return _placed.summed_by(placement, bags, terms, layout.shape[0])
-    return start.at[bags].add(terms, mode="drop", indices_are_sorted=True)
+        return jnp.zeros((0, *terms.shape[1:]), terms.dtype)
+    return storage.summed_by(_bag_of(layout.offsets, terms.shape[0]), terms, layout.shape[0])
 
 
 def _bag_of(offsets: Int32[Array, " bags_and_1"], capacity: int) -> Int32[Array, " capacity"]:

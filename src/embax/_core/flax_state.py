@@ -8,7 +8,6 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 _NAME = "flax.serialization"
@@ -37,14 +36,11 @@ def register(kind: type, to_state_dict: ToStateDict, from_state_dict: FromStateD
 
 def of_table(table: Any) -> dict[str, Any]:
     """The state of a Table: its rows in the order of their ids, wherever they are stored."""
-    from ..sharding import unshard
-
-    return {"weight": sys.modules[_NAME].to_state_dict(unshard(table).weight)}
+    return {"weight": to_state(table.storage.to_rows(table.weight))}
 
 
 def to_table(table: Any, state: Any) -> Any:
     """A Table with the rules and the layout of another one, and the rows of a state."""
-    from ..sharding._shard import placed
     from .table import has_weight, with_weight
 
     if not isinstance(state, dict) or set(state) != {"weight"}:
@@ -52,7 +48,7 @@ def to_table(table: Any, state: Any) -> Any:
             f"`flax.serialization.from_state_dict(state=...)` must have the weight of a Table for {table!r}, got "
             f"{sorted(state) if isinstance(state, dict) else type(state).__name__}. Pass what to_state_dict gave."
         )
-    weight = sys.modules[_NAME].from_state_dict(table.weight, state["weight"], name="weight")
+    weight = from_state(table.weight, state["weight"], "weight")
     wanted = (table.rows, *table.dim) if has_weight(table) else None
     saved = np.shape(weight) if hasattr(weight, "shape") else None
     if wanted != saved:
@@ -61,33 +57,27 @@ def to_table(table: Any, state: Any) -> Any:
             f"{table!r} for one of {saved}. Make the target so; embax.resize and embax.optim.carry_over bring it to "
             "other rows."
         )
-    if table.placement is not None and saved is not None:
-        return placed(with_weight(table, np.asarray(weight), placement=None), table.placement)
-    return with_weight(table, jnp.asarray(weight) if isinstance(weight, np.ndarray) else weight)
+    return with_weight(table, weight if saved is None else table.storage.from_rows(np.asarray(weight)))
 
 
-def of_collection(collection: Any) -> dict[str, Any]:
-    """The state of a Collection: that of its tables by name, however they are stored."""
-    return {name: sys.modules[_NAME].to_state_dict(table) for name, table in collection.tables.items()}
+def to_state(node: Any) -> Any:
+    """`flax.serialization.to_state_dict`, called by it."""
+    return sys.modules[_NAME].to_state_dict(node)
 
 
-def to_collection(collection: Any, state: Any) -> Any:
-    """A Collection with the tables of a state."""
-    from .._features.collection import restack
-
-    tables = sys.modules[_NAME].from_state_dict(collection.tables, state, name="tables")
-    return restack(tables, collection)
+def from_state(target: Any, state: Any, name: str) -> Any:
+    """`flax.serialization.from_state_dict`, called by it."""
+    return sys.modules[_NAME].from_state_dict(target, state, name=name)
 
 
 def register_fields(kind: type, *names: str) -> None:
     """Teach `flax.serialization` a dataclass of which these fields are the state."""
 
     def of_fields(node: Any) -> dict[str, Any]:
-        return {name: sys.modules[_NAME].to_state_dict(getattr(node, name)) for name in names}
+        return {name: to_state(getattr(node, name)) for name in names}
 
     def to_fields(node: Any, state: Any) -> Any:
-        read = sys.modules[_NAME].from_state_dict
-        return dataclasses.replace(node, **{name: read(getattr(node, name), state[name], name) for name in names})
+        return dataclasses.replace(node, **{name: from_state(getattr(node, name), state[name], name) for name in names})
 
     register(kind, of_fields, to_fields)
 

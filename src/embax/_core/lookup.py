@@ -11,7 +11,6 @@ from jax.sharding import reshard
 from jaxtyping import Array, Bool, DTypeLike, Int, Shaped
 
 from .._base.distinct import accumulator
-from .._mesh import sharded as _placed
 from . import ids as _ids
 from .read_rows import read_rows
 from .table import Table
@@ -128,13 +127,13 @@ def _gather_with_rules_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
     named = _ids.trained(ids, table)
     if counted is not None:
         named = jnp.where(counted, named, table.rows)
-    tangent = gradient_rules(table, ids, read_rows(tangent, named, table.placement))
+    tangent = gradient_rules(table, ids, read_rows(tangent, named, table.storage))
     return _gather_with_rules(*primals), tangent.astype(table.dtype)
 
 
 def _or_first(table: Table, ids: Int[Array, "*batch"], counted: Bool[Array, "*batch"] | None) -> Int[Array, "*batch"]:
     """Put the first row in the place of what is not to be read; on a mesh no row, lest all ask one device for it."""
-    return ids if counted is None or table.placement is not None else jnp.where(counted, ids, 0)
+    return ids if counted is None or not table.storage.is_local else jnp.where(counted, ids, 0)
 
 
 def gradient_rules(
@@ -163,7 +162,7 @@ def _divided_by_frequency(
     # All occurrences take the row of the first one. In the transpose they are summed there before the division: 70,000
     # ones are 70,000 / 70,000, where the float32 sum of their quotients is 1.0006.
     first, count = _ids.occurrences(ids)
-    if table.placement is not None:  # where to go to the first one is to travel
+    if not table.storage.is_local:  # where to go to the first one is to travel
         return rows / _over_rows(jnp.reshape(count, ids.shape), rows).astype(rows.dtype)
     flat = jnp.reshape(_ids.on_every_device(rows), (ids.size, *rows.shape[ids.ndim :]))
     flat = flat / _over_rows(count, flat).astype(rows.dtype)
@@ -222,14 +221,8 @@ def _clip_norm_jvp(axes: Any, max_norm: Any, norm_type: Any, primals: Any, tange
 @jax.custom_jvp
 def _renormalized(table: Table, ids: _ids.Ids) -> Shaped[Array, "rows *dim"]:
     ids = _ids.resolve(ids, table.rows, table.out_of_range)
-    if table.placement is not None:
-        ids = jnp.ravel(ids)
-        return _placed.put(table.placement, table.weight, ids, clipped_rows(table, ids, _take(table, ids, 0)), "set")
-    ids = _ids.on_every_device(ids)
     # Duplicates write one and the same value, and the padding row its own.
-    rows = clipped_rows(table, ids, _take(table, ids, 0))
-    sharding = _ids.explicit_sharding(table.weight)
-    return table.weight.at[ids].set(rows, mode="drop", wrap_negative_indices=False, out_sharding=sharding)
+    return table.storage.replace(table.weight, ids, functools.partial(clipped_rows, table))
 
 
 @_renormalized.defjvp
@@ -242,13 +235,7 @@ _clipped_table = jax.jit(_renormalized)
 
 def _take(table: Table, ids: Int[Array, "*batch"], fill: float) -> Shaped[Array, "*batch_dim"]:
     """Gather rows, without any rule; `fill` where an id has none."""
-    weight = table.weight
-    if table.placement is not None:
-        return _placed.take(table.placement, weight, ids, fill)
-    if weight.shape[0] == 0:  # XLA has no gather from nothing
-        return jnp.full((*ids.shape, *weight.shape[1:]), fill, weight.dtype)
-    sharding = _ids.explicit_sharding(ids, trailing=weight.ndim - 1)
-    return weight.at[ids].get(mode="fill", fill_value=fill, wrap_negative_indices=False, out_sharding=sharding)
+    return table.storage.take(table.weight, ids, fill)
 
 
 def _over_rows(values: Shaped[Array, "*batch"], rows: Shaped[Array, "*batch_dim"]) -> Shaped[Array, "*batch_ones"]:

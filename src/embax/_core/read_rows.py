@@ -22,9 +22,8 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array, Int, Shaped
 
-from .._base.axes import explicit_sharding, is_explicit
-from .._mesh import sharded as _placed
-from .placement import Placement
+from .._base.axes import is_explicit
+from .storage import Storage
 
 
 class Spec(NamedTuple):
@@ -32,7 +31,7 @@ class Spec(NamedTuple):
 
     weight: Any  # abstract value of the tangent, lanes first
     lanes: int  # how many leading axes of the tangent and of the ids are lanes
-    placement: Placement | None
+    storage: Storage
 
     @property
     def dim(self) -> tuple[int, ...]:
@@ -41,14 +40,14 @@ class Spec(NamedTuple):
 
 
 def read_rows(
-    tangent: Shaped[Array, "rows *dim"], ids: Int[Array, "*batch"], placement: Placement | None
+    tangent: Shaped[Array, "rows *dim"], ids: Int[Array, "*batch"], storage: Storage
 ) -> Shaped[Array, "*batch_dim"]:
     """Read the rows of a tangent.
 
     Args:
-      tangent: As the weight, in row order or as `placement` stores it.
+      tangent: As the weight, in row order or as `storage` has it.
       ids: Row numbers; zero is read where an id has no row.
-      placement: That of the table.
+      storage: That of the table.
 
     Returns:
       The rows.
@@ -56,7 +55,7 @@ def read_rows(
     # JAX does so for its own operations: the transpose of this cast sums over the devices of a `shard_map`.
     tangent = _varying_as(ids, tangent)
     ids = _varying_as(tangent, ids)
-    return read_rows_p.bind(tangent, ids, spec=Spec(jax.typeof(tangent), 0, placement))
+    return read_rows_p.bind(tangent, ids, spec=Spec(jax.typeof(tangent), 0, storage))
 
 
 def _varying_as(like: Array, array: Array) -> Array:
@@ -71,12 +70,7 @@ read_rows_p, add_rows_p = Primitive("embax_read_rows"), Primitive("embax_add_row
 
 def _read(tangent: Array, ids: Array, *, spec: Spec) -> Array:
     def lane(tangent: Array, ids: Array) -> Array:
-        if spec.placement is not None:
-            return _placed.take(spec.placement, tangent, ids, 0)
-        if tangent.shape[0] == 0:  # XLA has no gather from nothing
-            return jnp.zeros((*ids.shape, *tangent.shape[1:]), tangent.dtype)
-        sharding = explicit_sharding(ids, trailing=tangent.ndim - 1)
-        return tangent.at[ids].get(mode="fill", fill_value=0, wrap_negative_indices=False, out_sharding=sharding)
+        return spec.storage.take(tangent, ids, 0)
 
     return _of_lanes(lane, spec)(tangent, ids)
 
@@ -89,9 +83,9 @@ def _add(values: Array, ids: Array, *, spec: Spec) -> Array:
         # Else JAX would cast them by itself, and sum over devices in the transpose of that.
         zeros = _varying_as(values, zeros)
         values = jnp.reshape(values, (*ids.shape, *spec.dim))
-        return zeros.at[ids].add(values, mode="drop", wrap_negative_indices=False)
+        return spec.storage.put(zeros, ids, values, "add")
 
-    if spec.placement is None and not is_explicit(weight.sharding.mesh):
+    if spec.storage.is_local and not is_explicit(weight.sharding.mesh):
         return _of_lanes(lane, spec)(values, ids)
     like = _struct(weight, values.dtype)
     return jax.linear_transpose(lambda weight: _read(weight, ids, spec=spec), like)(values)[0]
@@ -113,8 +107,7 @@ def _struct(aval: Any, dtype: Any = None) -> jax.ShapeDtypeStruct:
 
 @read_rows_p.def_abstract_eval
 def _(tangent: Any, ids: Any, *, spec: Spec) -> Any:
-    placement = spec.placement
-    if is_explicit(ids.sharding.mesh) or (placement is not None and is_explicit(placement.mesh)):
+    if is_explicit(ids.sharding.mesh) or spec.storage.on_explicit_axes:
         return jax.make_jaxpr(functools.partial(_read, spec=spec))(_struct(tangent), _struct(ids)).out_avals[0]
     return ids.update(shape=(*ids.shape, *spec.dim), dtype=tangent.dtype, weak_type=False)
 
@@ -138,7 +131,7 @@ def _batched(primitive: Primitive, args: Any, axes: Any, *, spec: Spec) -> tuple
     (values, ids), (of_values, of_ids) = args, axes
     if primitive is read_rows_p and of_values is None:  # one tangent for all: the ids have one more axis
         return primitive.bind(values, jnp.moveaxis(ids, of_ids, spec.lanes), spec=spec), spec.lanes
-    if spec.placement is not None or is_explicit(spec.weight.sharding.mesh):
+    if not spec.storage.is_local or is_explicit(spec.weight.sharding.mesh):
         plain = _read if primitive is read_rows_p else _add
         return jax.vmap(functools.partial(plain, spec=spec), axes)(values, ids), 0
     size = ids.shape[of_ids] if of_values is None else values.shape[of_values]

@@ -1,17 +1,14 @@
 """resize: a table with more rows or fewer, on a mesh or not."""
 
 import dataclasses
+import functools
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Key, Shaped
 
 from .._base import check as _check
-from .._base.axes import laid_out
-from .._mesh import relayout as _moves
-from .placement import Placement, with_rows
-from .table import Initializer, Table, created, fresh_rows, with_weight
+from .table import Initializer, Table, fresh_rows
 
 
 def resize(table: Table, rows: int, key: Key[Array, ""] | None = None, *, init: Initializer | None = None) -> Table:
@@ -52,24 +49,9 @@ def resize(table: Table, rows: int, key: Key[Array, ""] | None = None, *, init: 
         )
     if rows > table.rows and key is None:
         raise TypeError("`embax.resize(key=...)` must be a JAX random key where the table grows, got None. Pass one.")
-    if table.placement is not None:
-        return _resized_on_mesh(table, table.placement, rows, key, init)
-    if rows <= table.rows:
-        return dataclasses.replace(table, weight=table.weight[:rows])
-    fresh = _fresh(table, rows, key, init)
-    return dataclasses.replace(table, weight=jnp.concatenate([table.weight, fresh]))
-
-
-def _resized_on_mesh(table: Table, placement: Placement, rows: int, key: Any, init: Initializer | None) -> Table:
-    """Give each device the rows that it is to hold now, and have it make its part of the fresh ones."""
-    to = with_rows("embax.resize", placement, rows)
-    weight = _moves.moved(placement, table.weight, to)
-    if rows > table.rows:
-        of_fresh = dataclasses.replace(placement, rows=rows - table.rows)
-        fresh = created(lambda: Table(_fresh(table, rows, key, init)), of_fresh)
-        weight = _moves.moved_into(to, weight, table.rows, of_fresh, fresh.weight)
-    weight = laid_out(weight, to.sharding(weight.shape, table.dim))
-    return with_weight(table, weight, placement=to)
+    fresh = functools.partial(_fresh, table, rows, key, init)
+    weight, storage = table.storage.resized("embax.resize", table.weight, rows, fresh)
+    return dataclasses.replace(table, weight=weight, storage=storage)
 
 
 def _fresh(table: Table, rows: int, key: Any, init: Initializer | None) -> Shaped[Array, "fresh *dim"]:

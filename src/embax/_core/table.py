@@ -8,15 +8,13 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh
 from jaxtyping import Array, DTypeLike, Key, Shaped
 
 from .._base import check as _check
-from .._base.axes import laid_out
-from .._mesh import relayout as _moves
 from . import flax_state as _flax
+from .dense import DENSE
 from .held_rows import HeldRows, OfRows, is_label
-from .placement import Layout, Placement, placement_of
+from .storage import Storage, storage_on_mesh
 
 PaddingRows = int | tuple[int, ...] | None
 OutOfRange = Literal["error", "clip", "nan", "zero"]
@@ -44,7 +42,7 @@ class Table(OfRows):
       out_of_range: What an id without a row reads. `"error"`: an IndexError where the ids are concrete, NaN (integer
         tables: 0) where they are traced, and an exact error under `jax.experimental.checkify.checkify` with its
         `index_checks`. `"clip"`: the nearest row. `"nan"`: NaN (integer tables: 0). `"zero"`: 0.
-      placement: Where the rows are on a mesh, as `embax.shard` gives it. Default: one array as any other.
+      storage: How the rows are stored; `embax.shard` gives another one. Default: one array as any other.
 
     Raises:
       TypeError: If an argument is of the wrong type, or `max_norm` is given for an integer table.
@@ -67,7 +65,7 @@ class Table(OfRows):
     scale_grad_by_freq: bool = False
     freeze: bool = False
     out_of_range: OutOfRange = "error"
-    placement: Placement | None = None
+    storage: Storage = DENSE
 
     def __post_init__(self):
         weight = self.weight
@@ -77,12 +75,8 @@ class Table(OfRows):
             weight = jnp.asarray(weight)
         if weight.ndim < 1:
             raise ValueError("`embax.Table(weight=...)` must have an axis of rows, got a scalar. Pass (rows, *dim).")
-        if self.placement is not None and weight.shape[0] != self.placement.stored_rows:
-            raise ValueError(
-                f"`embax.Table(weight=...)` must have the {self.placement.stored_rows} stored rows of its placement, "
-                f"got {weight.shape[0]}. Make it with embax.shard."
-            )
-        total = weight.shape[0] if self.placement is None else self.placement.rows
+        self.storage.check(weight)
+        total = self.storage.rows_of(weight.shape[0])
         padding_idx, max_norm = self.padding_idx, self.max_norm
         if isinstance(padding_idx, tuple):
             rows = {_check.row("embax.Table(padding_idx=...)", row, total) for row in padding_idx}
@@ -110,7 +104,7 @@ class Table(OfRows):
 
     def _check_of_rows(self, rows: HeldRows) -> None:
         """Check the rules of a gradient, which are those of a table of zeros."""
-        rules: dict[str, Any] = {name: getattr(self, name) for name in _STATIC} | {"placement": None}
+        rules: dict[str, Any] = {name: getattr(self, name) for name in _STATIC} | {"storage": DENSE}
         of_zeros = Table(jnp.zeros((rows.rows, 0)), **rules)
         object.__setattr__(self, "padding_idx", of_zeros.padding_idx)
 
@@ -125,7 +119,7 @@ class Table(OfRows):
         dtype: DTypeLike = jnp.float32,
         mesh: Any = None,
         axis: str | Sequence[str] = (),
-        layout: Layout = "rows",
+        layout: Any = "rows",
         columns: str | None = None,
         skew: float = 2.0,
         pool_at_owners: bool = False,
@@ -167,21 +161,28 @@ class Table(OfRows):
         axes = tuple(dim) if isinstance(dim, Sequence) else (dim,)
         axes = tuple(_check.size("embax.Table.create(dim=...)", axis) for axis in axes)
 
-        def fresh() -> "Table":
-            return with_zero_padding(cls(fresh_rows("embax.Table.create", key, rows, axes, init, dtype), **rules))
+        def fresh() -> Array:
+            table = cls(fresh_rows("embax.Table.create", key, rows, axes, init, dtype), **rules)
+            return with_zero_padding(table).weight
 
-        if mesh is None:
-            return fresh()
-        placement = placement_of("embax.Table.create", mesh, axis, layout, columns, skew, pool_at_owners, (rows, *axes))
-        return created(fresh, placement)
+        storage = DENSE
+        if mesh is not None:
+            on_mesh = mesh, axis, layout, columns, skew, pool_at_owners
+            storage = storage_on_mesh("embax.Table.create", *on_mesh, (rows, *axes))
+        return cls(storage.created(fresh), storage=storage, **rules)
+
+    @property
+    def placement(self) -> Any:
+        """On a mesh, where the rows are: `embax.sharding.Placement`; None of a table on none."""
+        return self.storage.placement
 
     @property
     def rows(self) -> int:
-        """The number of rows; of those that fill up a placed table, none counts."""
+        """Number of rows, without the padding that sharding adds."""
         weight = self.weight
         if isinstance(weight, HeldRows):
             return weight.rows
-        return weight.shape[0] if self.placement is None else self.placement.rows
+        return self.storage.rows_of(weight.shape[0])
 
     @property
     def dim(self) -> tuple[int, ...]:
@@ -199,7 +200,7 @@ class Table(OfRows):
         if isinstance(weight, HeldRows):
             return repr(weight)
         if hasattr(weight, "shape") and hasattr(weight, "dtype"):
-            shape = weight.shape if self.placement is None else (self.placement.rows, *weight.shape[1:])
+            shape = self.storage.rows_of(weight.shape[0]), *weight.shape[1:]
             weight = f"{weight.dtype}[{','.join(map(str, shape))}]"
         fields = dataclasses.fields(self)[1:]
         rules = [f", {f.name}={value!r}" for f in fields if (value := getattr(self, f.name)) != f.default]
@@ -208,7 +209,7 @@ class Table(OfRows):
 
 _STATIC = tuple(field.name for field in dataclasses.fields(Table)[1:])
 # Where a table is says nothing of how it is read.
-RULES = tuple(name for name in _STATIC if name != "placement")
+RULES = tuple(name for name in _STATIC if name != "storage")
 
 
 class _OfGradient(tuple):
@@ -284,7 +285,7 @@ def rules_of(table: Table) -> dict[str, Any]:
     Raises:
       ValueError: If the table is sharded, since its weight holds rows in stored order, which is not that of ids.
     """
-    if table.placement is not None:
+    if not table.storage.is_local:
         raise ValueError(
             "`from_table(table=...)` must not be given a sharded table, whose weight is in stored order, got "
             f"{table!r}. Pass embax.unshard(table)."
@@ -312,7 +313,7 @@ def shared_rules(tables: Iterable[Table]) -> Table:
     paddings = {table.padding_idx for table in tables}
     padding_idx = paddings.pop() if len(paddings) == 1 else None
     freeze = all(table.freeze for table in tables)
-    return Table(tables[0].weight, padding_idx=padding_idx, freeze=freeze, placement=tables[0].placement)
+    return Table(tables[0].weight, padding_idx=padding_idx, freeze=freeze, storage=tables[0].storage)
 
 
 def with_weight(table: Table, weight: Any, **rules: Any) -> Table:
@@ -341,28 +342,6 @@ def fresh_rows(
     return weight
 
 
-def created(fresh: Callable[[], Table], placement: Placement) -> Table:
-    """Make a table on a mesh, each device its own rows."""
-    # XLA splits what it makes by blocks; on explicit axes it would have to be told how.
-    mesh = placement.mesh
-    mesh = Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
-    of_blocks = dataclasses.replace(placement, cyclic=False, mesh=mesh)
-
-    def blocks() -> Table:
-        table = fresh()
-        more = placement.stored_rows - table.rows
-        weight = jnp.pad(table.weight, [(0, more), *[(0, 0)] * (table.weight.ndim - 1)])
-        weight = laid_out(weight, of_blocks.sharding(weight.shape, table.dim))
-        return with_weight(table, weight, placement=of_blocks)
-
-    table = jax.jit(blocks)()
-    weight = table.weight
-    if placement.cyclic:
-        weight = _moves.moved(of_blocks, weight, dataclasses.replace(of_blocks, cyclic=True))
-    weight = jax.device_put(weight, placement.sharding(weight.shape, table.dim))
-    return with_weight(table, weight, placement=placement)
-
-
 def with_zero_padding(table: Table) -> Table:
     """Set the padding rows of a table to zero."""
     return dataclasses.replace(table, weight=without_padding(table, table.weight))
@@ -386,9 +365,7 @@ def without_padding(
     """
     if table.padding_idx is None:
         return values
-    padding = jnp.asarray(table.padding_idx)
-    if table.placement is not None:
-        padding = table.placement.positions(padding)
+    padding = table.storage.positions(jnp.asarray(table.padding_idx), table.storage.rows_of(values.shape[0]))
     is_padding = jnp.isin(jnp.arange(values.shape[0]), padding)
     mask = jnp.expand_dims(is_padding, tuple(range(1, values.ndim)))
     return jnp.where(mask, jnp.zeros((), values.dtype) if instead is None else instead, values)

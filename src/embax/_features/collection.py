@@ -16,9 +16,9 @@ from .._bags.ragged import Ragged
 from .._base import check as _check
 from .._core import flax_state as _flax
 from .._core import ids as _ids
+from .._core.dense import DENSE
 from .._core.lookup import read
 from .._core.table import Table, with_weight
-from .._mesh.sharded import joined, parted
 from .stacks import Member, cut_out, members_of, stacks_of
 
 
@@ -192,7 +192,7 @@ class Collection:
         member = next(member for member in self._members if member.name == feature.table)
         stack = self.stacks[member.stack]
         shape = jax.ShapeDtypeStruct((member.rows, *stack.dim), stack.dtype)
-        own = with_weight(stack, shape, placement=None)
+        own = with_weight(stack, shape, storage=DENSE)
         call = f"embax.Collection(batch[{feature.name!r}])"
         if feature.mode is None:
             if weights is not None or isinstance(ids, Ragged):
@@ -223,7 +223,7 @@ class Collection:
         length = -1 if mode is None or part.layout.offsets is not None else part.ids.shape[-1]
         # The frequency of an id is that within its feature. On a mesh, bags of different lengths are where they are.
         stack = self.stacks[part.stack]
-        apart = stack.placement is not None and part.layout.offsets is not None
+        apart = not stack.storage.is_local and part.layout.offsets is not None
         alone = part.feature.name if stack.scale_grad_by_freq or apart else ""
         return part.stack, how, length, part.weights is not None, alone
 
@@ -305,14 +305,25 @@ jax.tree_util.register_pytree_with_keys(
     lambda static, stacks: _fill(object.__new__(Collection), stacks, *static),
     lambda c: (c.stacks, (c._members, c._features)),
 )
-_flax.register(Collection, _flax.of_collection, _flax.to_collection)
+
+
+def _to_state_dict(collection: Collection) -> Any:
+    """The state for `flax.serialization`: that of the tables by name, however they are stored."""
+    return {name: _flax.to_state(table) for name, table in collection.tables.items()}
+
+
+def _from_state_dict(collection: Collection, state: Any) -> Collection:
+    return restack(_flax.from_state(collection.tables, state, "tables"), collection)
+
+
+_flax.register(Collection, _to_state_dict, _from_state_dict)
 
 
 def _read_together(table: Table, parts: Sequence[_Input]) -> list[Shaped[Array, "..."]]:
     """Read features of one kind in one lookup."""
     if parts[0].feature.mode is None:
-        rows = read(table, joined(table.placement, [jnp.ravel(part.ids) for part in parts], table.rows), None)
-        cut = parted(table.placement, rows, [part.ids.size for part in parts])
+        rows = read(table, table.storage.joined([jnp.ravel(part.ids) for part in parts], table.rows), None)
+        cut = table.storage.parted(rows, [part.ids.size for part in parts])
         return [jnp.reshape(own, (*part.ids.shape, *table.dim)) for own, part in zip(cut, parts, strict=True)]
     # Padding is left out already, of what is counted and of the ids.
     table = dataclasses.replace(table, padding_idx=None)
@@ -326,8 +337,8 @@ def _read_together(table: Table, parts: Sequence[_Input]) -> list[Shaped[Array, 
     mode = "max" if parts[0].feature.mode == "max" else "sum"
     total = _pool.pool_rows(table, ids, counted, weights, layout, mode)
     # On a mesh, bags of different lengths are read alone, and there are as many of them as there are.
-    alone = table.placement is not None and layout.offsets is not None
-    cut = [total] if alone else parted(table.placement, total, sizes)
+    alone = not table.storage.is_local and layout.offsets is not None
+    cut = [total] if alone else table.storage.parted(total, sizes)
     out = []
     for own, part in zip(cut, parts, strict=True):
         bags = math.prod(part.layout.shape)
@@ -357,7 +368,7 @@ def _flat(table: Table, arrays: Sequence[Any], layout: _pool.Layout, fill: Any) 
     if layout.offsets is not None:
         return jnp.concatenate(arrays)
     arrays = [jnp.reshape(x, (math.prod(x.shape[:-1]), x.shape[-1])) for x in arrays]
-    return joined(table.placement, arrays, fill)
+    return table.storage.joined(arrays, fill)
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import jax
 
 from .._core import flax_state as _flax
-from .._core.placement import Placement
+from .._core.dense import DENSE
+from .._core.storage import Storage
 from .._core.table import Table
 from .._gradients.row_grad import RowGrad, is_trained
 from .collection import Collection
@@ -68,9 +69,9 @@ class MadeFor:
             )
         )
 
-    def placed(self, place: Callable[[tuple[int, ...]], Placement | None]) -> "MadeFor":
+    def placed(self, place: Callable[[tuple[int, ...]], Storage]) -> "MadeFor":
         """The same tables, laid out as a function of the shape of their weight says."""
-        return MadeFor(tuple(x._replace(layout=_layout(place((x.rows, *x.dim)))) for x in self.tables))
+        return MadeFor(tuple(x._replace(layout=described(place((x.rows, *x.dim)))) for x in self.tables))
 
 
 _flax.register(MadeFor, MadeFor.to_json, lambda like, text: MadeFor.from_json(text, like))
@@ -94,10 +95,10 @@ def made_for(params: Any) -> MadeFor:
             for member in node._members:
                 stack = node.stacks[member.stack]
                 if _is_described(stack):
-                    where = member.rows, stack.dim, member.padding_idx, _layout(getattr(stack, "placement", None))
+                    where = member.rows, stack.dim, member.padding_idx, _layout(stack)
                     tables.append(TableOf(f"{name}[{member.name!r}]", *where, (member.stack, member.start)))
         elif _is_described(node):
-            rules = getattr(node, "padding_idx", None), _layout(getattr(node, "placement", None))
+            rules = getattr(node, "padding_idx", None), _layout(node)
             tables.append(TableOf(name, node.rows, node.dim, *rules, None))
     return MadeFor(tuple(tables))
 
@@ -141,8 +142,14 @@ def _is_described(node: Any) -> bool:
     return isinstance(node, RowGrad) or (isinstance(node, Table) and is_trained(node))
 
 
-def _layout(placement: Placement | None) -> str | None:
-    return None if placement is None else repr(placement)
+def _layout(node: Any) -> str | None:
+    """How a table is stored, None where it is not on a mesh; of the gradient of one, nothing is known."""
+    return described(node.storage) if isinstance(node, Table) else None
+
+
+def described(storage: Storage) -> str | None:
+    """A storage in words, as states name it; None for the plain one."""
+    return None if storage == DENSE else storage.descriptions[0]
 
 
 def differences(then: MadeFor, now: MadeFor, of_gradients: bool = False) -> list[str]:

@@ -5,13 +5,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float32, Int
+from jaxtyping import Array, Float32
 
 from .._base import distinct as _dedupe
 from .._core import ids as _ids
 from .._core.held_rows import bare
 from .._core.table import Table, has_weight, without_padding
-from .._mesh import sharded as _placed
 from .row_grad import RowGrad, is_trained
 
 
@@ -85,23 +84,8 @@ def _apply(param: Any, update: Any) -> Any:
         weight = without_padding(param, _apply(param.weight, update.weight), instead=param.weight)
         return dataclasses.replace(param, weight=weight)
     ids, values = _ids.trained(update.ids, param), update.values
-    if param.placement is not None:
-        return dataclasses.replace(param, weight=_added_where_stored(param, ids, values, update.at_owners))
-    if jnp.finfo(param.dtype).bits < 32:  # else the sum would be rounded after each duplicate
-        _, (ids, values, _) = _dedupe.combine(None, ids, values.astype(jnp.float32), param.rows)
-    weight = param.weight.at[ids].add(values.astype(param.dtype), mode="drop")
+    weight = param.storage.add(param.weight, ids, values, update.at_owners)
     return dataclasses.replace(param, weight=weight)
-
-
-def _added_where_stored(
-    table: Table, ids: Int[Array, " length"], values: Float[Array, "length *dim"], at_owners: bool
-) -> Float[Array, "stored *dim"]:
-    placement: Any = table.placement
-    if not at_owners and jnp.finfo(table.dtype).bits >= 32:
-        return _placed.put(placement, table.weight, ids, values, "add")
-    if not at_owners:
-        (ids, values, _), _ = _placed.combine(placement, ids, values.astype(jnp.float32), table.dim)
-    return _placed.store_at_owners(placement, table.weight, ids, values.astype(table.dtype), table.dim, "add")
 
 
 def checked_update(call: str, table: Table, update: Any) -> "RowGrad | Table":

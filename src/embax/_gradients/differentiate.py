@@ -18,7 +18,6 @@ from jaxtyping import Array
 
 from .._core import ids as _ids
 from .._core.table import Table, with_weight
-from .._mesh import sharded as _placed
 from ._analysis.equations import without_constants
 from ._analysis.forms import Memo
 from ._analysis.linear import Kind
@@ -191,7 +190,7 @@ def _gradients(
             form = memo.forms(jaxpr).form(jaxpr.outvars[output.number])
             # Rows of which each device has its own are not to be added to what is summed over devices.
             over_devices = len(form.axes) > 1 or (form.dense and any(form.axes))
-            apart = over_devices or form.kinds - {Kind(placement=leaf.placement)}
+            apart = over_devices or form.kinds - {Kind(storage=leaf.storage)}
             why = why_dense(form) or (OVER_DEVICES if over_devices else NOT_BY_LOOKUP if apart else None)
             if why is not None:
                 dense[i] = why
@@ -262,14 +261,10 @@ def gathered(table: Table, ids: Sequence[Array], cotangents: Sequence[Array]) ->
     """Put the gradients of a table's lookups together."""
     if not ids:
         return _none_read(table)
-    if table.placement is not None:
-        flat_ids = _placed.joined(table.placement, [jnp.ravel(x) for x in ids], table.rows)
-        values = [jnp.reshape(x, (n.size, *table.dim)) for x, n in zip(cotangents, ids, strict=True)]
-        return row_grad(flat_ids, _placed.joined(table.placement, values, 0), table.rows)
-    ids, cotangents = ([_ids.on_every_device(x) for x in arrays] for arrays in (ids, cotangents))
-    flat_ids = jnp.concatenate([jnp.ravel(x) for x in ids])
-    values = jnp.concatenate([jnp.reshape(x, (n.size, *table.dim)) for x, n in zip(cotangents, ids, strict=True)])
-    return row_grad(flat_ids, values, table.rows)
+    storage = table.storage
+    values = [storage.flat(x, (n.size, *table.dim)) for x, n in zip(cotangents, ids, strict=True)]
+    flat_ids = storage.joined([storage.flat(n, (n.size,)) for n in ids], table.rows)
+    return row_grad(flat_ids, storage.joined(values, 0), table.rows)
 
 
 def after_loss(value: Array, ids: Array) -> Array:

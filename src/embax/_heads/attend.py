@@ -13,7 +13,6 @@ from .._core import ids as _ids
 from .._core.lookup import clipped_rows
 from .._core.read_rows import all_rows
 from .._core.table import Table, with_weight, without_padding
-from .._mesh.heads import OwnRows, Tokens, on_owners
 
 
 def attend(
@@ -59,9 +58,7 @@ def attend(
     weight = trained_whole(table)
     out = common_dtype(table, x) if dtype is None else jnp.dtype(dtype)
     rules = with_weight(table, None)
-    if table.placement is not None:
-        return _placed_logits(out, bool(mask_padding), rules, weight, x)
-    return _logits(out, mask_padding, rules, jnp.arange(table.rows), weight, x)
+    return _of_all_rows(out, bool(mask_padding), rules, weight, x)
 
 
 def _logits(
@@ -83,36 +80,14 @@ def _logits(
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
-def _placed_logits(
+def _of_all_rows(
     dtype: np.dtype,
     mask_padding: bool,
     rules: Table,
     weight: Float[Array, "stored *dim"],
     x: Float[Array, "*batch_dim"],
 ) -> Float[Array, "*batch rows"]:
-    """Return the logits of all rows of a table on a mesh, each device having multiplied its own ones."""
-    placement: Any = rules.placement
-    if weight.size == 0:  # there is nothing to be sent, which XLA has no collectives for
-        no_rows = jnp.zeros((placement.rows, *weight.shape[1:]), weight.dtype)
-        return _logits(dtype, mask_padding, rules, jnp.arange(placement.rows), no_rows, x)
-    tokens, stored = Tokens(placement, x.shape[: x.ndim - weight.ndim + 1]), weight.dtype
-
-    def local(weight: Array, vectors: Array) -> tuple[Array]:
-        own = OwnRows.of(rules, weight)
-        block = own.read(weight, jnp.zeros((), _ids.index_dtype(own.rows)), weight.shape[0])
-        rows = block.rows.astype(stored)
-        if own.filled_up:  # by selection, so that what is no row has no gradient: 0 * NaN is NaN
-            exist = jnp.expand_dims(own.exist(block.ids), tuple(range(1, rows.ndim)))
-            rows = jnp.where(exist, rows, jnp.zeros((), rows.dtype))
-        logits = _logits(dtype, mask_padding, rules, block.ids, rows, vectors.astype(x.dtype))
-        return (tokens.joined(logits),)
-
-    # Wide, since the gradients that all owners have of a vector are summed; and those that all copies have of a row,
-    # which bfloat16 can be summed in, but not float8.
-    vectors = tokens.laid_out(x.astype(accumulator(x.dtype)))
-    rows = weight.astype(accumulator(weight.dtype)) if jnp.finfo(weight.dtype).bits < 16 else weight
-    (logits,) = on_owners(tokens, local, (tokens.parted_spec,), rows, vectors)
-    return tokens.restored(logits, x)
+    return rules.storage.logits(functools.partial(_logits, dtype, mask_padding, rules), weight, x)
 
 
 def trained_whole(table: Table) -> Shaped[Array, "rows *dim"]:
@@ -129,9 +104,7 @@ def trained_whole(table: Table) -> Shaped[Array, "rows *dim"]:
     weight = _with_gradient_of_all_rows(table.weight)
     if table.padding_idx is None:
         return weight
-    # On explicit axes, JAX pulls back through no operation outside of jit that meets what is on no mesh.
-    without = _without_padding if table.placement is None else _jitted_without_padding
-    return without(with_weight(table, None), weight)
+    return _jitted_without_padding(with_weight(table, None), weight)
 
 
 @jax.custom_jvp
@@ -154,6 +127,7 @@ def _without_padding_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
     return primals[1], without_padding(primals[0], tangents[1])
 
 
+# On explicit axes, JAX pulls back through no operation outside of jit that meets what is on no mesh.
 _jitted_without_padding = jax.jit(_without_padding, inline=True)
 
 

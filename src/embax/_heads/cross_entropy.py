@@ -8,20 +8,19 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Shaped
 
 from .._base import check as _check
 from .._base.distinct import accumulator
+from .._base.loops import zeros_as
+from .._base.row_blocks import over_blocks
 from .._core import ids as _ids
 from .._core.lookup import clipped_rows
+from .._core.own_rows import Block, OwnRows
 from .._core.table import Table, with_weight
-from .._mesh.heads import Block, OwnRows, Tokens, on_owners
 from . import labels as _labels
 from .attend import common_dtype, trained_whole
 from .labels import NOT_COUNTED, Reduction
-from .loops import varying_alike, with_auto_axes, zeros_as
-from .row_blocks import over_blocks
 
 # Numbers in a block of logits, 2 MB of float32, and in the rows of one: a block stays in the second-level cache from
 # the product to the exponentials and on to the next product. See benchmarks/heads.py; a quarter of it or four times
@@ -127,16 +126,12 @@ def softmax_cross_entropy(
     reduction = _check.choice(f"{call}(reduction=...)", reduction, Reduction)
     # The padding row's gradient is left out block by block instead.
     weight = trained_whole(dataclasses.replace(table, padding_idx=None))
-    if table.placement is None:
-        weight, x, labels = varying_alike(_ids.on_every_device(weight), x, labels)
+    weight, x, labels = table.storage.aligned(weight, x, labels)
     return _jitted(terms, reduction, with_weight(table, None), weight, x, labels)
 
 
 def _rows_of_block(chunk: int | None, tokens: int, table: Table) -> int:
-    rows = table.rows
-    if table.placement is not None:  # those of a device
-        tokens = -(-tokens // table.placement.copies)
-        rows = -(-table.placement.block // table.placement.column_shards)
+    tokens, rows = table.storage.of_device(tokens, table.rows)
     if chunk is None:
         width = max(tokens, int(np.prod(table.dim)), 1)
         chunk = max(_BLOCK // width, _LEAST_ROWS)
@@ -162,37 +157,19 @@ _jitted = jax.jit(_reduced, static_argnums=(0, 1), inline=True)
 
 
 def _losses_fwd(terms: _Terms, *args: Any) -> tuple[Array, Any]:
-    rules, weight, x, labels = args
-    forward = functools.partial(_forward, terms, rules)
-    if rules.placement is None:
-        of_token = PartitionSpec(*jax.typeof(x).sharding.spec[: labels.ndim])
-        of_tokens = with_auto_axes(forward, (of_token,) * 3, (weight, x, labels))
-    else:
-        tokens = Tokens(rules.placement, labels.shape)
-        given = tokens.laid_out(x), tokens.laid_out(labels, NOT_COUNTED)
-        of_tokens = on_owners(tokens, forward, (tokens.spec,) * 3, weight, *given)
-        of_tokens = tuple(tokens.restored(values, x) for values in of_tokens)
+    rules, weight, *of_batch = args
+    forward, batch = functools.partial(_forward, terms, rules), of_batch[1].ndim
+    of_tokens = rules.storage.of_tokens(forward, weight, batch, of_batch, (0, NOT_COUNTED))
     loss, *normalizer = of_tokens
     return loss, (*args, *normalizer)
 
 
 def _losses_bwd(terms: _Terms, saved: Any, cotangent: Array) -> tuple[None, Array, Array, None]:
     rules, weight, x, labels, *of_tokens = (*saved, cotangent)
-    backward = functools.partial(_backward, terms, rules)
-    if rules.placement is None:
-        specs = jax.typeof(weight).sharding.spec, jax.typeof(x).sharding.spec
-        of_weight, of_x = with_auto_axes(backward, specs, (weight, x, labels, *of_tokens))
-        return None, of_weight, of_x.astype(x.dtype), None
-    tokens = Tokens(rules.placement, labels.shape)
-
-    def local(*args: Array) -> tuple[Array, Array]:
-        of_weight, of_x = backward(*args)
-        return of_weight, tokens.summed(of_x).astype(x.dtype)
-
-    given = tokens.laid_out(x), tokens.laid_out(labels, NOT_COUNTED), *map(tokens.laid_out, of_tokens)
-    specs = rules.placement.spec(weight.shape, weight.shape[1:]), tokens.parted_spec
-    of_weight, of_x = on_owners(tokens, local, specs, weight, *given)
-    return None, of_weight, tokens.restored(of_x, x), None
+    backward, arrays = functools.partial(_backward, terms, rules), (x, labels, *of_tokens)
+    fills = 0, NOT_COUNTED, *[0] * len(of_tokens)
+    of_weight, of_x = rules.storage.of_rows_and_tokens(backward, weight, labels.ndim, arrays, fills)
+    return None, of_weight, of_x, None
 
 
 _losses.defvjp(_losses_fwd, _losses_bwd)
@@ -203,7 +180,7 @@ def _forward(terms: _Terms, rules: Table, weight: Array, x: Array, labels: Array
 
     These are two, since of large logits `m + log(sum)` would lose the logarithm's digits.
     """
-    own, wide = OwnRows.of(rules, weight), accumulator(common_dtype(with_weight(rules, weight), x))
+    own, wide = rules.storage.own_rows(weight.shape[0]), accumulator(common_dtype(with_weight(rules, weight), x))
     logits_of, places = _logits_of(terms.mask_padding, rules, weight, x), own.places(labels)
     of_label, of_all = _targets(terms, rules, own.rows)
 
@@ -255,7 +232,7 @@ def _backward(
 ) -> tuple[Array, Array]:
     """Return the gradients of the weight, and of `x` by the rows that are here, which is wide."""
     largest, total, g = of_tokens
-    own = OwnRows.of(rules, weight)
+    own = rules.storage.own_rows(weight.shape[0])
     counted = _labels.have_loss(rules, own.rows, labels)
     # By selection, also of the vectors: 0 * NaN is NaN.
     batch = tuple(range(labels.ndim))
@@ -280,7 +257,7 @@ def _backward(
         if of_all:
             error -= _without(left_out, of_all * g[..., None])
         of_x += _dot(error, rows.astype(wide), (labels.ndim,), (0,), wide)
-        of_rows = own.summed_over_copies(_dot(error, vectors.astype(wide), batch, batch, wide))
+        of_rows = own.summed_over_replicas(_dot(error, vectors.astype(wide), batch, batch, wide))
         if rules.padding_idx is not None or own.filled_up:
             no_gradient = _ids.is_padding(block.ids, rules.padding_idx) | ~own.exist(block.ids)
             of_rows = jnp.where(jnp.expand_dims(no_gradient, tuple(range(1, of_rows.ndim))), 0, of_rows)
@@ -294,7 +271,7 @@ def _logits_of(
     mask_padding: bool, rules: Table, weight: Float[Array, "stored *part"], x: Float[Array, "*batch_dim"]
 ) -> Callable[[Block], tuple[Float[Array, "block *dim"], Float[Array, "*batch block"], Bool[Array, " block"] | None]]:
     """Make the function that gives the rows of a block as they are read, their logits, and which are not predicted."""
-    own, common = OwnRows.of(rules, weight), common_dtype(with_weight(rules, weight), x)
+    own, common = rules.storage.own_rows(weight.shape[0]), common_dtype(with_weight(rules, weight), x)
     vectors, wide = x.astype(common), accumulator(common)
     axes = tuple(range(x.ndim - weight.ndim + 1, x.ndim)), tuple(range(1, weight.ndim))
     masked = rules.padding_idx if mask_padding else None

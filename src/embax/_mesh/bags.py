@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from .._base.distinct import accumulator
+from .._core.dense import DENSE
 from .._core.table import Table, with_weight
 from . import exchange as _exchange
 from .sharded import first_of, group_of, on_devices, padded, whole_rows
@@ -26,8 +27,8 @@ def is_pooled_where_stored(table: Table, bags: tuple[int, ...], length: int, wei
     Returns:
       Whether they are; never where devices have parts of a row, and its norm is to be clipped.
     """
-    placement = table.placement
-    if placement is None or (placement.columns is not None and table.max_norm is not None):
+    placement: Any = table.placement
+    if placement.columns is not None and table.max_norm is not None:
         return False
     if placement.layout == "columns":
         return True
@@ -58,7 +59,7 @@ def pooled_where_stored(
     if placement.layout == "columns":
 
         def pool_here(weight: Array, ids: Array, weights: Array | None) -> Array:
-            part = with_weight(table, weight, placement=None)
+            part = with_weight(table, weight, storage=DENSE)
             return whole_rows(placement, pool(part, ids, ids >= 0, weights))
 
         return _on_bags(table, pool_here, jnp.where(counted, ids, -1), weights)
@@ -75,7 +76,7 @@ def _summed_by_owners(table: Table, pool: Callable[..., Array]) -> Callable[...,
 
     def sum_here(weight: Array, ids: Array, weights: Array | None) -> Array:
         # A device numbers its own rows, none of which is a padding row: that does not count, and is not sent.
-        own = with_weight(table, weight, placement=None, padding_idx=None)
+        own = with_weight(table, weight, storage=DENSE, padding_idx=None)
 
         def terms(local: Array, factors: Array | None) -> Array:
             bags_of_one = (None if x is None else x[..., None] for x in (local, local < placement.block, factors))

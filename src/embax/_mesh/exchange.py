@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Int32, Shaped
 
 from .._base import distinct as _dedupe
-from .._core.placement import Placement
+from .placement import Placement
 
 Mode = Literal["add", "set"]
 

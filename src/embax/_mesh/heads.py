@@ -7,75 +7,55 @@ exchange these, a block at a time, so that each has some of the rows whole.
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Bool, Float, Int, Shaped
+from jaxtyping import Array, Float, Int, Shaped
 
 from .._base.axes import laid_out_as, on_every_device, resharded
-from .._core import ids as _ids
-from .._core.placement import Placement
-from .._core.table import Table
-from .._heads.row_blocks import read_block, write_block
+from .._base.dtypes import index_dtype
+from .._base.row_blocks import read_block, write_block
+from .._core.own_rows import Block, OwnRows
 from .exchange import start_of_device
+from .placement import Placement
 from .sharded import on_devices
 
 
-class Block(NamedTuple):
-    """Rows that a device reads at once; of a table that is on no mesh, those from a given one on."""
-
-    first: Int[Array, ""]  # the place of the first one among the rows of this device
-    ids: Int[Array, " block"]  # `rows` where there is none
-    rows: Float[Array, "block *dim"]
-
-
 @dataclasses.dataclass(frozen=True)
-class OwnRows:
-    """The rows of a table that a device reads, block by block, and what several devices have to do with one another.
+class ShardedRows(OwnRows):
+    """The stored rows of one device of a mesh.
 
-    Without a placement, these are all rows, and there is nothing to be joined.
-
-    Args:
-      placement: That of the table, or None.
-      rows: The number of rows of the table.
+    For instance, of 7 cyclic rows on two devices, the second one has rows 1, 3 and 5, and one without a meaning.
     """
 
-    placement: Placement | None
-    rows: int
-
-    @classmethod
-    def of(cls, rules: Table, weight: Shaped[Array, "stored *dim"]) -> "OwnRows":
-        """Those of a table, given its rules and what a device has of its weight."""
-        return cls(rules.placement, weight.shape[0] if rules.placement is None else rules.placement.rows)
+    @property
+    def placement(self) -> Placement:
+        """Where the rows of the table are."""
+        placement: Any = self.storage.placement
+        return placement
 
     @property
     def parts(self) -> int:
         """How many devices read a block of stored rows together."""
-        return 1 if self.placement is None else self.placement.column_shards
+        return self.placement.column_shards
 
     @property
     def filled_up(self) -> bool:
-        """Whether some device has rows without a meaning among those that it reads."""
-        placement = self.placement
-        return placement is not None and (placement.stored_rows > self.rows or placement.block % self.parts > 0)
+        """Whether some device reads stored rows without a meaning."""
+        return self.placement.stored_rows > self.rows or self.placement.block % self.parts > 0
 
     def places(self, labels: Int[Array, "*batch"]) -> Int[Array, "*batch"]:
         """Say where rows are among those of this device; below 0 where they are not."""
-        placement = self.placement
-        if placement is None:
-            return labels
-        local = placement.positions(labels) - start_of_device(placement, labels.dtype)
-        return jnp.where((local >= 0) & (local < placement.block), local, -1)
+        local = self.placement.positions(labels) - start_of_device(self.placement, labels.dtype)
+        return jnp.where((local >= 0) & (local < self.placement.block), local, -1)
 
     def read(self, weight: Float[Array, "stored *part"], start: Int[Array, ""], size: int) -> Block:
         """Read `size` stored rows from place `start` on, or this device's share of them if it has parts of them."""
-        index = _ids.index_dtype(self.rows)
+        index = index_dtype(self.rows)
         start, rows = start.astype(index), read_block(weight, start, size)
         placement, share = self.placement, -(-size // self.parts)
-        if placement is None:
-            return Block(start, start + jnp.arange(size, dtype=index), rows)
         if placement.columns is not None:
             rows = jnp.pad(rows, [(0, share * self.parts - size), *[(0, 0)] * (rows.ndim - 1)])
             rows = jax.lax.all_to_all(rows, placement.columns, 0, 1, tiled=True)
@@ -92,27 +72,23 @@ class OwnRows:
         size: int,
     ) -> Float[Array, "stored *part"]:
         """Write rows where `read` has read them."""
-        if self.placement is not None and self.placement.columns is not None:
+        if self.placement.columns is not None:
             values = jax.lax.all_to_all(values, self.placement.columns, 1, 0, tiled=True)[:size]
         return write_block(weight, values, start)
 
-    def exist(self, ids: Int[Array, " block"]) -> Bool[Array, " block"]:
-        """Tell the rows that have a meaning."""
-        return ids < self.rows
-
     def highest(self, values: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
         """The largest of all owners' values."""
-        names = () if self.placement is None else self.placement.owner_axes
+        names = self.placement.owner_axes
         return jax.lax.pmax(values, names) if names else values
 
     def summed(self, values: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
         """The sum of all owners' values."""
-        names = () if self.placement is None else self.placement.owner_axes
+        names = self.placement.owner_axes
         return jax.lax.psum(values, names) if names else values
 
-    def summed_over_copies(self, values: Float[Array, "block *dim"]) -> Float[Array, "block *dim"]:
-        """The sum of what those make of a block that have the same rows, and other tokens."""
-        names = () if self.placement is None else self.placement.copy_axes
+    def summed_over_replicas(self, values: Float[Array, "block *dim"]) -> Float[Array, "block *dim"]:
+        """The sum over replicas of the same rows, each of which saw other tokens."""
+        names = self.placement.copy_axes
         return jax.lax.psum(values, names) if names else values
 
 

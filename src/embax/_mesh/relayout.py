@@ -9,7 +9,7 @@ from jaxtyping import Array, Shaped
 
 from .._base.axes import laid_out, resharded
 from .._base.dtypes import index_dtype
-from .._core.placement import Placement
+from .placement import Placement
 from .sharded import put, take
 
 # Rows are moved in so many steps, if that is not too few rows for one.

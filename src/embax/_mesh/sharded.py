@@ -13,8 +13,8 @@ from jaxtyping import Array, Int, Int32, Shaped
 from .._base import distinct as _dedupe
 from .._base.axes import is_explicit, laid_out_as, on_every_device, resharded
 from .._base.distinct import Distinct
-from .._core.placement import Placement
 from . import exchange as _exchange
+from .placement import Placement
 
 
 def take(

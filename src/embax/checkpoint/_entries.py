@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .._core.placement import Placement
 from .._core.table import Table, has_weight
 from .._features.collection import Collection
 from .._features.made_for import MadeFor
 from .._features.stacks import cut_out
 from .._gradients.row_grad import RowGrad
+from .._mesh.placement import Placement
 
 # Dtypes that TensorStore, and so Orbax, has no name for.
 _UNKNOWN = {"object", "uint2", "uint4", "float8_e4m3"}

@@ -16,6 +16,7 @@ from .._base.axes import laid_out
 from .._core.table import Table, has_weight, with_weight
 from .._features.collection import Collection, restack
 from .._mesh import relayout as _moves
+from .._mesh.storage import Sharded
 from ..optim._states import with_scratch, without_scratch
 from ._entries import Entry, by_blocks, described, entries_of, is_key, is_node, with_descriptions
 from ._orbax import ABOUT, ARRAYS, FORMAT, manager_of, nested, ocp, path_of, taken
@@ -93,7 +94,7 @@ def restore(path: str | os.PathLike[str], like: Any, *, step: int | None = None,
             return with_weight(node, value)
         blocks = by_blocks(node.placement, node.rows)
         if in_collection:  # it moves the rows to their places itself
-            return with_weight(node, value, placement=blocks)
+            return with_weight(node, value, storage=Sharded(blocks))
         if blocks != node.placement:
             value = _moves.moved(blocks, value, node.placement)
         return with_weight(node, laid_out(value, node.placement.sharding(value.shape, node.dim)))

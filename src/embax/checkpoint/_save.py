@@ -9,8 +9,8 @@ import jax
 import numpy as np
 
 from .._base import check as _check
-from .._core.placement import Placement
 from .._mesh import relayout as _moves
+from .._mesh.placement import Placement
 from ..optim._states import without_scratch
 from ._entries import Entry, by_blocks, described, descriptions_of, entries_of, is_empty, is_key
 from ._orbax import ABOUT, ARRAYS, FORMAT, manager_of, nested, ocp, path_of

@@ -1,6 +1,5 @@
 """carry_over: the state of an optimizer for tables that have changed in mid-training."""
 
-import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -12,15 +11,12 @@ import optax
 from jax.core import Tracer
 from jax.sharding import NamedSharding
 
-from .._base.axes import laid_out
-from .._core.placement import Placement
+from .._core.dense import DENSE
+from .._core.storage import Storage
 from .._core.table import Table, has_weight, with_weight
 from .._features.collection import Collection
 from .._features.made_for import MadeFor, differences, is_node, made_for
 from .._features.stacks import cut_out, stacks_of
-from .._mesh import relayout as _moves
-from ..sharding import unshard
-from ..sharding._shard import placed
 from ._clip import ClipByGlobalNormState
 from ._lift import LiftState
 from ._states import with_scratch, without_scratch
@@ -78,8 +74,8 @@ def carry_over(state: Any, old_params: Any, new_params: Any, tx: optax.GradientT
     new = tx.init(new_params)
     _check_belongs(state, jax.eval_shape(tx.init, jax.tree.map(_shape, old_params)))
     owners = _owners(new_params, tx)
-    old = _Old(without_scratch(state, _LIFTED), _placements(old_params))
-    placements = _placements(new_params)
+    old = _Old(without_scratch(state, _LIFTED), _storages(old_params))
+    storages = _storages(new_params)
 
     def carried(path: Any, node: Any) -> Any:
         name = jax.tree_util.keystr(path)
@@ -91,8 +87,8 @@ def carry_over(state: Any, old_params: Any, new_params: Any, tx: optax.GradientT
             return node if not has_weight(node) else with_weight(node, old.array(f"{name}.weight", node.weight))
         if (owner := owners.get(name)) is None or name not in old.arrays:
             return old.array(name, node)
-        before = _table(old.arrays[name], old.placements.get(owner))
-        return _carried_rows(_table(node, placements[owner]), before).weight
+        before = _table(old.arrays[name], old.storages.get(owner, DENSE))
+        return _carried_rows(_table(node, storages[owner]), before).weight
 
     nodes, structure = jax.tree.flatten_with_path(without_scratch(new, _LIFTED), is_leaf=is_node)
     return with_scratch(structure.unflatten([carried(*node) for node in nodes]), new, _LIFTED)
@@ -101,8 +97,8 @@ def carry_over(state: Any, old_params: Any, new_params: Any, tx: optax.GradientT
 class _Old:
     """The state that is carried over: its arrays and its tables by their paths."""
 
-    def __init__(self, state: Any, placements: dict[str, Placement | None]):
-        self.placements = placements  # of the tables of the parameters
+    def __init__(self, state: Any, storages: dict[str, Storage]):
+        self.storages = storages  # of the tables of the parameters
         self.arrays = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree.flatten_with_path(state)[0]}
         self.tables: dict[str, Table] = {}
         for path, node in jax.tree.flatten_with_path(state, is_leaf=is_node)[0]:
@@ -179,18 +175,9 @@ def _carried_rows(fresh: Table, before: Table | None) -> Table:
     """Put the rows that two tables have in common in the place of fresh ones."""
     if before is None:
         return fresh
-    if (before.rows, before.placement, before.dtype) == (fresh.rows, fresh.placement, fresh.dtype):
+    if (before.rows, before.storage, before.dtype) == (fresh.rows, fresh.storage, fresh.dtype):
         return with_weight(fresh, before.weight)
-    if fresh.placement is None:
-        rows = min(fresh.rows, before.rows)
-        common = unshard(before).weight[:rows].astype(fresh.dtype)
-        return with_weight(fresh, jnp.concatenate([common, fresh.weight[rows:]]))
-    before = placed(before, dataclasses.replace(fresh.placement, rows=before.rows))
-    # A copy, since it is written in place, and may be an array of the parameters themselves.
-    copy = jnp.copy(fresh.weight)
-    sharding: Any = fresh.weight.sharding
-    weight = _moves.moved_into(fresh.placement, copy, 0, before.placement, before.weight.astype(fresh.dtype))
-    return with_weight(fresh, laid_out(weight, sharding))
+    return with_weight(fresh, fresh.storage.overwritten(fresh.weight, before.storage, before.weight))
 
 
 def _where(array: Any, fresh: Any) -> Any:
@@ -225,8 +212,8 @@ def _owners(params: Any, tx: optax.GradientTransformation) -> dict[str, str]:
     """
     nodes, structure = jax.tree.flatten_with_path(params, is_leaf=lambda node: isinstance(node, Table))
     names = [jax.tree_util.keystr(path) for path, _ in nodes]
-    # As many more rows that every device has the same number, since labels for each leaf hold the placement of a table.
-    step = math.lcm(*(x.placement.shards for _, x in nodes if isinstance(x, Table) and x.placement is not None))
+    # As many more rows that every device has the same number, since labels for each leaf hold the storage of a table.
+    step = math.lcm(*(x.storage.rows_at_once for _, x in nodes if isinstance(x, Table)))
 
     def shapes(more: bool) -> dict[str, tuple[int, ...]]:
         longer = []
@@ -243,13 +230,13 @@ def _owners(params: Any, tx: optax.GradientTransformation) -> dict[str, str]:
     return {name: names[(many[name][0] - few[name][0]) // step - 1] for name in few if few[name] != many[name]}
 
 
-def _placements(params: Any) -> dict[str, Placement | None]:
+def _storages(params: Any) -> dict[str, Storage]:
     nodes, _ = jax.tree.flatten_with_path(params, is_leaf=lambda node: isinstance(node, Table))
-    return {jax.tree_util.keystr(path): node.placement for path, node in nodes if isinstance(node, Table)}
+    return {jax.tree_util.keystr(path): node.storage for path, node in nodes if isinstance(node, Table)}
 
 
-def _table(weight: Any, placement: Placement | None) -> Table:
-    return with_weight(Table(jnp.zeros(0)), weight, placement=placement)
+def _table(weight: Any, storage: Storage) -> Table:
+    return with_weight(Table(jnp.zeros(0)), weight, storage=storage)
 
 
 def _shape(leaf: Any) -> jax.ShapeDtypeStruct:

@@ -14,7 +14,6 @@ from .._features.made_for import MadeFor, check_made_for, made_for
 from .._gradients.apply import checked_update
 from .._gradients.chosen import Chooser, checked, with_gradients, with_tables, without_tables
 from .._gradients.row_grad import RowGrad, is_trained
-from .._mesh import sharded as _placed
 from ._separable import plan, state_of
 from ._step import Step, laid_out_state
 
@@ -118,7 +117,7 @@ def lift(tx: optax.GradientTransformation, *, tables: Chooser | None = None) -> 
         of_tx = plan(tx, without)
         kinds = of_tx.kinds
         slots = [
-            None if kind == "scaled" or table.placement is not None else _dedupe.scratch(table.rows)
+            None if kind == "scaled" else table.storage.scratch(table.rows)
             for table, kind in zip(trained, kinds, strict=True)
         ]
         state = LiftState(inner, tuple(slots), jnp.zeros((), jnp.int32), made_for(params))
@@ -159,13 +158,10 @@ def lift(tx: optax.GradientTransformation, *, tables: Chooser | None = None) -> 
             if of_tx.kinds[k] == "scaled":  # the sum of the updates is the update of the sum
                 touched.append(_dedupe.Distinct(ids, values, jnp.int32(ids.shape[0])))
                 continue
-            if leaves[i].placement is not None:
-                distinct, crowded = _placed.combine(leaves[i].placement, ids, values, leaves[i].dim)
-                touched.append(distinct)
-                dealt_out += crowded
-                continue
-            slots[k], distinct = _dedupe.combine(slots[k], ids, values, leaves[i].rows)
+            storage, rows, dim = leaves[i].storage, leaves[i].rows, leaves[i].dim
+            slots[k], distinct, crowded = storage.combine(slots[k], ids, values, rows, dim)
             touched.append(distinct)
+            dealt_out += crowded
 
         alone = {k: rows for k, rows in enumerate(touched) if rows is not None and of_tx.kinds[k] != "joint"}
         out, inner = step.run({k: rows for k, rows in enumerate(touched) if k not in alone})

@@ -8,14 +8,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Int, Shaped
 
-from .._base.axes import laid_out
 from .._base.distinct import Distinct
 from .._core.table import Table, with_weight, without_padding
 from .._gradients.row_grad import RowGrad, is_trained, row_grad
-from .._mesh import sharded as _placed
 from ._separable import Plan
 
 # Numbers in a block of rows, so that the arrays of a step stay in a core's cache.
@@ -96,7 +93,7 @@ class Step:
             return updates[at].weight.astype(dtype), [_store(table, state[i], ids, new[i]) for i in owned]
 
         block = _block(length, math.prod(table.dim))
-        if block >= length or scaled or table.placement is not None:
+        if block >= length or scaled or not table.storage.is_local:
             update, new = run_block(rows.ids, rows.values, [leaves[i] for i in owned])
         else:
             padded = -(-length // block) * block
@@ -192,33 +189,28 @@ def laid_out_state(state: Any, owners: Sequence[int | None], tables: Sequence[Ta
     Returns:
       The same state.
     """
-    meshes = [table.placement.mesh for table in tables if table.placement is not None]
-    if not meshes:
+    elsewhere = [table.storage for table in tables if not table.storage.is_local]
+    if not elsewhere:
         return state
     leaves, structure = jax.tree.flatten(state)
     for i, leaf in enumerate(leaves):
         owner = owners[i] if i < len(owners) else None
-        if owner is not None and (placement := tables[owner].placement) is not None:
-            leaves[i] = laid_out(leaf, placement.sharding(leaf.shape, tables[owner].dim))
+        if owner is not None:
+            leaves[i] = tables[owner].storage.laid_out(leaf, tables[owner].dim)
         elif jnp.ndim(leaf) == 0:
-            leaves[i] = laid_out(leaf, NamedSharding(meshes[0], PartitionSpec()))
+            leaves[i] = elsewhere[0].everywhere(leaf)
     return structure.unflatten(leaves)
 
 
 def _update(table: Table, ids: Int[Array, " length"], values: Shaped[Array, "length *dim"]) -> RowGrad:
-    return row_grad(ids, values, table.rows, at_owners=table.placement is not None)
+    return row_grad(ids, values, table.rows, at_owners=not table.storage.is_local)
 
 
-def _gather(table: Table, leaf: Shaped[Array, "rows ..."], ids: Int[Array, " length"]) -> Shaped[Array, "length ..."]:
-    if table.placement is not None and ids.shape[0]:
-        return _placed.gather_at_owners(table.placement, leaf, ids, table.dim)
-    return leaf.at[ids].get(mode="fill", fill_value=0, wrap_negative_indices=False)
+def _gather(table: Table, leaf: Shaped[Array, "stored ..."], ids: Int[Array, " length"]) -> Shaped[Array, "length ..."]:
+    return table.storage.gather(leaf, ids, table.dim)
 
 
 def _store(
-    table: Table, leaf: Shaped[Array, "rows ..."], ids: Int[Array, " length"], rows: Shaped[Array, "length ..."]
-) -> Shaped[Array, "rows ..."]:
-    if table.placement is not None:
-        return _placed.store_at_owners(table.placement, leaf, ids, rows.astype(leaf.dtype), table.dim)
-    # Places without a row lie outside and are dropped. They are equal, though, so that the ids are not called unique.
-    return leaf.at[ids].set(rows.astype(leaf.dtype), mode="drop", wrap_negative_indices=False)
+    table: Table, leaf: Shaped[Array, "stored ..."], ids: Int[Array, " length"], rows: Shaped[Array, "length ..."]
+) -> Shaped[Array, "stored ..."]:
+    return table.storage.store(leaf, ids, rows, table.dim)

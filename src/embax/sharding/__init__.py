@@ -1,7 +1,7 @@
 """Tables over a device mesh."""
 
-from .._core.placement import Layout as Layout
-from .._core.placement import Placement as Placement
+from .._mesh.placement import Layout as Layout
+from .._mesh.placement import Placement as Placement
 from ._plan import plan as plan
 from ._results import Plan as Plan
 from ._results import TablePlan as TablePlan

@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import ArrayLike, Float64, Int64
 
 from .._base import check as _check
-from .._core.placement import Placement
+from .._mesh.placement import Placement
 
 Frequencies = Literal["uniform"] | float | ArrayLike
 

@@ -9,9 +9,10 @@ import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
 from .._base import check as _check
-from .._core.placement import Layout, placement_of
 from .._core.table import Table, with_weight
 from .._gradients.row_grad import is_trained
+from .._mesh.placement import Layout, placement_of
+from .._mesh.storage import Sharded
 from ._frequencies import CALL, Frequencies, law_of
 from ._results import Optimizer, Plan
 from ._traffic import Step
@@ -92,7 +93,7 @@ def plan(
         law = law_of(placement, name, _of_table("frequencies", frequencies, name))
         of_bag = _bag_length(_of_table("bag_length", bag_length, name), lookups, name)
         rules = table if isinstance(table, Table) else Table(jnp.zeros(0))
-        placed = with_weight(rules, jax.ShapeDtypeStruct(shape, dtype), placement=placement)
+        placed = with_weight(rules, jax.ShapeDtypeStruct(shape, dtype), storage=Sharded(placement))
         plans[name] = Step(placed, law, lookups, of_bag, optimizer if trained else None).planned(name)
     return Plan(plans)
 

@@ -7,7 +7,7 @@ from typing import Literal
 
 import numpy as np
 
-from .._core.placement import Placement
+from .._mesh.placement import Placement
 
 Phase = Literal["forward", "backward"]
 Collective = Literal["all_to_all", "all_gather"]

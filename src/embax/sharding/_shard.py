@@ -1,27 +1,22 @@
 """shard and unshard: tables onto a mesh and back."""
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 from jax.sharding import Mesh
 from jaxtyping import Array, Int32
 
-from .._base.axes import laid_out
 from .._core import ids as _ids
+from .._core.dense import DENSE
 from .._core.held_rows import HeldRows
-from .._core.placement import Layout, Placement, placement_of
 from .._core.table import Table, has_weight, with_weight
 from .._features.made_for import MadeFor
-from .._mesh import relayout as _moves
 from .._mesh import sharded as _placed
-
-# Reads rows `first, first + step, ...` below `end`, and of these some columns.
-_Reader = Callable[[slice, tuple[slice, ...]], np.ndarray]
+from .._mesh.placement import Layout, placement_of
+from .._mesh.storage import Sharded
 
 
 def shard(
@@ -86,12 +81,14 @@ def shard(
       Array([[0., 1., 0.],
              [0., 0., 0.]], dtype=float32)
     """
-    place = functools.partial(placement_of, "embax.shard", mesh, axis, layout, columns, skew, pool_at_owners)
+
+    def storage_of(shape: Sequence[int]) -> Sharded:
+        return Sharded(placement_of("embax.shard", mesh, axis, layout, columns, skew, pool_at_owners, shape))
+
     rows = getattr(tree, "weight", tree)
     if isinstance(rows, np.ndarray) and not isinstance(tree, Table):
-        placement = place(rows.shape)
-        dtype = jax.dtypes.canonicalize_dtype(rows.dtype)
-        return Table(_laid_out(placement, _of_array(rows), rows.shape, dtype), placement=placement, **rules)
+        storage = storage_of(rows.shape)
+        return Table(storage.from_rows(rows), storage=storage, **rules)
     if rules:
         raise TypeError(
             f"`embax.shard(**rules)` must be for an array, got {sorted(rules)} for {type(tree).__name__}, whose tables "
@@ -100,31 +97,21 @@ def shard(
 
     def on_mesh(node: Any) -> Any:
         if isinstance(node, MadeFor):  # of an optimizer's state, whose tables are on the mesh then
-            return node.placed(place)
+            return node.placed(storage_of)
         if not isinstance(node, Table):
             return node
         if isinstance(node.weight, HeldRows):  # of a gradient, which are where its ids are
-            return with_weight(node, node.weight, placement=place((node.rows, *node.dim)))
+            return with_weight(node, node.weight, storage=storage_of((node.rows, *node.dim)))
         if not has_weight(node):
             return node
         if isinstance(node.weight, Tracer):
             raise TypeError(
                 f"`embax.shard(tree=...)` must be called outside of `jit`, got the traced {node!r}. Shard what goes in."
             )
-        return placed(node, place((node.rows, *node.dim)))
+        storage = storage_of((node.rows, *node.dim))
+        return with_weight(node, storage.moved(node.storage, node.weight), storage=storage)
 
     return jax.tree.map(on_mesh, tree, is_leaf=_is_node)
-
-
-def placed(table: Table, placement: Placement) -> Table:
-    """Lay a table out on a mesh, wherever its rows are, each device getting its own."""
-    if table.placement is not None and table.placement.mesh == placement.mesh:
-        weight = _moves.moved(table.placement, table.weight, placement)
-        weight = laid_out(weight, placement.sharding(weight.shape, table.dim))
-    else:
-        reader = _of_array(table.weight) if table.placement is None else _of_placed(table)
-        weight = _laid_out(placement, reader, (table.rows, *table.dim), table.dtype)
-    return with_weight(table, weight, placement=placement)
 
 
 def unshard(tree: Any) -> Any:
@@ -148,19 +135,10 @@ def unshard(tree: Any) -> Any:
 
     def off_mesh(node: Any) -> Any:
         if isinstance(node, MadeFor):
-            return node.placed(lambda _: None)
+            return node.placed(lambda _: DENSE)
         if not isinstance(node, Table) or node.placement is None:
             return node
-        weight = node.weight
-        if isinstance(weight, Tracer):
-            ids = jnp.arange(node.rows, dtype=_ids.index_dtype(node.rows))
-            weight = _placed.take(node.placement, weight, ids, 0)
-        elif isinstance(weight, jax.Array) and weight.is_fully_addressable:
-            weight = jnp.asarray(_of_placed(node)(slice(0, node.rows, 1), (slice(None),) * (weight.ndim - 1)))
-        elif isinstance(weight, jax.Array):
-            everywhere = Placement(node.placement.mesh, (), None, False, node.rows)
-            weight = _moves.moved(node.placement, weight, everywhere).addressable_data(0)
-        return with_weight(node, weight, placement=None)
+        return with_weight(node, node.storage.to_rows(node.weight), storage=DENSE)
 
     return jax.tree.map(off_mesh, tree, is_leaf=_is_node)
 
@@ -199,47 +177,3 @@ _rounds = jax.jit(_placed.rounds, static_argnums=0)
 
 def _is_node(node: Any) -> bool:
     return isinstance(node, Table | MadeFor)
-
-
-def _laid_out(placement: Placement, read: _Reader, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-    """Make the stored array of a placement, each shard from the rows that it holds."""
-    stored = (placement.stored_rows, *shape[1:])
-
-    def part(index: Any) -> np.ndarray:
-        first, last, _ = index[0].indices(stored[0])
-        step = placement.shards if placement.cyclic else 1
-        start = first // placement.block if placement.cyclic and last > first else first
-        own = read(slice(start, min(start + (last - first) * step, placement.rows), step), index[1:])
-        missing = last - first - own.shape[0]
-        own = np.pad(own, [(0, missing), *[(0, 0)] * (own.ndim - 1)]) if missing else own
-        return np.asarray(own, dtype)
-
-    return jax.make_array_from_callback(stored, placement.sharding(stored, stored[1:]), part, dtype=dtype)
-
-
-def _of_array(rows: Any) -> _Reader:
-    if isinstance(rows, jax.Array) and not rows.is_fully_addressable:
-        raise ValueError(
-            f"`embax.shard(tree=...)` must have arrays of this process, or tables on the same mesh, got "
-            f"{rows.sharding}. Make the table on the mesh, with Table.create(mesh=...) or from a file."
-        )
-    # Of an array on a device, too, no more than the part is copied.
-    return lambda some, columns: np.asarray(rows[(slice(some.start, max(some.stop, some.start), some.step), *columns)])
-
-
-def _of_placed(table: Table) -> _Reader:
-    """Read from the shards of another mesh that this process has."""
-    placement: Any = table.placement
-    shards = {tuple((s.start, s.stop) for s in x.index): x for x in table.weight.addressable_shards}
-
-    def read(some: slice, columns: tuple[slice, ...]) -> np.ndarray:
-        ids = np.arange(some.start, max(some.stop, some.start), some.step)
-        places = np.asarray(placement.positions(jnp.asarray(ids, _ids.index_dtype(table.rows))))
-        out = np.zeros((len(ids), *table.weight.shape[1:]), table.dtype)
-        for shard in shards.values():
-            first, last, _ = shard.index[0].indices(placement.stored_rows)
-            here = np.flatnonzero((places >= first) & (places < last))
-            out[(here, *shard.index[1:])] = np.asarray(shard.data)[places[here] - first]
-        return out[(slice(None), *columns)]
-
-    return read

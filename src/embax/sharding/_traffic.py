@@ -8,9 +8,9 @@ import numpy as np
 from jaxtyping import Float64
 
 from .._base.distinct import accumulator
-from .._core.placement import Placement
 from .._core.table import Table
 from .._mesh.bags import is_pooled_where_stored
+from .._mesh.placement import Placement
 from ._frequencies import Law
 from ._results import Collective, Optimizer, Phase, TablePlan, Transfer
 

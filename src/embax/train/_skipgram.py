@@ -21,7 +21,6 @@ from .._gradients.apply import apply_updates
 from .._gradients.row_grad import RowGrad, row_grad
 from .._gradients.value_and_grad import value_and_grad
 from .._heads.candidates import draw_pieces, pieces
-from .._mesh import sharded as _placed
 from ..sharding import unshard
 from ..vectors import Vectors
 from ._corpus import encode
@@ -243,17 +242,12 @@ def _descend(
     slots: _dedupe.Slots,
 ) -> tuple[Table, _dedupe.Slots]:
     """Take a step down the gradient, its length limited for rows that were used often."""
-    placement, uses = table.placement, jnp.ravel(uses).astype(jnp.float32)
-    if placement is None:
-        slots, (ids, (summed, total), _) = _dedupe.combine(slots, gradient.ids, (gradient.values, uses), table.rows)
-    else:
-        # In the order of the gradient, and as one more of its columns, so that both take one way to the owners.
-        uses = _placed.joined(placement, [uses], 0)
-        values = jnp.concatenate([gradient.values, uses[:, None]], axis=1)
-        (ids, values, _), _ = _placed.combine(placement, gradient.ids, values, (values.shape[1],))
-        summed, total = values[:, :-1], values[:, -1]
+    storage, uses = table.storage, jnp.ravel(uses).astype(jnp.float32)
+    values = gradient.values, storage.joined([uses], 0)  # in the order of the gradient
+    slots, distinct, _ = storage.combine(slots, gradient.ids, values, table.rows, table.dim)
+    summed, total = distinct.values
     rates = jnp.minimum(rate, _LARGEST_MOVE / jnp.maximum(total, 1))
-    update = row_grad(ids, -rates[:, None] * summed, table.rows, at_owners=placement is not None)
+    update = row_grad(distinct.ids, -rates[:, None] * summed, table.rows, at_owners=not storage.is_local)
     return apply_updates(table, update), slots
 
 

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
 
 from ..._base.dtypes import index_dtype
+from ..._core.dense import DENSE
 from .equations import CALLS, NO_AXES, ScanSizes, before_sum, inner, programs_of
 from .linear import ALL_ROWS, Kind, Opening, opening_of
 
@@ -118,10 +119,10 @@ class Forms:
             axes |= {of_rows | opening.summed_over for of_rows in form.axes}
             if any(kind.lanes < opening.lanes for kind in form.kinds):
                 return None
-            kinds |= {Kind(lanes - opening.joined, placement) for lanes, placement in form.kinds}
+            kinds |= {Kind(lanes - opening.joined, storage) for lanes, storage in form.kinds}
             dense |= form.dense
             needs |= form.needs
-        if len(kinds) > 1 or (opening.by_place and any(kind.placement for kind in kinds)):
+        if len(kinds) > 1 or (opening.by_place and any(kind.storage != DENSE for kind in kinds)):
             return None
         # An input may stand for rows of which these things are not known here.
         if inputs and (opening.joined or opening.summed_over or opening.by_place):

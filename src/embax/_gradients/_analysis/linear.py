@@ -18,8 +18,9 @@ import numpy as np
 from jax.extend.core import JaxprEqn, Literal
 from jax.lax import GatherScatterMode
 
-from ..._core.placement import Placement
+from ..._core.dense import DENSE
 from ..._core.read_rows import add_rows_p, all_rows_p
+from ..._core.storage import Storage
 from .equations import NO_AXES, shape_of
 
 
@@ -27,7 +28,7 @@ class Kind(NamedTuple):
     """How ids are to be understood; rows of two kinds do not go together."""
 
     lanes: int = 0  # number of leading axes of the array that have rows of their own
-    placement: Placement | None = None  # of a sharded table, whose array has its rows in another order
+    storage: Storage = DENSE  # which says in what order the array has its rows
 
 
 class Opening(NamedTuple):
@@ -152,7 +153,7 @@ def _scatter(eqn: JaxprEqn) -> Opening | None:
 def _added(eqn: JaxprEqn) -> Opening:
     _, ids = eqn.invars
     spec = eqn.params["spec"]
-    kind = Kind(spec.lanes, spec.placement)
+    kind = Kind(spec.lanes, spec.storage)
     return Opening({}, (0, 1), math.prod(shape_of(ids)), frozenset({NO_AXES}), frozenset({kind}))
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, auto_axes
 from jaxtyping import Array, Shaped
 
-from .._core import ids as _ids
+from .axes import explicit_sharding
 
 
 def varying_alike(*arrays: Array) -> tuple[Array, ...]:
@@ -42,7 +42,7 @@ def with_auto_axes(
     Returns:
       What the function returns.
     """
-    meshes = [sharding.mesh for array in jax.tree.leaves(args) if (sharding := _ids.explicit_sharding(array))]
+    meshes = [sharding.mesh for array in jax.tree.leaves(args) if (sharding := explicit_sharding(array))]
     if not meshes:
         return function(*args)
     layouts = tuple(NamedSharding(meshes[0], spec) for spec in specs)

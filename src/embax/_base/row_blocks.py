@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Shaped
 
-from .._core import ids as _ids
+from .dtypes import index_dtype
 
 
 def over_blocks(step: Callable[[Int[Array, ""], int, Any], Any], rows: int, chunk: int, carry: Any) -> Any:
@@ -25,7 +25,7 @@ def over_blocks(step: Callable[[Int[Array, ""], int, Any], Any], rows: int, chun
     Returns:
       The last carry.
     """
-    index = _ids.index_dtype(rows)
+    index = index_dtype(rows)
 
     def block(number: Any, carry: Any) -> Any:
         return step(jnp.asarray(number, index) * chunk, chunk, carry)

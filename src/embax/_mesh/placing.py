@@ -1,0 +1,59 @@
+"""Rows brought onto a mesh from this process, and back: each device gets, and gives, its own and no others."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .._base.dtypes import index_dtype
+from .placement import Placement
+
+# Reads rows `first, first + step, ...` below `end`, and of these some columns.
+Reader = Callable[[slice, tuple[slice, ...]], np.ndarray]
+
+
+def stored(placement: Placement, read: Reader, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    """Make the stored array of a placement, each shard from the rows that it holds."""
+    dtype = jax.dtypes.canonicalize_dtype(dtype)
+    of_all = (placement.stored_rows, *shape[1:])
+
+    def part(index: Any) -> np.ndarray:
+        first, last, _ = index[0].indices(of_all[0])
+        step = placement.shards if placement.cyclic else 1
+        start = first // placement.block if placement.cyclic and last > first else first
+        own = read(slice(start, min(start + (last - first) * step, placement.rows), step), index[1:])
+        missing = last - first - own.shape[0]
+        own = np.pad(own, [(0, missing), *[(0, 0)] * (own.ndim - 1)]) if missing else own
+        return np.asarray(own, dtype)
+
+    return jax.make_array_from_callback(of_all, placement.sharding(of_all, of_all[1:]), part, dtype=dtype)
+
+
+def of_array(rows: Any) -> Reader:
+    """Read from an array of this process, or from a memory map."""
+    if isinstance(rows, jax.Array) and not rows.is_fully_addressable:
+        raise ValueError(
+            f"`embax.shard(tree=...)` must have arrays of this process, or tables on the same mesh, got "
+            f"{rows.sharding}. Make the table on the mesh, with Table.create(mesh=...) or from a file."
+        )
+    # Of an array on a device, too, no more than the part is copied.
+    return lambda some, columns: np.asarray(rows[(slice(some.start, max(some.stop, some.start), some.step), *columns)])
+
+
+def of_shards(placement: Placement, leaf: jax.Array) -> Reader:
+    """Read from the shards of another mesh that this process has."""
+    shards = {tuple((s.start, s.stop) for s in x.index): x for x in leaf.addressable_shards}
+
+    def read(some: slice, columns: tuple[slice, ...]) -> np.ndarray:
+        ids = np.arange(some.start, max(some.stop, some.start), some.step)
+        places = np.asarray(placement.positions(jnp.asarray(ids, index_dtype(placement.rows))))
+        out = np.zeros((len(ids), *leaf.shape[1:]), leaf.dtype)
+        for shard in shards.values():
+            first, last, _ = shard.index[0].indices(placement.stored_rows)
+            here = np.flatnonzero((places >= first) & (places < last))
+            out[(here, *shard.index[1:])] = np.asarray(shard.data)[places[here] - first]
+        return out[(slice(None), *columns)]
+
+    return read

@@ -1,0 +1,317 @@
+"""Sharded: the rows of a table split over the devices of a mesh, behind the contract of `_core.storage`."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from jax.core import Tracer
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array
+
+from .._base.axes import is_explicit, laid_out
+from .._base.distinct import Distinct, Slots, accumulator
+from .._base.dtypes import index_dtype
+from .._core.own_rows import OwnRows
+from .._core.storage import Mode, Storage
+from . import bags as _bags
+from . import placing as _placing
+from . import relayout as _relayout
+from . import sharded as _sharded
+from .heads import ShardedRows, Tokens, on_owners
+from .placement import Placement, placement_of, with_rows
+
+
+@dataclasses.dataclass(frozen=True)
+class Sharded(Storage):
+    """Rows on a mesh, where a placement says.
+
+    Args:
+      placement: Where they are.
+    """
+
+    placement: Placement
+
+    is_local: ClassVar[bool] = False
+
+    def __repr__(self) -> str:
+        return repr(self.placement)
+
+    def rows_of(self, stored: int) -> int:
+        """Those of the placement; the padding that sharding adds has no meaning."""
+        return self.placement.rows
+
+    def stored_rows(self, rows: int) -> int:
+        """The rows, with the padding that sharding adds."""
+        return dataclasses.replace(self.placement, rows=rows).stored_rows
+
+    def with_rows(self, rows: int) -> "Sharded":
+        """The same layout."""
+        return Sharded(dataclasses.replace(self.placement, rows=rows))
+
+    def check(self, weight: Any) -> None:
+        """It must have the stored rows."""
+        if weight.shape[0] != self.placement.stored_rows:
+            raise ValueError(
+                f"`embax.Table(weight=...)` must have the {self.placement.stored_rows} stored rows of its placement, "
+                f"got {weight.shape[0]}. Make it with embax.shard."
+            )
+
+    def positions(self, ids: Array, rows: int) -> Array:
+        """Block by block, or in turns."""
+        return self.placement.positions(ids)
+
+    @property
+    def descriptions(self) -> tuple[str, ...]:
+        """The placement, its mesh, and its devices."""
+        mesh = self.placement.mesh
+        word = repr(self.placement)
+        devices = [device.id for device in mesh.devices.flat] if isinstance(mesh, Mesh) else mesh
+        return word, f"{word} of {mesh!r}", f"{word} of {mesh!r} with the devices {devices}"
+
+    @property
+    def layout(self) -> Any:
+        """The placement, whatever its rows are and however they are exchanged."""
+        return self.placement.mesh, self.placement.axes, self.placement.columns, self.placement.cyclic
+
+    @property
+    def rows_at_once(self) -> int:
+        """The number of devices that have other rows."""
+        return self.placement.shards
+
+    @property
+    def on_explicit_axes(self) -> bool:
+        """Whether the mesh has explicit axes."""
+        return is_explicit(self.placement.mesh)
+
+    # ---- Rows in and out.
+
+    def take(self, leaf: Array, ids: Array, fill: float) -> Array:
+        """By an exchange with their owners."""
+        return _sharded.take(self.placement, leaf, ids, fill)
+
+    def put(self, leaf: Array, ids: Array, values: Array, mode: Mode) -> Array:
+        """By an exchange with their owners."""
+        return _sharded.put(self.placement, leaf, ids, values, mode)
+
+    def replace(self, leaf: Array, ids: Array, function: Callable[[Array, Array], Array]) -> Array:
+        """By two exchanges."""
+        ids = jnp.ravel(ids)
+        return self.put(leaf, ids, function(ids, self.take(leaf, ids, 0)), "set")
+
+    def to_rows(self, leaf: Any) -> Array:
+        """Each process gathers the whole table onto one of its devices."""
+        rows = self.placement.rows
+        if isinstance(leaf, Tracer):
+            return self.take(leaf, jnp.arange(rows, dtype=index_dtype(rows)), 0)
+        if not isinstance(leaf, jax.Array):
+            return leaf
+        if leaf.is_fully_addressable:
+            columns = (slice(None),) * (leaf.ndim - 1)
+            return jnp.asarray(_placing.of_shards(self.placement, leaf)(slice(0, rows, 1), columns))
+        everywhere = Placement(self.placement.mesh, (), None, False, rows)
+        return _relayout.moved(self.placement, leaf, everywhere).addressable_data(0)
+
+    def from_rows(self, values: Any) -> Array:
+        """Each device gets its own; not under `jit`."""
+        return _placing.stored(self.placement, _placing.of_array(values), values.shape, values.dtype)
+
+    # ---- Whole tables made of others.
+
+    def created(self, fresh: Callable[[], Array]) -> Array:
+        """Each device makes its own rows."""
+        # XLA splits what it makes by blocks; on explicit axes it would have to be told how.
+        mesh = self.placement.mesh
+        mesh = Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
+        by_blocks = dataclasses.replace(self.placement, cyclic=False, mesh=mesh)
+
+        def blocks() -> Array:
+            weight = fresh()
+            more = self.placement.stored_rows - weight.shape[0]
+            weight = jnp.pad(weight, [(0, more), *[(0, 0)] * (weight.ndim - 1)])
+            return laid_out(weight, by_blocks.sharding(weight.shape, weight.shape[1:]))
+
+        weight = jax.jit(blocks)()
+        if self.placement.cyclic:
+            weight = _relayout.moved(by_blocks, weight, dataclasses.replace(by_blocks, cyclic=True))
+        return jax.device_put(weight, self.placement.sharding(weight.shape, weight.shape[1:]))
+
+    def moved(self, of: Storage, others: Any) -> Array:
+        """Store the rows of another weight, wherever they are, each device getting its own."""
+        placement, before = self.placement, of.placement
+        if before is not None and before.mesh == placement.mesh:
+            weight = _relayout.moved(before, others, placement)
+            return laid_out(weight, placement.sharding(weight.shape, weight.shape[1:]))
+        if before is None:
+            return self.from_rows(of.to_rows(others))
+        reader = _placing.of_shards(before, others)
+        return _placing.stored(placement, reader, (before.rows, *others.shape[1:]), others.dtype)
+
+    def overwritten(self, leaf: Array, of: Storage, others: Array) -> Array:
+        """Write rows that lie as these do, into a copy: these may be an array of the parameters themselves."""
+        before = self.with_rows(of.rows_of(others.shape[0]))
+        others = before.moved(of, others).astype(leaf.dtype)
+        sharding: Any = leaf.sharding
+        return laid_out(_relayout.moved_into(self.placement, jnp.copy(leaf), 0, before.placement, others), sharding)
+
+    def resized(self, call: str, leaf: Array, rows: int, fresh: Callable[[], Array]) -> tuple[Array, Storage]:
+        """Give each device the rows that it is to hold now, and have it make its part of the fresh ones."""
+        to, before = with_rows(call, self.placement, rows), self.placement.rows
+        weight = _relayout.moved(self.placement, leaf, to)
+        if rows > before:
+            more = self.with_rows(rows - before)
+            weight = _relayout.moved_into(to, weight, before, more.placement, more.created(fresh))
+        return laid_out(weight, to.sharding(weight.shape, weight.shape[1:])), Sharded(to)
+
+    def put_together(self, parts: Sequence[tuple[Storage, Array]]) -> Array:
+        """Write one after the other into zeros."""
+        if len(parts) == 1 and parts[0][0] == self:
+            return parts[0][1]
+        leaf = parts[0][1]
+        shape = self.placement.stored_rows, *leaf.shape[1:]
+        weight, start = jnp.zeros(shape, leaf.dtype, device=self.placement.sharding(shape, shape[1:])), 0
+        for storage, leaf in parts:
+            weight = _relayout.moved_into(self.placement, weight, start, storage.placement, leaf)
+            start += storage.rows_of(leaf.shape[0])
+        return weight
+
+    def part(self, leaf: Array, start: int, rows: int) -> tuple[Array, Storage]:
+        """Lay it out as a table of its own."""
+        to = self.with_rows(rows)
+        return _relayout.moved(self.placement, leaf, to.placement, start), to
+
+    # ---- What belongs to the ids of a batch.
+
+    def flat(self, array: Array, shape: tuple[int, ...]) -> Array:
+        """Reshape, each device its own."""
+        return jnp.reshape(array, shape)
+
+    def joined(self, arrays: Sequence[Array], fill: Any) -> Array:
+        """Each device concatenates its own shards."""
+        return _sharded.joined(self.placement, arrays, fill)
+
+    def parted(self, array: Array, lengths: Sequence[int]) -> list[Array]:
+        """Each device splits its own shard."""
+        return _sharded.parted(self.placement, array, lengths)
+
+    # ---- The rows of a gradient.
+
+    def combine(
+        self, slots: Slots, ids: Array, values: Any, rows: int, dim: tuple[int, ...]
+    ) -> tuple[Slots, Distinct, Any]:
+        """Sum at the owners. A second array goes as one more column of the first, so that both take one way."""
+        if not isinstance(values, tuple):
+            return slots, *_sharded.combine(self.placement, ids, values, dim)
+        wide = jnp.concatenate([values[0], values[1][:, None]], axis=1)
+        distinct, crowded = _sharded.combine(self.placement, ids, wide, (wide.shape[1],))
+        return slots, distinct._replace(values=(distinct.values[:, :-1], distinct.values[:, -1])), crowded
+
+    def gather(self, leaf: Array, ids: Array, dim: tuple[int, ...]) -> Array:
+        """Each owner reads its own rows, and asks others for those that were dealt out to it."""
+        if ids.shape[0] == 0:
+            return jnp.zeros((0, *leaf.shape[1:]), leaf.dtype)
+        return _sharded.gather_at_owners(self.placement, leaf, ids, dim)
+
+    def store(self, leaf: Array, ids: Array, values: Array, dim: tuple[int, ...], mode: Mode = "set") -> Array:
+        """Each owner writes its own rows."""
+        return _sharded.store_at_owners(self.placement, leaf, ids, values.astype(leaf.dtype), dim, mode)
+
+    def add(self, leaf: Array, ids: Array, values: Array, distinct: bool) -> Array:
+        """At the owners, which first sum duplicates in float32 where the weight is narrower."""
+        dim = leaf.shape[1:]
+        if not distinct and jnp.finfo(leaf.dtype).bits >= 32:
+            return self.put(leaf, ids, values, "add")
+        if not distinct:
+            _, (ids, values, _), _ = self.combine(None, ids, values.astype(jnp.float32), self.placement.rows, dim)
+        return self.store(leaf, ids, values, dim, "add")
+
+    def laid_out(self, leaf: Array, dim: tuple[int, ...]) -> Array:
+        """As the weight, by columns only if its rows are those of the table."""
+        return laid_out(leaf, self.placement.sharding(leaf.shape, dim))
+
+    def everywhere(self, array: Array) -> Array:
+        """A copy on each device of the mesh."""
+        return laid_out(array, NamedSharding(self.placement.mesh, PartitionSpec()))
+
+    # ---- Bags.
+
+    def pools(self, table: Any, bags: tuple[int, ...], length: int, weighted: bool) -> bool:
+        """Where devices have parts of rows, and where sums are less to send than rows, if that was asked for."""
+        return _bags.is_pooled_where_stored(table, bags, length, weighted)
+
+    def pooled(
+        self, table: Any, pool: Callable[..., Array], ids: Array, counted: Array, weights: Array | None
+    ) -> Array:
+        """Owners sum what they have of each bag."""
+        return _bags.pooled_where_stored(table, pool, ids, counted, weights)
+
+    def summed_by(self, bags: Array, terms: Array, number: int) -> Array:
+        """A term goes to the device that has its bag."""
+        return _sharded.summed_by(self.placement, bags, terms, number)
+
+    # ---- Heads.
+
+    def own_rows(self, stored: int) -> OwnRows:
+        """Those of the device."""
+        return ShardedRows(self, self.placement.rows)
+
+    def of_device(self, tokens: int, stored: int) -> tuple[int, int]:
+        """Tokens are split over copies, rows over owners."""
+        placement = self.placement
+        return -(-tokens // placement.copies), -(-placement.block // placement.column_shards)
+
+    def aligned(self, weight: Array, *arrays: Array) -> tuple[Array, ...]:
+        """As they are."""
+        return weight, *arrays
+
+    def of_tokens(
+        self, function: Callable[..., Any], weight: Array, batch: int, arrays: Sequence[Array], fills: Sequence[Any]
+    ) -> tuple[Array, ...]:
+        """Call it on each device, tokens being split over the copies of the rows."""
+        tokens = Tokens(self.placement, arrays[0].shape[:batch])
+        given = map(tokens.laid_out, arrays, fills)
+        found = on_owners(tokens, function, (tokens.spec,) * 3, weight, *given)
+        return tuple(tokens.restored(values, arrays[0]) for values in found)
+
+    def of_rows_and_tokens(
+        self, function: Callable[..., Any], weight: Array, batch: int, arrays: Sequence[Array], fills: Sequence[Any]
+    ) -> tuple[Array, Array]:
+        """Call it on each device, and have the owners take a part each of the sum for tokens."""
+        tokens, dtype = Tokens(self.placement, arrays[0].shape[:batch]), arrays[0].dtype
+
+        def local(*args: Array) -> tuple[Array, Array]:
+            of_weight, of_x = function(*args)
+            return of_weight, tokens.summed(of_x).astype(dtype)
+
+        specs = self.placement.spec(weight.shape, weight.shape[1:]), tokens.parted_spec
+        of_weight, of_x = on_owners(tokens, local, specs, weight, *map(tokens.laid_out, arrays, fills))
+        return of_weight, tokens.restored(of_x, arrays[0])
+
+    def logits(self, of_rows: Callable[[Array, Array, Array], Array], weight: Array, x: Array) -> Array:
+        """Each device multiplies its own rows, and gets the logits of all for a part of the batch."""
+        placement, stored = self.placement, weight.dtype
+        if weight.size == 0:  # there is nothing to be sent, which XLA has no collectives for
+            return of_rows(jnp.arange(placement.rows), jnp.zeros((placement.rows, *weight.shape[1:]), stored), x)
+        tokens = Tokens(placement, x.shape[: x.ndim - weight.ndim + 1])
+
+        def local(weight: Array, vectors: Array) -> tuple[Array]:
+            own = self.own_rows(weight.shape[0])
+            block = own.read(weight, jnp.zeros((), index_dtype(own.rows)), weight.shape[0])
+            rows = block.rows.astype(stored)
+            if own.filled_up:  # by selection, so that what is no row has no gradient: 0 * NaN is NaN
+                exist = jnp.expand_dims(own.exist(block.ids), tuple(range(1, rows.ndim)))
+                rows = jnp.where(exist, rows, jnp.zeros((), rows.dtype))
+            return (tokens.joined(of_rows(block.ids, rows, vectors.astype(x.dtype))),)
+
+        # Wide, since the gradients that all owners have of a vector are summed; and those that all copies have of a
+        # row, which bfloat16 can be summed in, but not float8.
+        vectors = tokens.laid_out(x.astype(accumulator(x.dtype)))
+        rows = weight.astype(accumulator(stored)) if jnp.finfo(stored).bits < 16 else weight
+        (logits,) = on_owners(tokens, local, (tokens.parted_spec,), rows, vectors)
+        return tokens.restored(logits, x)
+
+
+def storage_of(call: str, *on_mesh: Any) -> Sharded:
+    """Check the arguments of `embax.shard`, as `placement_of` does, and make the storage."""
+    return Sharded(placement_of(call, *on_mesh))
