@@ -138,6 +138,18 @@ def test_other_transformations_may_be_around_and_inside_and_tables_grow(tmp_path
         COMBINED["freeze"][0].update(gradient, new_states["freeze"], grown["freeze"])
 
 
+@pytest.mark.parametrize("with_params", [True, False])
+def test_clipping_of_chosen_arrays_beside_tables(with_params):
+    params = {"a": jnp.zeros((9, 1)), "b": Table(jnp.zeros((5, 1)))}
+    rows = {
+        name: embax.RowGrad([1, 1], jnp.full((2, 1), size), rows=n) for name, size, n in (("a", 3.0, 9), ("b", 4.0, 5))
+    }
+    tx = embax.optim.clip_by_global_norm(1.0)
+    clipped, _ = jax.jit(tx.update)(rows, tx.init(params), params if with_params else None)
+    np.testing.assert_allclose(clipped["a"].values, np.full((2, 1), 0.3), rtol=1e-6)  # float32
+    np.testing.assert_allclose(clipped["b"].values, np.full((2, 1), 0.4), rtol=1e-6)
+
+
 def test_memory_of_a_step_follows_the_ids():
     rows, tx = 10**6, lifted(optax.adamw(0.1))
     params = PARAMS | {"embed": {"w": jax.ShapeDtypeStruct((rows, 4), jnp.float32)}}
@@ -154,16 +166,19 @@ def test_memory_of_a_step_follows_the_ids():
 
 
 def test_filters_of_equinox_keep_the_rows():
-    layer = eqx.nn.Embedding(5, 2, key=jax.random.key(0))
+    model = [eqx.nn.Embedding(5, 2, key=jax.random.key(0)), eqx.nn.Lambda(jax.nn.relu), eqx.nn.Dropout(0.5)]
+    model = eqx.nn.Sequential(model)  # with leaves that are no arrays
 
     @eqx.filter_jit
-    def gradient(layer, ids):
-        return embax.grad(lambda layer: jax.vmap(layer)(ids).sum(), tables=lambda path, leaf: True)(layer)
+    def gradient(model, ids):
+        loss = lambda model: jax.vmap(model.layers[0])(ids).sum()  # noqa: E731
+        return embax.grad(loss, tables=lambda path, leaf: leaf.ndim == 2)(model)
 
-    rows = gradient(layer, jnp.array([1, 3]))
+    rows = gradient(model, jnp.array([1, 3]))
     again = eqx.combine(*eqx.partition(rows, eqx.is_array))
     for one in (rows, again, eqx.filter(rows, eqx.is_array)):
-        np.testing.assert_array_equal(one.weight.to_dense(), np.array([[0], [1], [0], [1], [0]]) * np.ones((1, 2)))
+        dense = one.layers[0].weight.to_dense()
+        np.testing.assert_array_equal(dense, np.array([[0], [1], [0], [1], [0]]) * np.ones((1, 2)))
 
 
 def test_rows_at_a_leaf_that_was_not_chosen_are_refused_by_name():
