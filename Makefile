@@ -54,6 +54,7 @@ bench: $(VENV)/dev
 	$(BIN)/python benchmarks/frameworks.py
 	$(BIN)/python benchmarks/heads.py
 	$(BIN)/python benchmarks/row_sparse.py --figure docs/step_time.png
+	$(BIN)/python benchmarks/other_layers.py
 	$(BIN)/python benchmarks/bags.py
 	$(BIN)/python benchmarks/vectors.py
 

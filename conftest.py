@@ -94,6 +94,7 @@ _VERSIONS = {
     "tests/gradients/test_grad_program.py": "the form of JAX's backward programs, their effects and memory",
     "tests/layers/test_frameworks.py::test_training": "each framework's own states and transformations",
     "tests/layers/test_interop.py": "conversion between the frameworks",
+    "tests/optimizers/test_chosen_layers.py": "each framework's own layers and transformations",
     "tests/optimizers/test_lift_compiled.py": "the HLO and the memory of XLA's programs",
     "tests/project/": "imports and documentation",
     "tests/sharding/test_plan.py::test_plan": "the HLO of XLA's collectives",

@@ -5,11 +5,12 @@ For instance, with `tables=lambda path, leaf: leaf.ndim == 2`, the tree on the l
     {"embed": float32[1000, 4], "bias": float32[4]}    {"embed": Table(float32[1000, 4]), "bias": float32[4]}
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.tree_util import keystr
 
 from .._core.table import Table, with_weight
 
@@ -45,18 +46,51 @@ def is_chosen(call: str, tables: Chooser | None, path: Sequence[Any], leaf: Any)
     """
     if tables is None or leaf is None or isinstance(leaf, Table) or not tables(tuple(path), leaf):
         return False
-    if not (hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.inexact) and leaf.ndim):
+    is_array = hasattr(leaf, "dtype") and jax.tree_util.all_leaves([leaf])  # of brainunit, a Quantity is a node
+    if not (is_array and jnp.issubdtype(leaf.dtype, jnp.inexact) and leaf.ndim):
         raise ValueError(
-            f"`{call}(tables=...)` must choose arrays of floats with an axis of rows, got {leaf!r} at "
-            f"{jax.tree_util.keystr(tuple(path))!r}. Choose by the dtype and the number of axes, too."
+            f"`{call}(tables=...)` must choose arrays of floats with an axis of rows, got {_short(leaf)} at "
+            f"{keystr(tuple(path))!r}. Choose by the dtype and the number of axes, too."
         )
     return True
 
 
-def with_tables(call: str, tables: Chooser | None, tree: Any) -> Any:
-    """Put a Table in the place of each chosen leaf of a tree."""
+def _short(leaf: Any) -> str:
+    if not hasattr(leaf, "dtype"):
+        return repr(leaf)
+    kind = "" if jax.tree_util.all_leaves([leaf]) else f"{type(leaf).__name__} of "
+    return f"{kind}{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
+
+
+def with_tables(
+    call: str, tables: Chooser | None, tree: Any, path: Sequence[Any] = (), leaves: tuple[type, ...] = ()
+) -> Any:
+    """Put a Table in the place of each chosen leaf of a tree.
+
+    Args:
+      call: The call for messages.
+      tables: The predicate, or None for no leaf.
+      tree: The tree.
+      path: Where it stands in the tree that the predicate is to see the paths of.
+      leaves: Types that are leaves besides those of JAX.
+
+    Returns:
+      The tree with Tables.
+
+    Raises:
+      ValueError: If a leaf is chosen that is no array of floats with an axis of rows.
+    """
     return jax.tree.map_with_path(
-        lambda path, leaf: Table(leaf) if is_chosen(call, tables, path, leaf) else leaf,
+        lambda inside, leaf: Table(leaf) if is_chosen(call, tables, (*path, *inside), leaf) else leaf,
+        tree,
+        is_leaf=lambda node: isinstance(node, (Table, *leaves)),
+    )
+
+
+def tables_at(names: Collection[str], tree: Any) -> Any:
+    """Put a Table in the place of each leaf of a tree whose path, as `keystr` writes it, is one of some names."""
+    return jax.tree.map_with_path(
+        lambda path, leaf: leaf if isinstance(leaf, Table) or keystr(path) not in names else Table(leaf),
         tree,
         is_leaf=lambda node: isinstance(node, Table),
     )

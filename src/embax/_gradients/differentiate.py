@@ -76,7 +76,12 @@ def evaluate(
         [args[number] for number in numbers], is_leaf=lambda node: isinstance(node, Table)
     )
     fixed = fixed_leaves([args[number] for number in numbers])
-    chosen = [is_chosen(options.call, options.tables, path[1:], leaf) for path, leaf in nodes]
+    # Of an Equinox module, functions and settings are leaves, too: a predicate is to see arrays.
+    asked = [hasattr(leaf, "dtype") or not is_fixed for is_fixed, (_, leaf) in zip(fixed, nodes, strict=True)]
+    chosen = [
+        is_asked and is_chosen(options.call, options.tables, path[1:], leaf)
+        for is_asked, (path, leaf) in zip(asked, nodes, strict=True)
+    ]
     leaves = [Table(leaf) if is_table else leaf for is_table, (_, leaf) in zip(chosen, nodes, strict=True)]
 
     def loss(others: Sequence[Any]) -> Any:

@@ -340,7 +340,11 @@ def _fill(gradient: RowGrad, keys: Any, values: Any, rows: int, at_owners: bool 
     return gradient
 
 
-def _rebuilt(static: tuple[int, bool], values: Any, keys: Any) -> RowGrad:
+def _rebuilt(static: tuple[int, bool], values: Any, keys: Any) -> Any:
+    # A map that gives names gives one for an array that is read as a table, as it does for the array itself. Not so of
+    # bools, by which Equinox takes trees apart and puts them together again.
+    if is_label(values) and is_label(keys) and not isinstance(values, bool | np.bool_):
+        return values
     return _fill(object.__new__(RowGrad), keys, values, *static)
 
 

@@ -48,8 +48,9 @@ def value_and_grad(
       holomorphic: As in `jax.value_and_grad`.
       allow_int: As in `jax.value_and_grad`.
       on_dense: What a dense gradient of a table is: an `"error"`, worth a `"warn"`, or no surprise, `"allow"`.
-      tables: A predicate `(path, leaf) -> bool` that chooses arrays which are read as tables, `weight[ids]`, by layers
-        of other libraries. Their gradients are RowGrads, too. The path is that of `jax.tree_util`, within the argument.
+      tables: A predicate `(path, leaf) -> bool` that chooses arrays which are read as tables by layers of other
+        libraries, by `weight[ids]` or `jnp.take`. Their gradients are RowGrads, too. The path is that of
+        `jax.tree_util`, within the argument; `jax.tree_util.keystr` writes it as text. The leaf may be a tracer.
 
     Returns:
       A function of the same arguments that returns `(value, gradient)`, or `((value, aux), gradient)` with `has_aux`.

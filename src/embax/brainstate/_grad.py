@@ -12,6 +12,7 @@ import numpy as np
 
 from .._base import check as _check
 from .._core.table import Table, with_weight
+from .._gradients.chosen import Chooser, checked, with_tables, without_tables
 from .._gradients.differentiate import Options, evaluate
 from .._gradients.report_dense import HAS_A_UNIT, OnDense, report_dense
 from ._layers import has_unit, table_of
@@ -32,6 +33,7 @@ def grad(
     *,
     debug_nan: bool = False,
     on_dense: OnDense = "warn",
+    tables: Chooser | None = None,
 ) -> Callable[..., Any]:
     """Differentiate a function of brainstate states; the gradient of an Embedding's weight holds the rows that it read.
 
@@ -60,6 +62,10 @@ def grad(
       check_states: Whether a state that `fun` does not read is an error.
       debug_nan: As in `brainstate.transform.grad`.
       on_dense: What a dense gradient of a weight is: an `"error"`, worth a `"warn"`, or no surprise, `"allow"`.
+      tables: A predicate `(path, leaf) -> bool` that chooses arrays of `grad_states` which are read as tables by other
+        layers: `brainstate.nn.Embedding`, `state.value[ids]` or `jnp.take`. Their gradients are RowGrads, too. The path
+        is that of `jax.tree_util` in the values of `grad_states`: `(DictKey(("embedding", "weight")),)` for a dict as
+        `model.states(brainstate.ParamState)` gives it.
 
     Returns:
       A function of the arguments of `fun` that returns the gradients of the states, or of the arguments, or
@@ -67,8 +73,9 @@ def grad(
       are asked for.
 
     Raises:
-      TypeError: As `brainstate.transform.grad` does.
-      ValueError: As `brainstate.transform.grad` does; with `on_dense="error"` also where a gradient would be dense.
+      TypeError: As `brainstate.transform.grad` does, and if `tables` is no function.
+      ValueError: As `brainstate.transform.grad` does; with `on_dense="error"` also where a gradient would be dense; if
+        `tables` chooses what is no array of floats with an axis of rows, or has a unit.
 
     Example:
       >>> import brainstate, embax, jax.numpy as jnp
@@ -84,7 +91,8 @@ def grad(
       >>> gradients["scale"].shape
       ()
     """
-    on_dense = _check.choice("embax.brainstate.grad(on_dense=...)", on_dense, OnDense)
+    on_dense = _check.choice(f"{_CALL}(on_dense=...)", on_dense, OnDense)
+    tables = checked(_CALL, tables)
     options: dict[str, Any] = {
         "argnums": argnums,
         "holomorphic": holomorphic,
@@ -95,7 +103,7 @@ def grad(
     }
     asked: dict[str, Any] = {"has_aux": has_aux, "return_value": return_value}
     if fun is None:
-        return functools.partial(grad, grad_states=grad_states, on_dense=on_dense, **options, **asked)
+        return functools.partial(grad, grad_states=grad_states, on_dense=on_dense, tables=tables, **options, **asked)
     if isinstance(grad_states, dict):  # of a kind of its own, as `states()` gives, which is not a pytree
         grad_states = dict(grad_states)
 
@@ -108,20 +116,21 @@ def grad(
 
     @functools.wraps(fun)
     def gradient(*args: Any, **kwargs: Any) -> Any:
-        names = {state: f"grad_states{jax.tree_util.keystr(path)}" for path, state in reversed(named)}
-        tables = {
-            id(state): (name, table)
-            for state, name in names.items()
+        paths = {state: path for path, state in reversed(named)}
+        rules = {
+            id(state): table
+            for state in paths
             if (table := table_of(state)) is not None
             and jnp.issubdtype(table.dtype, jnp.inexact)
             and not has_unit(state)
         }
-        if not tables:
+        if not rules and tables is None:
             return whole(*args, **kwargs)
+        by_identity = {id(state): path for state, path in paths.items()}
         call = _Call(fun, args, kwargs, argnums, bool(has_aux))
         by_brainstate = brainstate.transform.GradientTransform(
             target=call.run,
-            transform=functools.partial(_grad_by_rows, tables, on_dense, unit_aware),
+            transform=functools.partial(_grad_by_rows, by_identity, rules, tables, on_dense, unit_aware),
             grad_states=grad_states,
             argnums=call.argnums,
             return_value=return_value,
@@ -182,7 +191,9 @@ def _is_array(leaf: Any) -> bool:
 
 
 def _grad_by_rows(
-    tables: Mapping[int, tuple[str, Table]],
+    paths: Mapping[int, Any],
+    rules: Mapping[int, Table],
+    tables: Chooser | None,
     on_dense: OnDense,
     unit_aware: bool,
     fun: Callable[..., Any],
@@ -195,7 +206,9 @@ def _grad_by_rows(
     """As `jax.grad` of a function whose first argument holds the values of states, by the identity of these.
 
     Args:
-      tables: By the identity of a state that is the weight of a layer: its name, and a Table of its value.
+      paths: By the identity of a state: its path among those that are differentiated for.
+      rules: By the identity of a state that is the weight of a layer: a Table of its value.
+      tables: As in `grad`.
       on_dense: As in `grad`.
       unit_aware: As in `grad`.
       fun: The function.
@@ -208,19 +221,29 @@ def _grad_by_rows(
       The function that returns the gradient and the auxiliary data.
     """
 
-    def of_tables(values: Mapping[int, Any], *args: Any) -> Any:
-        return fun({key: x.weight if isinstance(x, Table) else x for key, x in values.items()}, *args)
+    def held_as_tables(key: int, value: Any) -> Any:
+        if key in rules:
+            return with_weight(rules[key], value)
+        return with_tables(_CALL, tables, value, paths[key], leaves=(brainunit.Quantity,))
+
+    def name(path: Any) -> str:
+        return f"grad_states{jax.tree_util.keystr((*paths[path[0].key], *path[1:]))}"
 
     def gradient(values: Mapping[int, Any], *args: Any) -> Any:
+        held = {key: held_as_tables(key, value) for key, value in values.items()}
+
+        def of_tables(held_now: Mapping[int, Any], *args: Any) -> Any:
+            return fun(without_tables(values, held, held_now), *args)
+
         if unit_aware and isinstance(jax.eval_shape(lambda: fun(values, *args)[0]), brainunit.Quantity):
-            for name, table in tables.values():
-                report_dense(_CALL, on_dense, name, table, HAS_A_UNIT, stacklevel=5)
+            for path, node in jax.tree.leaves_with_path(held, is_leaf=lambda node: isinstance(node, Table)):
+                if isinstance(node, Table):
+                    report_dense(_CALL, on_dense, name(path), node, HAS_A_UNIT, stacklevel=5)
             return brainunit.autograd.grad(fun, argnums, has_aux=has_aux, holomorphic=holomorphic, allow_int=allow_int)(
                 values, *args
             )
-        held = {key: with_weight(tables[key][1], x) if key in tables else x for key, x in values.items()}
         asked = Options(_CALL, argnums, has_aux, holomorphic, allow_int, on_dense, stacklevel=8)
-        (_, aux), gradients = evaluate(of_tables, asked, (held, *args), {}, lambda path: tables[path[1].key][0])
+        (_, aux), gradients = evaluate(of_tables, asked, (held, *args), {}, lambda path: name(path[1:]))
         if unit_aware:
             everything = values, *args
             if isinstance(argnums, Sequence):
@@ -228,7 +251,7 @@ def _grad_by_rows(
             else:
                 gradients = _with_units(everything[argnums], gradients)
         of_states = gradients[0] if isinstance(argnums, Sequence) else gradients
-        of_states = {key: x.weight if isinstance(x, Table) else x for key, x in of_states.items()}
+        of_states = without_tables(values, held, of_states)
         return (of_states, *gradients[1:]) if isinstance(argnums, Sequence) else of_states, aux
 
     return gradient

@@ -4,14 +4,16 @@ from collections.abc import Hashable, Mapping
 from typing import Any, Self
 
 import brainstate
+import brainunit
 import jax
 import jax.numpy as jnp
 import optax
 
 from .._core.table import Table, with_weight
 from .._gradients.apply import apply_updates
+from .._gradients.chosen import tables_at, without_tables
 from ..optim import carry_over
-from ..optim._states import check_takes_tables, prepared_gradient
+from ..optim._states import check_takes_tables, prepared_gradient, with_chosen
 from ._layers import has_unit, table_of
 from ._weight import split_unit, with_unit
 
@@ -26,7 +28,8 @@ class Optimizer(brainstate.nn.Module):
     To the transformation, the weight of an `embax.Embedding` is a Table with the layer's `padding_idx` and `freeze`:
     the padding row never changes, and a frozen weight neither, weight decay included. Where layers share a weight, a
     rule holds that all of them have. A weight with a unit is the Quantity that it is, trained whole but for these rows,
-    and any other state is the leaf or tree that it holds.
+    and any other state is the leaf or tree that it holds. An array of another layer is a table if `tx` is told so by
+    `embax.optim.lift(..., tables=...)`, with the predicate that `embax.brainstate.grad` takes.
 
     Args:
       tx: A transformation over trees that hold Tables, as `embax.optim` makes them: `embax.optim.rowwise_adagrad(0.1)`,
@@ -68,11 +71,12 @@ class Optimizer(brainstate.nn.Module):
     __module__ = "embax.brainstate"
 
     # The registered states belong to a model, and come with that where its states are asked for.
-    graph_invisible_attrs = ("_states", "_rules", "_again")
+    graph_invisible_attrs = ("_states", "_rules", "_again", "_chosen")
     opt_state: brainstate.LongTermState | None = None
     _states: Mapping[Hashable, brainstate.State] = {}
     _rules: Mapping[Hashable, Table | None] = {}  # with a shape for a weight, None for what is no table
     _again: frozenset[Hashable] = frozenset()  # more keys of the same states
+    _chosen: Mapping[str, jax.ShapeDtypeStruct] = {}  # what `tx` was told to take for tables, by its path
 
     def __init__(self, tx: optax.GradientTransformation):
         super().__init__()
@@ -144,6 +148,12 @@ class Optimizer(brainstate.nn.Module):
             for key, rules in self._rules.items()
             for state in [self._states[key]]
         }
+        shapes: Mapping[str, Any] = self._chosen
+        before = jax.tree.map_with_path(
+            lambda path, x: Table(shapes[name]) if (name := jax.tree_util.keystr(path)) in shapes else x,
+            before,
+            is_leaf=_is_table,
+        )
         return self._start(f"{call}(states=...)", {}, frozenset(), states, before)
 
     def _start(
@@ -172,12 +182,16 @@ class Optimizer(brainstate.nn.Module):
             else:
                 more.add(key)
         tables = {key: table_of(state) for key, state in kept.items()}
-        params: Any = {key: _param(state, tables[key]) for key, state in kept.items()}
+        params, chosen = with_chosen(self.tx, {key: _param(state, tables[key]) for key, state in kept.items()})
+        _refuse_units(chosen, params)
         if before is None or self.opt_state is None:
             opt_state = self.tx.init(params)
         else:
             opt_state = carry_over(self.opt_state.value, before, params, self.tx)
         check_takes_tables("embax.brainstate.Optimizer", self.tx, opt_state, params)
+        nodes, _ = jax.tree.flatten_with_path(params, is_leaf=_is_table)
+        shapes = {jax.tree_util.keystr(path): _shape(node.weight) for path, node in nodes if _is_table(node)}
+        self._chosen = {name: shapes[name] for name in chosen}
         self._states, self._again = kept, frozenset(more)
         self._rules = {key: None if table is None else _without_values(table) for key, table in tables.items()}
         if self.opt_state is None:
@@ -194,9 +208,10 @@ class Optimizer(brainstate.nn.Module):
             all rows.
 
         Raises:
-          TypeError: If it is no dict, or a RowGrad is given for what is no Embedding's weight.
+          TypeError: If it is no dict.
           ValueError: If no weights are registered, if a key is missing or unknown, if a gradient does not fit its
-            state, or if a weight is no longer frozen, or has another number of rows than when it was registered.
+            state, if a RowGrad is given for what is no table, or if a weight is no longer frozen, or has another number
+            of rows than when it was registered.
 
         Example:
           >>> import embax, optax
@@ -221,27 +236,54 @@ class Optimizer(brainstate.nn.Module):
                 f"`{call}(grads=...)` must have the keys of the registered states, got none for {missing} and unknown "
                 f"ones {unknown}. Differentiate for the states that are registered."
             )
-        params, gradients, now = {}, {}, {}
+        now = {}
         for key, state in self._states.items():
             rules, table = self._rules[key], table_of(state)
             now[key] = rules if table is None else table
-            params[key] = _param(state, rules)
-            gradients[key] = prepared_gradient(call, key, params[key], grads[key])
             if rules is not None and rules.freeze and not now[key].freeze:
                 raise ValueError(
                     f"`{call}` must know what is trained, got the weight {key!r}, which was frozen when it was "
                     "registered. Call carry_over, or register_trainable_weights to begin anew."
                 )
+        params: Any = {key: _param(state, self._rules[key]) for key, state in self._states.items()}
+        params = tables_at(self._chosen, params)
+        gradients = jax.tree.map_with_path(
+            lambda path, param, gradient: prepared_gradient(call, jax.tree_util.keystr(path), param, gradient),
+            params,
+            {key: grads[key] for key in params},
+            is_leaf=lambda node: isinstance(node, Table | brainunit.Quantity),
+        )
         opt_state = jax.tree.map(jnp.asarray, self.opt_state.value)  # NumPy arrays, where it was restored from a file
         updates, opt_state = self.tx.update(gradients, opt_state, params)
-        current = {key: _param(state, now[key]) for key, state in self._states.items()}
-        for key, new in apply_updates(current, updates).items():
+        as_held: Any = {key: _param(state, now[key]) for key, state in self._states.items()}
+        current = tables_at(self._chosen, as_held)
+        for key, new in without_tables(as_held, current, apply_updates(current, updates)).items():
             _store(self._states[key], now[key], new)
         self.opt_state.value = opt_state
 
 
+def _is_table(node: Any) -> bool:
+    return isinstance(node, Table)
+
+
+def _shape(weight: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(weight.shape, weight.dtype)
+
+
+def _refuse_units(chosen: frozenset[str], params: Any) -> None:
+    """Raise a ValueError for a Quantity whose mantissa is to be a table."""
+    for path, node in jax.tree.leaves_with_path(params, is_leaf=lambda x: isinstance(x, Table | brainunit.Quantity)):
+        leaves = jax.tree.leaves_with_path(node, is_leaf=_is_table)
+        inside = {jax.tree_util.keystr((*path, *below)) for below, _ in leaves}
+        if isinstance(node, brainunit.Quantity) and inside & chosen:
+            raise ValueError(
+                "`embax.brainstate.Optimizer(tx=...)` must choose tables without a unit, got a Quantity in "
+                f"{brainunit.get_unit(node)} at {jax.tree_util.keystr(path)}. Leave it out of lift(tx, tables=...)."
+            )
+
+
 def _without_values(table: Table) -> Table:
-    return with_weight(table, jax.ShapeDtypeStruct(table.weight.shape, table.dtype))
+    return with_weight(table, _shape(table.weight))
 
 
 def _param(state: brainstate.State, rules: Table | None) -> Any:

@@ -7,6 +7,7 @@ from typing import Any
 from flax import nnx
 
 from .._base import check as _check
+from .._gradients.chosen import Chooser, checked
 from .._gradients.differentiate import Options, checked_pair, evaluate
 from .._gradients.report_dense import OnDense
 from ._call import CONTEXT, Call
@@ -22,6 +23,7 @@ def value_and_grad(
     holomorphic: bool = False,
     allow_int: bool = False,
     on_dense: OnDense = "warn",
+    tables: Chooser | None = None,
 ) -> Callable[..., Any]:
     """Differentiate a function of NNX modules; the gradient of an Embedding's Param holds the rows that were read.
 
@@ -41,14 +43,19 @@ def value_and_grad(
       holomorphic: As in `jax.value_and_grad`.
       allow_int: As in `jax.value_and_grad`.
       on_dense: What a dense gradient of a table is: an `"error"`, worth a `"warn"`, or no surprise, `"allow"`.
+      tables: A predicate `(path, leaf) -> bool` that chooses Params of other layers which are read as tables, by
+        `nnx.Embed`, `param[ids]` or `jnp.take`. Their gradients are RowGrads, too. The path is that of `jax.tree_util`
+        in the pure State of the module, such as `(DictKey("encoder"), DictKey("embedding"))`; the leaf is the array.
 
     Returns:
       A function of the same arguments that returns `(value, gradient)`, or `((value, aux), gradient)` with `has_aux`.
       The gradient of a module is an `nnx.State`.
 
     Raises:
-      TypeError: If `argnums` is neither; when called, as `embax.value_and_grad`, and if there is no such argument.
-      ValueError: When called, as `embax.value_and_grad`, and if an argument is named twice.
+      TypeError: If `argnums` is neither, or `tables` no function; when called, as `embax.value_and_grad`, and if there
+        is no such argument.
+      ValueError: When called, as `embax.value_and_grad`, if an argument is named twice, and if `tables` chooses what is
+        no array of floats with an axis of rows.
 
     Example:
       >>> import embax.nnx
@@ -58,7 +65,7 @@ def value_and_grad(
       >>> gradient["embedding"].get_value()
       RowGrad(3 ids of 1000 rows, float32[3,4])
     """
-    options = {"holomorphic": holomorphic, "allow_int": allow_int, "on_dense": on_dense}
+    options = {"holomorphic": holomorphic, "allow_int": allow_int, "on_dense": on_dense, "tables": tables}
     if f is None:
         return functools.partial(value_and_grad, argnums=argnums, has_aux=has_aux, **options)  # pyright: ignore
     differentiated = _differentiated("embax.nnx.value_and_grad", f, argnums, has_aux, **options)
@@ -79,6 +86,7 @@ def grad(
     holomorphic: bool = False,
     allow_int: bool = False,
     on_dense: OnDense = "warn",
+    tables: Chooser | None = None,
 ) -> Callable[..., Any]:
     """Differentiate a function of NNX modules as `embax.nnx.value_and_grad` does, and return the gradient only.
 
@@ -89,6 +97,7 @@ def grad(
       holomorphic: As there.
       allow_int: As there.
       on_dense: As there.
+      tables: As there.
 
     Returns:
       A function that returns the gradient, or `(gradient, aux)` with `has_aux`.
@@ -104,7 +113,7 @@ def grad(
       >>> embax.nnx.grad(lambda embedding: embedding([3, 5]).sum())(embedding)["embedding"].get_value()
       RowGrad(2 ids of 1000 rows, float32[2,4])
     """
-    options = {"holomorphic": holomorphic, "allow_int": allow_int, "on_dense": on_dense}
+    options = {"holomorphic": holomorphic, "allow_int": allow_int, "on_dense": on_dense, "tables": tables}
     if f is None:
         return functools.partial(grad, argnums=argnums, has_aux=has_aux, **options)  # pyright: ignore
     differentiated = _differentiated("embax.nnx.grad", f, argnums, has_aux, **options)
@@ -118,10 +127,17 @@ def grad(
 
 
 def _differentiated(
-    call: str, f: Callable[..., Any], argnums: Argnums, has_aux: bool, on_dense: OnDense, **options: Any
+    call: str,
+    f: Callable[..., Any],
+    argnums: Argnums,
+    has_aux: bool,
+    on_dense: OnDense,
+    tables: Chooser | None,
+    **options: Any,
 ) -> Callable[[Any, Any], tuple[Any, Any, Any]]:
     """Make the function that returns the value, the auxiliary output and the gradient."""
     on_dense = _check.choice(f"{call}(on_dense=...)", on_dense, OnDense)
+    tables = checked(call, tables)
     several = isinstance(argnums, Sequence)
     asked = [
         (number.argnum, number.filter) if isinstance(number, nnx.DiffState) else (number, nnx.Param)
@@ -135,7 +151,7 @@ def _differentiated(
             raise ValueError(
                 f"`{call}(argnums=...)` must name no argument twice, got {argnums} repeated. Leave one out."
             )
-        of_core = Options(call, tuple(filters), True, on_dense=on_dense, stacklevel=7, **options)
+        of_core = Options(call, tuple(filters), True, on_dense=on_dense, tables=tables, stacklevel=7, **options)
         with nnx.update_context(CONTEXT):
             this = Call(lambda *args, **kwargs: checked_pair(call, has_aux, f(*args, **kwargs)), filters, args, kwargs)
             (value, changed), gradients = evaluate(this.run, of_core, this.trees, {})

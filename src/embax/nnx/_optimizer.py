@@ -9,8 +9,9 @@ from flax import nnx
 
 from .._core.table import Table, with_weight
 from .._gradients.apply import apply_updates
+from .._gradients.chosen import tables_at
 from ..optim import carry_over
-from ..optim._states import check_takes_tables, prepared_gradient
+from ..optim._states import check_takes_tables, prepared_gradient, with_chosen
 from ._params import tables_of, tree_of, with_values
 
 _CALL = "embax.nnx.Optimizer"
@@ -25,7 +26,8 @@ class Optimizer(nnx.Optimizer):
 
     To the transformation, the Param of an `embax.nnx.Embedding` is a Table with the layer's `padding_idx` and `freeze`:
     the padding row never changes, and a frozen weight neither, weight decay included. Where layers share a Param, a
-    rule holds that all of them have.
+    rule holds that all of them have. A Param of another layer is a table if `tx` is told so by
+    `embax.optim.lift(..., tables=...)`, with the predicate that `embax.nnx.value_and_grad` takes.
 
     Args:
       model: The module.
@@ -64,16 +66,17 @@ class Optimizer(nnx.Optimizer):
                 f"`{_CALL}(tx=...)` must be an optax.GradientTransformation, got {type(tx).__name__}. "
                 "Pass one, such as embax.optim.lift(optax.adam(1e-3))."
             )
-        params = tree_of(nnx.state(model, wrt), tables_of(model))
+        params, chosen = with_chosen(tx, tree_of(nnx.state(model, wrt), tables_of(model)))
         opt_state = tx.init(params)
         check_takes_tables(_CALL, tx, opt_state, params)
         self.step = nnx.OptState(jnp.zeros((), jnp.uint32))
         self.tx, self.wrt, self.graph = tx, wrt, None
-        self._start(params, opt_state)
+        self._start(params, opt_state, chosen)
 
-    def _start(self, params: Any, opt_state: Any) -> None:
+    def _start(self, params: Any, opt_state: Any, chosen: frozenset[str]) -> None:
         """Keep a state, and note for which tables it was made."""
         self.opt_state = nnx.data(jax.tree.map(nnx.OptArray, opt_state))
+        self._chosen = chosen
         nodes, _ = _flatten(params)
         tables = {jax.tree_util.keystr(path): node for path, node in nodes if isinstance(node, Table)}
         self._rules = nnx.static({name: (table.padding_idx, table.freeze) for name, table in tables.items()})
@@ -91,13 +94,13 @@ class Optimizer(nnx.Optimizer):
           The updates, a nested dict: of an Embedding's Param a RowGrad or a Table.
 
         Raises:
-          TypeError: If a RowGrad is given for what is no Embedding's Param.
-          ValueError: If a gradient is missing or does not fit, if a table is no longer frozen, or if one has another
-            number of rows than the state was made for; `carry_over` brings it along.
+          ValueError: If a gradient is missing or does not fit, if a RowGrad is given for what is no table, if a table
+            is no longer frozen, or if one has another number of rows than the state was made for; `carry_over` brings
+            it along.
         """
         call = f"{_CALL}.update"
         state = nnx.state(model, self.wrt)
-        now = tree_of(state, tables_of(model))
+        now = tables_at(self._chosen, tree_of(state, tables_of(model)))
         nodes, structure = _flatten(now)
         names = [jax.tree_util.keystr(path) for path, _ in nodes]
         # The state of `tx` is of these rules; what became padding or frozen since is left alone at the end.
@@ -138,10 +141,10 @@ class Optimizer(nnx.Optimizer):
           >>> model.resize(1_200, jax.random.key(0))
           >>> optimizer.carry_over(model)
         """
-        params = tree_of(nnx.state(model, self.wrt), tables_of(model))
+        params, chosen = with_chosen(self.tx, tree_of(nnx.state(model, self.wrt), tables_of(model)))
         nodes, structure = _flatten(params)
         before = structure.unflatten([self._before(jax.tree_util.keystr(path), node) for path, node in nodes])
-        self._start(params, carry_over(self._pure_state(), before, params, self.tx))
+        self._start(params, carry_over(self._pure_state(), before, params, self.tx), chosen)
 
     def _before(self, name: str, param: Any) -> Any:
         """What a parameter was when the state was made; a table that was not there, as a frozen one, which has none."""

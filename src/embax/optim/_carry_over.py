@@ -17,9 +17,10 @@ from .._core.table import Table, has_weight, with_weight
 from .._features.collection import Collection
 from .._features.made_for import MadeFor, differences, is_node, made_for
 from .._features.stacks import cut_out, stacks_of
+from .._gradients.chosen import tables_at
 from ._clip import ClipByGlobalNormState
 from ._lift import LiftState
-from ._states import with_scratch, without_scratch
+from ._states import chosen_at_start, with_scratch, without_scratch
 
 _CALL = "embax.optim.carry_over"
 _LIFTED = (LiftState, ClipByGlobalNormState)
@@ -36,7 +37,8 @@ def carry_over(state: Any, old_params: Any, new_params: Any, tx: optax.GradientT
     - a row that is new, and all rows of a table that was not trained before, begin as `tx.init` has them;
     - what belonged to rows that are gone, or to a table that is no longer trained, is left out.
 
-    A table is known by its path in the tree, one of a Collection by its name.
+    A table is known by its path in the tree, one of a Collection by its name. An array that `tx` was told to take for a
+    table counts as one.
 
     Args:
       state: The state of `tx`.
@@ -64,6 +66,10 @@ def carry_over(state: Any, old_params: Any, new_params: Any, tx: optax.GradientT
       >>> state.inner[0].sum_of_squares["words"].weight
       Array([0., 0., 0., 4., 0., 0.], dtype=float32)
     """
+    new = tx.init(new_params)
+    expected = jax.eval_shape(tx.init, jax.tree.map(_shape, old_params))
+    old_params = tables_at(chosen_at_start(expected, old_params), old_params)
+    new_params = tables_at(chosen_at_start(new, new_params), new_params)
     sizes = {table.path: table.dim for table in made_for(old_params).tables}
     for table in made_for(new_params).tables:
         if sizes.get(table.path, table.dim) != table.dim:
@@ -71,8 +77,7 @@ def carry_over(state: Any, old_params: Any, new_params: Any, tx: optax.GradientT
                 f"`{_CALL}(new_params=...)` must have tables whose rows are of the shape that they had, got "
                 f"{table.dim} instead of {sizes[table.path]} for params{table.path}. Make the state anew."
             )
-    new = tx.init(new_params)
-    _check_belongs(state, jax.eval_shape(tx.init, jax.tree.map(_shape, old_params)))
+    _check_belongs(state, expected)
     owners = _owners(new_params, tx)
     old = _Old(without_scratch(state, _LIFTED), _storages(old_params))
     storages = _storages(new_params)

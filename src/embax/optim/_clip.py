@@ -1,10 +1,12 @@
 """Clipping by the norm of all gradients, those of tables among them."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.tree_util import keystr
 
 from .._base import check as _check
 from .._base import distinct as _dedupe
@@ -33,7 +35,8 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
 
     Returns:
       The transformation. Its state holds scratch space of 4 bytes a row, where duplicates are summed by slots. It
-      belongs to the tables that it was made for, as that of `lift`.
+      belongs to the tables that it was made for, as that of `lift`. The ids of an array that is read as a table are
+      sorted instead.
 
     Raises:
       TypeError: If the limit is not a number.
@@ -55,20 +58,26 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
         call, of_gradients = "embax.optim.clip_by_global_norm(...).update", params is None
         now = made_for(updates if of_gradients else params)
         check_made_for(call, state.made_for, now, of_gradients=of_gradients)
-        as_given, structure = jax.tree.flatten(updates, is_leaf=lambda node: isinstance(node, RowGrad | Table))
+        nodes, structure = jax.tree.flatten_with_path(updates, is_leaf=lambda node: isinstance(node, RowGrad | Table))
+        as_given = [leaf for _, leaf in nodes]
         leaves = [bare(leaf) for leaf in as_given]
-        slots, distinct, number = [*jax.tree.map(jnp.asarray, state.slots)], [], 0  # NumPy's, out of a file
-        for leaf in leaves:
+        slots: list[Any] = [*jax.tree.map(jnp.asarray, state.slots)]  # NumPy's, out of a file
+        numbers = _numbers(nodes, params, len(slots))
+        distinct = []
+        for leaf, number in zip(leaves, numbers, strict=True):
             if isinstance(leaf, RowGrad):
                 refuse_lanes(call, leaf)
             if isinstance(leaf, RowGrad) and leaf.values.shape[0]:
-                slots[number], summed = _dedupe.combine(slots[number], leaf.ids, leaf.values, leaf.rows)
+                kept, summed = _dedupe.combine(
+                    None if number is None else slots[number], leaf.ids, leaf.values, leaf.rows
+                )
+                if number is not None:
+                    slots[number] = kept
                 distinct.append(summed.values)
             elif isinstance(leaf, Table):
                 distinct.extend(jax.tree.leaves(leaf))
             elif not isinstance(leaf, RowGrad):
                 distinct.append(leaf)
-            number += isinstance(leaf, RowGrad | Table)
         norm = norm_of_distinct(distinct)
         factor = jnp.where(norm > max_norm, max_norm / jnp.where(norm > 0, norm, 1), 1)
         clipped = [
@@ -79,3 +88,17 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
         return structure.unflatten(clipped), ClipByGlobalNormState(tuple(slots), state.made_for)
 
     return optax.GradientTransformation(init, update)
+
+
+def _numbers(nodes: Sequence[tuple[Any, Any]], params: Any, slots: int) -> list[int | None]:
+    """Say for each gradient in which slots its table has; None where it has none, as an array that is read as one."""
+    if params is None:
+        is_of_table = [isinstance(leaf, RowGrad | Table) for _, leaf in nodes]
+    else:
+        of_params, _ = jax.tree.flatten_with_path(params, is_leaf=lambda node: isinstance(node, Table))
+        names = {keystr(path) for path, node in of_params if isinstance(node, Table)}
+        is_of_table = [keystr(path) in names for path, _ in nodes]
+    if sum(is_of_table) != slots:
+        return [None] * len(nodes)
+    numbers = iter(range(slots))
+    return [next(numbers) if is_ else None for is_ in is_of_table]

@@ -8,6 +8,7 @@ import optax
 
 from .._core.held_rows import bare
 from .._core.table import Table, with_weight
+from .._gradients.chosen import tables_at
 from .._gradients.row_grad import RowGrad, is_trained, no_rows
 from ._lift import LiftState
 
@@ -17,7 +18,7 @@ def prepared_gradient(call: str, name: Any, param: Any, gradient: Any) -> Any:
 
     Args:
       call: The call for the message.
-      name: The name of the parameter for the message.
+      name: The path of the parameter for the message.
       param: The parameter, a Table where a layer holds it.
       gradient: Of a table a RowGrad, a Table or an array of all rows.
 
@@ -25,19 +26,53 @@ def prepared_gradient(call: str, name: Any, param: Any, gradient: Any) -> Any:
       Of a table a RowGrad or a Table, of no rows where it is not trained; of anything else the gradient as it is.
 
     Raises:
-      TypeError: If there is a RowGrad for what is no table.
+      ValueError: If there is a RowGrad for what is no table.
     """
     gradient = bare(gradient)
     if not isinstance(param, Table):
         if isinstance(gradient, RowGrad):
-            raise TypeError(
-                f"`{call}(grads=...)` must have a RowGrad for weights of an Embedding only, got one for {name!r}, "
-                "which was none when the optimizer got to know it. Make it known again."
+            raise ValueError(
+                f"`{call}(grads=...)` must have a RowGrad for tables only, got one for {name}, which was none when the "
+                "optimizer was made. Choose it by embax.optim.lift(tx, tables=...), as for the gradient; for the "
+                "weight of an Embedding, make the optimizer anew."
             )
         return gradient
     if not is_trained(param):  # whatever it is, nothing comes of it
         return with_weight(param, no_rows(param))
     return gradient if isinstance(gradient, Table) else with_weight(param, gradient)
+
+
+def with_chosen(tx: optax.GradientTransformation, params: Any) -> tuple[Any, frozenset[str]]:
+    """Put a Table in the place of each array that a transformation is told to take for one.
+
+    Labels and masks in it see the same tree then when its state is made and in each step.
+
+    Args:
+      tx: The transformation.
+      params: The parameters, Tables where layers hold them.
+
+    Returns:
+      The parameters, and the paths of these arrays as `keystr` writes them.
+    """
+    chosen = chosen_at_start(jax.eval_shape(tx.init, params), params)
+    return tables_at(chosen, params), chosen
+
+
+def chosen_at_start(opt_state: Any, params: Any) -> frozenset[str]:
+    """Find the arrays that a transformation was told to take for tables, by the state that it made for them.
+
+    Args:
+      opt_state: The state.
+      params: The parameters, Tables where layers hold them.
+
+    Returns:
+      The path of each such array in the parameters, as `keystr` writes it.
+    """
+    states = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, LiftState))
+    of_tables = [x.made_for.tables for x in states if isinstance(x, LiftState) and x.made_for is not None]
+    nodes, _ = jax.tree.flatten_with_path(params, is_leaf=lambda node: isinstance(node, Table))
+    arrays = {jax.tree_util.keystr(path) for path, node in nodes if not isinstance(node, Table)}
+    return frozenset(arrays).intersection(table.path for tables in of_tables for table in tables)
 
 
 def check_takes_tables(call: str, tx: optax.GradientTransformation, opt_state: Any, params: Any) -> None:
