@@ -35,6 +35,7 @@ class Storage(abc.ABC):
     """How the rows of a table are stored. Abstract; `Dense` is the plain one."""
 
     is_local: ClassVar[bool]  # whether a row can be read wherever its id is, so that to read it twice costs little
+    name: ClassVar[str] = "storage"  # what a table calls it where it shows its rules
     placement: Any = None  # on a mesh, where the rows are: `embax.sharding.Placement`
 
     # ---- Rows and their places.

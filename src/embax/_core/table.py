@@ -203,8 +203,10 @@ class Table(OfRows):
             shape = self.storage.rows_of(weight.shape[0]), *weight.shape[1:]
             weight = f"{weight.dtype}[{','.join(map(str, shape))}]"
         fields = dataclasses.fields(self)[1:]
-        rules = [f", {f.name}={value!r}" for f in fields if (value := getattr(self, f.name)) != f.default]
-        return f"Table({weight}{''.join(rules)})"
+        rules = {f.name: value for f in fields if (value := getattr(self, f.name)) != f.default}
+        if "storage" in rules:
+            rules[self.storage.name] = rules.pop("storage")
+        return f"Table({', '.join([str(weight), *(f'{name}={value!r}' for name, value in rules.items())])})"
 
 
 _STATIC = tuple(field.name for field in dataclasses.fields(Table)[1:])

@@ -34,6 +34,7 @@ class Sharded(Storage):
     placement: Placement
 
     is_local: ClassVar[bool] = False
+    name: ClassVar[str] = "placement"
 
     def __repr__(self) -> str:
         return repr(self.placement)
