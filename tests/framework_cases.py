@@ -17,10 +17,30 @@ KINDS = "gradient", "row_gradient"
 with_turns = pytest.mark.parametrize("turn", [0, pytest.param(1, marks=pytest.mark.exhaustive)])
 
 
-def kinds_in_turn(names, turn, framework=None):
-    """The kind of gradient of each case; where frameworks are not compared, it differs between them."""
-    first = turn if framework is None else turn + list(ALL.values()).index(framework)
-    return {name: KINDS[(n + first) % 2] for n, name in enumerate(names)}
+def kinds_in_turn(names, turn):
+    """The kind of gradient of each case."""
+    return {name: KINDS[(n + turn) % 2] for n, name in enumerate(names)}
+
+
+def share(framework, names, turn):
+    """Every second case, with its kind of gradient: of the four frameworks, two have a case, each by another kind."""
+    number = list(ALL.values()).index(framework) + turn
+    return {name: KINDS[(n // 2 + number // 2) % 2] for n, name in enumerate(names) if (n + number) % 2 == 0}
+
+
+def with_shares(names):
+    """Each framework with its share of the cases; exhaustive runs give it that of every other framework."""
+    return pytest.mark.parametrize(
+        ("framework", "name", "turn"),
+        [
+            pytest.param(
+                framework, name, turn, marks=[pytest.mark.exhaustive] if turn else [], id=f"{label}-{name}-{kind}"
+            )
+            for label, framework in ALL.items()
+            for turn in range(len(ALL))
+            for name, kind in share(framework, names, turn).items()
+        ],
+    )
 
 
 class Case(NamedTuple):

@@ -12,8 +12,8 @@ import optim_reference
 import pytest
 import reference
 from cases import IDS, RULES, WEIGHT, cotangent
-from framework_cases import assert_close, assert_same, dense, kinds_in_turn, with_all, with_turns
-from frameworks import ALL, FUNCTIONAL, LAYERS
+from framework_cases import assert_close, assert_same, dense, share, with_all, with_shares
+from frameworks import ALL, FUNCTIONAL
 from meshes import usual_and_rest
 
 import embax
@@ -83,21 +83,19 @@ LOSSES = {
 
 @functools.cache
 def differentiate_losses(framework, turn):
-    """By one program, the gradient of each loss, and the kind of it."""
-    kinds = kinds_in_turn(LOSSES, turn, framework)
+    """By one program, the gradient of each loss of a share, and the kind of it."""
+    kinds = share(framework, LOSSES, turn)
 
     def gradient(kind, loss):
         return lambda layer: getattr(framework, kind)(layer, functools.partial(loss.fun, framework))
 
-    functions = {name: gradient(kinds[name], loss) for name, loss in LOSSES.items()}
-    layers = {name: framework.make(loss.weight, **loss.rules) for name, loss in LOSSES.items()}
+    functions = {name: gradient(kind, LOSSES[name]) for name, kind in kinds.items()}
+    layers = {name: framework.make(LOSSES[name].weight, **LOSSES[name].rules) for name in kinds}
     gradients = framework.call_each(functions, layers)
     return {name: (kind, gradients[name]) for name, kind in kinds.items()}
 
 
-@with_turns
-@pytest.mark.parametrize("name", LOSSES)
-@with_all
+@with_shares(LOSSES)
 def test_gradient_of_loss_is_that_of_the_reference(framework, name, turn):
     loss = LOSSES[name]
     kind, gradient = differentiate_losses(framework, turn)[name]
@@ -111,28 +109,33 @@ def test_gradient_of_loss_is_that_of_the_reference(framework, name, turn):
 # Each lane repeats ids, so that counts over all lanes would differ from counts a lane.
 LANES = np.array([[2, 0, 2, -1], [1, 2, 5, 2], [6, 6, -1, 6]])
 LANES_COTANGENTS = cotangent(LANES)
-TRANSFORMED = list(itertools.product(["jit", "vmap", "scan", "remat"], REDUCED))
+TRANSFORMED = {  # in such an order that every second one has each transformation and both rules
+    f"{transform}-{rules}": (transform, RULES[rules])
+    for pair in [("jit", "vmap"), ("scan", "remat")]
+    for transform, order in zip(pair, [("none", "all"), ("all", "none")], strict=True)
+    for rules in order
+}
 
 
 @functools.cache
 def read_transformed(framework):
     """By one program, the rows that a transformed read gives by each of the rules, and the weight that it stores."""
-    layers = {(transform, rules): framework.make(WEIGHT, **RULES[rules]) for transform, rules in TRANSFORMED}
+    layers = {name: framework.make(WEIGHT, **rules) for name, (_, rules) in TRANSFORMED.items()}
 
     def rows(transform):
         return lambda layer: getattr(framework, transform)(framework.read)(layer, LANES)
 
-    read = framework.call_each({case: rows(case[0]) for case in TRANSFORMED}, layers)
-    return {case: (read[case], framework.table(layers[case]).weight) for case in TRANSFORMED}
+    read = framework.call_each({name: rows(transform) for name, (transform, _) in TRANSFORMED.items()}, layers)
+    return {name: (read[name], framework.table(layers[name]).weight) for name in TRANSFORMED}
 
 
-@pytest.mark.parametrize(("transform", "rules"), TRANSFORMED)
+@pytest.mark.parametrize("name", TRANSFORMED)
 @with_all
-def test_transformed_reads(framework, transform, rules):
-    rows, weight = read_transformed(framework)[transform, rules]
+def test_transformed_reads(framework, name):
+    (transform, rules), (rows, weight) = TRANSFORMED[name], read_transformed(framework)[name]
     # Of a scan, each step reads what the one before has stored.
     calls = list(LANES) if transform == "scan" else [LANES]
-    stored, expected = Table(WEIGHT, **RULES[rules]), []
+    stored, expected = Table(WEIGHT, **rules), []
     for ids in calls:
         expected.append(embax.lookup(stored, ids))
         stored = embax.renormalize(stored, ids)
@@ -142,9 +145,9 @@ def test_transformed_reads(framework, transform, rules):
 
 @functools.cache
 def differentiate_transformed(framework, turn):
-    """By one program, the gradient of each transformed read."""
-    kinds = kinds_in_turn(TRANSFORMED, turn, framework)
-    layers = {(transform, rules): framework.make(WEIGHT, **RULES[rules]) for transform, rules in TRANSFORMED}
+    """By one program, the gradient of each transformed read of a share."""
+    kinds = share(framework, TRANSFORMED, turn)
+    layers = {name: framework.make(WEIGHT, **TRANSFORMED[name][1]) for name in kinds}
 
     def gradient(transform, kind):
         def loss(layer):
@@ -152,18 +155,17 @@ def differentiate_transformed(framework, turn):
 
         return lambda layer: getattr(framework, kind)(layer, loss)
 
-    return framework.call_each({case: gradient(case[0], kind) for case, kind in kinds.items()}, layers)
+    functions = {name: gradient(TRANSFORMED[name][0], kind) for name, kind in kinds.items()}
+    return framework.call_each(functions, layers)
 
 
-@with_turns
-@pytest.mark.parametrize(("transform", "rules"), TRANSFORMED)
-@with_all
-def test_gradients_of_transformed_reads(framework, transform, rules, turn):
-    gradient = differentiate_transformed(framework, turn)[transform, rules]
+@with_shares(TRANSFORMED)
+def test_gradients_of_transformed_reads(framework, name, turn):
+    (transform, rules), gradient = TRANSFORMED[name], differentiate_transformed(framework, turn)[name]
     lanes = zip(LANES, LANES_COTANGENTS, strict=True)
     if transform in ("jit", "remat"):  # which see all ids at once
         lanes = [(LANES, LANES_COTANGENTS)]
-    assert_close(dense(gradient), sum(reference.gradient(WEIGHT, *lane, **RULES[rules]) for lane in lanes))
+    assert_close(dense(gradient), sum(reference.gradient(WEIGHT, *lane, **rules) for lane in lanes))
 
 
 @with_all
@@ -228,8 +230,8 @@ def test_bags(framework, mode):
 
 @functools.cache
 def differentiate_bags(framework, turn):
-    """By one program, the gradient of bags in each mode, and the kind of it."""
-    kinds = kinds_in_turn(BAGS_OF_MODES, turn, framework)
+    """By one program, the gradient of bags in each mode of a share, and the kind of it."""
+    kinds = share(framework, BAGS_OF_MODES, turn)
 
     def gradient(mode, kind):
         cotangents = BAG_COTANGENTS[: len(BAGS_OF_MODES[mode][1])]
@@ -241,14 +243,12 @@ def differentiate_bags(framework, turn):
     return {mode: (kind, gradients[mode]) for mode, kind in kinds.items()}
 
 
-@with_turns
-@pytest.mark.parametrize("mode", BAGS_OF_MODES)
-@with_all
-def test_gradients_of_bags(framework, mode, turn):
-    kind, gradient = differentiate_bags(framework, turn)[mode]
-    _, lists, factors = BAGS_OF_MODES[mode]
+@with_shares(BAGS_OF_MODES)
+def test_gradients_of_bags(framework, name, turn):
+    kind, gradient = differentiate_bags(framework, turn)[name]
+    _, lists, factors = BAGS_OF_MODES[name]
     cotangents = BAG_COTANGENTS[: len(lists)]
-    expected, _ = reference.embedding_bag_gradient(WEIGHT, lists, cotangents, factors, mode, **BAG_RULES)
+    expected, _ = reference.embedding_bag_gradient(WEIGHT, lists, cotangents, factors, name, **BAG_RULES)
     assert isinstance(gradient, RowGrad) == (kind == "row_gradient")
     assert_close(dense(gradient), expected)
 
@@ -273,7 +273,7 @@ def trained(rule, by_rows, **rules):
     return lazy.weight, (lazy.weight == WEIGHT).all(axis=1)
 
 
-# Functions are trained in every way; the layers take the ways in turn, and exhaustive runs try all of them.
+# The frameworks take the ways of training in turn; exhaustive runs try all of them.
 TRAINING = [
     ("adamw", "padding_last", True),
     ("adamw", "padding_last", False),
@@ -284,9 +284,7 @@ TRAINING = [
     ("rowwise_adagrad", "all", False),
     ("rowwise_adagrad", "all", True),
 ]
-USUAL_TRAINING = [("functional", way) for way in TRAINING] + [
-    (layer, way) for n, layer in enumerate(LAYERS) for way in TRAINING[n % 2 :: 2]
-]
+USUAL_TRAINING = [(framework, way) for n, framework in enumerate(ALL) for way in TRAINING[n % 2 :: 2]]
 
 
 @pytest.mark.parametrize(("framework", "way"), usual_and_rest(USUAL_TRAINING, itertools.product(ALL, TRAINING)))
