@@ -92,7 +92,7 @@ _VERSIONS = {
     "tests/gradients/test_grad.py::test_uses": "the form of JAX's backward programs",
     "tests/gradients/test_grad_followed.py": "the form of JAX's backward programs",
     "tests/gradients/test_grad_program.py": "the form of JAX's backward programs, their effects and memory",
-    "tests/layers/test_frameworks.py::test_training": "each framework's own states and transformations",
+    "tests/layers/test_framework_programs.py::test_training": "each framework's own states and transformations",
     "tests/layers/test_interop.py": "conversion between the frameworks",
     "tests/optimizers/test_chosen_layers.py": "each framework's own layers and transformations",
     "tests/optimizers/test_lift_compiled.py": "the HLO and the memory of XLA's programs",

@@ -1,13 +1,8 @@
-"""One interface to the layers of all frameworks, each by its own calls, and the one table of cases that all run."""
-
-from typing import Any, NamedTuple
+"""One interface to the layers of all frameworks, each by its own calls."""
 
 import brainstate
 import equinox as eqx
 import jax
-import jax.numpy as jnp
-import numpy as np
-from cases import IDS, RULES, WEIGHT, cotangent
 from flax import nnx
 
 import embax
@@ -48,6 +43,10 @@ class Functional:
     def renormalized(self, layer, ids):
         """The layer with these rows stored clipped."""
         return embax.renormalize(layer, ids)
+
+    def call_each(self, functions, layers):
+        """The result of each function for the layer of its name, all by one compiled program."""
+        return self.jit(lambda layers: {name: fun(layers[name]) for name, fun in functions.items()})(layers)
 
     def gradient(self, layer, loss):
         """The gradient by the framework's own derivative."""
@@ -282,81 +281,3 @@ class Equinox(Layer):
 FUNCTIONAL = Functional()
 LAYERS = {"brainstate": Brainstate(), "nnx": NNX(), "equinox": Equinox()}
 ALL = {"functional": FUNCTIONAL, **LAYERS}
-
-
-class Case(NamedTuple):
-    """Ids to be read from a weight by rules."""
-
-    ids: Any = IDS["matrix"]
-    rules: dict[str, Any] = {}  # noqa: RUF012 (nobody writes to it)
-    weight: Any = WEIGHT
-    cotangent: Any = None  # of the rows that are read; drawn where there is none
-    traced: bool = False  # whether the ids are unknown when the layer is called
-
-    @property
-    def cotangents(self):
-        """The cotangent in the dtype of the weight."""
-        values = cotangent(self.ids, self.weight) if self.cotangent is None else self.cotangent
-        return values.astype(self.weight.dtype)
-
-    def run(self, framework, fun, *arrays):
-        """Call a function of a layer, ids and arrays; return the layer, too, as the call leaves it."""
-        layer = framework.make(self.weight, **self.rules)
-        return layer, (framework.jit(fun) if self.traced else fun)(layer, self.ids, *arrays)
-
-
-POLICIES = "error", "clip", "nan", "zero"
-# Few shapes, so that one compiled program serves many cases.
-TALL = np.random.default_rng(3).normal(size=(200, 3)).astype(np.float32)
-SIGNED, UNSIGNED = np.array([127, -1, -128]), np.array([199, 0, 128])
-BAD_IDS = np.array([[0, 7, -8, 6], [7, 2**31 - 1, -(2**31), -7]])
-FEW_BAD_IDS = np.array([0, -1, 1, -2])
-
-
-def _not_finite(bad):
-    """A cotangent that is bad where IDS["negative"] names the last row."""
-    is_last = np.isin(IDS["negative"], [-1, 6])[:, None]
-    return np.where(is_last, bad, np.ones((6, 3))).astype(np.float32)
-
-
-CASES = {
-    **{f"rules_{name}": Case(rules=rules) for name, rules in RULES.items()},
-    **{f"ids_{name}": Case(IDS[name], RULES["all"]) for name in ("scalar", "negative", "empty", "empty_matrix")},
-    "int": Case(-2, RULES["all"]),
-    "numpy_scalar": Case(np.int16(-2), RULES["all"]),
-    "list": Case(IDS["matrix"].tolist(), RULES["all"]),
-    "list_of_nothing": Case([], RULES["all"]),
-    "list_of_lists_of_nothing": Case([[], []], RULES["all"]),
-    "jax": Case(jnp.asarray(IDS["matrix"]), RULES["all"]),
-    "jax_scalar": Case(jnp.asarray(2), RULES["all"]),
-    "jax_empty": Case(jnp.zeros((2, 0), jnp.int32), RULES["all"]),
-    **{dtype: Case(SIGNED.astype(dtype), weight=TALL) for dtype in ("int8", "int16", "int64")},
-    **{dtype: Case(UNSIGNED.astype(dtype), weight=TALL) for dtype in ("uint8", "uint16", "uint32", "uint64")},
-    "int8_jax": Case(jnp.asarray(SIGNED, jnp.int8), weight=TALL),
-    "uint8_jax": Case(jnp.asarray(UNSIGNED, jnp.uint8), weight=TALL),
-    "int8_traced": Case(SIGNED.astype("int8"), weight=TALL, traced=True),
-    "uint8_traced": Case(UNSIGNED.astype("uint8"), weight=TALL, traced=True),
-    **{f"bad_{policy}": Case(BAD_IDS, {"out_of_range": policy}) for policy in POLICIES[1:]},
-    **{f"bad_{policy}_all": Case(BAD_IDS, {**RULES["all"], "out_of_range": policy}) for policy in POLICIES[1:]},
-    **{f"bad_{policy}_traced": Case(BAD_IDS, {"out_of_range": policy}, traced=True) for policy in POLICIES},
-    "bad_all_traced": Case(BAD_IDS, RULES["all"], traced=True),
-    "bad_nan_cotangent": Case(BAD_IDS[0, 1], {"out_of_range": "nan"}, cotangent=np.full(3, np.nan, np.float32)),
-    **{f"one_row_{policy}": Case(FEW_BAD_IDS, {"out_of_range": policy}, WEIGHT[:1]) for policy in POLICIES[1:]},
-    "one_row_traced": Case(FEW_BAD_IDS, {}, WEIGHT[:1], traced=True),
-    **{f"no_rows_{policy}": Case(FEW_BAD_IDS, {"out_of_range": policy}, WEIGHT[:0]) for policy in ("nan", "zero")},
-    "no_rows_traced": Case(FEW_BAD_IDS, {}, WEIGHT[:0], traced=True),
-    "no_rows_no_ids": Case([], {"max_norm": 1.0, "scale_grad_by_freq": True, "out_of_range": "clip"}, WEIGHT[:0]),
-    "no_width": Case(rules=RULES["all"], weight=WEIGHT[:, :0]),
-    "more_axes": Case(rules=RULES["all"], weight=WEIGHT.reshape(7, 3, 1)),
-    "padding_nan": Case(IDS["negative"], {"padding_idx": -1}, cotangent=_not_finite(np.nan)),
-    "padding_inf": Case(IDS["negative"], {"padding_idx": -1}, cotangent=_not_finite(np.inf)),
-    "padding_nan_all": Case(IDS["negative"], {**RULES["all"], "padding_idx": 6}, cotangent=_not_finite(np.nan)),
-    "freeze_nan": Case(rules=RULES["freeze"], cotangent=np.full((2, 4, 3), np.nan, np.float32)),
-    "bfloat16": Case(rules=RULES["all"], weight=jnp.asarray(WEIGHT, jnp.bfloat16)),
-    "float16": Case(rules=RULES["all"], weight=jnp.asarray(WEIGHT, jnp.float16)),
-}
-INTEGERS = np.arange(21).reshape(7, 3)
-INTEGER_CASES = {
-    "integers": Case(rules={"padding_idx": 2}, weight=INTEGERS),
-    **{f"integers_{policy}": Case(BAD_IDS, {"out_of_range": policy}, INTEGERS, traced=True) for policy in POLICIES},
-}

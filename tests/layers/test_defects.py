@@ -21,7 +21,8 @@ def layer(weight=WEIGHT, **options):
 
 
 def gradient(embedding, indices, scale=1.0):
-    return brainstate.transform.grad(lambda: (scale * embedding(indices)).sum(), embedding.weight)()
+    loss = lambda: (scale * embedding(indices)).sum()  # noqa: E731
+    return brainstate.transform.jit(brainstate.transform.grad(loss, embedding.weight))()
 
 
 def norms(embedding):
@@ -34,8 +35,8 @@ def test_padding_idx_with_max_norm_under_a_transform(transform):
     indices = jnp.array([[0, 1], [2, 0]])
     calls = {
         "jit": brainstate.transform.jit(embedding),
-        "grad": lambda ids: brainstate.transform.grad(
-            lambda: (embedding(ids).sum(), embedding(ids)), embedding.weight, has_aux=True
+        "grad": lambda ids: brainstate.transform.jit(
+            brainstate.transform.grad(lambda: (embedding(ids).sum(), embedding(ids)), embedding.weight, has_aux=True)
         )()[1],
         "vmap": brainstate.transform.vmap(embedding),
         "for_loop": lambda ids: brainstate.transform.for_loop(embedding, ids),
@@ -60,16 +61,16 @@ def test_max_norm_under_brainstate_jit_bounds_the_stored_rows_after_50_steps():
 
 
 def test_max_norm_reads_and_writes_the_touched_rows_only():
-    """128 ids: the compiled step's temporary memory is the same for 10^4 and 10^6 rows, and the table is not copied."""
+    """128 ids: the compiled step's temporary memory is the same for 10^4 and 10^5 rows, and the table is not copied."""
 
     def memory(rows):
         embedding = embax.Embedding(rows, 64, embedding_init=1.0, max_norm=1.0)
         compiled = embax.brainstate.jit(embedding).lower(jnp.arange(128)).compile()
         return compiled.memory_analysis()
 
-    small, large = memory(10**4), memory(10**6)
+    small, large = memory(10**4), memory(10**5)
     assert small.temp_size_in_bytes == large.temp_size_in_bytes < 128 * 64 * 4 * 8
-    assert large.alias_size_in_bytes == 10**6 * 64 * 4  # the table's buffer is the new table's
+    assert large.alias_size_in_bytes == 10**5 * 64 * 4  # the table's buffer is the new table's
 
 
 @pytest.mark.parametrize(
@@ -167,18 +168,11 @@ def test_4096_gradients_of_one_in_bfloat16():
 
 def test_forward_mode():
     embedding = layer(padding_idx=0)
-
-    def read(weight):
-        embedding.weight.value = weight
-        return embedding(jnp.array([0, 1]))
-
-    weight = embedding.weight.value
-    jacobian = brainstate.transform.jacfwd(lambda: embedding(jnp.array([0, 1])), embedding.weight)()
-    np.testing.assert_array_equal(jacobian.sum((0, 1))[:2], [[0, 0], [1, 1]])
-    plain = jax.jvp(
-        lambda weight: embax.lookup(embax.Table(weight, padding_idx=0), [0, 1]), (weight,), (jnp.ones_like(weight),)
-    )
-    np.testing.assert_array_equal(plain[1], [[0, 0], [1, 1]])
+    jacobian = brainstate.transform.jit(brainstate.transform.jacfwd(lambda: embedding([0, 1]), embedding.weight))()
+    np.testing.assert_array_equal(np.asarray(jacobian).sum((0, 1))[:2], [[0, 0], [1, 1]])
+    read = lambda weight: embax.lookup(embax.Table(weight, padding_idx=0), [0, 1])  # noqa: E731
+    _, plain = jax.jit(lambda weight: jax.jvp(read, (weight,), (weight / weight,)))(WEIGHT)
+    np.testing.assert_array_equal(plain, [[0, 0], [1, 1]])
 
 
 def test_quantity_table_keeps_its_unit_everywhere():
@@ -191,7 +185,7 @@ def test_quantity_table_keeps_its_unit_everywhere():
     stored = embedding.weight.value
     assert brainunit.get_unit(stored) == brainunit.mV
     np.testing.assert_allclose(np.linalg.norm(stored.mantissa[5]), 5, rtol=2e-7)  # float32
-    result = brainstate.transform.grad(lambda: (embedding([0, 1]) / brainunit.mV).sum(), embedding.weight)()
+    result = gradient(embedding, [0, 1], scale=1 / brainunit.mV)
     np.testing.assert_array_equal(brainunit.get_mantissa(result)[:2], [[1, 1], [0, 0]])
 
 
@@ -226,11 +220,16 @@ def test_adamw_leaves_a_padding_row_of_zeros():
     """The layer's own part: gradient and start are exactly zero, so that nothing moves the row, decay included."""
     embedding = embax.Embedding(6, 2, padding_idx=0)
     optimizer = optax.adamw(0.1, weight_decay=0.1)
-    state = optimizer.init(embedding.weight.value)
-    with jax.numpy_dtype_promotion("standard"):  # optax needs it
+
+    @brainstate.transform.jit
+    def train():
+        state = optimizer.init(embedding.weight.value)
         for _ in range(3):
             updates, state = optimizer.update(gradient(embedding, [0, 1]), state, embedding.weight.value)
             embedding.weight.value = optax.apply_updates(embedding.weight.value, updates)
+
+    with jax.numpy_dtype_promotion("standard"):  # optax needs it
+        train()
     np.testing.assert_array_equal(embedding.weight.value[0], [0, 0])
 
 

@@ -1,6 +1,7 @@
 """The layer's interface: constructor, from_pretrained, attributes, initialisers, units, and brainstate's habits."""
 
 import inspect
+import itertools
 
 import brainstate
 import brainunit
@@ -8,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from meshes import usual_and_rest
 
 import embax
 
@@ -75,12 +77,24 @@ def test_same_seed_gives_the_weights_of_the_layer_it_replaces(size, options):
     np.testing.assert_array_equal(weights[1], weights[3])
 
 
-@pytest.mark.parametrize(("precision", "dtype"), [(16, jnp.float16), ("bf16", jnp.bfloat16), (32, jnp.float32)])
-@pytest.mark.parametrize("init", [None, jax.nn.initializers.normal(), 0.5, [[0.5, 1.5]]])
-def test_precision_is_the_environments(precision, dtype, init):
-    options = {} if init is None else {"embedding_init": init}
+PRECISIONS = {16: jnp.float16, "bf16": jnp.bfloat16, 32: jnp.float32}
+INITIALISERS = {
+    "default": {},
+    "of JAX": {"embedding_init": jax.nn.initializers.normal()},
+    "number": {"embedding_init": 0.5},
+    "list": {"embedding_init": [[0.5, 1.5]]},
+}
+
+
+@pytest.mark.parametrize(
+    ("precision", "init"),
+    usual_and_rest(
+        [(16, "default"), ("bf16", "of JAX"), (32, "number"), (16, "list")], itertools.product(PRECISIONS, INITIALISERS)
+    ),
+)
+def test_precision_is_the_environments(precision, init):
     with brainstate.environ.context(precision=precision):
-        assert embax.Embedding(6, 2, **options).weight.value.dtype == dtype
+        assert embax.Embedding(6, 2, **INITIALISERS[init]).weight.value.dtype == PRECISIONS[precision]
 
 
 @pytest.mark.parametrize(

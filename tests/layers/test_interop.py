@@ -1,8 +1,5 @@
 """Conversion to Flax NNX and Equinox: what the target can do is converted, a rule that it lacks is an error."""
 
-import subprocess
-import sys
-
 import brainstate
 import brainunit
 import equinox
@@ -40,11 +37,11 @@ def test_to_equinox_reads_the_same_rows():
     np.testing.assert_array_equal(jax.vmap(module)(ids), embedding(ids))
 
 
-@pytest.mark.parametrize("framework", CONVERT)
-def test_layer_inside_a_sequential(framework):
+def test_layer_inside_a_sequential():
     model = brainstate.nn.Sequential(embax.Embedding(6, 2), brainstate.nn.Linear(2, 3))
-    converted = CONVERT[framework](model)
-    np.testing.assert_allclose(converted(jnp.array(1)), model(jnp.array(1)), rtol=1e-6)  # float32
+    for framework, convert in CONVERT.items():
+        rows = convert(model)(jnp.array(1))
+        np.testing.assert_allclose(rows, model(jnp.array(1)), rtol=1e-6, err_msg=framework)  # float32
 
 
 @pytest.mark.parametrize("framework", CONVERT)
@@ -81,13 +78,3 @@ def test_output_dtype_is_an_error_for_equinox():
 def test_conversions_of_the_frameworks_own_layers_stay_theirs():
     assert type(brainstate.interop.from_nnx(nnx.Embed(6, 2, rngs=nnx.Rngs(0)))) is brainstate.nn.Embedding
     assert type(CONVERT["nnx"](brainstate.nn.Embedding(6, 2))) is nnx.Embed
-
-
-def test_registering_loads_no_other_framework():
-    program = "import sys, embax; embax.Embedding; print([m for m in ('flax', 'equinox') if m in sys.modules])"
-    before = "import sys, brainstate; print([m for m in ('flax', 'equinox') if m in sys.modules])"
-    ours, theirs = (
-        subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, check=True).stdout
-        for text in (program, before)
-    )
-    assert ours == theirs

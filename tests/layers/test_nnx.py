@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import orbax.checkpoint
 import pytest
 from flax import nnx
 from jax.sharding import AxisType, PartitionSpec
+from meshes import usual_and_rest
 
 from embax import Ragged, Table
 from embax.nnx import Embedding, EmbeddingBag
@@ -323,9 +325,9 @@ def test_lanes_with_modules_of_their_own():
     create = nnx.vmap(lambda key: Embedding(6, 2, rngs=nnx.Rngs(params=key), padding_idx=0), in_axes=0, out_axes=0)
     embeddings = create(jax.random.split(jax.random.key(0), 3))
     assert weight_of(embeddings).shape == (3, 6, 2)
-    embeddings.embedding.set_value(jnp.stack([WEIGHT, WEIGHT + 1, WEIGHT + 2]))
+    embeddings.embedding.set_value(jnp.asarray(np.stack([WEIGHT, WEIGHT + 1, WEIGHT + 2])))
     embeddings.max_norm = 1.0
-    ids = jnp.array([[0, 1], [1, 2], [5, 5]])
+    ids = np.array([[0, 1], [1, 2], [5, 5]])
     rows = nnx.vmap(lambda embedding, ids: embedding(ids))(embeddings, ids)
     for lane in range(3):
         alone = layer(WEIGHT + lane, max_norm=1.0, padding_idx=0)
@@ -375,11 +377,13 @@ def test_eval_shape_needs_no_memory():
 
 def test_gradient_by_nnx_follows_the_rules():
     loss = lambda embedding: embedding([1, 2, 2, 9]).sum()  # noqa: E731
-    gradient = nnx.grad(loss)(layer(padding_idx=1, scale_grad_by_freq=True, out_of_range="zero"))
+    by_rules = layer(padding_idx=1, scale_grad_by_freq=True, out_of_range="zero")
+    frozen = layer(freeze=True, out_of_range="zero")
+    differentiate = nnx.jit(lambda by_rules, frozen: (nnx.grad(loss)(by_rules), nnx.value_and_grad(loss)(frozen)))
+    gradient, (value, of_frozen) = differentiate(by_rules, frozen)
     np.testing.assert_array_equal(gradient["embedding"].get_value(), np.eye(6)[2][:, None] * np.ones((1, 2)))
-    value, gradient = nnx.value_and_grad(loss)(layer(freeze=True, out_of_range="zero"))
     assert value == WEIGHT[[1, 2, 2]].sum()
-    assert not gradient["embedding"].get_value().any()
+    assert not np.asarray(of_frozen["embedding"].get_value()).any()
 
 
 # Meshes
@@ -397,8 +401,13 @@ ANNOTATIONS = {
 KINDS = pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
 
 
-@KINDS
-@pytest.mark.parametrize("how", ANNOTATIONS)
+@pytest.mark.parametrize(
+    ("how", "kind"),
+    usual_and_rest(
+        [("metadata", AxisType.Auto), ("with_partitioning", AxisType.Explicit)],
+        itertools.product(ANNOTATIONS, [AxisType.Auto, AxisType.Explicit]),
+    ),
+)
 def test_annotations_of_the_sharding(how, kind):
     with jax.set_mesh(mesh(kind)):
         ours, theirs = (cls(8, 4, rngs=nnx.Rngs(0), **ANNOTATIONS[how]) for cls in (Embedding, nnx.Embed))
@@ -436,8 +445,13 @@ def test_a_sharded_table_reads_and_stores_as_any_other(kind):
         assert rows.sharding.spec == PartitionSpec("data", None)
 
 
-@KINDS
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(
+    ("compiled", "kind"),
+    usual_and_rest(
+        [(False, AxisType.Explicit), (True, AxisType.Auto)],
+        itertools.product([False, True], [AxisType.Auto, AxisType.Explicit]),
+    ),
+)
 def test_out_sharding(compiled, kind):
     with jax.set_mesh(mesh(kind)):
         ours, theirs = (cls(8, 4, rngs=nnx.Rngs(0), **ANNOTATIONS["metadata"]) for cls in (Embedding, nnx.Embed))
@@ -454,24 +468,42 @@ def test_out_sharding(compiled, kind):
 def test_bags():
     bag = EmbeddingBag.from_pretrained(WEIGHT, mode="sum", padding_idx=0)
     np.testing.assert_array_equal(bag([[1, 2], [0, 0]]), [WEIGHT[1] + WEIGHT[2], [0, 0]])
-    np.testing.assert_array_equal(bag(jnp.array([1, 2, 5]), offsets=[0, 2]), [WEIGHT[1] + WEIGHT[2], WEIGHT[5]])
-    np.testing.assert_array_equal(bag(Ragged.from_lists([[1, 2], []])), [WEIGHT[1] + WEIGHT[2], [0, 0]])
-    np.testing.assert_array_equal(bag([[1, 2]], per_sample_weights=[[2.0, 0.5]]), [2 * WEIGHT[1] + WEIGHT[2] / 2])
     last = EmbeddingBag.from_pretrained(WEIGHT, include_last_offset=True)
     assert (last.mode, last.include_last_offset) == ("mean", True)
-    np.testing.assert_array_equal(last([1, 2, 5, 3], offsets=[0, 2, 3]), [(WEIGHT[1] + WEIGHT[2]) / 2, WEIGHT[5]])
     half = EmbeddingBag(6, 2, rngs=nnx.Rngs(0), dtype=jnp.bfloat16)
-    assert half([[1, 2]]).dtype == jnp.bfloat16
+
+    @nnx.jit
+    def others(bag, last, half):
+        return {
+            "offsets": bag(jnp.array([1, 2, 5]), offsets=[0, 2]),
+            "ragged": bag(Ragged.from_lists([[1, 2], []])),
+            "weights": bag([[1, 2]], per_sample_weights=[[2.0, 0.5]]),
+            "last": last([1, 2, 5, 3], offsets=[0, 2, 3]),
+            "dtype": half([[1, 2]]),
+        }
+
+    out = others(bag, last, half)
+    np.testing.assert_array_equal(out["offsets"], [WEIGHT[1] + WEIGHT[2], WEIGHT[5]])
+    np.testing.assert_array_equal(out["ragged"], [WEIGHT[1] + WEIGHT[2], [0, 0]])
+    np.testing.assert_array_equal(out["weights"], [2 * WEIGHT[1] + WEIGHT[2] / 2])
+    np.testing.assert_array_equal(out["last"], [(WEIGHT[1] + WEIGHT[2]) / 2, WEIGHT[5]])
+    assert out["dtype"].dtype == jnp.bfloat16
 
 
-@pytest.mark.parametrize("compile_", [lambda call: call, nnx.jit])
-def test_bags_store_the_rows_that_are_in_one(compile_):
+BAGS = {  # arrays and offsets, and the rows that they name
+    "offsets": (lambda bag: bag(jnp.array([0, 2, 5, 1, 3]), offsets=jnp.array([0, 1, 3])), [0, 1, 2, 3, 5]),
+    "ragged": (lambda bag: bag(Ragged(jnp.array([0, 2, 4, -9]), jnp.array([0, 1, 2]))), [0, 2]),
+}
+
+
+@pytest.mark.parametrize(
+    ("bags", "compiled"), usual_and_rest([("offsets", True), ("ragged", False)], itertools.product(BAGS, [True, False]))
+)
+def test_bags_store_the_rows_that_are_in_one(bags, compiled):
     bag = EmbeddingBag.from_pretrained(WEIGHT, freeze=False, max_norm=1.0, mode="sum", out_of_range="clip")
-    compile_(lambda bag: bag(jnp.array([0, 2, 5, 1, 3]), offsets=jnp.array([0, 1, 3])))(bag)
-    assert_stored(bag, [0, 1, 2, 3, 5])
-    bag.embedding.set_value(jnp.asarray(WEIGHT))
-    compile_(lambda bag: bag(Ragged(jnp.array([0, 2, 4, -9]), jnp.array([0, 1, 2]))))(bag)
-    assert_stored(bag, [0, 2])
+    call, rows = BAGS[bags]
+    (nnx.jit(call) if compiled else call)(bag)
+    assert_stored(bag, rows)
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,13 @@
 """Where a clipped row is stored: under every brainstate transformation, and nowhere that it cannot be."""
 
+import itertools
+
 import brainstate
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from meshes import usual_and_rest
 
 import embax
 
@@ -73,21 +76,31 @@ TRANSFORMS = {
 }
 
 
-@pytest.mark.parametrize("transform", TRANSFORMS)
+# The hessian is one derivative inside of another, which takes the longest.
+COSTLY = ["hessian"]
+NESTED = ["jit of grad", "jit of for_loop", "jit of vmap", "vmap of vmap", "grad of vmap", "hessian"]
+
+
+def all_but(rest):
+    """All transformations; those of the rest in exhaustive runs."""
+    return [pytest.param(name, marks=pytest.mark.exhaustive) if name in rest else name for name in TRANSFORMS]
+
+
+@pytest.mark.parametrize("transform", all_but(COSTLY))
 def test_call_stores_clipped_rows(transform):
     embedding = layer()
     TRANSFORMS[transform](embedding)(IDS)
     assert_stored(embedding, TOUCHED)
 
 
-@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("transform", all_but(NESTED))
 def test_write_back_off_leaves_the_table(transform):
     embedding = layer(write_back=False)
     TRANSFORMS[transform](embedding)(IDS)
     assert_stored(embedding, [])
 
 
-@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("transform", all_but(NESTED))
 def test_frozen_table_is_never_written(transform):
     embedding = layer(freeze=True)
     before = embedding.weight.value
@@ -124,12 +137,20 @@ def test_raw_jax_transform_leaves_the_table(transform):
 CONSTANT = {"array": IDS, "jax_array": jnp.asarray(IDS), "list": IDS.tolist()}
 
 
-@pytest.mark.parametrize("ids", CONSTANT.values(), ids=CONSTANT)
-@pytest.mark.parametrize("raw", [jax.jit, lambda f: jax.jit(jax.vmap(f)), jax.checkpoint], ids=["jit", "vmap", "remat"])
-def test_constant_ids_in_a_raw_transform_store_nothing(raw, ids):
+def with_constant_ids(transforms):
+    """Each transformation with one kind of ids, the kinds in turn; exhaustive runs try all of them."""
+    usual = [(name, list(CONSTANT)[n % len(CONSTANT)]) for n, name in enumerate(transforms)]
+    return pytest.mark.parametrize(("transform", "ids"), usual_and_rest(usual, itertools.product(transforms, CONSTANT)))
+
+
+RAW_OF_SCALE = {"jit": jax.jit, "vmap": lambda f: jax.jit(jax.vmap(f)), "remat": jax.checkpoint}
+
+
+@with_constant_ids(RAW_OF_SCALE)
+def test_constant_ids_in_a_raw_transform_store_nothing(transform, ids):
     embedding = layer()
     scale = jnp.ones(3)
-    out = raw(lambda scale: jnp.sum(embedding(ids)) * scale)(scale)
+    out = RAW_OF_SCALE[transform](lambda scale: jnp.sum(embedding(CONSTANT[ids])) * scale)(scale)
     np.testing.assert_allclose(out, np.full(3, clipped()[IDS].sum()), rtol=1e-6)  # float32
     assert_stored(embedding, [])
 
@@ -143,11 +164,10 @@ BRAINSTATE = {
 }
 
 
-@pytest.mark.parametrize("ids", CONSTANT.values(), ids=CONSTANT)
-@pytest.mark.parametrize("transform", BRAINSTATE)
+@with_constant_ids(BRAINSTATE)
 def test_constant_ids_under_brainstate_are_stored(transform, ids):
     embedding = layer()
-    BRAINSTATE[transform](lambda scale: jnp.sum(embedding(ids)) * scale)(jnp.ones(3))
+    BRAINSTATE[transform](lambda scale: jnp.sum(embedding(CONSTANT[ids])) * scale)(jnp.ones(3))
     assert_stored(embedding, TOUCHED)
 
 

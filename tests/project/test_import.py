@@ -30,8 +30,10 @@ def test_every_lazy_name_is_there():
         assert getattr(embax, name) is not None
 
 
-def test_lazy_names_load_their_library():
-    assert "brainstate" in modules_after("import embax; embax.Embedding")
+def test_lazy_names_load_their_library_and_no_other_framework():
+    loaded = modules_after("import embax; embax.Embedding")
+    assert "brainstate" in loaded
+    assert {"flax", "equinox"}.isdisjoint(loaded)  # though the layer can be converted to theirs
 
 
 def test_unknown_names_are_an_attribute_error():
