@@ -3,16 +3,34 @@
 import itertools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 # The last of which takes no weights.
 MODES = ["sum", "mean", "sqrtn", "max"]
+
+# Lists of different lengths, which are no matrix, and what the error says of them.
+UNEQUAL = [
+    [[1, 2], [3]],
+    [[1], []],
+    ([1, 2], (3,)),
+    [[[1, 2], [3]], [[1], [2]]],
+    [[1, 2], 3],
+    [np.array([1, 2]), np.array([3])],
+    [jnp.array([1, 2]), jnp.array([3])],
+]
+UNEQUAL_MATCH = r"lists of different lengths\..*embax\.Ragged\.from_lists"
 
 
 def cut(flat, lists):
     """What belongs to each list, of an array that has one number for each of their ids."""
     ends = itertools.accumulate(map(len, lists), initial=0)
     return [flat[start:end] for start, end in itertools.pairwise(ends)]
+
+
+def in_capacity(parts, capacity):
+    """The numbers of each bag's ids in one array, with zeros behind the last bag."""
+    return np.concatenate([*parts, np.zeros(capacity)])[:capacity]
 
 
 def ids_of(gradient):
