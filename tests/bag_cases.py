@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from embax import Collection, RowGrad
+
 # The last of which takes no weights.
 MODES = ["sum", "mean", "sqrtn", "max"]
 
@@ -33,19 +35,35 @@ def in_capacity(parts, capacity):
     return np.concatenate([*parts, np.zeros(capacity)])[:capacity]
 
 
-def ids_of(gradient):
-    """The ids of a gradient by rows, in NumPy."""
-    return np.asarray(_ids_of(gradient))
+def ids_of(gradients):
+    """The ids of a gradient by rows, or of each of a tree of them, in NumPy."""
+    return jax.device_get(_ids_of(gradients))
 
 
-_ids_of = jax.jit(lambda gradient: gradient.ids)
+@jax.jit
+def _ids_of(gradients):
+    return jax.tree.map(lambda gradient: gradient.ids, gradients, is_leaf=_is_gradient)
 
 
-def dense(gradient):
-    """The whole of a gradient by rows, in NumPy. The number of rows stands for none."""
-    out = np.zeros((gradient.rows + 1, *gradient.values.shape[1:]), gradient.values.dtype)
-    np.add.at(out, ids_of(gradient), np.asarray(gradient.values))
-    return out[: gradient.rows]
+def _is_gradient(node):
+    return isinstance(node, RowGrad)
+
+
+def dense(gradients):
+    """The whole of a gradient by rows, or of each of a tree of them, in NumPy. The number of rows stands for none."""
+
+    def whole(gradient, ids):
+        out = np.zeros((gradient.rows + 1, *gradient.values.shape[1:]), gradient.values.dtype)
+        np.add.at(out, ids, np.asarray(gradient.values))
+        return out[: gradient.rows]
+
+    return jax.tree.map(whole, gradients, ids_of(gradients), is_leaf=_is_gradient)
+
+
+def put_together(tables, features):
+    """A Collection made by one program, where one outside of jit is made by one a stack."""
+    names = list(tables)  # whose order jit would not keep
+    return jax.jit(lambda *tables: Collection(dict(zip(names, tables, strict=True)), features))(*tables.values())
 
 
 def assert_same_bits(actual, expected):
