@@ -81,12 +81,15 @@ def test_values_and_gradients(cases):
 @pytest.mark.parametrize("dtype", FLOAT8)
 def test_sums_run_in_float32(dtype):
     """4096 terms of one; in float8 they would add up to 16 or less."""
-    ones = Table(jnp.ones((1, 4096), dtype))
-    for x in jnp.ones(4096, dtype), jnp.ones(4096, jnp.bfloat16):
-        assert attend(ones, x).item() == 4096
-    table, x = Table(jnp.zeros((2, 1), dtype)), jnp.ones((4096, 1), jnp.float32)
-    loss = jax.jit(jax.grad(lambda table: softmax_cross_entropy(table, x, np.zeros(4096, int), reduction="sum") / 16))
-    np.testing.assert_array_equal(np.asarray(loss(table).weight, np.float32), [[-128], [128]])
+
+    def loss(table):
+        return softmax_cross_entropy(table, np.ones((4096, 1), np.float32), np.zeros(4096, int), reduction="sum") / 16
+
+    ones, table = Table(in_dtype(np.ones((1, 4096)), dtype)), Table(in_dtype(np.zeros((2, 1)), dtype))
+    calls = {x: (attend, ones, in_dtype(np.ones(4096), x)) for x in (dtype, "bfloat16")}
+    actual = in_one_program(calls | {"loss": (jax.grad(loss), table)})
+    assert actual[dtype] == actual["bfloat16"] == 4096
+    np.testing.assert_array_equal(np.asarray(actual["loss"].weight, np.float32), [[-128], [128]])
 
 
 @pytest.mark.parametrize(

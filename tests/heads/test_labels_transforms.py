@@ -53,8 +53,8 @@ def under_transformations(loss, ways, table, x, labels):
 
 
 WAYS = ["value and gradient", "vmap over tokens", "vmap over labels", "scan", "hessian"]
-DTYPES = [("float32", WAYS[2:]), ("bfloat16", WAYS[:1])]
-DTYPES_TOO = [("float32", WAYS[:2]), ("bfloat16", WAYS[1:])]
+DTYPES = [("float32", ["vmap over labels", "hessian"]), ("bfloat16", ["value and gradient"])]
+DTYPES_TOO = [(dtype, [way for way in WAYS if way not in ways]) for dtype, ways in DTYPES]
 
 
 @pytest.mark.parametrize(
@@ -118,7 +118,7 @@ def test_ignored_tokens_name_no_row_in_the_gradient():
 
 def test_checkify_finds_no_error_in_ignored_tokens():
     def loss(table, x, labels):
-        whole = softmax_cross_entropy(table, x, labels, reduction="mean", **TERMS)
+        whole = softmax_cross_entropy(table, x, labels, chunk=2, reduction="mean", **TERMS)
         return whole + SAMPLED(table, x, labels, reduction="mean", z_loss=0.1)
 
     checked = jax.jit(checkify.checkify(jax.grad(loss, (0, 1)), errors=checkify.all_checks))
