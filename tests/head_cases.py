@@ -9,7 +9,7 @@ import optax
 import reference
 from cases import ROWS, RULES
 
-from embax import Unigram, attend
+from embax import Unigram, attend, sampled_softmax
 from embax._heads import candidates as _candidates
 
 FLOAT32 = {"rtol": 1e-5, "atol": 1e-5}
@@ -18,19 +18,22 @@ X = _RNG.normal(size=(2, 3, 3)).astype(np.float32)
 LABELS = np.array([[2, 0, 6], [1, 2, 5]])
 COTANGENT = _RNG.normal(size=(2, 3)).astype(np.float32)
 BAD = np.array([[2, 7, -1], [1, 100, 0]])
+IGNORING = np.array([[2, -100, 6], [1, 2, -100]])
+# The terms of the loss besides that of the label.
+TERMS = {"label_smoothing": 0.3, "z_loss": 0.1}
 
 # Options by which masking the padding rows shows, and those by which there is nothing to mask.
 MASKED = {f"{name}, masked": {"mask_padding": True, **RULES[name]} for name in ("none", "padding_negative", "all")}
 
 
 def in_one_program(calls):
-    """The results of calls `{name: (function, *args)}`, by one program, since it is compiling that takes time."""
+    """The results of calls `{name: (function, *args)}`, in NumPy, by one program: it is compiling that takes time."""
 
     @jax.jit
     def run(args):
         return {name: calls[name][0](*args[name]) for name in calls}
 
-    return run({name: args for name, (_, *args) in calls.items()})
+    return jax.device_get(run({name: args for name, (_, *args) in calls.items()}))
 
 
 def assert_equal_trees(one, other, name="", **tolerance):
@@ -55,6 +58,7 @@ def losses_and_gradients(loss, table, x, labels, cotangent, **options):
 # ---- What is drawn for sampled_softmax.
 
 KEY = jax.random.key(3)
+SAMPLED = functools.partial(sampled_softmax, key=KEY, samples=6)
 COUNTS = np.array([100, 0, 9, 50, 1, 3, 20])
 CANDIDATES = {"log_uniform": "log_uniform", "uniform": "uniform", "unigram": Unigram.from_counts(COUNTS)}
 

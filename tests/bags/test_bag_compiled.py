@@ -48,7 +48,6 @@ def with_others(names, main, all_cases):
         ("sum", "none", "plain"),
         ("mean", "padding", "weighted"),
         ("sqrtn", "norm", "weighted"),
-        ("sum", "norm", "plain"),
     ],
     [*itertools.product(["sum", "mean", "sqrtn"], RULES, ["plain", "weighted"])],
 )
@@ -81,8 +80,9 @@ _LOW = ["bfloat16", "float16", "float8_e4m3fn"]
 @with_others(
     ("dtype", "layout", "rules"),
     [
-        *[("bfloat16", "matrix", "none"), ("bfloat16", "ragged", "norm")],
-        *[("float16", "ragged", "norm"), ("float8_e4m3fn", "matrix", "none")],
+        ("bfloat16", "matrix", "none"),
+        ("float16", "ragged", "norm"),
+        ("float8_e4m3fn", "matrix", "none"),
     ],
     [*itertools.product(_LOW, ["matrix", "ragged"], ["none", "norm"])],
 )
@@ -123,8 +123,7 @@ def compilations(caplog):
 
 def test_batches_of_one_capacity_compile_once(compilations):
     batches = [Ragged.from_lists(lists).pad_to(7) for lists in ([[1, 2], [3]], [[], []], [[4] * 3, [5] * 4])]
-    params = Table(jnp.ones((11, 3)), padding_idx=0, out_of_range="nan")
-    modes = ["mean", "max"]
+    params = Table(np.ones((11, 3), np.float32), padding_idx=0, out_of_range="nan")
 
     def loss(table, bags):
         return embedding_bag(table, bags, mode="mean").sum()
@@ -133,8 +132,7 @@ def test_batches_of_one_capacity_compile_once(compilations):
 
     def run(bags):
         step(params, bags)
-        for mode in modes:
-            embedding_bag(params, bags, mode=mode)
+        embedding_bag(params, bags, mode="max")
 
     run(batches[0])
     before = len(compilations())
@@ -155,7 +153,7 @@ def test_a_call_outside_of_jit_is_one_program(compilations, bags):
     """Also where rows are clipped, which is done in a loop."""
     bags, weights = FORMS[bags]
     table = Table(np.ones((11, 3), np.float32), padding_idx=0, max_norm=1.5, scale_grad_by_freq=True)
-    calls = [("mean", None), ("sum", jnp.asarray(weights)), ("max", None)]
+    calls = [("mean", jnp.asarray(weights)), ("max", None)]
     for _ in range(2):
         for mode, weights in calls:
             embedding_bag(table, bags, weights, mode)
@@ -163,10 +161,11 @@ def test_a_call_outside_of_jit_is_one_program(compilations, bags):
         assert len(programs) == len(calls)
 
 
-def test_gradients_outside_of_jit_compile_nothing_after_the_first(compilations):
-    table = Table(jnp.ones((11, 3)), padding_idx=0, max_norm=1.5, scale_grad_by_freq=True)
+@pytest.mark.parametrize("by_freq", [False, pytest.param(True, marks=exhaustive)])
+def test_gradients_outside_of_jit_compile_nothing_after_the_first(compilations, by_freq):
+    table = Table(np.ones((11, 3), np.float32), padding_idx=0, max_norm=1.5, scale_grad_by_freq=by_freq)
     bags = FORMS["matrix"][0]
-    gradient = embax.grad(lambda table: embedding_bag(table, bags, mode="mean").sum())
+    gradient = embax.grad(lambda table: embedding_bag(table, bags, mode="max").sum())
     gradient(table)
     before = len(compilations())
     assert before

@@ -18,6 +18,7 @@ from embax.optim import rowwise_adagrad
 
 COMBINE = ["mul", "add", "concat"]
 with_combine = pytest.mark.parametrize("combine", COMBINE)
+exhaustive = pytest.mark.exhaustive
 KEY = jax.random.key(0)
 TOLERANCE = {"rtol": 1e-6, "atol": 1e-6}  # float32
 # Ids are not a multiple of the remainders, so that the last quotient has fewer.
@@ -82,39 +83,41 @@ def test_by_default_the_fewest_rows_are_stored(ids):
         assert (table.quotient.rows, table.remainder.rows) == (-(-ids // remainders), remainders)
 
 
-@with_combine
-def test_reads_what_it_is_put_together_from(combine):
-    tables = {None: create(combine), 7: create(combine, padding_idx=7)}
+def test_reads_what_it_is_put_together_from():
+    plain = {combine: create(combine) for combine in COMBINE}
+    padded = {combine: create(combine, padding_idx=7) for combine in COMBINE}
     ids = np.arange(-IDS, IDS).reshape(2, IDS)
-    small = jnp.asarray(ids, jnp.int8)
+    forms = {"int8 of JAX": jnp.asarray(ids, jnp.int8), "lists": ids.tolist(), "int16": ids.astype(np.int16)}
 
     @jax.jit
-    def run(tables, traced):
-        def read(table):
-            forms = {"traced": traced, "int8 of JAX": small, "lists": ids.tolist(), "int16": ids.astype(np.int16)}
-            return {"mapped": jax.vmap(table)(traced), **{form: table(given) for form, given in forms.items()}}
+    def run(plain, padded, ids):
+        traced = {combine: table(ids) for combine, table in plain.items()}
+        mapped = {combine: jax.vmap(table)(ids) for combine, table in padded.items()}
+        table = plain["mul"]
+        return traced, mapped, {form: table(given) for form, given in forms.items()}, table(3), table([])
 
-        return [(read(table), table(3), table([])) for table in tables]
-
-    for (padding_idx, table), (out, one, nothing) in zip(tables.items(), run([*tables.values()], ids), strict=True):
-        for form, read in out.items():
-            np.testing.assert_allclose(read, vectors(table, ids), **TOLERANCE, err_msg=f"{form}, {padding_idx}")
-        np.testing.assert_allclose(one, vectors(table, 3), **TOLERANCE)
-        assert nothing.shape == (0, DIM)
+    traced, mapped, of_forms, one, nothing = run(plain, padded, ids)
+    for combine in COMBINE:
+        np.testing.assert_allclose(traced[combine], vectors(plain[combine], ids), **TOLERANCE, err_msg=combine)
+        np.testing.assert_allclose(mapped[combine], vectors(padded[combine], ids), **TOLERANCE, err_msg=combine)
+    for form, out in of_forms.items():
+        np.testing.assert_allclose(out, vectors(plain["mul"], ids), **TOLERANCE, err_msg=form)
+    np.testing.assert_allclose(one, vectors(plain["mul"], 3), **TOLERANCE)
+    assert nothing.shape == (0, DIM)
 
 
 def test_reads_outside_of_jit():
     np.testing.assert_allclose(create(padding_idx=7)([3, 7]), vectors(create(padding_idx=7), [3, 7]), **TOLERANCE)
 
 
-@with_combine
+@pytest.mark.parametrize("combine", ["mul", *(pytest.param(combine, marks=exhaustive) for combine in COMBINE[1:])])
 def test_every_id_has_its_own_vector(combine):
     @jax.jit
     def run(table, ids):
         of_sum = jax.grad(lambda table, id_: table(id_).sum())
         return table(ids), jax.vmap(of_sum, (None, 0))(table, ids)
 
-    out, changed = run(create(combine), np.arange(IDS))
+    out, changed = jax.device_get(run(create(combine), np.arange(IDS)))
     assert len(np.unique(np.asarray(out), axis=0)) == IDS
     pairs = [(id_ // REMAINDERS, id_ % REMAINDERS) for id_ in range(IDS)]
     assert len(set(pairs)) == IDS
@@ -155,13 +158,24 @@ def test_more_ids_than_int32_has_need_64_bits():
         np.testing.assert_allclose(jax.jit(lambda table: table(ids))(table), expected, **TOLERANCE)
 
 
-@pytest.mark.parametrize("out_of_range", ["error", "nan", "zero", "clip"])
-def test_ids_outside(out_of_range):
-    tables = {combine: create(combine, out_of_range=out_of_range, padding_idx=7) for combine in COMBINE}
+# Policies, and how parts are combined under them.
+POLICIES = {"error": ["mul"], "nan": ["add"], "zero": ["concat"], "clip": ["mul"]}
+POLICIES_TOO = {policy: [combine for combine in COMBINE if combine not in main] for policy, main in POLICIES.items()}
+
+
+def with_policies(*names):
+    pairs = [(policy, POLICIES[policy]) for policy in names]
+    others = [pytest.param(policy, POLICIES_TOO[policy], marks=exhaustive) for policy in names]
+    return pytest.mark.parametrize(("out_of_range", "combines"), [*pairs, *others])
+
+
+@with_policies("error", "nan", "zero", "clip")
+def test_ids_outside(out_of_range, combines):
+    tables = {combine: create(combine, out_of_range=out_of_range, padding_idx=7) for combine in combines}
     ids = np.array([IDS, 3, -IDS - 1, IDS + 1])  # the last of which has both parts, were it not outside
     if out_of_range == "error":
         with pytest.raises(IndexError, match=r"CompositionalTable\(ids\)` must be in \[-23, 23\), .* got 23"):
-            tables["mul"](ids)
+            tables[combines[0]](ids)
 
     @jax.jit
     def run(tables, ids):
@@ -184,8 +198,8 @@ def test_ids_outside(out_of_range):
         assert np.flatnonzero(np.any(gradient.quotient.weight, axis=1)).tolist() == [0], combine
 
 
-@pytest.mark.parametrize("out_of_range", ["error", "clip", "zero"])
-def test_padding_reads_zero_and_names_no_row(out_of_range):
+@with_policies("error", "clip", "zero")
+def test_padding_reads_zero_and_names_no_row(out_of_range, combines):
     ids, cotangent = np.array([IDS - 1, 3, -1]), np.array([[np.nan], [1], [np.inf]], np.float32)
 
     def broken(combine):
@@ -204,17 +218,17 @@ def test_padding_reads_zero_and_names_no_row(out_of_range):
 
         return {combine: (x(ids), embax.grad(loss)(x), jax.grad(loss)(x)) for combine, x in tables.items()}
 
-    for combine, (out, gradient, expected) in run({combine: broken(combine) for combine in COMBINE}).items():
+    for combine, (out, gradient, expected) in run({combine: broken(combine) for combine in combines}).items():
         np.testing.assert_array_equal(np.asarray(out)[[0, 2]], np.zeros((2, DIM)), err_msg=combine)
-        assert ids_of(gradient.quotient).tolist() == [5, 0, 5], combine
-        assert ids_of(gradient.remainder).tolist() == [5, 3, 5], combine
+        named = ids_of((gradient.quotient, gradient.remainder))
+        assert [ids.tolist() for ids in named] == [[5, 0, 5], [5, 3, 5]], combine
         assert np.isfinite(expected.quotient.weight).all(), combine
         assert np.isfinite(expected.remainder.weight).all(), combine
         assert_same_gradient(in_full(gradient), expected, **TOLERANCE, err_msg=combine)
 
 
 def in_full(gradient):
-    parts = (Table(dense(part)) for part in (gradient.quotient, gradient.remainder))
+    parts = map(Table, dense((gradient.quotient, gradient.remainder)))
     return CompositionalTable(*parts, gradient.ids, gradient.combine, gradient.padding_idx)
 
 
@@ -238,9 +252,10 @@ def test_gradient_by_rows_is_that_of_jax():
         assert_same_gradient(in_full(gradient), expected, **TOLERANCE, err_msg=combine)
 
 
-def test_trains_only_what_is_read():
+@pytest.mark.parametrize("combines", [["mul"], pytest.param(["add", "concat"], marks=exhaustive)], ids=str)
+def test_trains_only_what_is_read(combines):
     tx, ids, target = rowwise_adagrad(0.5), np.array([6, 7, 0, 6]), np.ones((4, DIM), np.float32)
-    before = {combine: create(combine, padding_idx=0) for combine in COMBINE}
+    before = {combine: create(combine, padding_idx=0) for combine in combines}
 
     def loss(tables):
         losses = {combine: jnp.square(table(ids) - target).mean() for combine, table in tables.items()}
@@ -264,7 +279,7 @@ def test_trains_only_what_is_read():
             assert np.flatnonzero(np.any(one != other, axis=1)).tolist() == read, (combine, part)
 
 
-@with_combine
+@pytest.mark.parametrize("combine", ["mul", *(pytest.param(combine, marks=exhaustive) for combine in COMBINE[1:])])
 def test_checkify_finds_bad_ids_and_nothing_else(combine):
     def rows(table, ids):
         return jax.tree.leaves(embax.grad(lambda table: table(ids).sum())(table))

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import reference
 from bag_cases import dense, ids_of
+from meshes import usual_and_rest
 
 import embax
 from embax import Ragged
@@ -79,8 +80,12 @@ def test_reads_bags_in_every_form(mode, padding_idx):
 
     @jax.jit
     def run(*args):
-        plain, weighted = forms(*args[:2], None), forms(*args)
-        return [{form: read() for form, read in of} for of in ((plain,) if mode == "max" else (plain, weighted))]
+        plain, weighted = list(forms(*args[:2], None)), list(forms(*args))
+        if mode == "max":
+            return [{form: read() for form, read in plain}]
+        # Half of the forms without weights, the other half with them.
+        plain, weighted = (plain[::2], weighted[1::2]) if mode == "mean" else (plain[1::2], weighted[::2])
+        return [{form: read() for form, read in of} for of in (plain, weighted)]
 
     for outs, factors in zip(run(IDS, OFFSETS, FACTORS), (None, FACTORS), strict=False):
         of_lists = None if factors is None else [factors[:2], [], factors[2:4], factors[4:]]
@@ -101,14 +106,20 @@ def test_reads_bags_in_jit_of_brainstate():
 def test_from_pretrained_keeps_its_padding_row_and_is_frozen():
     bag = embax.EmbeddingBag.from_pretrained(WEIGHT, padding_idx=1, mode="sum")
     np.testing.assert_array_equal(bag.weight.value, WEIGHT)
-    np.testing.assert_array_equal(bag([[1, 2], [1, 1]]), [WEIGHT[2], [0, 0]])
-    gradient = brainstate.transform.grad(lambda: bag([[1, 2]]).sum(), bag.weight)()
+    gradient_and_out = brainstate.transform.grad(
+        lambda: (bag([[1, 2]]).sum(), bag([[1, 2], [1, 1]])), bag.weight, has_aux=True
+    )
+    gradient, out = jax.device_get(brainstate.transform.jit(gradient_and_out)())
+    np.testing.assert_array_equal(out, [WEIGHT[2], [0, 0]])
     assert bag.freeze
     assert not gradient.any()
     assert not layer(padding_idx=1).freeze
 
 
-@pytest.mark.parametrize("mode", ["mean", "max"])
+with_modes = pytest.mark.parametrize("mode", ["mean", pytest.param("max", marks=pytest.mark.exhaustive)])
+
+
+@with_modes
 def test_gradient_by_rows_is_that_of_brainstate(mode):
     bag = layer(mode=mode, padding_idx=4)
     cotangents = np.cos(np.arange(8.0, dtype=np.float32)).reshape(4, 2)
@@ -145,11 +156,14 @@ NAMED = {
 
 @pytest.mark.parametrize(
     ("compile_", "name", "out_of_range"),
-    [
-        *itertools.product(["embax"], NAMED, ["error"]),
-        *[("eager", "junk", "error"), ("brainstate", "unused", "error"), ("grad", "traced_junk", "error")],
-        *[("eager", "traced_junk", "clip"), ("embax", "junk", "clip")],
-    ],
+    usual_and_rest(
+        [
+            *[("embax", "matrix", "error"), ("embax", "offsets", "error"), ("embax", "junk", "clip")],
+            *[("eager", "junk", "error"), ("brainstate", "unused", "error"), ("grad", "traced_junk", "error")],
+            ("eager", "traced_junk", "clip"),
+        ],
+        itertools.product(["embax"], NAMED, ["error"]),
+    ),
 )
 def test_call_stores_the_rows_that_are_in_a_bag_clipped(compile_, name, out_of_range):
     ids, offsets = NAMED[name]
@@ -177,7 +191,7 @@ def test_what_is_not_stored(options):
 
 
 def test_raw_jit_stores_nothing():
-    bag = layer(mode="sum", max_norm=1.0)
+    bag = layer(mode="max", max_norm=1.0)
 
     @jax.jit
     def run(ids, offsets):
@@ -190,7 +204,7 @@ def test_raw_jit_stores_nothing():
     np.testing.assert_allclose(np.linalg.norm(bag.weight.value[1]), 1, **TOLERANCE)
 
 
-@pytest.mark.parametrize("mode", ["mean", "max"])
+@with_modes
 def test_unit_is_that_of_the_table(mode):
     weight = brainunit.Quantity(WEIGHT, unit=brainunit.mV)
     bag = embax.EmbeddingBag.from_pretrained(weight, freeze=False, mode=mode, max_norm=0.005 * brainunit.volt)

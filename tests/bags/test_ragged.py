@@ -25,7 +25,7 @@ CONSTRUCTORS = {
     "offsets_last": lambda array: Ragged.from_offsets(array([4, 7, 7, 2, 9]), array([0, 3, 3, 4]), True),
     "segments": lambda array: Ragged.from_segments(array([4, 7, 7, 2]), array([0, 0, 0, 2]), 3),
     "segments_unused": lambda array: Ragged.from_segments(array([4, 7, 7, 2, 9]), array([0, 0, 0, 2, 3]), 3),
-    "padded": lambda array: Ragged.from_padded(array([[4, 7, 7], [0, 0, 0], [2, 0, 0]]), padding_idx=0),
+    "padded": lambda array: Ragged.from_padded(array([[4, 7, 7, 0], [0, 0, 0, 0], [2, 0, 0, 0]]), padding_idx=0),
     "padded_in_front": lambda array: Ragged.from_padded(array([[4, 7, 7, 0], [0, 0, 0, 0], [0, 0, 2, 0]]), 0),
     "padded_between": lambda array: Ragged.from_padded(array([[4, 9, 7, 7], [9, 9, 9, 9], [9, 9, 9, 2]]), 9),
     "masked": lambda array: Ragged.from_padded(
@@ -93,7 +93,7 @@ def test_constructor_of_jax_arrays_keeps_their_dtype(construct, dtype):
     assert bags.values.dtype == dtype
 
 
-@pytest.mark.parametrize("dtype", ["int8", "uint32"])
+@pytest.mark.parametrize("dtype", ["int8", pytest.param("uint32", marks=pytest.mark.exhaustive)])
 def test_constructors_of_traced_arrays(dtype):
     constructors = {name: construct for name, construct in CONSTRUCTORS.items() if name != "lists"}
 

@@ -39,7 +39,7 @@ def test_rows_are_drawn_by_their_probability():
         assert (np.abs(counts - expected) <= 5 * np.sqrt(expected)).all(), (name, rows)
 
 
-@pytest.mark.parametrize("rows", [10**8, 2**31 - 1])
+@pytest.mark.parametrize("rows", [pytest.param(10**8, marks=pytest.mark.exhaustive), 2**31 - 1])
 def test_log_uniform_reaches_every_row_of_a_large_table(rows):
     """Among the last rows, as many distinct ones as if each was drawn by itself; no row is out of range."""
     number = 2_000_000

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
-from cases import MAIN_RULES, ROWS, RULES, WEIGHT
+from cases import ROWS, RULES, WEIGHT
 from head_cases import (
     BAD,
     COTANGENT,
@@ -31,7 +31,7 @@ def ours(**options):
 
 def value_and_gradients(*args, **options):
     """The losses, and the gradients of the weight and of `x`."""
-    return jax.jit(ours(**options))(*args)
+    return jax.device_get(jax.jit(ours(**options))(*args))
 
 
 def case(weight=WEIGHT, x=X, labels=LABELS, cotangent=COTANGENT, *, mask_padding=False, chunk=None, **rules):
@@ -54,19 +54,17 @@ def check(cases):
 
 
 # `attend` reads the same rows by every rule.
-SOME_RULES = MAIN_RULES | {name: RULES[name] for name in ("padding_negative", "norm_half")}
+SOME_RULES = {name: RULES[name] for name in ("frequency", "freeze", "norm_half", "all")} | MASKED
 
 
-@pytest.mark.parametrize(
-    "options", [SOME_RULES | MASKED, pytest.param(RULES, marks=pytest.mark.exhaustive)], ids=["", "all"]
-)
+@pytest.mark.parametrize("options", [SOME_RULES, pytest.param(RULES, marks=pytest.mark.exhaustive)], ids=["", "all"])
 def test_values_and_gradients_by_every_rule(options):
     check({name: case(**options) for name, options in options.items()})
 
 
 # Rows of a block, of a table of 7, and whether padding rows are masked.
-SIZES = {1: True, 2: False, 3: True, 6: False, 7: True, 1000: True}
-SIZES_TOO = {size: not mask_padding for size, mask_padding in SIZES.items()} | {8: True}
+SIZES = {1: True, 3: False, 7: True, 1000: False}
+SIZES_TOO = {1: False, 2: True, 3: True, 6: False, 7: False, 8: True, 1000: True}
 
 
 @pytest.mark.parametrize("sizes", [SIZES, pytest.param(SIZES_TOO, marks=pytest.mark.exhaustive)], ids=["", "too"])
@@ -83,7 +81,7 @@ def test_traced_labels_without_a_row():
         options = {"chunk": chunk, "mask_padding": mask_padding, "padding_idx": 1, "max_norm": 1.5}
         return case(labels=BAD, out_of_range=policy, **options)
 
-    cases = {policy: case_of(policy) for policy in ("error", "clip", "nan", "zero")}
+    cases = {policy: case_of(policy) for policy in ("clip", "nan")}
     check(cases | {f"{policy}, masked": case_of(policy, chunk=2, mask_padding=True) for policy in ("error", "zero")})
 
 
@@ -109,8 +107,8 @@ def test_nothing_of_a_masked_token_reaches_the_gradient():
 
 
 # The number of rows, and whether padding rows are masked; blocks are of 1024 rows.
-AS_OPTAX = [(1, True), (300, False), (1024, True), (2500, False)]
-AS_OPTAX_TOO = [(1, False), (300, True), (1024, False), (2500, True)]
+AS_OPTAX = [(1024, True), (2500, False)]
+AS_OPTAX_TOO = [(1, True), (1, False), (300, True), (300, False), (1024, False), (2500, True)]
 
 
 @pytest.mark.parametrize("cases", [AS_OPTAX, pytest.param(AS_OPTAX_TOO, marks=pytest.mark.exhaustive)], ids=["", "too"])
@@ -201,17 +199,19 @@ LOW_PRECISION = {
     ("bfloat16", "float32"): 1e-2,
     ("float16", "bfloat16"): 1e-2,
 }
+LOW = list(LOW_PRECISION)
 
 
-def test_low_precision_is_rounded_once():
+@pytest.mark.parametrize("pairs", [LOW[:2], pytest.param(LOW[2:], marks=pytest.mark.exhaustive)], ids=["", "too"])
+def test_low_precision_is_rounded_once(pairs):
     rng = np.random.default_rng(3)
     weight, x = rng.normal(size=(50, 8)), rng.normal(size=(6, 8))
     labels, cotangent = rng.integers(0, 50, 6), rng.normal(size=6).astype(np.float32)
     calls = {}
-    for stored, given in LOW_PRECISION:
-        table = Table(jnp.asarray(weight).astype(stored), max_norm=2.0)
+    for stored, given in pairs:
+        table = Table(weight.astype(np.float32).astype(stored), max_norm=2.0)
         chunk = 7 if stored == given else 10  # of 50 rows, with a rest and without
-        calls[stored, given] = ours(chunk=chunk), table, jnp.asarray(x).astype(given), labels, cotangent
+        calls[stored, given] = ours(chunk=chunk), table, x.astype(np.float32).astype(given), labels, cotangent
     for dtypes, (loss, of_weight, of_x) in in_one_program(calls).items():
         tolerance, name, (_, table, given, *_) = LOW_PRECISION[dtypes], " ".join(dtypes), calls[dtypes]
         assert (loss.dtype, of_weight.dtype, of_x.dtype) == (jnp.float32, table.dtype, given.dtype), name
@@ -226,7 +226,7 @@ def test_low_precision_is_rounded_once():
 def test_sums_of_low_precision_run_in_float32():
     """4096 tokens that each add 1 to one row; in bfloat16 they would add up to 256."""
     tokens = 4096
-    table, x = Table(jnp.zeros((2, 1), jnp.bfloat16)), jnp.ones((tokens, 1), jnp.bfloat16)
+    table, x = Table(np.zeros((2, 1), "bfloat16")), np.ones((tokens, 1), "bfloat16")
     labels, cotangent = np.zeros(tokens, int), np.full(tokens, 2, np.float32)
     _, of_weight, _ = value_and_gradients(table, x, labels, cotangent)
     np.testing.assert_array_equal(np.asarray(of_weight, np.float32), [[-tokens], [tokens]])
@@ -261,7 +261,7 @@ def test_errors():
     with pytest.raises(TypeError, match=name + r"x=...\)` must be of a float dtype, got int"):
         softmax_cross_entropy(table, LABELS, LABELS)
     with pytest.raises(TypeError, match=name + r"table=...\)` must be of a float dtype, got int"):
-        softmax_cross_entropy(Table(jnp.ones((ROWS, 3), jnp.int32)), X, LABELS)
+        softmax_cross_entropy(Table(np.ones((ROWS, 3), np.int32)), X, LABELS)
     with pytest.raises(ValueError, match=name + r"chunk=...\)` must be at least 1, got 0"):
         softmax_cross_entropy(table, X, LABELS, chunk=0)
     with pytest.raises(TypeError, match=name + r"chunk=...\)` must be a whole number, got 1.5"):

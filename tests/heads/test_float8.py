@@ -1,6 +1,7 @@
 """Heads of tables in float8: sums in float32, and gradients rounded once."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import reference
 from head_cases import assert_equal_trees, in_one_program
+from meshes import usual_and_rest
 
 import embax
 from embax import Table, attend, lookup, sampled_softmax, softmax_cross_entropy
@@ -28,12 +30,21 @@ PAIRS = [
 OPTIONS = {"label_smoothing": 0.1, "z_loss": 0.02}
 
 
+def in_dtype(array, dtype):
+    return array.astype(np.float32).astype(jnp.dtype(dtype))
+
+
 def steps(dtype):
     """What rounding to a dtype, and sums of products in it, may come to."""
     return 4 * float(jnp.finfo(dtype).eps)
 
 
-def test_values_and_gradients():
+HEADS = [(*pair, ("attend", "loss")[i % 2]) for i, pair in enumerate(PAIRS)]
+HEADS_TOO = [(*pair, ("loss", "attend")[i % 2]) for i, pair in enumerate(PAIRS)]
+
+
+@pytest.mark.parametrize("cases", [HEADS, pytest.param(HEADS_TOO, marks=pytest.mark.exhaustive)], ids=["", "too"])
+def test_values_and_gradients(cases):
     def gradients(head, table, x, *args):
         out, pull = jax.vjp(lambda table, x: head(table, x, *args), table, x)
         of_table, of_x = pull(jnp.reshape(COTANGENT, (6, *[1] * (out.ndim - 1))).astype(out.dtype) * jnp.ones_like(out))
@@ -41,10 +52,10 @@ def test_values_and_gradients():
 
     loss = functools.partial(softmax_cross_entropy, chunk=7, **OPTIONS)
     calls = {}
-    for stored, given, logits in PAIRS:
-        table, x = Table(jnp.asarray(WEIGHT).astype(stored), padding_idx=2), jnp.asarray(X).astype(given)
-        calls[stored, given, logits, "attend"] = functools.partial(gradients, attend), table, x
-        calls[stored, given, logits, "loss"] = functools.partial(gradients, loss), table, x, LABELS
+    for stored, given, logits, head in cases:
+        table, x = Table(in_dtype(WEIGHT, stored), padding_idx=2), in_dtype(X, given)
+        call = (attend, table, x) if head == "attend" else (loss, table, x, LABELS)
+        calls[stored, given, logits, head] = functools.partial(gradients, call[0]), *call[1:]
     for (stored, given, logits, head), (out, of_weight, of_x) in in_one_program(calls).items():
         name = f"{stored} {given} {head}"
         _, table, x, *_ = calls[stored, given, logits, head]
@@ -70,16 +81,24 @@ def test_values_and_gradients():
 @pytest.mark.parametrize("dtype", FLOAT8)
 def test_sums_run_in_float32(dtype):
     """4096 terms of one; in float8 they would add up to 16 or less."""
-    ones = Table(jnp.ones((1, 4096), dtype))
-    for x in jnp.ones(4096, dtype), jnp.ones(4096, jnp.bfloat16):
-        assert attend(ones, x).item() == 4096
-    table, x = Table(jnp.zeros((2, 1), dtype)), jnp.ones((4096, 1), jnp.float32)
-    loss = jax.jit(jax.grad(lambda table: softmax_cross_entropy(table, x, np.zeros(4096, int), reduction="sum") / 16))
-    np.testing.assert_array_equal(np.asarray(loss(table).weight, np.float32), [[-128], [128]])
+
+    def loss(table):
+        return softmax_cross_entropy(table, np.ones((4096, 1), np.float32), np.zeros(4096, int), reduction="sum") / 16
+
+    ones, table = Table(in_dtype(np.ones((1, 4096)), dtype)), Table(in_dtype(np.zeros((2, 1)), dtype))
+    calls = {x: (attend, ones, in_dtype(np.ones(4096), x)) for x in (dtype, "bfloat16")}
+    actual = in_one_program(calls | {"loss": (jax.grad(loss), table)})
+    assert actual[dtype] == actual["bfloat16"] == 4096
+    np.testing.assert_array_equal(np.asarray(actual["loss"].weight, np.float32), [[-128], [128]])
 
 
-@pytest.mark.parametrize("dtype", FLOAT8)
-def test_the_sampled_loss_and_tied_tables(dtype):
+@pytest.mark.parametrize(
+    ("dtype", "head"),
+    usual_and_rest(
+        [("float8_e4m3fn", "sampled"), ("float8_e5m2", "tied")], itertools.product(FLOAT8, ("sampled", "tied"))
+    ),
+)
+def test_the_sampled_loss_and_tied_tables(dtype, head):
     ids = np.array([3, 5, 0, 19, 7, 3])
 
     def sampled(table):
@@ -89,17 +108,15 @@ def test_the_sampled_loss_and_tied_tables(dtype):
     def tied(table):
         return softmax_cross_entropy(table, jnp.tanh(lookup(table, ids)), LABELS, reduction="mean")
 
-    low = Table(jnp.asarray(WEIGHT).astype(dtype), padding_idx=2)
-    wide = Table(low.weight.astype(jnp.float32), padding_idx=2)
-    calls = {
-        (f.__name__, name): (embax.value_and_grad(f), table)
-        for f in (sampled, tied)
-        for name, table in (("low", low), ("wide", wide))
-    }
-    actual = in_one_program(calls)
-    for name in "sampled", "tied":
-        (value, gradient), (expected, other) = actual[name, "low"], actual[name, "wide"]
-        gradient, other = (g.to_dense() if name == "sampled" else g.weight for g in (gradient, other))
-        np.testing.assert_allclose(value, expected, rtol=1e-6 if name == "sampled" else steps(dtype), err_msg=name)
-        assert gradient.dtype == low.dtype
-        assert_equal_trees(np.asarray(gradient, np.float32), other, name, rtol=steps(dtype), atol=steps(dtype))
+    low = Table(in_dtype(WEIGHT, dtype), padding_idx=2)
+    wide = Table(low.weight.astype(np.float32), padding_idx=2)
+
+    def value_and_gradient(table):
+        value, gradient = embax.value_and_grad({"sampled": sampled, "tied": tied}[head])(table)
+        return value, gradient.to_dense() if head == "sampled" else gradient.weight
+
+    actual = in_one_program({"low": (value_and_gradient, low), "wide": (value_and_gradient, wide)})
+    (value, gradient), (expected, other) = actual["low"], actual["wide"]
+    np.testing.assert_allclose(value, expected, rtol=1e-6 if head == "sampled" else steps(dtype))
+    assert gradient.dtype == low.dtype
+    assert_equal_trees(gradient.astype(np.float32), other, rtol=steps(dtype), atol=steps(dtype))

@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int, Int32, Shaped
 from .._base.distinct import accumulator
 from .._core import ids as _ids
 from .._core.dense import DENSE
-from .._core.lookup import read
+from .._core.lookup import read_resolved
 from .._core.storage import Storage
 from .._core.table import Table
 from .ragged import segments_of
@@ -68,7 +68,7 @@ def pool_rows(
     if table.out_of_range == "clip":  # which ids are by now; one that stands for no row may not be
         table = dataclasses.replace(table, out_of_range="nan")
     if mode == "max":
-        return _largest(read(table, ids, None, counted), counted, layout)
+        return _largest(read_resolved(table, ids, counted), counted, layout)
     return _sum_of_rows(table, ids, counted, weights, layout.offsets, layout.shape)
 
 
@@ -123,14 +123,14 @@ def _sum_of_rows(
     if table.storage.is_local:
         inputs = jnp.where(counted, ids, 0)
     else:  # one exchange of all rows, which are then summed in the same order where they have arrived
-        inputs = read(table, jnp.where(counted, ids, table.rows), None)
+        inputs = read_resolved(table, jnp.where(counted, ids, table.rows))
         if offsets is not None:
             return _summed(_terms(inputs, counted, weights), Layout(shape, offsets), table.storage)
         inputs = jnp.moveaxis(inputs, len(shape), -1)
 
     def terms(part: Array, counted: Array, weights: Array | None) -> Float[Array, "*batch_dim"]:
         if table.storage.is_local:
-            part = read(table, part, None)
+            part = read_resolved(table, part)
         elif counted.ndim > len(shape):  # several places
             part = jnp.moveaxis(part, -1, len(shape))
         return _terms(part, counted, weights)
@@ -152,10 +152,10 @@ def _sum_of_rows_jvp(shape: Any, primals: Any, tangents: Any) -> tuple[Array, An
     out = _sum_of_rows(*primals, shape)
     tangent = jnp.zeros_like(out)
     if not isinstance(of_table.weight, SymbolicZero):
-        of_rows = jax.jvp(lambda table: read(table, ids, None, counted), (table,), (of_table,))[1]
+        of_rows = jax.jvp(lambda table: read_resolved(table, ids, counted), (table,), (of_table,))[1]
         tangent += _summed(_terms(of_rows, counted, weights), layout, table.storage)
     if weights is not None and not isinstance(of_weights, SymbolicZero):
-        of_rows = _terms(read(table, ids, None, counted), counted, of_weights)
+        of_rows = _terms(read_resolved(table, ids, counted), counted, of_weights)
         tangent += _summed(of_rows, layout, table.storage)
     return out, tangent
 
@@ -207,8 +207,9 @@ def _by_places(
     axis, length = counted.ndim - 1, counted.shape[-1]
     inputs = of_ids, counted, weights
     if unroll and length <= _UNROLLED:
+        add_place = jax.jit(lambda total, *inputs: total + terms(*inputs))  # traced and lowered once for all places
         for place in range(length):
-            total += terms(*(None if x is None else x[..., place] for x in inputs))
+            total = add_place(total, *(None if x is None else x[..., place] for x in inputs))
         return total
     # A few places at a time where there are few bags.
     width = min(max(1, _BLOCK // max(1, math.prod(counted.shape[:-1]))), max(1, length))

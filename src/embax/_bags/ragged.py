@@ -1,5 +1,6 @@
 """Ragged: lists of ids of different lengths, in arrays of one static shape."""
 
+import functools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -7,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, Int, Int32
+from jaxtyping import Array, Bool, Int, Int32
 
 from .._base import check as _check
 
@@ -214,16 +215,11 @@ class Ragged:
                 f"`{call}(mask=...)` must be of the shape of the ids, {ids.shape}, got {keep.shape}. Pass one "
                 "truth value for each id."
             )
-        # Those that stay keep their order; the others get a place behind the end.
-        flat = keep.reshape(-1)
         if xp is np:
-            values = np.zeros(flat.shape[0], ids.dtype)
-            values[: np.sum(flat)] = ids[keep]
-        else:
-            ids = jnp.ravel(ids)
-            places = jnp.where(flat, jnp.cumsum(flat, dtype=jnp.int32) - 1, flat.shape[0])
-            values = jnp.zeros_like(ids).at[places].set(ids, mode="drop")
-        return cls.from_lengths(values, xp.sum(keep, axis=1, dtype=xp.int32))
+            values = np.zeros(keep.size, ids.dtype)
+            values[: np.sum(keep)] = ids[keep]
+            return cls.from_lengths(values, np.sum(keep, axis=1, dtype=np.int32))
+        return cls.from_lengths(*_kept(jnp.asarray(ids), keep))
 
     def pad_to(self, capacity: int) -> "Ragged":
         """Return the same bags with room for more ids, so that batches of different sizes have one shape.
@@ -287,6 +283,17 @@ class Ragged:
         return f"Ragged({self.bags} bags, capacity={self.capacity})"
 
 
+@functools.partial(jax.jit, inline=True)  # one program for an eager call
+def _kept(
+    ids: Int[Array, "bags length"], keep: Bool[Array, "bags length"]
+) -> tuple[Int[Array, " capacity"], Int32[Array, " bags"]]:
+    """The ids that stay, in their order and then zeros, and how many of them are in each bag."""
+    flat, keeps = jnp.ravel(ids), jnp.ravel(keep)
+    places = jnp.where(keeps, jnp.cumsum(keeps, dtype=jnp.int32) - 1, flat.shape[0])  # the others go behind the end
+    return jnp.zeros_like(flat).at[places].set(flat, mode="drop"), jnp.sum(keep, axis=1, dtype=jnp.int32)
+
+
+@functools.partial(jax.jit, static_argnums=1, inline=True)
 def segments_of(offsets: Int32[Array, " bags_and_1"], capacity: int) -> Int32[Array, " capacity"]:
     """Number the bag that each of the first places is in; behind the last bag, the number of bags."""
     # Each bag that ends at or before a place is behind it.

@@ -95,9 +95,16 @@ def read(
     Returns:
       The rows.
     """
-    resolved = _ids.resolve(ids, table.rows, table.out_of_range)
-    rows = clipped_rows(table, resolved, _gather(table, resolved, counted))
+    rows = read_resolved(table, _ids.resolve(ids, table.rows, table.out_of_range), counted)
     return rows if dtype is None else rows.astype(dtype)
+
+
+@functools.partial(jax.jit, inline=True)
+def read_resolved(
+    table: Table, ids: Int[Array, "*batch"], counted: Bool[Array, "*batch"] | None = None
+) -> Shaped[Array, "*batch_dim"]:
+    """`read` of row numbers as `_ids.resolve` gives them."""
+    return clipped_rows(table, ids, _gather(table, ids, counted))
 
 
 def _gather(

@@ -142,20 +142,24 @@ class CompositionalTable:
           ValueError: If there are more than 2**31 - 1 ids, and `jax_enable_x64` is off.
         """
         own = with_weight(self.quotient, jax.ShapeDtypeStruct((self.ids, 0), self.quotient.dtype))
-        prepared = _ids.prepare("embax.CompositionalTable(ids)", ids, own)
-        number = _ids.resolve(prepared, self.ids, self.quotient.out_of_range)
-        exists = (number >= 0) & (number < self.ids)
-        padding = jnp.zeros(number.shape, bool) if self.padding_idx is None else number == self.padding_idx
-        exists &= ~padding
-        m = self.remainder.rows
-        quotient, remainder = (_unclipped(table) for table in (self.quotient, self.remainder))
-        quotient = read(quotient, jnp.where(exists, number // m, quotient.rows), None, ~padding)
-        remainder = read(remainder, jnp.where(exists, number % m, m), None, ~padding)
-        if self.combine == "concat":
-            out = jnp.concatenate([quotient, remainder], axis=-1)
-        else:
-            out = quotient * remainder if self.combine == "mul" else quotient + remainder
-        return jnp.where(padding[..., None], jnp.zeros((), out.dtype), out)
+        return _vectors(self, _ids.prepare("embax.CompositionalTable(ids)", ids, own))
+
+
+@functools.partial(jax.jit, inline=True)  # one program for an eager call
+def _vectors(table: CompositionalTable, ids: _ids.Ids) -> Shaped[Array, "*batch_dim"]:
+    number = _ids.resolve(ids, table.ids, table.quotient.out_of_range)
+    exists = (number >= 0) & (number < table.ids)
+    padding = jnp.zeros(number.shape, bool) if table.padding_idx is None else number == table.padding_idx
+    exists &= ~padding
+    m = table.remainder.rows
+    quotient, remainder = (_unclipped(part) for part in (table.quotient, table.remainder))
+    quotient = read(quotient, jnp.where(exists, number // m, quotient.rows), None, ~padding)
+    remainder = read(remainder, jnp.where(exists, number % m, m), None, ~padding)
+    if table.combine == "concat":
+        out = jnp.concatenate([quotient, remainder], axis=-1)
+    else:
+        out = quotient * remainder if table.combine == "mul" else quotient + remainder
+    return jnp.where(padding[..., None], jnp.zeros((), out.dtype), out)
 
 
 def _unclipped(table: Table) -> Table:

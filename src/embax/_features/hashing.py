@@ -1,11 +1,12 @@
 """hash_ids: row numbers for ids that are none, such as 64-bit keys and strings."""
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int32, UInt32
+from jaxtyping import Array, Int, Int32, UInt32
 
 from .._base import check as _check
 from .._base.escapes import encoded
@@ -56,7 +57,7 @@ def hash_ids(values: Any, rows: int, seed: int = 0) -> Int32[Array, "*batch"] | 
     if seed >= 2**32:
         raise ValueError(f"`embax.hash_ids(seed=...)` must be below 2**32, got {seed}. Pass a smaller number.")
     if isinstance(values, jax.Array):
-        return _of_integers(values, rows, seed, jnp)
+        return _of_jax(values, rows, seed)
     array = np.asarray(values)
     if not isinstance(values, np.ndarray):
         if array.size == 0:  # a list without a dtype of its own
@@ -75,6 +76,11 @@ def _of_integers(values: Any, rows: int, seed: int, xp: Any) -> Any:
         raise TypeError(f"`embax.hash_ids(values=...)` must be integers or strings, got {values.dtype}. Cast them.")
     flat = values.reshape(-1)  # of NumPy's integers, only arrays wrap around without a warning
     return _below(_mixed(_words(flat, xp), seed, xp), rows, xp).reshape(values.shape)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2), inline=True)  # one program for an eager call
+def _of_jax(values: Int[Array, "*batch"], rows: int, seed: int) -> Int32[Array, "*batch"]:
+    return _of_integers(values, rows, seed, jnp)
 
 
 def _words(values: Any, xp: Any) -> tuple[_Words, _Words]:
