@@ -223,6 +223,8 @@ def _of_array(rows: Any) -> _Reader:
             f"`embax.shard(tree=...)` must have arrays of this process, or tables on the same mesh, got "
             f"{rows.sharding}. Make the table on the mesh, with Table.create(mesh=...) or from a file."
         )
+    if isinstance(rows, jax.Array) and [device.platform for device in rows.devices()] == ["cpu"]:
+        rows = np.asarray(rows)  # the same memory, of which NumPy takes parts without compiling
     # Of an array on a device, too, no more than the part is copied.
     return lambda some, columns: np.asarray(rows[(slice(some.start, max(some.stop, some.start), some.step), *columns)])
 
@@ -234,7 +236,7 @@ def _of_placed(table: Table) -> _Reader:
 
     def read(some: slice, columns: tuple[slice, ...]) -> np.ndarray:
         ids = np.arange(some.start, max(some.stop, some.start), some.step)
-        places = np.asarray(placement.positions(jnp.asarray(ids, _ids.index_dtype(table.rows))))
+        places = placement.positions(ids)
         out = np.zeros((len(ids), *table.weight.shape[1:]), table.dtype)
         for shard in shards.values():
             first, last, _ = shard.index[0].indices(placement.stored_rows)
