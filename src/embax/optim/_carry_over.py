@@ -185,11 +185,12 @@ def _carried_rows(fresh: Table, before: Table | None) -> Table:
         rows = min(fresh.rows, before.rows)
         common = unshard(before).weight[:rows].astype(fresh.dtype)
         return with_weight(fresh, jnp.concatenate([common, fresh.weight[rows:]]))
-    before = placed(before, dataclasses.replace(fresh.placement, rows=before.rows))
-    # A copy, since it is written in place, and may be an array of the parameters themselves.
-    copy = jnp.copy(fresh.weight)
+    common = placed(before, dataclasses.replace(fresh.placement, rows=min(before.rows, fresh.rows)))
+    weight = common.weight.astype(fresh.dtype)
     sharding: Any = fresh.weight.sharding
-    weight = _moves.moved_into(fresh.placement, copy, 0, before.placement, before.weight.astype(fresh.dtype))
+    if common.rows < fresh.rows:
+        # A copy, since it is written in place, and may be an array of the parameters themselves.
+        weight = _moves.moved_into(fresh.placement, jnp.copy(fresh.weight), 0, common.placement, weight)
     return with_weight(fresh, laid_out(weight, sharding))
 
 
