@@ -96,7 +96,6 @@ def off_the_mesh():
     ("layout", "optimizer", "axes", "batch"),
     usual_and_rest(
         [
-            ("rows", "rowwise_adagrad", "explicit", "split"),
             ("columns", "adam", "explicit", "split"),
             ("replicated", "sgd", "auto", "split"),
             ("rows and copies", "clipped", "explicit", "everywhere"),
