@@ -47,7 +47,7 @@ def rest(*args):
     ("layout", "axes", "batch", "plain", "weighted"),
     [
         ("rows-cyclic", "explicit", everywhere, ("sqrtn",), ("mean",)),
-        ("rows and columns", "auto", everywhere, ("sum",), ("sqrtn",)),
+        ("rows and columns", "auto", everywhere, (), ("sqrtn",)),
         ("rows over two axes", "explicit", split, ("mean",), ("sum",)),
         *[rest(*case, MODES, MODES) for case in itertools.product(POOLED, AXES, (split, everywhere))],
     ],
