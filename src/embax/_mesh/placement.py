@@ -130,11 +130,12 @@ class Placement:
         """`spec` on the mesh."""
         return NamedSharding(self.mesh, self.spec(shape, dim))
 
-    def positions(self, ids: Int[Array, "*batch"]) -> Int[Array, "*batch"]:
-        """Say where rows are stored; `stored_rows` for what is no row."""
+    def positions(self, ids: Int[Array | np.ndarray, "*batch"]) -> Any:
+        """Say where rows are stored, by NumPy for an array of NumPy; `stored_rows` for what is no row."""
         exists = (ids >= 0) & (ids < self.rows)
         places = (ids % self.shards) * self.block + ids // self.shards if self.cyclic else ids
-        return jnp.where(exists, places, self.stored_rows)
+        where = np.where if isinstance(ids, np.ndarray) else jnp.where
+        return where(exists, places, self.stored_rows)
 
     def ids(self, positions: Int[Array, "*batch"]) -> Int[Array, "*batch"]:
         """Say which rows are stored at some positions; `rows` for those where there is none."""

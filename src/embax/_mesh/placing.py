@@ -4,10 +4,8 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from .._base.dtypes import index_dtype
 from .placement import Placement
 
 # Reads rows `first, first + step, ...` below `end`, and of these some columns.
@@ -38,6 +36,8 @@ def of_array(rows: Any) -> Reader:
             f"`embax.shard(tree=...)` must have arrays of this process, or tables on the same mesh, got "
             f"{rows.sharding}. Make the table on the mesh, with Table.create(mesh=...) or from a file."
         )
+    if isinstance(rows, jax.Array) and [device.platform for device in rows.devices()] == ["cpu"]:
+        rows = np.asarray(rows)  # the same memory, of which NumPy takes parts without compiling
     # Of an array on a device, too, no more than the part is copied.
     return lambda some, columns: np.asarray(rows[(slice(some.start, max(some.stop, some.start), some.step), *columns)])
 
@@ -48,7 +48,7 @@ def of_shards(placement: Placement, leaf: jax.Array) -> Reader:
 
     def read(some: slice, columns: tuple[slice, ...]) -> np.ndarray:
         ids = np.arange(some.start, max(some.stop, some.start), some.step)
-        places = np.asarray(placement.positions(jnp.asarray(ids, index_dtype(placement.rows))))
+        places = placement.positions(ids)
         out = np.zeros((len(ids), *leaf.shape[1:]), leaf.dtype)
         for shard in shards.values():
             first, last, _ = shard.index[0].indices(placement.stored_rows)

@@ -150,11 +150,14 @@ class Sharded(Storage):
         return _placing.stored(placement, reader, (before.rows, *others.shape[1:]), others.dtype)
 
     def overwritten(self, leaf: Array, of: Storage, others: Array) -> Array:
-        """Write rows that lie as these do, into a copy: these may be an array of the parameters themselves."""
-        before = self.with_rows(of.rows_of(others.shape[0]))
-        others = before.moved(of, others).astype(leaf.dtype)
+        """Lay the rows that both have out as these, and write them."""
+        common = self.with_rows(min(of.rows_of(others.shape[0]), self.placement.rows))
+        weight = common.moved(of, others).astype(leaf.dtype)
         sharding: Any = leaf.sharding
-        return laid_out(_relayout.moved_into(self.placement, jnp.copy(leaf), 0, before.placement, others), sharding)
+        if common != self:
+            # A copy, since it is written in place, and may be an array of the parameters themselves.
+            weight = _relayout.moved_into(self.placement, jnp.copy(leaf), 0, common.placement, weight)
+        return laid_out(weight, sharding)
 
     def resized(self, call: str, leaf: Array, rows: int, fresh: Callable[[], Array]) -> tuple[Array, Storage]:
         """Give each device the rows that it is to hold now, and have it make its part of the fresh ones."""
