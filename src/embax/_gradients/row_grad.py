@@ -1,5 +1,6 @@
 """RowGrad: the gradient, or the update, of the rows of a table that were read."""
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -120,7 +121,7 @@ class RowGrad(HeldRows, metaclass=_KindOfRowGrad):
                     f"`embax.RowGrad(ids=...)` must be in [0, {rows}], {rows} for none, got {int(ids[position])} at "
                     f"position {position}. Wrap negative ids, and leave out those without a row."
                 )
-        _fill(self, _encode(jnp.asarray(ids), rows), values, rows)
+        _fill(self, _encode(ids, rows, jnp if isinstance(ids, Tracer) else np), values, rows)
 
     @property
     def ids(self) -> Int[Array, "*lanes length"]:
@@ -144,13 +145,7 @@ class RowGrad(HeldRows, metaclass=_KindOfRowGrad):
 
     def to_dense(self) -> Float[Array, "*lanes_rows_dim"]:
         """Return the gradient as an array of all rows; duplicates are summed in float32 or wider."""
-
-        def dense(ids: Int[Array, " length"], values: Float[Array, "length *dim"]) -> Float[Array, "rows *dim"]:
-            wide = values.astype(_dedupe.accumulator(self.dtype))
-            zeros = jnp.zeros((self.rows, *self.dim), wide.dtype)
-            return zeros.at[ids].add(wide, mode="drop").astype(self.dtype)
-
-        return self._of_each_lane(dense)
+        return self._of_each_lane(lambda ids, values: _dense(ids, values, self.rows))
 
     def deduplicated(self) -> "RowGrad":
         """Return the same gradient with each id once, in rising order, of the same length; sums as in `to_dense`."""
@@ -326,7 +321,7 @@ def row_grad(
     ids: Int[Array, " length"], values: Shaped[Array, "length *dim"], rows: int, *, at_owners: bool = False
 ) -> RowGrad:
     """`RowGrad` without its checks; any id outside of `[0, rows)` means none."""
-    return _fill(object.__new__(RowGrad), _encode(ids, rows), values, rows, at_owners)
+    return _fill(object.__new__(RowGrad), _encode(ids, rows, jnp), values, rows, at_owners)
 
 
 def no_rows(table: Table) -> RowGrad:
@@ -358,16 +353,17 @@ jax.tree_util.register_pytree_with_keys(
 )
 
 
-def _encode(ids: Int[Array, " length"], rows: int) -> Key[Array, " length"]:
+def _encode(ids: Int[Any, " length"], rows: int, xp: Any) -> Key[Array, " length"]:
     """Hold ids as keys: their number from 1, and 0 for none."""
-    ids = _ids.narrow(ids, rows, jnp)
+    ids = _ids.narrow(ids, rows, xp)
     valid = (ids >= 0) & (ids < rows)
-    numbers = jnp.where(valid, ids, -1) + 1
-    high = jnp.zeros_like(ids) if numbers.dtype.itemsize <= 4 else numbers >> 32
-    words = jnp.stack([high.astype(jnp.uint32), numbers.astype(jnp.uint32)], axis=-1)
+    numbers = xp.where(valid, ids, -1) + 1
+    high = xp.zeros_like(ids) if numbers.dtype.itemsize <= 4 else numbers >> 32
+    words = xp.stack([high.astype(xp.uint32), numbers.astype(xp.uint32)], axis=-1)
     return jax.random.wrap_key_data(words, impl=_KEYS)
 
 
+@functools.partial(jax.jit, static_argnums=1, inline=True)  # one program for an eager call
 def _decode(keys: Key[Array, " length"], rows: int) -> Int[Array, " length"]:
     words = jax.random.key_data(keys)
     # Of keys that are not ours, the high word may be anything.
@@ -375,6 +371,13 @@ def _decode(keys: Key[Array, " length"], rows: int) -> Int[Array, " length"]:
     if rows > np.iinfo(np.int32).max:
         numbers = (words[..., 0].astype(jnp.int64) << 32) | words[..., 1].astype(jnp.int64)
     return jnp.where(numbers == 0, rows, numbers - 1)
+
+
+@functools.partial(jax.jit, static_argnums=2, inline=True)
+def _dense(ids: Int[Array, " length"], values: Float[Array, "length *dim"], rows: int) -> Float[Array, "rows *dim"]:
+    wide = values.astype(_dedupe.accumulator(values.dtype))
+    zeros = jnp.zeros((rows, *values.shape[1:]), wide.dtype)
+    return zeros.at[ids].add(wide, mode="drop").astype(values.dtype)
 
 
 def is_trained(table: Table) -> bool:

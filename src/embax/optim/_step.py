@@ -1,6 +1,7 @@
 """One step of a transformation, run on any rows of the tables in its tree."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -212,7 +213,7 @@ def _update(table: Table, ids: Int[Array, " length"], values: Shaped[Array, "len
 def _gather(table: Table, leaf: Shaped[Array, "rows ..."], ids: Int[Array, " length"]) -> Shaped[Array, "length ..."]:
     if table.placement is not None and ids.shape[0]:
         return _placed.gather_at_owners(table.placement, leaf, ids, table.dim)
-    return leaf.at[ids].get(mode="fill", fill_value=0, wrap_negative_indices=False)
+    return _read(leaf, ids)
 
 
 def _store(
@@ -220,5 +221,17 @@ def _store(
 ) -> Shaped[Array, "rows ..."]:
     if table.placement is not None:
         return _placed.store_at_owners(table.placement, leaf, ids, rows.astype(leaf.dtype), table.dim)
+    return _written(leaf, ids, rows)
+
+
+@functools.partial(jax.jit, inline=True)  # one program for an eager call
+def _read(leaf: Shaped[Array, "rows ..."], ids: Int[Array, " length"]) -> Shaped[Array, "length ..."]:
+    return leaf.at[ids].get(mode="fill", fill_value=0, wrap_negative_indices=False)
+
+
+@functools.partial(jax.jit, inline=True)
+def _written(
+    leaf: Shaped[Array, "rows ..."], ids: Int[Array, " length"], rows: Shaped[Array, "length ..."]
+) -> Shaped[Array, "rows ..."]:
     # Places without a row lie outside and are dropped. They are equal, though, so that the ids are not called unique.
     return leaf.at[ids].set(rows.astype(leaf.dtype), mode="drop", wrap_negative_indices=False)
