@@ -1,6 +1,7 @@
 """apply_updates and global_norm: trees of arrays, Tables and RowGrads, and the check of what is given for a table."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -87,10 +88,16 @@ def _apply(param: Any, update: Any) -> Any:
     ids, values = _ids.trained(update.ids, param), update.values
     if param.placement is not None:
         return dataclasses.replace(param, weight=_added_where_stored(param, ids, values, update.at_owners))
-    if jnp.finfo(param.dtype).bits < 32:  # else the sum would be rounded after each duplicate
-        _, (ids, values, _) = _dedupe.combine(None, ids, values.astype(jnp.float32), param.rows)
-    weight = param.weight.at[ids].add(values.astype(param.dtype), mode="drop")
-    return dataclasses.replace(param, weight=weight)
+    return dataclasses.replace(param, weight=_added(param.weight, ids, values))
+
+
+@functools.partial(jax.jit, inline=True)  # one program for an eager call
+def _added(
+    weight: Float[Array, "rows *dim"], ids: Int[Array, " length"], values: Float[Array, "length *dim"]
+) -> Float[Array, "rows *dim"]:
+    if jnp.finfo(weight.dtype).bits < 32:  # else the sum would be rounded after each duplicate
+        _, (ids, values, _) = _dedupe.combine(None, ids, values.astype(jnp.float32), weight.shape[0])
+    return weight.at[ids].add(values.astype(weight.dtype), mode="drop")
 
 
 def _added_where_stored(

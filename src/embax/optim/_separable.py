@@ -62,7 +62,7 @@ def _plan(init: Callable[..., Any], update: Callable[..., Any], structure: Any, 
     params = structure.unflatten(leaves)
     kinds: tuple[Kind, ...] = tuple(_kind(init, update, params, k, owners) for k in range(len(_tables(params))))
     if "joint" in kinds:
-        off = _difference(init, update, params, owners)
+        off = _difference(init, update, *_abstract(_with_rows(params, 2 * _ROWS)), owners)
         if not off < _TOLERANCE:
             raise _mixes(f"an update that is off by {off:.2g} of its size when rows without a gradient are added")
     return Plan(owners, kinds)
@@ -120,7 +120,10 @@ def _kind(init: Any, update: Any, params: Any, number: int, owners: tuple[int | 
     return "joint"
 
 
-def _difference(init: Any, update: Any, params: Any, owners: tuple[int | None, ...]) -> float:
+@functools.lru_cache(maxsize=256)
+def _difference(
+    init: Any, update: Any, structure: Any, leaves: tuple[Any, ...], owners: tuple[int | None, ...]
+) -> float:
     """Compare what a transformation does to some rows alone and among others, as a part of the largest.
 
     Neither further rows whose gradient is zero, nor the order of the rows, nor the zeros that stand in unused places
@@ -130,6 +133,7 @@ def _difference(init: Any, update: Any, params: Any, owners: tuple[int | None, .
     def step(gradients: Any, state: Any, params: Any, value: Array) -> Any:
         return update(gradients, state, params, value=value)
 
+    params = structure.unflatten(leaves)
     # At once, also where a state is made while another function is traced.
     with jax.ensure_compile_time_eval(), np.errstate(all="ignore"):
         # Only these are compiled, a step for two numbers of rows; all else is done by NumPy.
@@ -207,6 +211,12 @@ def _with_weights(params: Any, weights: dict[int, Any]) -> Any:
             number += 1
             leaves[i] = with_weight(leaf, weights.get(number, leaf.weight))
     return structure.unflatten(leaves)
+
+
+def _with_rows(params: Any, rows: int) -> Any:
+    """Give all tables so many rows, as shapes."""
+    shapes = [jax.ShapeDtypeStruct((rows, *table.dim), table.dtype) for table in _tables(params)]
+    return _with_weights(params, dict(enumerate(shapes)))
 
 
 def _mixes(seen: str) -> ValueError:
