@@ -112,8 +112,6 @@ def after_reference_steps(start, rule, gradients):
 def test_low_precision_tables_follow_wide_ones():
     dtypes = {
         "sgd": "bfloat16",
-        "momentum": "float16",
-        "adagrad": "bfloat16",
         "adamw": "float16",
         "rowwise_adagrad": "float16",
         "rowwise_adam": "bfloat16",

@@ -67,7 +67,7 @@ CHANGES = {
     "integers": (of(), Table(np.zeros((4, 3), np.int32)), r"params\['words'\] was trained then, and is not now"),
     "no table": (
         [of(), of()],
-        [of(), np.ones((4, 3), np.float32)],
+        [of(), WEIGHT],
         r"params\['words'\]\[1\] was trained then, and is not now",
     ),
     "the second": ([of(), of(5)], [of(), of(6)], r"ones: params\['words'\]\[1\] had 5 rows, and has 6 now"),

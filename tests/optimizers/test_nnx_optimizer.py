@@ -130,9 +130,19 @@ def test_transformations_for_tables_work():
         assert values[-1][name] < values[0][name], name
 
 
+def of_batch(model):
+    return model(batch(0))
+
+
 @nnx.jit
-def gradient_of(model, ids=None):
-    return embax.nnx.grad(Model.__call__)(model, batch(0) if ids is None else ids)
+def gradient_of(model):
+    return embax.nnx.grad(of_batch)(model)
+
+
+@nnx.jit(static_argnames=("fun", "grad"))
+def step_once(model, optimizer, fun=of_batch, grad=embax.nnx.grad):
+    """Update by the gradient of a function, in one program."""
+    optimizer.update(model, grad(fun)(model))
 
 
 def test_updates_are_returned_and_steps_counted():
@@ -160,7 +170,7 @@ def test_its_state_is_found_and_survives_split_and_merge():
     copy, twin = nnx.merge(*nnx.split(optimizer)), nnx.clone(model)
     copy = nnx.clone(copy)
     for one, of in (optimizer, model), (copy, twin):
-        one.update(of, gradient_of(of))
+        step_once(of, one)
     jax.tree.map(np.testing.assert_array_equal, weights(twin), weights(model))
     assert copy.step[...] == optimizer.step[...] == 4
 
@@ -206,7 +216,7 @@ def test_gradients_of_a_part():
     model = Model()
     table = nnx.PathContains("embedding")
     optimizer = Optimizer(model, rowwise_adagrad(0.1), wrt=table)
-    optimizer.update(model, embax.nnx.grad(Model.__call__, argnums=nnx.DiffState(0, table))(model, batch(0)))
+    step_once(model, optimizer, grad=lambda fun: embax.nnx.grad(fun, argnums=nnx.DiffState(0, table)))
     np.testing.assert_array_equal(weights(model)["scale"], [[1, 2]])
     assert (weights(model)["table"][0] != WEIGHT[0]).any()
 
@@ -254,11 +264,6 @@ def test_tied_layers():
     np.testing.assert_array_equal(ours.first.embedding.get_value()[1], WEIGHT[1])
 
 
-def step_once(model, optimizer, fun, grad=embax.nnx.grad):
-    """Update by the gradient of a function, in one program."""
-    nnx.jit(lambda model, optimizer: optimizer.update(model, grad(fun)(model)))(model, optimizer)
-
-
 def test_rules_that_not_all_layers_have_do_not_hold():
     a, b = (
         Embedding.from_pretrained(WEIGHT, padding_idx=0),
@@ -272,7 +277,7 @@ def test_rules_that_not_all_layers_have_do_not_hold():
 
 def test_rules_changed_after_the_start():
     model = Model()
-    tx = lift(optax.adamw(0.1, weight_decay=0.5))
+    tx = lift(optax.chain(optax.add_decayed_weights(0.5), optax.sgd(0.1)))
     optimizer = Optimizer(model, tx)
     gradient = nnx.grad(Model.__call__)(model, batch(0))
     model.embedding.padding_idx = 1
