@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from optim_steps import Together, host
+from optim_steps import Together, host, take_step
 
 import embax
 from embax import Collection, Feature, RowGrad, Table
@@ -128,7 +128,7 @@ def test_tables_that_are_frozen_and_unfrozen():
         tables = {name: Table(jnp.asarray(WEIGHT), freeze=name in frozen) for name in "abc"}
         return tables | {"bias": np.ones(2, np.float32)}
 
-    txs = some("adamw", "rowwise_adagrad", "chain")
+    txs = some("rowwise_adagrad", "chain")
     before, after = params("a"), params("b")
     one = RowGrad([1, 2, 1], WEIGHT[:3], rows=GROWN)
     gradient = {"a": one, "b": one, "c": one, "bias": np.ones(2, np.float32)}
@@ -146,13 +146,13 @@ def test_tables_that_are_frozen_and_unfrozen():
 
 def test_a_padding_row_that_changes():
     tx = TXS["adamw"]
-    update = jax.jit(tx.update)
+    step = jax.jit(lambda params, state, gradient: take_step(tx, params, state, gradient))
     before, after = params_of(ROWS), params_of(ROWS, padding_idx=(0, 3))
-    _, state = update(gradient(0, ROWS), jax.jit(tx.init)(before), before)
+    _, state = step(before, jax.jit(tx.init)(before), gradient(0, ROWS))
     carried = carry_over(state, before, after, tx)
     assert_same(carried.inner[0].mu["words"].weight, state.inner[0].mu["words"].weight)
-    updates, _ = update(gradient(1, ROWS), carried, after)
-    moved = np.abs(embax.apply_updates(after, updates)["words"].weight - WEIGHT[:ROWS]).sum(1) > 0
+    params, _ = step(after, carried, gradient(1, ROWS))
+    moved = (np.asarray(params["words"].weight) != WEIGHT[:ROWS]).any(1)
     assert not moved[[0, 3]].any()
     assert moved[PADDING]
 
@@ -167,23 +167,20 @@ def collection_of(**rows):
 
 
 def gradient_of_collection(params):
-    parts = {
-        name: RowGrad(
-            np.arange(2) if table.rows else [], np.full((min(2, table.rows), *table.dim), i + 1.0), table.rows
-        )
+    values = {
+        name: np.full((min(2, table.rows), *table.dim), i + 1.0, np.float32)
         for i, (name, table) in enumerate(params["rows"].tables.items())
     }
     stacks = []
     for number, stack in enumerate(params["rows"].stacks):
         members = [member for member in params["rows"]._members if member.stack == number]
-        ids = np.concatenate([parts[m.name].ids + m.start for m in members])
-        values = np.concatenate([parts[m.name].values for m in members])
-        stacks.append(RowGrad(ids, values.astype(stack.dtype), rows=stack.rows))
+        ids = np.concatenate([np.arange(len(values[m.name])) + m.start for m in members])
+        stacks.append(RowGrad(ids, np.concatenate([values[m.name] for m in members]), rows=stack.rows))
     return jax.tree.structure(params, is_leaf=lambda x: isinstance(x, Table)).unflatten(stacks)
 
 
 def test_the_tables_of_a_collection_go_by_their_names():
-    txs = some("adamw", "rowwise_adagrad", "chain")
+    txs = some("rowwise_adagrad", "chain")
     before = collection_of(film=4, genre=3)
     after = collection_of(genre=5, user=2, film=6)  # another order, other sizes, one more
     apart = embax.unstack(after)

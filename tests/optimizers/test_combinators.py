@@ -308,10 +308,8 @@ COMPUTES = {
     "clip": lambda: optax.chain(optax.clip(1.0), lift(optax.sgd(0.1))),
     "clip after": lambda: optax.chain(lift(optax.sgd(0.1)), optax.clip(1.0)),
     "clip_by_global_norm": lambda: optax.chain(optax.clip_by_global_norm(1.0), lift(optax.sgd(0.1))),
-    "scale": lambda: optax.chain(lift(optax.scale_by_adam()), optax.scale(-0.1)),
-    "schedule": lambda: optax.chain(
-        lift(optax.scale_by_adam()), optax.scale_by_schedule(optax.constant_schedule(-1.0))
-    ),
+    "scale": lambda: optax.chain(lift(optax.trace(0.9)), optax.scale(-0.1)),
+    "schedule": lambda: optax.chain(lift(optax.trace(0.9)), optax.scale_by_schedule(optax.constant_schedule(-1.0))),
     "add_decayed_weights": lambda: optax.chain(optax.add_decayed_weights(0.1), lift(optax.sgd(0.1))),
     "MultiSteps": lambda: optax.MultiSteps(lift(optax.sgd(0.1)), 2),
     "ema": lambda: optax.chain(optax.ema(0.9), lift(optax.sgd(0.1))),

@@ -119,7 +119,7 @@ def test_an_array_that_is_not_donated_is_seen_as_a_copy():
 
 
 def test_steps_compile_once(caplog):
-    names = ("sgd", "adam", "rowwise_adagrad", "clip_then_adam", "apply_if_finite_outside")
+    names = ("sgd", "rowwise_adagrad", "clip_then_adam", "apply_if_finite_outside")
 
     @functools.partial(jax.jit, donate_argnums=0)
     def step(carry, ids):
@@ -130,7 +130,7 @@ def test_steps_compile_once(caplog):
 
     carry = {}
     for name in names:
-        params = {"table": Table(jnp.ones((50, DIM))), "bias": jnp.zeros(2)}
+        params = {"table": Table(np.ones((50, DIM), np.float32)), "bias": jnp.asarray(np.zeros(2, np.float32))}
         carry[name] = params, OPTIMIZERS[name].init(params)
     before = kinds(carry)
     with jax.log_compiles(True), caplog.at_level(logging.WARNING):

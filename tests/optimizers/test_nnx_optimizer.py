@@ -39,9 +39,9 @@ def weights(model):
     return {"table": model.embedding.embedding.get_value(), "scale": model.scale.get_value()}
 
 
-def train(model, optimizer, steps=8, value_and_grad=embax.nnx.value_and_grad, compiled=True):
+def train(model, optimizer, steps=8, value_and_grad=embax.nnx.value_and_grad, compiled=True, loss=Model.__call__):
     def step(model, optimizer, ids):
-        value, gradient = value_and_grad(Model.__call__)(model, ids)
+        value, gradient = value_and_grad(loss)(model, ids)
         optimizer.update(model, gradient)
         return value
 
@@ -84,14 +84,14 @@ def test_dense_gradients_are_taken_too():
 @pytest.mark.parametrize("value_and_grad", [embax.nnx.value_and_grad, nnx.value_and_grad])
 def test_padding_and_frozen_rows_never_change(value_and_grad):
     tx = lift(optax.adamw(0.1, weight_decay=0.5))
-    model = Model(padding_idx=1)
-    train(model, Optimizer(model, tx), value_and_grad=value_and_grad, steps=6)
-    changed = (weights(model)["table"] != WEIGHT).any(axis=1)
+    models = nnx.List([Model(padding_idx=1), Model(freeze=True)])
+    loss = lambda models, ids: models[0](ids) + models[1](ids)  # noqa: E731
+    train(models, Optimizer(models, tx), steps=6, value_and_grad=value_and_grad, loss=loss)
+    with_padding, frozen = (weights(model) for model in models)
+    changed = (np.asarray(with_padding["table"]) != WEIGHT).any(axis=1)
     np.testing.assert_array_equal(changed, [True, False, True, True, True, True])
-    model = Model(freeze=True)
-    train(model, Optimizer(model, tx), value_and_grad=value_and_grad, steps=6)
-    np.testing.assert_array_equal(weights(model)["table"], WEIGHT)
-    assert (weights(model)["scale"] != jnp.array([[1.0, 2.0]])).all()
+    np.testing.assert_array_equal(frozen["table"], WEIGHT)
+    assert (np.asarray(frozen["scale"]) != [[1.0, 2.0]]).all()
 
 
 def test_rows_that_are_not_read_stay_as_they_are():
@@ -104,7 +104,6 @@ def test_rows_that_are_not_read_stay_as_they_are():
 
 def test_transformations_for_tables_work():
     txs = {
-        "rowwise_adagrad": rowwise_adagrad(0.1),
         "rowwise_adam": rowwise_adam(0.1),
         "chain": optax.chain(
             embax.optim.clip_by_global_norm(1.0), lift(optax.adam(optax.cosine_decay_schedule(0.1, 100)))
@@ -265,10 +264,7 @@ def test_tied_layers():
 
 
 def test_rules_that_not_all_layers_have_do_not_hold():
-    a, b = (
-        Embedding.from_pretrained(WEIGHT, padding_idx=0),
-        Embedding.from_pretrained(WEIGHT, freeze=False),
-    )
+    a, b = Embedding.from_pretrained(WEIGHT, padding_idx=0), Embedding.from_pretrained(WEIGHT, freeze=False)
     b.embedding = a.embedding
     model = nnx.List([a, b])
     step_once(model, Optimizer(model, lift(optax.sgd(0.1))), lambda ms: (ms[0]([0, 1]) + ms[1]([0, 0])).sum())
@@ -282,7 +278,7 @@ def test_rules_changed_after_the_start():
     gradient = nnx.grad(Model.__call__)(model, batch(0))
     model.embedding.padding_idx = 1
     optimizer.update(model, gradient)
-    changed = (weights(model)["table"] != WEIGHT).any(axis=1)
+    changed = (np.asarray(weights(model)["table"]) != WEIGHT).any(axis=1)
     np.testing.assert_array_equal(changed, [True, False, True, True, True, True])
     model.embedding.freeze = True
     before = weights(model)["table"]

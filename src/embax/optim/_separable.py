@@ -71,7 +71,7 @@ def _plan(init: Callable[..., Any], update: Callable[..., Any], structure: Any, 
 def _owners(init: Callable[..., Any], structure: Any, leaves: tuple[Any, ...]) -> tuple[int | None, ...]:
     """Find the leaves of the state that have an entry for each row of a table, by giving it one row more."""
     params = structure.unflatten(leaves)
-    before, before_structure = jax.tree.flatten(jax.eval_shape(init, params))
+    before_structure, before = _state_of(init, structure, leaves)
     owners: list[int | None] = [None] * len(before)
     for k, table in enumerate(_tables(params)):
         rows = table.weight.shape[0]  # as stored, wherever they are
@@ -80,10 +80,10 @@ def _owners(init: Callable[..., Any], structure: Any, leaves: tuple[Any, ...]) -
         if before_structure != after_structure:
             raise _mixes(f"a state of {after_structure} for one row more instead of {before_structure}")
         for i, (few, many) in enumerate(zip(before, after, strict=True)):
-            if few.shape == many.shape:
+            if few == many.shape:
                 continue
-            if (few.shape[:1], many.shape) != ((rows,), (rows + 1, *few.shape[1:])) or owners[i] is not None:
-                raise _mixes(f"a state of shape {many.shape} for one row more instead of {few.shape}")
+            if (few[:1], many.shape) != ((rows,), (rows + 1, *few[1:])) or owners[i] is not None:
+                raise _mixes(f"a state of shape {many.shape} for one row more instead of {few}")
             owners[i] = k
     return tuple(owners)
 
