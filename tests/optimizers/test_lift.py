@@ -258,7 +258,7 @@ def test_ordinary_leaves_equal_those_without_tables():
 
 
 def test_frozen_and_integer_tables_pass_through_without_state():
-    txs = some("sgd", "adamw", "clip_adagrad", "rowwise_adam")
+    txs = some("sgd", "clip_adagrad", "rowwise_adam")
 
     def others():
         return {"frozen": Table(weight(), freeze=True), "whole": Table(np.arange(6).reshape(3, 2))}

@@ -106,7 +106,7 @@ ACCEPTED = {
 # These do to rows what another one does, or are compared with dense training elsewhere.
 ACCEPTED_LIKE_ANOTHER = {"sgd", "adagrad", "adamw", "lion", "adabelief", "yogi", "decay", "inject", "global_norm"}
 ACCEPTED_LIKE_ANOTHER |= {"adadelta", "adan", "ademamix", "rmsprop", "optimistic", "ema", "named_chain", "sign_sgd"}
-ACCEPTED_LIKE_ANOTHER |= {"masked_by_axes", "not_negative"}
+ACCEPTED_LIKE_ANOTHER |= {"masked_by_axes", "not_negative", "adopt", "radam"}
 
 
 @pytest.fixture(autouse=True)
