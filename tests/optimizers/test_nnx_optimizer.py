@@ -354,11 +354,11 @@ def test_a_loop_of_steps():
 
 ROWS = 10**5
 
-# An optimizer with slots; and a gradient that does not depend on the rows, lest they are written before
+# All rules, and an optimizer with slots; and a gradient that does not depend on the rows, lest they are written before
 # they are read.
 MEMORY = {
-    "adamw": (lift(optax.adamw(0.1)), Model.__call__, {"padding_idx": 0}),
-    "sgd of a sum": (lift(optax.sgd(0.1)), lambda model, ids: model.embedding(ids).sum(), ALL),
+    "adamw": (lift(optax.adamw(0.1)), Model.__call__, ALL),
+    "sgd of a sum": (lift(optax.sgd(0.1)), lambda model, ids: model.embedding(ids).sum(), {}),
 }
 
 
