@@ -1,5 +1,7 @@
 """Layers of the frameworks whose vocabulary grows in mid-training, and their optimizers."""
 
+import itertools
+
 import brainstate
 import brainunit
 import equinox as eqx
@@ -9,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from meshes import usual_and_rest
 
 import embax
 import embax.equinox
@@ -20,6 +23,7 @@ KEY = jax.random.key(0)
 WEIGHT = np.random.default_rng(0).normal(size=(GROWN, DIM)).astype(np.float32)
 TXS = {
     "adam": embax.optim.lift(optax.adam(0.1)),
+    "momentum": embax.optim.lift(optax.sgd(0.1, 0.9)),
     "rowwise": embax.optim.rowwise_adagrad(0.1),
     "chain": optax.chain(embax.optim.clip_by_global_norm(1.0), embax.optim.lift(optax.sgd(0.1, 0.9))),
 }
@@ -41,6 +45,11 @@ def table_of(rows, **rules):
     return Table(jnp.asarray(WEIGHT[:rows]), **{"padding_idx": 1, **rules})
 
 
+@nnx.jit(donate_argnums=(0, 1))
+def nnx_step(model, optimizer, ids):
+    optimizer.update(model, embax.nnx.grad(lambda model: (model(ids) ** 2).sum())(model))
+
+
 # For each framework: a model with a layer of a table; the layer grown; its optimizer; a step; what the optimizer does.
 class Nnx:
     def __init__(self, rows, tx, **rules):
@@ -49,15 +58,11 @@ class Nnx:
         self.optimizer = embax.nnx.Optimizer(self.model, tx)
 
     def step(self, ids):
-        gradient = embax.nnx.grad(lambda model: (model(jnp.asarray(ids)) ** 2).sum())(self.model)
+        gradient = embax.nnx.grad(lambda model: (model(np.asarray(ids)) ** 2).sum())(self.model)
         self.optimizer.update(self.model, gradient)
 
     def compile(self):
-        @nnx.jit(donate_argnums=(0, 1))
-        def step(model, optimizer, ids):
-            optimizer.update(model, embax.nnx.grad(lambda model: (model(ids) ** 2).sum())(model))
-
-        self.step = lambda ids: step(self.model, self.optimizer, jnp.asarray(ids))
+        self.step = lambda ids: nnx_step(self.model, self.optimizer, np.asarray(ids))
 
     def carry_over(self):
         self.optimizer.carry_over(self.model)
@@ -79,7 +84,7 @@ class Brainstate:
 
     def compile(self):
         step = embax.brainstate.jit(self.step)
-        self.step = lambda ids: step(jnp.asarray(ids))
+        self.step = lambda ids: step(np.asarray(ids))
 
     def carry_over(self):
         assert self.optimizer.carry_over(self.weights) is self.optimizer
@@ -91,16 +96,23 @@ class Brainstate:
 FRAMEWORKS = {"nnx": Nnx, "brainstate": Brainstate}
 
 
-@pytest.mark.parametrize("framework", FRAMEWORKS)
-@pytest.mark.parametrize("name", TXS)
+@pytest.mark.parametrize(
+    ("framework", "name"),
+    usual_and_rest(
+        [("nnx", "adam"), ("nnx", "chain"), ("brainstate", "rowwise"), ("brainstate", "chain")],
+        itertools.product(FRAMEWORKS, TXS),
+    ),
+)
 def test_training_goes_on_as_if_the_table_had_always_been_large(framework, name):
     small, large = (FRAMEWORKS[framework](rows, TXS[name]) for rows in (ROWS, GROWN))
     for model in (small, large):
-        model.step([0, 2, 2, 1])
+        model.compile()
+        for _ in range(2):
+            model.step([0, 2, 2, 1])
     small.layer.resize(GROWN, KEY, init=rest)
     assert (small.layer.num_embeddings, small.layer.padding_idx) == (GROWN, 1)
     with pytest.raises(ValueError, match=REFUSED):
-        small.step([7])
+        small.step([0, 2, 2, 1])
     small.carry_over()
     for model in (small, large):
         model.step([7, 0, 7, 1])
@@ -111,26 +123,10 @@ def test_training_goes_on_as_if_the_table_had_always_been_large(framework, name)
 
 
 @pytest.mark.parametrize("framework", FRAMEWORKS)
-def test_a_compiled_step_takes_the_grown_table(framework):
-    small, large = (FRAMEWORKS[framework](rows, TXS["rowwise"]) for rows in (ROWS, GROWN))
-    for model in (small, large):
-        model.compile()
-        for _ in range(2):
-            model.step([0, 2, 2, 1])
-    small.layer.resize(GROWN, KEY, init=rest)
-    with pytest.raises(ValueError, match=REFUSED):
-        small.step([0, 2, 2, 1])
-    small.carry_over()
-    for model in (small, large):
-        model.step([7, 0, 7, 1])
-    for ours, theirs in zip(small.result(), large.result(), strict=True):
-        if ours.dtype != jnp.int32:
-            np.testing.assert_allclose(ours, theirs, rtol=1e-6)
-
-
-@pytest.mark.parametrize("framework", FRAMEWORKS)
 def test_a_table_that_is_no_longer_frozen_and_another_padding_row(framework):
-    model = FRAMEWORKS[framework](ROWS, TXS["adam"], freeze=True)
+    model = FRAMEWORKS[framework](ROWS, TXS["momentum"], freeze=True)
+    if framework == "nnx":  # brainstate traces no second time for other rules
+        model.compile()
     model.step([0, 2])
     np.testing.assert_array_equal(model.layer.table.weight, WEIGHT[:ROWS])
     model.layer.freeze, model.layer.padding_idx = False, 3
@@ -138,33 +134,33 @@ def test_a_table_that_is_no_longer_frozen_and_another_padding_row(framework):
         model.step([0, 2])
     model.carry_over()
     model.step([0, 3])
-    moved = np.abs(model.layer.table.weight - WEIGHT[:ROWS]).sum(1) > 0
+    moved = np.abs(np.asarray(model.layer.table.weight) - WEIGHT[:ROWS]).sum(1) > 0
     assert moved.tolist() == [True, False, False, False, False]
 
 
 def test_a_layer_that_an_nnx_model_gains():
     model = nnx.Dict(a=embax.nnx.Embedding.from_table(table_of(ROWS)))
-    optimizer = embax.nnx.Optimizer(model, TXS["adam"])
+    optimizer = embax.nnx.Optimizer(model, TXS["momentum"])
     model["b"] = embax.nnx.Embedding.from_table(table_of(GROWN))
     optimizer.carry_over(model)
     gradient = embax.nnx.grad(lambda model: (model["a"](0) + model["b"](7)).sum())(model)
     optimizer.update(model, gradient)
-    assert np.abs(model["b"].embedding[...] - WEIGHT).sum(1).nonzero()[0].tolist() == [7]
+    assert np.abs(np.asarray(model["b"].embedding[...]) - WEIGHT).sum(1).nonzero()[0].tolist() == [7]
 
 
 def test_states_that_brainstate_gains_and_loses():
     layers = {name: embax.Embedding.from_table(table_of(ROWS)) for name in "abc"}
     weights = {name: layer.weight for name, layer in layers.items()}
-    optimizer = embax.brainstate.Optimizer(TXS["adam"])
+    optimizer = embax.brainstate.Optimizer(TXS["momentum"])
     with pytest.raises(ValueError, match=r"carry_over` must follow register_trainable_weights"):
         optimizer.carry_over(weights)
     optimizer.register_trainable_weights({"a": weights["a"], "b": weights["b"]})
     optimizer.update({name: RowGrad([0], WEIGHT[:1], rows=ROWS) for name in "ab"})
     optimizer.carry_over({"b": weights["b"], "c": weights["c"]})
-    mean = optimizer.opt_state.value.inner[0].mu
-    assert set(mean) == {"b", "c"}
-    assert np.abs(mean["b"].weight[0]).sum() > 0
-    assert np.abs(mean["c"].weight).sum() == 0
+    trace = optimizer.opt_state.value.inner[0].trace
+    assert set(trace) == {"b", "c"}
+    assert np.asarray(trace["b"].weight)[0].any()
+    assert not np.asarray(trace["c"].weight).any()
     with pytest.raises(TypeError, match=r"carry_over\(states=...\)` must be a dict of States, got list"):
         optimizer.carry_over([weights["b"]])
     optimizer.update({name: RowGrad([0], WEIGHT[:1], rows=ROWS) for name in "bc"})
@@ -177,12 +173,12 @@ def test_the_modules_of_equinox():
     np.testing.assert_array_equal(grown.weight, WEIGHT)
     of = lambda model: eqx.filter(model, eqx.is_inexact_array)  # noqa: E731
     gradient = embax.grad(lambda model: (model(jnp.array([0, 2])) ** 2).sum())
-    _, state = tx.update(gradient(model), tx.init(of(model)), of(model))
+    _, state = jax.jit(lambda model: tx.update(gradient(model), tx.init(of(model)), of(model)))(model)
     with pytest.raises(ValueError, match=r"params.table had 5 rows, and has 8 now"):
-        tx.update(gradient(grown), state, of(grown))
+        jax.eval_shape(lambda model: tx.update(gradient(model), state, of(model)), grown)
     carried = embax.optim.carry_over(state, of(model), of(grown), tx)
-    np.testing.assert_array_equal(carried.inner[0].mu.weight[:ROWS], state.inner[0].mu.weight)
-    tx.update(gradient(grown), carried, of(grown))
+    np.testing.assert_array_equal(np.asarray(carried.inner[0].mu.weight)[:ROWS], state.inner[0].mu.weight)
+    jax.eval_shape(lambda model: tx.update(gradient(model), carried, of(model)), grown)
 
 
 def test_the_padding_row_stays_the_same_where_it_is_counted_from_the_end():
@@ -195,7 +191,7 @@ def test_a_weight_with_a_unit_grows():
     layer = embax.Embedding.from_pretrained(WEIGHT[:ROWS] * brainunit.mV, freeze=False)
     layer.resize(GROWN)
     assert layer.weight.value.unit == brainunit.mV
-    np.testing.assert_array_equal(layer.weight.value.mantissa[:ROWS], WEIGHT[:ROWS])
+    np.testing.assert_array_equal(np.asarray(layer.weight.value.mantissa)[:ROWS], WEIGHT[:ROWS])
     layer.resize(2)
     assert layer([0, 1]).shape == (2, DIM)
 

@@ -41,9 +41,9 @@ def gradient_of(params):
 
     def one(leaf):
         if not isinstance(leaf, Table):
-            return jnp.ones_like(leaf)
-        ids = jnp.arange(min(leaf.rows, 2))
-        return RowGrad(ids, jnp.ones((len(ids), *leaf.dim)), rows=leaf.rows)
+            return np.ones_like(leaf)
+        ids = np.arange(min(leaf.rows, 2))
+        return RowGrad(ids, np.ones((len(ids), *leaf.dim), np.float32), rows=leaf.rows)
 
     return jax.tree.map(one, params, is_leaf=lambda node: isinstance(node, Table))
 
@@ -64,8 +64,12 @@ CHANGES = {
     "no padding": (of(padding_idx=(0, 2)), of(padding_idx=2), r"had padding_idx=\(0, 2\), and has 2 now"),
     "frozen": (of(), of(freeze=True), r"params\['words'\] was trained then, and is not now"),
     "unfrozen": (of(freeze=True), of(), r"params\['words'\] is trained now, and was not then"),
-    "integers": (of(), Table(jnp.zeros((4, 3), jnp.int32)), r"params\['words'\] was trained then, and is not now"),
-    "no table": ([of(), of()], [of(), jnp.ones((4, 3))], r"params\['words'\]\[1\] was trained then, and is not now"),
+    "integers": (of(), Table(np.zeros((4, 3), np.int32)), r"params\['words'\] was trained then, and is not now"),
+    "no table": (
+        [of(), of()],
+        [of(), WEIGHT],
+        r"params\['words'\]\[1\] was trained then, and is not now",
+    ),
     "the second": ([of(), of(5)], [of(), of(6)], r"ones: params\['words'\]\[1\] had 5 rows, and has 6 now"),
     "swapped": ([of(4), of(5)], [of(5), of(4)], r"\[0\] had 4 rows, and has 5 now; params\['words'\]\[1\] had 5 rows"),
     "in a Collection": (
@@ -89,9 +93,10 @@ CHANGES = {
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_state_of_other_tables_is_refused(change):
     before, after, message = CHANGES[change]
-    for name, tx in TXS.items():
-        state = jax.eval_shape(tx.init, {"words": before, "bias": jnp.ones(2)})
-        params = {"words": after, "bias": jnp.ones(2)}
+    for name in TXS if change == "more rows" else ("adam", "clip"):
+        tx = TXS[name]
+        state = jax.eval_shape(tx.init, {"words": before, "bias": np.ones(2, np.float32)})
+        params = {"words": after, "bias": np.ones(2, np.float32)}
         where = r"embax.optim.clip_by_global_norm\(...\)" if name in ("clip", "chain") else r"embax.optim.lift\(tx\)"
         with pytest.raises(ValueError, match=rf"`{where}.update\(state=...\)` must belong to the tables .*{message}"):
             jax.eval_shape(tx.update, gradient_of(params), state, params)
@@ -100,15 +105,16 @@ def test_a_state_of_other_tables_is_refused(change):
 def test_a_single_table_is_named_too():
     tx = lift(optax.adam(0.1))
     with pytest.raises(ValueError, match="ones: params had 4 rows, and has 8 now"):
-        tx.update(RowGrad([7], jnp.ones((1, 3)), rows=8), tx.init(of(4)), of(8))
+        tx.update(RowGrad([7], np.ones((1, 3), np.float32), rows=8), tx.init(of(4)), of(8))
 
 
 def test_clipping_without_parameters_goes_by_the_gradients():
     tx = clip_by_global_norm(1.0)
-    params = {"a": of(4), "b": of(5, freeze=True), "c": jnp.ones(2)}
+    update = jax.jit(tx.update)
+    params = {"a": of(4), "b": of(5, freeze=True), "c": np.ones(2, np.float32)}
     state = tx.init(params)
-    clipped, state = tx.update(gradient_of(params), state)
-    assert tx.update(clipped, state)[1].made_for == state.made_for
+    clipped, state = update(gradient_of(params), state)
+    assert jax.eval_shape(tx.update, clipped, state)[1].made_for == state.made_for
     with pytest.raises(ValueError, match=r"clip_by_global_norm.*params\['a'\] had 4 rows, and has 6 now"):
         tx.update(gradient_of(params | {"a": of(6)}), state)
 
@@ -127,13 +133,16 @@ def test_rules_that_a_state_does_not_depend_on_may_change():
     changed = {"words": of(**others), "film": collection(film=of(3, **others), user=of(3, **others))}
     gradient = gradient_of(params)
 
+    txs = {name: TXS[name] for name in ("rowwise_adam", "joint", "chain")}
+
     @jax.jit
     def stepped(params, states):
-        return {name: tx.update(gradient, states[name], params) for name, tx in TXS.items()}
+        return {name: tx.update(gradient, states[name], params) for name, tx in txs.items()}
 
-    states = {name: state for name, (_, state) in stepped(params, {n: t.init(params) for n, t in TXS.items()}).items()}
+    states = jax.jit(lambda params: {name: tx.init(params) for name, tx in txs.items()})(params)
+    states = {name: state for name, (_, state) in stepped(params, states).items()}
     same, other = stepped(params, states), stepped(changed, states)
-    for name in TXS:
+    for name in txs:
         for ours, theirs in zip(jax.tree.leaves(other[name][1]), jax.tree.leaves(same[name][1]), strict=True):
             np.testing.assert_array_equal(ours, theirs, err_msg=name)
         # So that it can be carried through a loop, and nothing compiles twice.
@@ -173,7 +182,8 @@ def test_steps_compile_once():
 )
 def test_what_a_state_was_made_for_stays_with_it(through):
     params = {"words": of(padding_idx=(0, 2)), "film": collection(film=of(3), user=of(2))}
-    for tx in TXS.values():
+    for name in ("rowwise_adam", "chain"):
+        tx = TXS[name]
         state = tx.init(params)
         other = through(state)
         assert jax.tree.structure(other) == jax.tree.structure(state)
@@ -190,7 +200,7 @@ def without_description(state):
 
 
 def test_a_state_that_does_not_say_what_it_was_made_for_is_refused_and_carried_over():
-    params = {"words": of(), "bias": jnp.ones(2)}
+    params = {"words": of(), "bias": np.ones(2, np.float32)}
     for tx in TXS.values():
         state = tx.init(params)
         with pytest.raises(ValueError, match=r"must say which tables .*older checkpoint.*carry_over"):
@@ -200,14 +210,14 @@ def test_a_state_that_does_not_say_what_it_was_made_for_is_refused_and_carried_o
 
 
 def test_what_is_no_state_of_the_transformation_is_refused():
-    params = {"words": of(), "bias": jnp.ones(2)}
+    params = {"words": of(), "bias": np.ones(2, np.float32)}
     gradient = gradient_of(params)
     adam, sgd = TXS["adam"], TXS["sgd"]
     with pytest.raises(TypeError, match=r"lift\(tx\).update\(state=...\)` must be a LiftState, got tuple"):
         adam.update(gradient, (), params)
     with pytest.raises(ValueError, match=r"must be what its `init` gives for the parameters, got 0 arrays"):
         adam.update(gradient, sgd.init(params), params)
-    other = params | {"bias": jnp.ones(3)}
+    other = params | {"bias": np.ones(3, np.float32)}
     with pytest.raises(ValueError, match=r"got the shape \(2,\) instead of \(3,\) for `inner\[0\].mu\['bias'\]`. If"):
         adam.update(gradient_of(other), adam.init(params), other)
 
@@ -220,5 +230,5 @@ def test_the_rules_are_those_of_the_parameters_at_each_step():
     tx, params = TXS["adam"], {"words": of(max_norm=1.0)}
     state = tx.init(params)
     params["words"] = dataclasses.replace(params["words"], max_norm=None)
-    updates, _ = tx.update(gradient_of(params), state, params)
+    updates, _ = jax.jit(tx.update)(gradient_of(params), state, params)
     assert embax.apply_updates(params, updates)["words"].max_norm is None

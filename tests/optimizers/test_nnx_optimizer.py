@@ -39,9 +39,9 @@ def weights(model):
     return {"table": model.embedding.embedding.get_value(), "scale": model.scale.get_value()}
 
 
-def train(model, optimizer, steps=8, value_and_grad=embax.nnx.value_and_grad, compiled=True):
+def train(model, optimizer, steps=8, value_and_grad=embax.nnx.value_and_grad, compiled=True, loss=Model.__call__):
     def step(model, optimizer, ids):
-        value, gradient = value_and_grad(Model.__call__)(model, ids)
+        value, gradient = value_and_grad(loss)(model, ids)
         optimizer.update(model, gradient)
         return value
 
@@ -84,14 +84,14 @@ def test_dense_gradients_are_taken_too():
 @pytest.mark.parametrize("value_and_grad", [embax.nnx.value_and_grad, nnx.value_and_grad])
 def test_padding_and_frozen_rows_never_change(value_and_grad):
     tx = lift(optax.adamw(0.1, weight_decay=0.5))
-    model = Model(padding_idx=1)
-    train(model, Optimizer(model, tx), value_and_grad=value_and_grad, steps=6)
-    changed = (weights(model)["table"] != WEIGHT).any(axis=1)
+    models = nnx.List([Model(padding_idx=1), Model(freeze=True)])
+    loss = lambda models, ids: models[0](ids) + models[1](ids)  # noqa: E731
+    train(models, Optimizer(models, tx), steps=6, value_and_grad=value_and_grad, loss=loss)
+    with_padding, frozen = (weights(model) for model in models)
+    changed = (np.asarray(with_padding["table"]) != WEIGHT).any(axis=1)
     np.testing.assert_array_equal(changed, [True, False, True, True, True, True])
-    model = Model(freeze=True)
-    train(model, Optimizer(model, tx), value_and_grad=value_and_grad, steps=6)
-    np.testing.assert_array_equal(weights(model)["table"], WEIGHT)
-    assert (weights(model)["scale"] != jnp.array([[1.0, 2.0]])).all()
+    np.testing.assert_array_equal(frozen["table"], WEIGHT)
+    assert (np.asarray(frozen["scale"]) != [[1.0, 2.0]]).all()
 
 
 def test_rows_that_are_not_read_stay_as_they_are():
@@ -104,7 +104,6 @@ def test_rows_that_are_not_read_stay_as_they_are():
 
 def test_transformations_for_tables_work():
     txs = {
-        "rowwise_adagrad": rowwise_adagrad(0.1),
         "rowwise_adam": rowwise_adam(0.1),
         "chain": optax.chain(
             embax.optim.clip_by_global_norm(1.0), lift(optax.adam(optax.cosine_decay_schedule(0.1, 100)))
@@ -130,9 +129,19 @@ def test_transformations_for_tables_work():
         assert values[-1][name] < values[0][name], name
 
 
+def of_batch(model):
+    return model(batch(0))
+
+
 @nnx.jit
-def gradient_of(model, ids=None):
-    return embax.nnx.grad(Model.__call__)(model, batch(0) if ids is None else ids)
+def gradient_of(model):
+    return embax.nnx.grad(of_batch)(model)
+
+
+@nnx.jit(static_argnames=("fun", "grad"))
+def step_once(model, optimizer, fun=of_batch, grad=embax.nnx.grad):
+    """Update by the gradient of a function, in one program."""
+    optimizer.update(model, grad(fun)(model))
 
 
 def test_updates_are_returned_and_steps_counted():
@@ -160,7 +169,7 @@ def test_its_state_is_found_and_survives_split_and_merge():
     copy, twin = nnx.merge(*nnx.split(optimizer)), nnx.clone(model)
     copy = nnx.clone(copy)
     for one, of in (optimizer, model), (copy, twin):
-        one.update(of, gradient_of(of))
+        step_once(of, one)
     jax.tree.map(np.testing.assert_array_equal, weights(twin), weights(model))
     assert copy.step[...] == optimizer.step[...] == 4
 
@@ -206,7 +215,7 @@ def test_gradients_of_a_part():
     model = Model()
     table = nnx.PathContains("embedding")
     optimizer = Optimizer(model, rowwise_adagrad(0.1), wrt=table)
-    optimizer.update(model, embax.nnx.grad(Model.__call__, argnums=nnx.DiffState(0, table))(model, batch(0)))
+    step_once(model, optimizer, grad=lambda fun: embax.nnx.grad(fun, argnums=nnx.DiffState(0, table)))
     np.testing.assert_array_equal(weights(model)["scale"], [[1, 2]])
     assert (weights(model)["table"][0] != WEIGHT[0]).any()
 
@@ -254,16 +263,8 @@ def test_tied_layers():
     np.testing.assert_array_equal(ours.first.embedding.get_value()[1], WEIGHT[1])
 
 
-def step_once(model, optimizer, fun, grad=embax.nnx.grad):
-    """Update by the gradient of a function, in one program."""
-    nnx.jit(lambda model, optimizer: optimizer.update(model, grad(fun)(model)))(model, optimizer)
-
-
 def test_rules_that_not_all_layers_have_do_not_hold():
-    a, b = (
-        Embedding.from_pretrained(WEIGHT, padding_idx=0),
-        Embedding.from_pretrained(WEIGHT, freeze=False),
-    )
+    a, b = Embedding.from_pretrained(WEIGHT, padding_idx=0), Embedding.from_pretrained(WEIGHT, freeze=False)
     b.embedding = a.embedding
     model = nnx.List([a, b])
     step_once(model, Optimizer(model, lift(optax.sgd(0.1))), lambda ms: (ms[0]([0, 1]) + ms[1]([0, 0])).sum())
@@ -272,12 +273,12 @@ def test_rules_that_not_all_layers_have_do_not_hold():
 
 def test_rules_changed_after_the_start():
     model = Model()
-    tx = lift(optax.adamw(0.1, weight_decay=0.5))
+    tx = lift(optax.chain(optax.add_decayed_weights(0.5), optax.sgd(0.1)))
     optimizer = Optimizer(model, tx)
     gradient = nnx.grad(Model.__call__)(model, batch(0))
     model.embedding.padding_idx = 1
     optimizer.update(model, gradient)
-    changed = (weights(model)["table"] != WEIGHT).any(axis=1)
+    changed = (np.asarray(weights(model)["table"]) != WEIGHT).any(axis=1)
     np.testing.assert_array_equal(changed, [True, False, True, True, True, True])
     model.embedding.freeze = True
     before = weights(model)["table"]
@@ -358,7 +359,7 @@ ROWS = 10**5
 # All rules, and an optimizer with slots; and a gradient that does not depend on the rows, lest they are written before
 # they are read.
 MEMORY = {
-    "adamw": (lift(optax.adamw(0.1)), Model.__call__, {"padding_idx": 0, "max_norm": 1.0, "scale_grad_by_freq": True}),
+    "adamw": (lift(optax.adamw(0.1)), Model.__call__, ALL),
     "sgd of a sum": (lift(optax.sgd(0.1)), lambda model, ids: model.embedding(ids).sum(), {}),
 }
 

@@ -166,7 +166,8 @@ LEAVES = {
 
 def test_ordinary_leaves_have_a_second_moment_a_number():
     tolerances = {"float32": 2e-5, "float16": 0.01, "bfloat16": 0.1}
-    cases = [(name, dtype) for name in LEAVES for dtype in tolerances if (name, dtype) != ("adagrad", "float16")]
+    cases = [("adagrad", "float32"), ("adagrad_schedule", "float16"), ("adagrad", "bfloat16"), ("adam", "float32")]
+    cases += [("adam", "float16"), ("adam", "bfloat16")]
     txs = Together({case: LEAVES[case[0]][0] for case in cases})
     of_table = RowGrad([1], np.ones((1, DIM), np.float32), rows=ROWS)
     biases = [{case: weight(case[1], (5, 2), seed=i + 1) for case in cases} for i in range(10)]

@@ -1,5 +1,6 @@
 """Distinct ids: sum the values that belong to one row, by slots or by sort."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -36,6 +37,7 @@ class Distinct(NamedTuple):
     number: Int32[Array, ""]  # how many places are not left over
 
 
+@functools.partial(jax.jit, static_argnums=3, inline=True)  # one program for an eager call
 def combine(
     slots: Slots, ids: Int[Array, " ids"], values: PyTree[Shaped[Array, "ids ..."]], rows: int
 ) -> tuple[Slots, Distinct]:

@@ -1,6 +1,7 @@
 """Dense: the rows of a table in one array, in the order of their ids. A base of storages with another order."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
@@ -147,17 +148,20 @@ class Dense(Storage):
         """Sum by slots or by a sort."""
         return *_distinct.combine(slots, ids, values, rows), 0
 
+    @functools.partial(jax.jit, static_argnums=(0, 3), inline=True)  # one program for an eager call
     def gather(self, leaf: Array, ids: Array, dim: tuple[int, ...]) -> Array:
         """Gather them."""
         places = leaf.at[self.positions(ids, leaf.shape[0])]
         return places.get(mode="fill", fill_value=0, wrap_negative_indices=False)
 
+    @functools.partial(jax.jit, static_argnums=(0, 4, 5), inline=True)
     def store(self, leaf: Array, ids: Array, values: Array, dim: tuple[int, ...], mode: Mode = "set") -> Array:
         """Scatter them."""
         places = leaf.at[self.positions(ids, leaf.shape[0])]
         write = places.set if mode == "set" else places.add
         return write(values.astype(leaf.dtype), mode="drop", wrap_negative_indices=False)
 
+    @functools.partial(jax.jit, static_argnums=(0, 4), inline=True)
     def add(self, leaf: Array, ids: Array, values: Array, distinct: bool) -> Array:
         """Scatter-add."""
         if jnp.finfo(leaf.dtype).bits < 32:  # else the sum would be rounded after each duplicate
