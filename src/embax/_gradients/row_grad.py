@@ -1,5 +1,6 @@
 """RowGrad: the gradient, or the update, of the rows of a table that were read."""
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -144,22 +145,11 @@ class RowGrad(HeldRows, metaclass=_KindOfRowGrad):
 
     def to_dense(self) -> Float[Array, "*lanes_rows_dim"]:
         """Return the gradient as an array of all rows; duplicates are summed in float32 or wider."""
-
-        def dense(ids: Int[Array, " length"], values: Float[Array, "length *dim"]) -> Float[Array, "rows *dim"]:
-            wide = values.astype(_dedupe.accumulator(self.dtype))
-            zeros = jnp.zeros((self.rows, *self.dim), wide.dtype)
-            return zeros.at[ids].add(wide, mode="drop").astype(self.dtype)
-
-        return self._of_each_lane(dense)
+        return _dense(self)
 
     def deduplicated(self) -> "RowGrad":
         """Return the same gradient with each id once, in rising order, of the same length; sums as in `to_dense`."""
-
-        def distinct(ids: Int[Array, " length"], values: Float[Array, "length *dim"]) -> "RowGrad":
-            _, combined = _dedupe.combine(None, ids, values, self.rows)
-            return row_grad(combined.ids, combined.values, self.rows)
-
-        return self._of_each_lane(distinct)
+        return _deduplicated(self)
 
     def sum(self, axis: int | tuple[int, ...] | None = None) -> "RowGrad":
         """Return the sum of lanes: a gradient with the rows of all of them.
@@ -191,17 +181,7 @@ class RowGrad(HeldRows, metaclass=_KindOfRowGrad):
                 f"`embax.RowGrad.sum(axis=...)` must name axes of the lanes {self.lanes}, got {axis}. Rows are summed "
                 "by to_dense().sum."
             )
-        summed = sorted(axis % lanes for axis in axes)
-        kept = [axis for axis in range(lanes) if axis not in summed]
-        order = [*kept, *summed]
-        shape = (
-            *(self.lanes[axis] for axis in kept),
-            math.prod(self.lanes[axis] for axis in summed) * self._keys.shape[-1],
-        )
-        keys = jnp.transpose(self._keys, (*order, lanes)).reshape(shape)
-        rest = range(lanes, self.values.ndim)
-        values = jnp.transpose(self.values, (*order, *rest)).reshape(*shape, *self.dim)
-        return _fill(object.__new__(RowGrad), keys, values, self.rows, self.at_owners)
+        return _joined(self, tuple(sorted(axis % lanes for axis in axes)))
 
     def psum(self, axis_name: Any) -> "RowGrad":
         """Return the sum over a mapped axis, as `jax.lax.psum` does for arrays: a gradient with the rows of all.
@@ -242,10 +222,7 @@ class RowGrad(HeldRows, metaclass=_KindOfRowGrad):
                 f"`RowGrad + RowGrad` must have the same lanes, got {self.lanes} and {other.lanes}. Sum lanes first: "
                 "g.sum(axis=0)."
             )
-        length = len(self.lanes)
-        keys = jnp.concatenate([self._keys, other._keys], axis=length)
-        values = jnp.concatenate([self.values, other.values], axis=length)
-        return _fill(object.__new__(RowGrad), keys, values, self.rows)
+        return _together(self, other)
 
     __radd__ = __add__
 
@@ -286,12 +263,6 @@ class RowGrad(HeldRows, metaclass=_KindOfRowGrad):
     def empty(self) -> "RowGrad":
         """The same node with None for its leaves."""
         return _fill(object.__new__(RowGrad), None, None, self.rows, self.at_owners)
-
-    def _of_each_lane(self, function: Callable[[Any, Any], Any]) -> Any:
-        """Call a function of the ids and the values of one lane for all of them."""
-        for _ in self.lanes:
-            function = jax.vmap(function)
-        return function(_ids.on_every_device(self.ids), _ids.on_every_device(self.values))
 
     def __repr__(self) -> str:
         values = self.values
@@ -358,6 +329,8 @@ jax.tree_util.register_pytree_with_keys(
 )
 
 
+# What follows is compiled so that an eager call runs one program.
+@functools.partial(jax.jit, static_argnums=1, inline=True)
 def _encode(ids: Int[Array, " length"], rows: int) -> Key[Array, " length"]:
     """Hold ids as keys: their number from 1, and 0 for none."""
     ids = _ids.narrow(ids, rows, jnp)
@@ -368,6 +341,7 @@ def _encode(ids: Int[Array, " length"], rows: int) -> Key[Array, " length"]:
     return jax.random.wrap_key_data(words, impl=_KEYS)
 
 
+@functools.partial(jax.jit, static_argnums=1, inline=True)
 def _decode(keys: Key[Array, " length"], rows: int) -> Int[Array, " length"]:
     words = jax.random.key_data(keys)
     # Of keys that are not ours, the high word may be anything.
@@ -375,6 +349,51 @@ def _decode(keys: Key[Array, " length"], rows: int) -> Int[Array, " length"]:
     if rows > np.iinfo(np.int32).max:
         numbers = (words[..., 0].astype(jnp.int64) << 32) | words[..., 1].astype(jnp.int64)
     return jnp.where(numbers == 0, rows, numbers - 1)
+
+
+@functools.partial(jax.jit, inline=True)
+def _dense(gradient: RowGrad) -> Float[Array, "*lanes_rows_dim"]:
+    def dense(ids: Int[Array, " length"], values: Float[Array, "length *dim"]) -> Float[Array, "rows *dim"]:
+        wide = values.astype(_dedupe.accumulator(values.dtype))
+        zeros = jnp.zeros((gradient.rows, *gradient.dim), wide.dtype)
+        return zeros.at[ids].add(wide, mode="drop").astype(values.dtype)
+
+    return _of_each_lane(gradient, dense)
+
+
+@functools.partial(jax.jit, inline=True)
+def _deduplicated(gradient: RowGrad) -> RowGrad:
+    def distinct(ids: Int[Array, " length"], values: Float[Array, "length *dim"]) -> RowGrad:
+        _, combined = _dedupe.combine(None, ids, values, gradient.rows)
+        return row_grad(combined.ids, combined.values, gradient.rows)
+
+    return _of_each_lane(gradient, distinct)
+
+
+def _of_each_lane(gradient: RowGrad, function: Callable[[Any, Any], Any]) -> Any:
+    for _ in gradient.lanes:
+        function = jax.vmap(function)
+    return function(_ids.on_every_device(gradient.ids), _ids.on_every_device(gradient.values))
+
+
+@functools.partial(jax.jit, static_argnums=1, inline=True)
+def _joined(gradient: RowGrad, summed: tuple[int, ...]) -> RowGrad:
+    """The sum of some axes of lanes."""
+    sizes, dim, keys, values = gradient.lanes, gradient.dim, gradient._keys, gradient.values
+    kept = [axis for axis in range(len(sizes)) if axis not in summed]
+    shape = (*(sizes[axis] for axis in kept), math.prod(sizes[axis] for axis in summed) * keys.shape[-1])
+    keys = jnp.transpose(keys, (*kept, *summed, len(sizes))).reshape(shape)
+    values = jnp.transpose(values, (*kept, *summed, *range(len(sizes), values.ndim))).reshape(*shape, *dim)
+    return _fill(object.__new__(RowGrad), keys, values, gradient.rows, gradient.at_owners)
+
+
+@functools.partial(jax.jit, inline=True)
+def _together(one: RowGrad, other: RowGrad) -> RowGrad:
+    """The rows of two gradients."""
+    axis = len(one.lanes)
+    keys = jnp.concatenate([one._keys, other._keys], axis)
+    values = jnp.concatenate([one.values, other.values], axis)
+    return _fill(object.__new__(RowGrad), keys, values, one.rows)
 
 
 def is_trained(table: Table) -> bool:
