@@ -19,7 +19,7 @@ WEIGHT = np.linspace(-1.0, 2.0, 12, dtype=np.float32).reshape(6, 2)
 
 
 class Model(brainstate.nn.Module):
-    """A weight by rows, a plain one, a counter and random noise."""
+    """A weight by rows, a plain one and a counter."""
 
     def __init__(self, **rules):
         super().__init__()
@@ -29,8 +29,14 @@ class Model(brainstate.nn.Module):
 
     def update(self, ids, factor=1.0, shift=0.0):
         self.count.value += 1
-        rows = self.embedding(ids) * (1 + 0.1 * brainstate.random.rand(1, 1, 1))
-        return (jnp.sin(rows * self.scale.value) * factor + shift).sum()
+        return (jnp.sin(self.embedding(ids) * self.scale.value) * factor + shift).sum()
+
+
+class Noisy(Model):
+    """With random noise."""
+
+    def update(self, ids, factor=1.0, shift=0.0):
+        return super().update(ids, factor, shift) * (1 + 0.1 * brainstate.random.rand())
 
 
 def dense(gradient):
@@ -98,7 +104,7 @@ IN_SHORT = [
 )
 def test_returns_what_brainstate_returns(has_aux, return_value, argnums, compile_):
     def make():
-        model = Model()
+        model = Noisy()
         fun = (lambda *args: (model(*args), {"count": model.count.value})) if has_aux else lambda *args: model(*args)
         return fun, {"table": model.embedding.weight, "scale": model.scale}
 
@@ -425,7 +431,7 @@ def test_states_are_written_once_and_random_numbers_drawn_once(compile_):
     keys, models = [], []
     for grad in embax.brainstate.grad, brainstate.transform.grad:
         brainstate.random.seed(5)
-        models.append(Model())
+        models.append(Noisy())
         step = COMPILE[compile_](grad(models[-1], models[-1].states(brainstate.ParamState), return_value=True))
         values = [step(IDS)[1] for _ in range(3)]
         keys.append((values, brainstate.random.rand(4)))

@@ -1,11 +1,12 @@
 """apply_updates and global_norm: trees of arrays, Tables and RowGrads, and the check of what is given for a table."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float32, Int
+from jaxtyping import Array, Float, Float32
 
 from .._base import distinct as _dedupe
 from .._core import ids as _ids
@@ -34,6 +35,7 @@ def global_norm(tree: Any) -> Float32[Array, ""]:
     return norm_of_distinct([leaf.deduplicated().values if isinstance(leaf, RowGrad) else leaf for leaf in leaves])
 
 
+@functools.partial(jax.jit, inline=True)  # one program for an eager call
 def norm_of_distinct(leaves: list[Any]) -> Float32[Array, ""]:
     """The Euclidean norm of arrays in which nothing occurs twice."""
     squares = [jnp.square(jnp.abs(leaf.astype(_dedupe.accumulator(leaf.dtype)))).sum() for leaf in leaves]
@@ -84,18 +86,20 @@ def _apply(param: Any, update: Any) -> Any:
         # Not by adding 0, which makes 0.0 of -0.0.
         weight = without_padding(param, _apply(param.weight, update.weight), instead=param.weight)
         return dataclasses.replace(param, weight=weight)
-    ids, values = _ids.trained(update.ids, param), update.values
-    if param.placement is not None:
-        return dataclasses.replace(param, weight=_added_where_stored(param, ids, values, update.at_owners))
-    if jnp.finfo(param.dtype).bits < 32:  # else the sum would be rounded after each duplicate
-        _, (ids, values, _) = _dedupe.combine(None, ids, values.astype(jnp.float32), param.rows)
-    weight = param.weight.at[ids].add(values.astype(param.dtype), mode="drop")
-    return dataclasses.replace(param, weight=weight)
+    added = _added if param.placement is None else _added_where_stored
+    return dataclasses.replace(param, weight=added(param, update))
 
 
-def _added_where_stored(
-    table: Table, ids: Int[Array, " length"], values: Float[Array, "length *dim"], at_owners: bool
-) -> Float[Array, "stored *dim"]:
+@functools.partial(jax.jit, inline=True)  # one program for an eager call
+def _added(table: Table, update: RowGrad) -> Float[Array, "rows *dim"]:
+    ids, values = _ids.trained(update.ids, table), update.values
+    if jnp.finfo(table.dtype).bits < 32:  # else the sum would be rounded after each duplicate
+        _, (ids, values, _) = _dedupe.combine(None, ids, values.astype(jnp.float32), table.rows)
+    return table.weight.at[ids].add(values.astype(table.dtype), mode="drop")
+
+
+def _added_where_stored(table: Table, update: RowGrad) -> Float[Array, "stored *dim"]:
+    ids, values, at_owners = _ids.trained(update.ids, table), update.values, update.at_owners
     placement: Any = table.placement
     if not at_owners and jnp.finfo(table.dtype).bits >= 32:
         return _placed.put(placement, table.weight, ids, values, "add")
