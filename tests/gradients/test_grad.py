@@ -236,7 +236,7 @@ USES = {
     "frozen_inside": (PADDED, lambda t: energy(dataclasses.replace(t, freeze=True), [1, 2]) * energy(t, [2]), [1]),
     "without_weight": ((PADDED, jax.tree.map(lambda _: None, U)), lambda p: energy(p[0], [1, 2]), [2]),
     "renormalized": (Table(WEIGHT, max_norm=1.5), renormalize_between, [7]),
-    "renormalized_with_rules": (ALL, renormalize_between, [7]),
+    "renormalized_with_rules": (T, renormalize_between, [7]),
     "replaced_rules": (COUNTED, lambda t: energy(dataclasses.replace(t, max_norm=1.0), [1, 1, 2]), [3]),
     "constant": (PADDED, lambda t: 1.0, [0]),
 }  # fmt: skip
