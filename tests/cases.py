@@ -46,16 +46,18 @@ def cotangent(ids, weight=WEIGHT, seed=1):
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
-def assert_same_gradient(actual, expected, **tolerance):
-    """Two gradients of one tree are the same, whether a table's is held as rows or as a Table."""
+def dense(tree):
+    """The same with an array for the gradient of each table, whether it is held as rows or as a Table."""
 
-    def dense(leaf):
+    def array(leaf):
         return leaf.to_dense() if isinstance(leaf, RowGrad) else leaf.weight if isinstance(leaf, Table) else leaf
 
-    def is_of_table(leaf):
-        return isinstance(leaf, RowGrad | Table)
+    return jax.tree.map(array, tree, is_leaf=lambda leaf: isinstance(leaf, RowGrad | Table))
 
-    actual, expected = (jax.tree.map(dense, tree, is_leaf=is_of_table) for tree in (actual, expected))
+
+def assert_same_gradient(actual, expected, **tolerance):
+    """Two gradients of one tree are the same, whether a table's is held as rows or as a Table."""
+    actual, expected = dense(actual), dense(expected)
     assert jax.tree.structure(actual) == jax.tree.structure(expected)
     for one, other in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         assert one.dtype == other.dtype

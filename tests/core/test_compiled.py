@@ -105,10 +105,10 @@ def rest(*case):
     [
         (lookup_jvp, "float32", {}),
         (lookup_jvp, "float16", ALL),
-        (lookup_jvp, "bfloat16", ALL),
         (lookup, "bfloat16", {}),
         (lookup, "float32", ALL),
         rest(lookup_jvp, "bfloat16", {}),
+        rest(lookup_jvp, "bfloat16", ALL),
         rest(lookup_jvp, "float32", ALL),
         rest(lookup, "float32", {}),
         rest(lookup, "float16", ALL),

@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import IDS, ROWS, RULES, WEIGHT, assert_same_gradient, cotangent
-from jax.sharding import AxisType, PartitionSpec
+from cases import IDS, ROWS, RULES, WEIGHT, assert_same_gradient, cotangent, dense
+from jax.sharding import PartitionSpec
+from meshes import mesh_of
 
 import embax
 from embax import RowGrad, Table, lookup, renormalize
@@ -41,10 +42,6 @@ def of(params, function, *args, wrap=lambda f: f, **options):
     return gradient
 
 
-def dense(tree):
-    return jax.tree.map(lambda node: node.to_dense() if is_rows(node) else node, tree, is_leaf=is_rows)
-
-
 def of_each(cases, tolerance=lambda name: FLOAT32, are_traced=True):
     """As `of` for named cases `(function, params, *args)`, all in one program: compiling takes longer than running."""
 
@@ -53,7 +50,7 @@ def of_each(cases, tolerance=lambda name: FLOAT32, are_traced=True):
         for name, (params, *args) in inputs.items():
             value, gradient = embax.value_and_grad(cases[name][0])(params, *args)
             expected = jax.value_and_grad(cases[name][0])(params, *args)
-            results[name] = gradient, (value, dense(gradient)), expected
+            results[name] = gradient, (value, dense(gradient)), dense(expected)
         return results
 
     inputs = {name: args for name, (_, *args) in cases.items()}
@@ -69,6 +66,10 @@ def of_each(cases, tolerance=lambda name: FLOAT32, are_traced=True):
 EVERY = np.concatenate([IDS["matrix"].ravel(), IDS["negative"]]).reshape(2, 7)
 
 
+# The gradient passes straight through the clipping by any norm.
+SOME_RULES = [name for name in RULES if name not in ("norm_1", "norm_3", "norm_half")]
+
+
 def assert_rows(gradient, rules, ids):
     assert gradient.values.shape == (0 if rules.get("freeze") else ids.size, 3)
     assert (gradient.rows, gradient.dim) == (ROWS, (3,))
@@ -77,14 +78,14 @@ def assert_rows(gradient, rules, ids):
 @pytest.mark.parametrize(
     ("rules", "some_ids", "are_traced"),
     [
-        (RULES, IDS, True),
-        (["none", "padding_first", "padding_negative", "freeze", "all"], ["scalar", "empty_matrix"], False),
+        (SOME_RULES, {**dict.fromkeys(IDS, "padding_last"), "scalar": "all", "empty": "all"}, True),
+        (["none", "padding_negative", "freeze", "all"], {"scalar": "all", "empty_matrix": "all"}, False),
     ],
     ids=["traced_ids", "concrete_ids"],
 )
 def test_gradient_is_that_of_jax(rules, some_ids, are_traced):
     pairs = {name: (RULES[name], EVERY) for name in rules}
-    pairs |= {f"all, {name}": (RULES["all"], IDS[name]) for name in some_ids}
+    pairs |= {f"{rules}, {name}": (RULES[rules], IDS[name]) for name, rules in some_ids.items()}
 
     def case(table, ids):
         batch = ids, cotangent(ids)
@@ -105,11 +106,11 @@ def test_gradient_is_that_of_jax_whatever_rules_meet_whatever_ids(rules, ids, wr
 
 def test_padding_row_has_no_gradient_whatever_the_cotangent():
     ids, cases = IDS["matrix"], {}
-    for name in ("padding_first", "padding_last", "padding_frequency", "all"):
+    bad_of = {"padding_first": np.nan, "padding_last": np.inf, "padding_frequency": np.nan, "all": np.inf}
+    for name, bad in bad_of.items():
         table = Table(WEIGHT, **RULES[name])
-        for bad in (np.nan, np.inf):
-            cotangents = np.where((ids == table.padding_idx)[..., None], np.float32(bad), cotangent(ids))
-            cases[f"{name}, {bad}"] = lambda table, c: (lookup(table, ids) * c).sum(), table, cotangents
+        cotangents = np.where((ids == table.padding_idx)[..., None], np.float32(bad), cotangent(ids))
+        cases[name] = lambda table, c: (lookup(table, ids) * c).sum(), table, cotangents
     for name, gradient in of_each(cases).items():
         assert np.isfinite(gradient.values).all(), name
         assert cases[name][1].padding_idx not in np.asarray(gradient.ids), name
@@ -127,23 +128,32 @@ def test_traced_ids_without_a_row():
                 Table(WEIGHT, **RULES[name], out_of_range=policy),
                 ids,
             )
-            for name, policies in {"none": POLICIES, "all": POLICIES, "padding_last": ["clip"]}.items()
+            for name, policies in {"none": POLICIES, "all": ["error", "clip"], "padding_last": ["clip"]}.items()
             for policy in policies
         }
     )
-    norms = jax.jit(lambda gradients: jax.tree.map(embax.global_norm, gradients, is_leaf=is_rows))(gradients)
-    assert all(np.isfinite(norm) for norm in norms.values()), norms
+    assert np.isfinite(jax.jit(embax.global_norm)([gradients["none, nan"], gradients["all, error"]]))
 
 
-def test_dtypes():
+def some_and_all(some, grid):
+    """The cases of every run in one program, and the whole grid in that of an exhaustive run."""
+    return pytest.mark.parametrize(
+        "cases", [some, pytest.param(grid, marks=pytest.mark.exhaustive)], ids=["some", "all"]
+    )
+
+
+@some_and_all(
+    [("float32", "bfloat16"), ("bfloat16", None), ("bfloat16", "float32"), ("float16", None)],
+    [*itertools.product(["float32", "bfloat16", "float16"], [None, "float32", "bfloat16"])],
+)
+def test_dtypes(cases):
     ids = IDS["matrix"]
-    dtypes = itertools.product(["float32", "bfloat16", "float16"], [None, "float32", "bfloat16"])
     cases = {
         f"{stored}, {read}": (
-            functools.partial(loss, ids=ids, cotangents=jnp.asarray(cotangent(ids), read or stored), dtype=read),
-            Table(jnp.asarray(WEIGHT, stored), **RULES["all"]),
+            functools.partial(loss, ids=ids, cotangents=cotangent(ids).astype(jnp.dtype(read or stored)), dtype=read),
+            Table(WEIGHT.astype(jnp.dtype(stored)), **RULES["all"]),
         )
-        for stored, read in dtypes
+        for stored, read in cases
     }
 
     def tolerance(name):
@@ -154,22 +164,26 @@ def test_dtypes():
         assert gradient.dtype == name.split(",")[0]
 
 
-def test_trailing_axes():
-    weights = {str(dim): np.random.default_rng(0).normal(size=(ROWS, *dim)) for dim in [(), (1,), (2, 3), (0,)]}
+@some_and_all(
+    [((), "all"), ((1,), "none"), ((2, 3), "all"), ((0,), "none")],
+    [*itertools.product([(), (1,), (2, 3), (0,)], ["none", "all"])],
+)
+def test_trailing_axes(cases):
+    weights = {dim: np.random.default_rng(0).normal(size=(ROWS, *dim)).astype(np.float32) for dim, _ in cases}
+    ids = IDS["matrix"]
     gradients = of_each(
         {
-            f"{dim}, {name}": (
-                functools.partial(loss, ids=IDS["matrix"], cotangents=cotangent(IDS["matrix"], weight)),
-                Table(weight.astype(np.float32), **RULES[name]),
+            f"{dim}, {rules}": (
+                functools.partial(loss, ids=ids, cotangents=cotangent(ids, weights[dim])),
+                Table(weights[dim], **RULES[rules]),
             )
-            for dim, weight in weights.items()
-            for name in ("none", "all")
+            for dim, rules in cases
         }
     )
-    for name, gradient in gradients.items():
-        dim = weights[name.rsplit(", ", 1)[0]].shape[1:]
+    for dim, rules in cases:
         # JAX differentiates nothing of width 0, so that such a table may count as not read.
-        assert gradient.values.shape in ([(8, *dim)] if dim != (0,) else [(8, 0), (0, 0)]), name
+        expected = [(8, *dim)] if dim != (0,) else [(8, 0), (0, 0)]
+        assert gradients[f"{dim}, {rules}"].values.shape in expected
 
 
 # ---- Ways to use tables.
@@ -208,23 +222,23 @@ USES = {
     "no_table": ({"a": SCALE, "b": [2.0]}, lambda p: (p["a"] ** 2).sum() * p["b"][0], []),
     "two_lookups": (T, lambda t: energy(t, [1, 5]) * energy(t, [[5, 2], [1, 1]]), [6]),
     "frequency_a_call": (COUNTED, lambda t: energy(t, [1, 1, 1]) + 2 * energy(t, [1, 2]), [5]),
-    "a_result_twice": (T, lambda t: (rows := lookup(t, [2, 0, 2])).prod() * jnp.sin(rows).sum(), [3]),
-    "two_tables": ((T, U), lambda p: (lookup(p[0], [1, 3]) * lookup(p[1], [4, 4])).sum(), [2, 2]),
+    "a_result_twice": (PADDED, lambda t: (rows := lookup(t, [2, 0, 2])).prod() * jnp.sin(rows).sum(), [3]),
+    "two_tables": ((PADDED, U), lambda p: (lookup(p[0], [1, 3]) * lookup(p[1], [4, 4])).sum(), [2, 2]),
     "nested": ({"in": [(T, SCALE)], "u": U}, lambda p: energy(p["in"][0][0], [1, 6]) * energy(p["u"], [3]), [2, 1]),
-    "dataclass": (Model(T, SCALE, "m"), lambda m: (jnp.sin(lookup(m.table, [1, 1])) * m.scale).sum(), [2]),
+    "dataclass": (Model(PADDED, SCALE, "m"), lambda m: (jnp.sin(lookup(m.table, [1, 1])) * m.scale).sum(), [2]),
     "one_array_two_leaves": ((PADDED, TWIN), lambda p: energy(p[0], [1, 2]) + energy(p[1], [2, 2, 3]), [2, 3]),
-    "closed_over": (T, lambda t: (lookup(t, [1, 3]) * lookup(U, [4, 4])).sum(), [2]),
+    "closed_over": (PADDED, lambda t: (lookup(t, [1, 3]) * lookup(U, [4, 4])).sum(), [2]),
     "closed_over_as_well": (PADDED, lambda t: energy(t, [1, 3]) * (energy(PADDED, [3]) + PADDED.weight.sum()), [2]),
-    "never_read": ((T, U), lambda p: energy(p[1], [2]), [0, 1]),
-    "no_ids": (T, lambda t: energy(t, []), [0]),
-    "shape_only": (T, lambda t: energy(t, [1]) * len(t.weight) + jnp.zeros_like(t.weight).sum(), [1]),
-    "frozen": ((T, Table(WEIGHT, freeze=True)), lambda p: energy(p[0], [1]) * energy(p[1], [2]), [1, 0]),
-    "frozen_inside": (T, lambda t: energy(dataclasses.replace(t, freeze=True), [1, 2]) * energy(t, [2]), [1]),
-    "without_weight": ((T, jax.tree.map(lambda _: None, U)), lambda p: energy(p[0], [1, 2]), [2]),
+    "never_read": ((PADDED, U), lambda p: energy(p[1], [2]), [0, 1]),
+    "no_ids": (PADDED, lambda t: energy(t, []), [0]),
+    "shape_only": (PADDED, lambda t: energy(t, [1]) * len(t.weight) + jnp.zeros_like(t.weight).sum(), [1]),
+    "frozen": ((PADDED, Table(WEIGHT, freeze=True)), lambda p: energy(p[0], [1]) * energy(p[1], [2]), [1, 0]),
+    "frozen_inside": (PADDED, lambda t: energy(dataclasses.replace(t, freeze=True), [1, 2]) * energy(t, [2]), [1]),
+    "without_weight": ((PADDED, jax.tree.map(lambda _: None, U)), lambda p: energy(p[0], [1, 2]), [2]),
     "renormalized": (Table(WEIGHT, max_norm=1.5), renormalize_between, [7]),
-    "renormalized_with_rules": (ALL, renormalize_between, [7]),
+    "renormalized_with_rules": (T, renormalize_between, [7]),
     "replaced_rules": (COUNTED, lambda t: energy(dataclasses.replace(t, max_norm=1.0), [1, 1, 2]), [3]),
-    "constant": (T, lambda t: 1.0, [0]),
+    "constant": (PADDED, lambda t: 1.0, [0]),
 }  # fmt: skip
 
 
@@ -253,36 +267,39 @@ def test_uses_that_stay_sparse(names, are_traced):
 
 
 def test_an_integer_table_gets_no_rows():
-    params = {"ids": Table(jnp.asarray([[3], [1], [0]])), "table": T}
+    params = {"ids": Table(np.array([[3], [1], [0]], np.int32)), "table": T}
 
     def by_code(params):
         return energy(params["table"], lookup(params["ids"], [0, 1, 1])[:, 0])
 
     @jax.jit
     def gradients(params):
-        return [grad(by_code)(params) for grad in (embax.grad, functools.partial(embax.grad, allow_int=True))]
+        ours = [grad(by_code)(params) for grad in (embax.grad, functools.partial(embax.grad, allow_int=True))]
+        return ours, jax.grad(by_code, allow_int=True)(params)["table"]
 
-    expected = jax.jit(jax.grad(by_code, allow_int=True))(params)
-    for gradient in gradients(params):
+    ours, expected = gradients(params)
+    for gradient in ours:
         assert gradient["ids"].values.shape == (0, 1)
-        assert_same_gradient(gradient["table"], expected["table"], **FLOAT32)
+        assert_same_gradient(gradient["table"], expected, **FLOAT32)
 
 
 # ---- What may be asked for.
 
 
-@pytest.mark.parametrize(
-    "argnums", [0, 1, 2, -1, -3, (0,), (1,), (0, 2), (2, 0), (-1, 0), [0, 1], np.int64(2)], ids=str
-)
-def test_argnums(argnums):
+ARGNUMS = [0, 1, 2, -1, -3, (0,), (1,), (0, 2), (2, 0), (-1, 0), [0, 1], np.int64(2)]
+
+
+def test_argnums():
     def function(table, scale, other, *, ids):
         return (lookup(table, ids) * scale * lookup(other["u"], ids)).sum()
 
-    args = T, SCALE, {"u": U}
-    gradient = embax.grad(function, argnums)(*args, ids=[1, 3, 3])
-    expected = jax.grad(function, argnums)(*args, ids=[1, 3, 3])
-    assert isinstance(gradient, RowGrad if isinstance(argnums, int) and argnums in (0, -3) else type(expected))
-    assert_same_gradient(gradient, expected, **FLOAT32)
+    @jax.jit
+    def both(*args):
+        return [[grad(function, n)(*args, ids=[1, 3, 3]) for grad in (embax.grad, jax.grad)] for n in ARGNUMS]
+
+    for argnums, (gradient, expected) in zip(ARGNUMS, both(T, SCALE, {"u": U}), strict=True):
+        assert isinstance(gradient, RowGrad if isinstance(argnums, int) and argnums in (0, -3) else type(expected))
+        assert_same_gradient(gradient, expected, **FLOAT32)
 
 
 @both_ways
@@ -311,9 +328,11 @@ def test_a_renormalized_table_may_be_returned(wrap):
         new = renormalize(renormalize(table, ids), [0])
         return energy(new, ids), [new, table]
 
+    def both(*args):
+        return [grad(function, has_aux=True)(*args) for grad in (embax.grad, jax.grad)]
+
     table, ids = Table(WEIGHT, max_norm=1.5), np.array([1, 6, 6])
-    gradient, (new, old) = wrap(embax.grad(function, has_aux=True))(table, ids)
-    expected, (expected_new, _) = wrap(jax.grad(function, has_aux=True))(table, ids)
+    (gradient, (new, old)), (expected, (expected_new, _)) = wrap(both)(table, ids)
     np.testing.assert_array_equal(new.weight, expected_new.weight)
     np.testing.assert_array_equal(old.weight, WEIGHT)
     assert_same_gradient(gradient, expected, **FLOAT32)
@@ -389,10 +408,11 @@ def test_forward_and_reverse_through_the_gradient():
     @jax.jit
     def both(table):
         tangent = dataclasses.replace(table, weight=jnp.cos(table.weight))
+        uncounted = dataclasses.replace(table, scale_grad_by_freq=False)
         grads = embax.grad, jax.grad
         return (
             [jax.jvp(grad(function), (table,), (tangent,)) for grad in grads],
-            [jax.grad(lambda t, grad=grad: embax.global_norm(grad(function)(t)))(table) for grad in grads],
+            [jax.grad(lambda t, grad=grad: embax.global_norm(grad(function)(t)))(uncounted) for grad in grads],
         )
 
     ((gradient, pushed), (expected, expected_pushed)), (second, expected_second) = both(ALL)
@@ -403,13 +423,19 @@ def test_forward_and_reverse_through_the_gradient():
 
 @pytest.mark.parametrize("stacked", [False, True], ids=["ids", "tables_and_ids"])
 def test_vmap_is_one_gradient_a_lane(stacked):
-    weights = jnp.stack([WEIGHT, -2 * WEIGHT, WEIGHT[::-1]]) if stacked else ALL.weight
-    tables = jax.tree.unflatten(jax.tree.structure(ALL), [weights])
-    cotangents = cotangent(LANES)
-    gradients = jax.jit(jax.vmap(embax.grad(loss), (0 if stacked else None, 0, 0)))(tables, LANES, cotangents)
-    for k in range(3):
-        table = lane(k, tables) if stacked else ALL
-        assert_same_gradient(lane(k, gradients), jax.grad(loss)(table, LANES[k], cotangents[k]), **FLOAT32)
+    weights = np.stack([WEIGHT, -2 * WEIGHT, WEIGHT[::-1]]) if stacked else WEIGHT
+    tables, cotangents = dataclasses.replace(ALL if stacked else T, weight=weights), cotangent(LANES)
+
+    @jax.jit
+    def both(tables):
+        lanes = jax.vmap(embax.grad(loss), (0 if stacked else None, 0, 0))(tables, LANES, cotangents)
+        of_lane = [lane(k, tables) if stacked else tables for k in range(3)]
+        expected = [jax.grad(loss)(*args) for args in zip(of_lane, LANES, cotangents, strict=True)]
+        return lanes, [lane(k, lanes) for k in range(3)], expected
+
+    lanes, gradients, expected = both(tables)
+    assert (isinstance(lanes, RowGrad), lanes.lanes) == (True, (3,))
+    assert_same_gradient(gradients, expected, **FLOAT32)
 
 
 def test_scan_and_cond_hold_whole_training_steps():
@@ -426,23 +452,29 @@ def test_scan_and_cond_hold_whole_training_steps():
 
     batches = LANES, cotangents, jnp.arange(3)
     sparse_step = functools.partial(step, embax.grad, lambda table, g: embax.apply_updates(table, -0.1 * g))
-    table, losses = jax.jit(lambda t: jax.lax.scan(sparse_step, t, batches))(ALL)
-    expected, expected_losses = jax.lax.scan(functools.partial(step, jax.grad, dense_sgd), ALL, batches)
+    steps = sparse_step, functools.partial(step, jax.grad, dense_sgd)
+    both = jax.jit(lambda table: [jax.lax.scan(step, table, batches) for step in steps])
+    (table, losses), (expected, expected_losses) = both(T)
     np.testing.assert_allclose(losses, expected_losses, **FLOAT32)
     np.testing.assert_allclose(table.weight, expected.weight, **FLOAT32)
 
 
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_shard_map_gives_each_device_the_rows_that_it_read(check_vma):
-    mesh = jax.make_mesh((4,), ("x",), axis_types=(AxisType.Auto,))
     ids, cotangents, table = np.arange(8) % 5, cotangent(np.arange(8)), Table(WEIGHT)
-    spec = PartitionSpec("x")
+    spec, mesh = PartitionSpec("x"), mesh_of({"x": 2})
     shards = jax.shard_map(
         embax.grad(loss), mesh=mesh, in_specs=(PartitionSpec(), spec, spec), out_specs=spec, check_vma=check_vma
     )
-    gradient = jax.jit(shards)(table, ids, cotangents)
-    np.testing.assert_array_equal(gradient.ids, ids)
-    assert_same_gradient(gradient, jax.grad(loss)(table, ids, cotangents), **FLOAT32)
+
+    @jax.jit
+    def both(*args):
+        gradient = shards(*args)
+        return gradient.ids, gradient.to_dense(), jax.grad(loss)(*args).weight
+
+    ids_read, gradient, expected = both(table, ids, cotangents)
+    np.testing.assert_array_equal(ids_read, ids)
+    np.testing.assert_allclose(gradient, expected, **FLOAT32)
 
 
 def test_threads_differentiate_at_the_same_time():
@@ -469,7 +501,7 @@ def test_threads_differentiate_at_the_same_time():
 
 @both_ways
 def test_a_loop_compiles_nothing_after_its_first_turn(caplog, wrap):
-    step = wrap(embax.value_and_grad(renormalize_between))
+    step = wrap(embax.value_and_grad(lambda table: energy(renormalize(table, [1, 5]), [1, 5])))
     tables = [Table(k * jnp.ones((11, 3)), padding_idx=2, max_norm=1.5) for k in range(4)]
     with jax.log_compiles(True), caplog.at_level(logging.WARNING):
         step(tables[0])
@@ -510,8 +542,3 @@ def test_a_donated_step_copies_no_table_and_its_memory_follows_the_ids(function,
     assert program.memory_analysis().alias_size_in_bytes == MILLION * 16 * 4
     assert program.memory_analysis().temp_size_in_bytes <= 10 * BYTES_OF_ROWS
     assert f"f32[{MILLION},16]{{1,0}} copy(" not in program.as_text()
-
-
-def test_memory_of_a_gradient_follows_the_ids():
-    program = jax.jit(embax.value_and_grad(energy)).lower(*shapes(RULES["all"])).compile()
-    assert program.memory_analysis().temp_size_in_bytes <= 10 * BYTES_OF_ROWS

@@ -1,7 +1,6 @@
 """RowGrad: what it holds, its arithmetic and what refuses to be it; global_norm and apply_updates against NumPy."""
 
 import functools
-import operator
 
 import jax
 import jax.numpy as jnp
@@ -74,9 +73,15 @@ def test_no_ids(rows):
 @pytest.mark.parametrize("dtype", ["int8", "int32", "uint8", "uint32"])
 def test_a_traced_id_without_a_row_counts_as_none(dtype):
     ids = np.array([3, -1, 100, ROWS]).astype(dtype)
-    gradient = jax.jit(lambda ids: RowGrad(ids, jnp.ones((4, 1)), ROWS))(ids)
-    np.testing.assert_array_equal(gradient.ids, [3, ROWS, ROWS, ROWS])
-    assert gradient.to_dense().sum() == 1
+
+    @jax.jit
+    def read(ids):
+        gradient = RowGrad(ids, jnp.ones((4, 1)), ROWS)
+        return gradient.ids, gradient.to_dense()
+
+    kept, dense = read(ids)
+    np.testing.assert_array_equal(kept, [3, ROWS, ROWS, ROWS])
+    assert np.asarray(dense).sum() == 1
 
 
 def test_properties():
@@ -212,14 +217,15 @@ FACTORS = [2, -0.5, np.float32(3), np.float64(3), np.int64(3), np.array(3.0), jn
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("factor", FACTORS, ids=repr)
 @pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["direct", "jit"])
-def test_scaling_scales_the_values(factor, dtype, wrap):
+def test_scaling_scales_the_values(dtype, wrap):
     gradient = example(dtype)
-    for scaled in (wrap(operator.mul)(factor, gradient), wrap(operator.mul)(gradient, factor)):
-        assert (scaled.rows, scaled.dtype) == (ROWS, dtype)
-        np.testing.assert_array_equal(scaled.ids, IDS)
-        np.testing.assert_array_equal(scaled.values, gradient.values * jnp.asarray(factor, dtype))
+    both = wrap(lambda factors, gradient: [(factor * gradient, gradient * factor) for factor in factors])
+    for factor, pair in zip(FACTORS, both(FACTORS, gradient), strict=True):
+        for scaled in pair:
+            assert (scaled.rows, scaled.dtype) == (ROWS, dtype)
+            np.testing.assert_array_equal(scaled.ids, IDS)
+            np.testing.assert_array_equal(scaled.values, gradient.values * jnp.asarray(factor, dtype))
 
 
 @pytest.mark.parametrize("factor", [np.ones(6, np.float32), jnp.ones(6), jnp.ones((6, 3)), jnp.ones(1)], ids=repr)
@@ -323,7 +329,7 @@ def test_zeros_mean_no_rows(zeros):
     nothing = zeros(G)
     np.testing.assert_array_equal(nothing.ids, [ROWS] * 6)
     assert not np.asarray(nothing.to_dense()).any()
-    minus = Table(jnp.full((ROWS, 3), -0.0))
+    minus = Table(np.full((ROWS, 3), -0.0, np.float32))
     assert bits(apply_updates(minus, nothing).weight) == bits(minus.weight)
 
 
@@ -334,13 +340,13 @@ def test_zeros_mean_no_rows(zeros):
 def test_apply_updates_adds_up_duplicates(wrap):
     table = wrap(apply_updates)(TABLE, RowGrad(IDS, np.where(np.array(IDS)[:, None] == ROWS, np.nan, VALUES), ROWS))
     np.testing.assert_allclose(table.weight, 1 + dense(IDS, VALUES), **TOLERANCE)
-    assert bits(table.weight[np.array([2, 3, 5, 6])]) == bits(jnp.ones((4, 3)))
+    assert bits(np.asarray(table.weight)[[2, 3, 5, 6]]) == bits(np.ones((4, 3), np.float32))
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_apply_updates_sums_low_precision_in_float32(dtype):
-    table = Table(jnp.zeros((3, 2), dtype))
-    new = jax.jit(apply_updates)(table, RowGrad(np.ones(4096, int), jnp.ones((4096, 2), dtype), 3))
+    table = Table(np.zeros((3, 2), jnp.dtype(dtype)))
+    new = jax.jit(apply_updates)(table, RowGrad(np.ones(4096, int), np.ones((4096, 2), jnp.dtype(dtype)), 3))
     assert new.dtype == dtype
     np.testing.assert_array_equal(new.weight, np.array([[0, 0], [4096, 4096], [0, 0]], table.dtype))
 
@@ -348,11 +354,12 @@ def test_apply_updates_sums_low_precision_in_float32(dtype):
 @pytest.mark.parametrize("update", [RowGrad([1, 2, 1], jnp.ones((3, 3)), ROWS), Table(jnp.ones((ROWS, 3)))], ids=repr)
 @pytest.mark.parametrize("rules", [{"padding_idx": 1}, {"freeze": True}], ids=str)
 def test_padding_and_frozen_rows_stay_bit_for_bit(update, rules):
-    weight = jnp.full((ROWS, 3), -0.0).at[1, 0].set(jnp.nan)
+    weight = np.full((ROWS, 3), -0.0, np.float32)
+    weight[1, 0] = np.nan
     new = jax.jit(apply_updates)(Table(weight, **rules), update)
-    kept = np.arange(ROWS) if "freeze" in rules else np.array([1])
-    assert bits(new.weight[kept]) == bits(weight[kept])
-    assert ("freeze" in rules) or (np.asarray(new.weight[2]) == 1).all()
+    after, kept = np.asarray(new.weight), np.arange(ROWS) if "freeze" in rules else np.array([1])
+    assert bits(after[kept]) == bits(weight[kept])
+    assert ("freeze" in rules) or (after[2] == 1).all()
     assert repr(new) == repr(Table(weight, **rules))
 
 

@@ -1,6 +1,7 @@
 """apply_updates and global_norm: trees of arrays, Tables and RowGrads, and the check of what is given for a table."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -33,6 +34,7 @@ def global_norm(tree: Any) -> Float32[Array, ""]:
     return norm_of_distinct([leaf.deduplicated().values if isinstance(leaf, RowGrad) else leaf for leaf in leaves])
 
 
+@functools.partial(jax.jit, inline=True)  # one program for an eager call
 def norm_of_distinct(leaves: list[Any]) -> Float32[Array, ""]:
     """The Euclidean norm of arrays in which nothing occurs twice."""
     squares = [jnp.square(jnp.abs(leaf.astype(_dedupe.accumulator(leaf.dtype)))).sum() for leaf in leaves]

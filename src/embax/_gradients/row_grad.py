@@ -121,7 +121,7 @@ class RowGrad(HeldRows, metaclass=_KindOfRowGrad):
                     f"`embax.RowGrad(ids=...)` must be in [0, {rows}], {rows} for none, got {int(ids[position])} at "
                     f"position {position}. Wrap negative ids, and leave out those without a row."
                 )
-        _fill(self, _encode(jnp.asarray(ids), rows), values, rows)
+        _fill(self, _encode(ids, rows), values, rows)
 
     @property
     def ids(self) -> Int[Array, "*lanes length"]:
