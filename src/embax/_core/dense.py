@@ -148,26 +148,17 @@ class Dense(Storage):
         """Sum by slots or by a sort."""
         return *_distinct.combine(slots, ids, values, rows), 0
 
-    @functools.partial(jax.jit, static_argnums=(0, 3), inline=True)  # one program for an eager call
     def gather(self, leaf: Array, ids: Array, dim: tuple[int, ...]) -> Array:
         """Gather them."""
-        places = leaf.at[self.positions(ids, leaf.shape[0])]
-        return places.get(mode="fill", fill_value=0, wrap_negative_indices=False)
+        return _gathered(self, leaf, ids)
 
-    @functools.partial(jax.jit, static_argnums=(0, 4, 5), inline=True)
     def store(self, leaf: Array, ids: Array, values: Array, dim: tuple[int, ...], mode: Mode = "set") -> Array:
         """Scatter them."""
-        places = leaf.at[self.positions(ids, leaf.shape[0])]
-        write = places.set if mode == "set" else places.add
-        return write(values.astype(leaf.dtype), mode="drop", wrap_negative_indices=False)
+        return _scattered(self, leaf, ids, values, mode)
 
-    @functools.partial(jax.jit, static_argnums=(0, 4), inline=True)
     def add(self, leaf: Array, ids: Array, values: Array, distinct: bool) -> Array:
         """Scatter-add."""
-        if jnp.finfo(leaf.dtype).bits < 32:  # else the sum would be rounded after each duplicate
-            rows = self.rows_of(leaf.shape[0])
-            _, (ids, values, _) = _distinct.combine(None, ids, values.astype(jnp.float32), rows)
-        return leaf.at[self.positions(ids, leaf.shape[0])].add(values.astype(leaf.dtype), mode="drop")
+        return _added(self, leaf, ids, values)
 
     def laid_out(self, leaf: Array, dim: tuple[int, ...]) -> Array:
         """As it is."""
@@ -219,3 +210,26 @@ class Dense(Storage):
 
 
 DENSE = Dense()
+
+# Compiled as one program each where they are called without jit.
+
+
+@functools.partial(jax.jit, static_argnums=0, inline=True)
+def _gathered(storage: Dense, leaf: Array, ids: Array) -> Array:
+    places = leaf.at[storage.positions(ids, leaf.shape[0])]
+    return places.get(mode="fill", fill_value=0, wrap_negative_indices=False)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 4), inline=True)
+def _scattered(storage: Dense, leaf: Array, ids: Array, values: Array, mode: Mode) -> Array:
+    places = leaf.at[storage.positions(ids, leaf.shape[0])]
+    # Ids without a row lie outside and are dropped. They are equal, though, so that the ids are not called unique.
+    write = places.set if mode == "set" else places.add
+    return write(values.astype(leaf.dtype), mode="drop", wrap_negative_indices=False)
+
+
+@functools.partial(jax.jit, static_argnums=0, inline=True)
+def _added(storage: Dense, leaf: Array, ids: Array, values: Array) -> Array:
+    if jnp.finfo(leaf.dtype).bits < 32:  # else the sum would be rounded after each duplicate
+        _, (ids, values, _) = _distinct.combine(None, ids, values.astype(jnp.float32), leaf.shape[0])
+    return leaf.at[storage.positions(ids, leaf.shape[0])].add(values.astype(leaf.dtype), mode="drop")
