@@ -40,10 +40,20 @@ GIVEN = [
     ("unigram", True, 6, "frequency"),
     ("unigram", False, 1, "all_frozen"),
 ]
-GIVEN_TOO = [case for case in itertools.product(CANDIDATES, (True, False), (1, 6), RULES) if case not in GIVEN]
+GIVEN_TOO = {
+    f"{name}, {remove}": [*itertools.product([name], [remove], (1, 6), RULES)]
+    for name in CANDIDATES
+    for remove in (True, False)
+}
 
 
-@pytest.mark.parametrize("cases", [GIVEN, pytest.param(GIVEN_TOO, marks=pytest.mark.exhaustive)], ids=["", "too"])
+@pytest.mark.parametrize(
+    "cases",
+    [
+        pytest.param(GIVEN, id=""),
+        *(pytest.param(cases, marks=pytest.mark.exhaustive, id=name) for name, cases in GIVEN_TOO.items()),
+    ],
+)
 def test_values_given_what_was_drawn(cases):
     calls = {}
     for name, remove, samples, rules in cases:
