@@ -61,12 +61,11 @@ def test_pipes_are_read_and_written(vectors):
         """
         set -eo pipefail
         gzip -c v.txt | embax convert - - --to parquet 2>/dev/null | embax info - --json >info
-        embax convert v.txt >(cat >copy) --to word2vec 2>/dev/null
         mkfifo in
         cat v.safetensors >in &
         embax info in --json >named
         wait
-        embax info <(cat v.txt) --json >substituted
+        embax convert <(cat v.txt) >(cat >copy) --to word2vec 2>/dev/null
         """,
         vectors,
     )
@@ -74,9 +73,8 @@ def test_pipes_are_read_and_written(vectors):
     info = json.loads((vectors / "info").read_text())
     assert (info["file"], info["format"], info["rows"], info["dim"]) == ("-", "parquet", 6, 3)
     assert info["bytes"] > 100
-    for name, format in (("named", "safetensors"), ("substituted", "word2vec")):
-        found = json.loads((vectors / name).read_text())
-        assert (found["format"], found["rows"]) == (format, 6)
+    named = json.loads((vectors / "named").read_text())
+    assert (named["format"], named["rows"]) == ("safetensors", 6)
     assert (vectors / "copy").read_text() == (vectors / "v.txt").read_text()
 
 
