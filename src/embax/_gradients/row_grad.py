@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jax.extend.random import define_prng_impl
 from jaxtyping import Array, Float, Int, Key, Shaped
 
 from .._base import check as _check
@@ -17,26 +16,7 @@ from .._base import distinct as _dedupe
 from .._core import ids as _ids
 from .._core.held_rows import HeldRows, bare, is_label
 from .._core.table import Table
-
-# What JAX says of arithmetic that does not know a RowGrad, which optax does for each leaf: in the name of the dtype of
-# the ids, and in that of the type where trees do not match.
-_HINT = "put this inside of embax.optim.lift"
-
-
-def _no_random_numbers(*_: Any) -> Any:
-    raise TypeError("`jax.random` must be given a random key, got the ids of an embax.RowGrad. Leave them out.")
-
-
-# Ids are held as random keys of two words of 32 bits.
-_KEYS = define_prng_impl(
-    key_shape=(2,),
-    seed=_no_random_numbers,
-    split=_no_random_numbers,
-    random_bits=_no_random_numbers,
-    fold_in=_no_random_numbers,
-    name="embax.RowGrad",
-    tag=f"RowGrad: {_HINT}",
-)
+from .row_keys import HINT, KEYS, decode, encode
 
 
 class _KindOfRowGrad(type):
@@ -46,7 +26,7 @@ class _KindOfRowGrad(type):
         return super().__instancecheck__(bare(instance))
 
     def __repr__(cls) -> str:
-        return f"<class 'embax.{cls.__name__}': {_HINT}>"
+        return f"<class 'embax.{cls.__name__}': {HINT}>"
 
 
 class RowGrad(HeldRows, metaclass=_KindOfRowGrad):
@@ -121,12 +101,12 @@ class RowGrad(HeldRows, metaclass=_KindOfRowGrad):
                     f"`embax.RowGrad(ids=...)` must be in [0, {rows}], {rows} for none, got {int(ids[position])} at "
                     f"position {position}. Wrap negative ids, and leave out those without a row."
                 )
-        _fill(self, _encode(ids, rows), values, rows)
+        _fill(self, encode(ids, rows), values, rows)
 
     @property
     def ids(self) -> Int[Array, "*lanes length"]:
         """Row numbers, `rows` where there is none."""
-        return _decode(self._keys, self.rows)
+        return decode(self._keys, self.rows)
 
     @property
     def lanes(self) -> tuple[int, ...]:
@@ -201,7 +181,7 @@ class RowGrad(HeldRows, metaclass=_KindOfRowGrad):
           Array([1., 2., 0., 1.], dtype=float32)
         """
         words = jax.lax.all_gather(jax.random.key_data(self._keys), axis_name)
-        keys = jax.random.wrap_key_data(words, impl=_KEYS)
+        keys = jax.random.wrap_key_data(words, impl=KEYS)
         values = jax.lax.all_gather(self.values, axis_name)
         return _fill(object.__new__(RowGrad), keys, values, self.rows, self.at_owners).sum(axis=0)
 
@@ -297,7 +277,7 @@ def row_grad(
     ids: Int[Array, " length"], values: Shaped[Array, "length *dim"], rows: int, *, at_owners: bool = False
 ) -> RowGrad:
     """`RowGrad` without its checks; any id outside of `[0, rows)` means none."""
-    return _fill(object.__new__(RowGrad), _encode(ids, rows), values, rows, at_owners)
+    return _fill(object.__new__(RowGrad), encode(ids, rows), values, rows, at_owners)
 
 
 def no_rows(table: Table) -> RowGrad:
@@ -334,25 +314,6 @@ jax.tree_util.register_pytree_with_keys(
 
 
 # What follows is compiled so that an eager call runs one program.
-@functools.partial(jax.jit, static_argnums=1, inline=True)
-def _encode(ids: Int[Array, " length"], rows: int) -> Key[Array, " length"]:
-    """Hold ids as keys: their number from 1, and 0 for none."""
-    ids = _ids.narrow(ids, rows, jnp)
-    valid = (ids >= 0) & (ids < rows)
-    numbers = jnp.where(valid, ids, -1) + 1
-    high = jnp.zeros_like(ids) if numbers.dtype.itemsize <= 4 else numbers >> 32
-    words = jnp.stack([high.astype(jnp.uint32), numbers.astype(jnp.uint32)], axis=-1)
-    return jax.random.wrap_key_data(words, impl=_KEYS)
-
-
-@functools.partial(jax.jit, static_argnums=1, inline=True)
-def _decode(keys: Key[Array, " length"], rows: int) -> Int[Array, " length"]:
-    words = jax.random.key_data(keys)
-    # Of keys that are not ours, the high word may be anything.
-    numbers = jnp.where(words[..., 0] == 0, words[..., 1], 0).astype(jnp.int32)
-    if rows > np.iinfo(np.int32).max:
-        numbers = (words[..., 0].astype(jnp.int64) << 32) | words[..., 1].astype(jnp.int64)
-    return jnp.where(numbers == 0, rows, numbers - 1)
 
 
 @functools.partial(jax.jit, inline=True)
