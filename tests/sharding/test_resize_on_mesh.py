@@ -114,10 +114,10 @@ def numbered(layout, name):
     def fill(x):
         if x.ndim and x.dtype != np.float32:  # scratch
             return x
-        return jax.device_put(np.arange(2, 2 + x.size, dtype=x.dtype).reshape(x.shape))
+        numbers = np.arange(2, 2 + x.size, dtype=x.dtype).reshape(x.shape)
+        return jax.device_put(numbers, x.sharding) if x.committed else jax.device_put(numbers)
 
-    state = jax.tree.map(fill, TXS[name].init(params_of(ROWS)))
-    return state if layout is None else placed(state, layout)
+    return jax.tree.map(fill, TXS[name].init(params_of(ROWS, layout)))
 
 
 def numbers(state):
@@ -183,8 +183,9 @@ def test_training_goes_on_as_off_the_mesh():
         updates, _ = tx.update(gradient_of(params), state, params)
         return updates["words"].to_dense(), updates["rows"].stacks[0].to_dense()
 
-    expected = updates(grown, carry_over(numbered(None, "rowwise"), plain, grown, tx))
-    found = updates(grown_on, carry_over(numbered("rows-cyclic", "rowwise"), on, grown_on, tx))
+    state = numbered(None, "rowwise")
+    expected = updates(grown, carry_over(state, plain, grown, tx))
+    found = updates(grown_on, carry_over(placed(state, "rows-cyclic"), on, grown_on, tx))
     for ours, theirs in zip(found, expected, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
 
