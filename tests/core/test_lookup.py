@@ -127,7 +127,7 @@ def test_lookup_in_a_table_of_one_row_or_none():
         cases[f"one, {policy}"] = one, np.array([0, -1, 1, -2, 5]), rules
         if policy != "clip":
             cases[f"none, {policy}"] = none, np.array([0, -1]), {**rules, "max_norm": 1.0}
-            cases[f"none, no ids, {policy}"] = none, np.zeros((3, 0), int), {**rules, "max_norm": 1.0}
+    cases["none, no ids"] = none, np.zeros((3, 0), int), {"max_norm": 1.0, "scale_grad_by_freq": True}
     assert_as_reference(cases)
 
 

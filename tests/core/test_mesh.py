@@ -81,7 +81,6 @@ UNCOUNTED = {"padding_idx": 2, "max_norm": 1.5}  # a count of ids takes long to 
         (EXPLICIT, *LAYOUTS[0], UNCOUNTED),
         (EXPLICIT, *LAYOUTS[1], RULES["all"]),
         (EXPLICIT, *LAYOUTS[2], UNCOUNTED),
-        (AUTO, *LAYOUTS[2], UNCOUNTED),
         *(rest(AUTO, *layout, RULES["all"]) for layout in LAYOUTS),
         *(rest(EXPLICIT, *layout, RULES["all"]) for layout in (LAYOUTS[0], LAYOUTS[2])),
     ],

@@ -340,7 +340,7 @@ DENSE_USES = {
 
 # Those of which a layer is tried that renormalizes, and the others, by turns: what is found out is the same.
 NORMS = dict(zip([*FOLLOWED_USES, *DENSE_USES], itertools.cycle([None, 1.5])))
-LIKE_OTHERS = {"for_loop", "raw jit", "raw checkpoint"}  # a scan, and those of the core
+LIKE_OTHERS = {"for_loop", "raw vmap", "raw jit", "raw checkpoint"}  # a scan, and those of the core
 
 
 @pytest.mark.parametrize(

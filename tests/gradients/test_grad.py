@@ -78,7 +78,7 @@ def assert_rows(gradient, rules, ids):
 @pytest.mark.parametrize(
     ("rules", "some_ids", "are_traced"),
     [
-        (SOME_RULES, {**dict.fromkeys(IDS, "padding_last"), "scalar": "all", "empty": "all"}, True),
+        (SOME_RULES, {"scalar": "all", "empty": "all", "empty_matrix": "padding_last", "same": "padding_last"}, True),
         (["none", "padding_negative", "freeze", "all"], {"scalar": "all", "empty_matrix": "all"}, False),
     ],
     ids=["traced_ids", "concrete_ids"],

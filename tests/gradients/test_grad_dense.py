@@ -79,7 +79,7 @@ USES = {
 }  # fmt: skip
 
 
-COUNTED = {"vmap_tables"}
+CLIPPED = {"vmap_tables", "checkpoint", "renormalized_and_used"}
 
 
 def warned(function, *args, match, wrap=lambda f: f, **options):
@@ -107,9 +107,8 @@ def by_embax_and_jax(cases):
 
 
 def table_of(name):
-    # Rules make a program larger; a count of ids is a sort, which takes long to compile.
-    max_norm = 1.5 if name in COUNTED or "renormalized" in name else None
-    return Table(WEIGHT, padding_idx=2, max_norm=max_norm, scale_grad_by_freq=name in COUNTED)
+    # Rules make a program larger.
+    return Table(WEIGHT, padding_idx=2, max_norm=1.5 if name in CLIPPED else None)
 
 
 @functools.cache

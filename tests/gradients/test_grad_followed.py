@@ -205,9 +205,9 @@ CLIPPED = {"scan_carry", "jit", "checkpoint", "custom_vjp", "cond", "bags_vmap"}
 
 # Compositions of others, of which the random programs of test_grad_fuzz are full.
 COMPOSED = {
-    "scan_closure", "nested_scan", "scan_remat", "scan_jit", "scan_vmap", "scale_in_scan", "ragged_scan", "map",
-    "bags_max_scan", "vmap_vmap", "vmap_custom_vjp", "scan_vmap_custom_vjp", "jit_inline", "jit_of_scan",
-    "checkpoint_of_scan", "inner_linearize",
+    "scan_closure", "nested_scan", "scan_remat", "scan_remat_cond", "scan_jit", "scan_vmap", "scale_in_scan",
+    "ragged_scan", "bags_max_scan", "recurrent", "map", "vmap_vmap", "vmap_custom_vjp", "scan_vmap_custom_vjp",
+    "jit_inline", "jit_of_scan", "checkpoint_of_scan", "inner_linearize",
 }  # fmt: skip
 
 

@@ -274,8 +274,13 @@ def test_works_under_the_settings_of_jax(context):
 
 @pytest.mark.parametrize(
     "loss",
-    [scanned, lambda table, ids: jax.lax.cond(True, energy, energy, table, ids), jax.jit(scanned)],
-    ids=["scan", "cond", "jit"],
+    [
+        pytest.param(scanned, id="scan"),
+        pytest.param(jax.jit(scanned), id="jit"),
+        pytest.param(
+            lambda table, ids: jax.lax.cond(True, energy, energy, table, ids), id="cond", marks=pytest.mark.exhaustive
+        ),
+    ],
 )
 def test_eager_calls_compile_as_often_as_those_of_jax(loss, caplog):
     def compiled(grad):
