@@ -36,7 +36,8 @@ def test_renormalize_of_each_rule():
 
 
 def test_renormalize_of_each_shape():
-    assert_as_reference({name: (WEIGHT, ids, RULES["all"]) for name, ids in IDS.items()})
+    shapes = "scalar", "vector", "negative", "empty_matrix", "same"
+    assert_as_reference({name: (WEIGHT, IDS[name], RULES["all"]) for name in shapes})
 
 
 def test_renormalize_of_rows_of_any_shape():
