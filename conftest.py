@@ -67,7 +67,7 @@ gc.set_threshold(20_000, 50, 100)
 
 # How much memory a process may hold, in bytes, before it lets go of the programs that it has compiled. Those of the
 # whole suite would add up to many GB.
-_MOST = 2 << 30
+_MOST = 3 << 29
 
 
 @pytest.fixture(autouse=True, scope="module")
