@@ -1,6 +1,5 @@
 """What the commands share: options, checks of their values, errors, tables and JSON."""
 
-import codecs
 import contextlib
 import json
 import math
@@ -36,11 +35,7 @@ def rule(fits: Callable[[Any], bool], text: str | Callable[[], str]) -> Callable
 
 at_least_one = rule(lambda value: 1 <= value < 2**31, "at least 1 and below 2**31")
 not_negative = rule(lambda value: value >= 0, "0 or more")
-_above_zero = rule(lambda value: 0 < value < math.inf, "a number above 0")
 one_of_formats = rule(lambda value: value in formats(), lambda: f"one of {', '.join(formats())}")
-
-
-_ERRORS = ("strict", "replace", "escape")
 
 
 def formats() -> tuple[str, ...]:
@@ -50,30 +45,6 @@ def formats() -> tuple[str, ...]:
     return embax.files.FORMATS
 
 
-def _is_encoding(name: str) -> bool:
-    try:
-        # Some, such as "rot13", are no encodings of text.
-        return bool("a".encode(codecs.lookup(name).name))
-    except (LookupError, ValueError):  # a name with a zero character is a ValueError
-        return False
-
-
-VectorsFile = Annotated[
-    str,
-    typer.Argument(
-        metavar="FILE",
-        help="A file of vectors of any format embax knows, plain or compressed, or the folder of a model; - is "
-        "standard input. A tensor, or a file in an archive, is named after a colon.",
-    ),
-]
-Format = Annotated[
-    str | None,
-    typer.Option(
-        callback=one_of_formats,
-        autocompletion=lambda: list(formats()),
-        help="The format of the file. Default: that of its content.",
-    ),
-]
 To = Annotated[
     str | None,
     typer.Option(
@@ -81,24 +52,6 @@ To = Annotated[
         autocompletion=lambda: list(formats()),
         help="The format to write. Default: by the suffix of the output; for - and pipes it has to be given.",
     ),
-]
-Limit = Annotated[int | None, typer.Option(callback=at_least_one, help="Read the first rows only, as many.")]
-Encoding = Annotated[
-    str,
-    typer.Option(callback=rule(_is_encoding, "an encoding such as latin-1"), help="Of the tokens in the file."),
-]
-Errors = Annotated[
-    str,
-    typer.Option(
-        callback=rule(lambda value: value in _ERRORS, f"one of {', '.join(_ERRORS)}"),
-        autocompletion=lambda: list(_ERRORS),
-        help="What becomes of tokens that are not of the encoding: escape keeps their bytes, replace puts U+FFFD, "
-        "strict ends with an error.",
-    ),
-]
-MaxExpansion = Annotated[
-    float,
-    typer.Option(callback=_above_zero, help="How many times its size a compressed file may grow to."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")]
 Number = Annotated[int, typer.Option("-k", callback=at_least_one, help="How many to print.")]

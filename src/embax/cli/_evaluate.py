@@ -7,14 +7,8 @@ from typing import Annotated, Any
 import typer
 
 from ._common import (
-    Encoding,
-    Errors,
-    Format,
     Json,
-    Limit,
-    MaxExpansion,
     UserError,
-    VectorsFile,
     at_least_one,
     in_one_line,
     note,
@@ -25,14 +19,16 @@ from ._common import (
     short_name,
 )
 from ._display import waiting
-from ._queries import load
+from ._reading import Reading, VectorsFile, load, reads_vectors
 
 _ANALOGIES = "questions-words.txt"
 _WORD_PAIRS = ("wordsim353.tsv", "simlex999.txt")
 
 
+@reads_vectors
 def evaluate(
     file: VectorsFile,
+    reading: Reading,
     analogies: Annotated[
         str | None,
         typer.Option(
@@ -46,11 +42,6 @@ def evaluate(
     restrict: Annotated[
         int, typer.Option(callback=at_least_one, help="How many tokens, the first ones, are the vocabulary.")
     ] = 300_000,
-    format: Format = None,
-    limit: Limit = None,
-    encoding: Encoding = "utf-8",
-    errors: Errors = "escape",
-    max_expansion: MaxExpansion = 100.0,
     json: Json = False,
 ) -> None:
     """Print how well vectors solve analogies, and how well their cosines agree with people's judgement.
@@ -61,7 +52,7 @@ def evaluate(
     if not are_chosen:
         analogies, word_pairs = _of_gensim()
     _check_readable([*([] if analogies is None else [analogies]), *(word_pairs or [])], file)
-    vectors = load(file, format=format, limit=limit, encoding=encoding, errors=errors, max_expansion=max_expansion)
+    vectors = load(file, reading)
     import embax.evaluate
 
     solved, agreed = None, {}

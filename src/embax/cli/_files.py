@@ -2,20 +2,14 @@
 
 import os
 import warnings
-from typing import Annotated, Any, cast
+from typing import Annotated, Any
 
 import typer
 
 from ._common import (
-    Encoding,
-    Errors,
-    Format,
     Json,
-    Limit,
-    MaxExpansion,
     To,
     UserError,
-    VectorsFile,
     bytes_in_words,
     in_one_line,
     is_same_file,
@@ -27,17 +21,15 @@ from ._common import (
     short_name,
 )
 from ._display import waiting
+from ._reading import Reading, VectorsFile, reads_vectors
 
 _DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
+@reads_vectors
 def info(
     file: VectorsFile,
-    format: Format = None,
-    limit: Limit = None,
-    encoding: Encoding = "utf-8",
-    errors: Errors = "escape",
-    max_expansion: MaxExpansion = 100.0,
+    reading: Reading,
     json: Json = False,
 ) -> None:
     """Print what a file of vectors holds: its format, size, norms, tokens and what is odd about it."""
@@ -54,11 +46,7 @@ def info(
         warnings.simplefilter("always", embax.files.UndecodedTokensWarning)
         identity, contents = embax.files.load_identified(
             file,
-            format=format,
-            limit=limit,
-            encoding=encoding,
-            errors=cast(Any, errors),
-            max_expansion=max_expansion,
+            **reading._asdict(),
         )
     duplicates = 0
     for warning in caught:
@@ -74,8 +62,10 @@ def info(
         print_table(as_table(found))
 
 
+@reads_vectors
 def convert(
     file: VectorsFile,
+    reading: Reading,
     output: Annotated[
         str,
         typer.Argument(metavar="OUTPUT", help="The file to write; its suffix tells the format. - is standard output."),
@@ -89,11 +79,6 @@ def convert(
             help="Convert the numbers to float16, bfloat16, float32 or float64. Default: as they are.",
         ),
     ] = None,
-    format: Format = None,
-    limit: Limit = None,
-    encoding: Encoding = "utf-8",
-    errors: Errors = "escape",
-    max_expansion: MaxExpansion = 100.0,
     json: Json = False,
 ) -> None:
     """Write the vectors of a file in another format."""
@@ -107,12 +92,8 @@ def convert(
             raise UserError(f"{output}: is the file to read itself. Name another file to write.")
         identity, contents = embax.files.load_identified(
             file,
-            format=format,
-            limit=limit,
             dtype=_dtype(dtype),
-            encoding=encoding,
-            errors=cast(Any, errors),
-            max_expansion=max_expansion,
+            **reading._asdict(),
         )
     if contents.subwords is not None and target != "fasttext":
         note(f"the sub-words are left out, as only the format fasttext keeps them; {target} has the rows.")

@@ -5,14 +5,8 @@ from typing import Annotated
 import typer
 
 from ._common import (
-    Encoding,
-    Errors,
-    Format,
     Json,
-    Limit,
-    MaxExpansion,
     UserError,
-    VectorsFile,
     at_least_one,
     in_one_line,
     is_same_file,
@@ -24,14 +18,16 @@ from ._common import (
     short_name,
 )
 from ._display import waiting
-from ._queries import load
+from ._reading import Reading, VectorsFile, load, reads_vectors
 
 _KINDS = ("png", "html")
 _NEIGHBORS = 5
 
 
+@reads_vectors
 def map_(
     file: VectorsFile,
+    reading: Reading,
     output: Annotated[
         str,
         typer.Option(
@@ -64,11 +60,6 @@ def map_(
         ),
     ] = "pca",
     seed: Annotated[int, typer.Option(callback=not_negative, help="Of umap's random numbers.")] = 0,
-    format: Format = None,
-    limit: Limit = None,
-    encoding: Encoding = "utf-8",
-    errors: Errors = "escape",
-    max_expansion: MaxExpansion = 100.0,
     json: Json = False,
 ) -> None:
     """Draw a map of tokens: those whose vectors have like directions lie near each other."""
@@ -83,7 +74,7 @@ def map_(
     embax.files.check_writable(output)
     if is_same_file(file, output):
         raise UserError(f"{output}: is the file to read itself. Name another file for the map.")
-    vectors = load(file, format=format, limit=limit, encoding=encoding, errors=errors, max_expansion=max_expansion)
+    vectors = load(file, reading)
     with in_one_line(), waiting("drawing"):
         directions = vectors.normalized().weight
         rows = np.arange(min(first, len(vectors))) if words is None else vectors.vocabulary.ids(_split(words))

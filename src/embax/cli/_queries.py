@@ -1,35 +1,28 @@
 """`embax neighbors` and `embax analogy`: what is near what."""
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from ._common import (
-    Encoding,
-    Errors,
-    Format,
     Json,
-    Limit,
-    MaxExpansion,
     Number,
     UserError,
-    VectorsFile,
     in_one_line,
     plain_table,
     print_json,
     print_table,
     printable,
     rule,
-    short_name,
 )
 from ._display import waiting
-
-if TYPE_CHECKING:
-    from embax.vectors import Vectors
+from ._reading import Reading, VectorsFile, load, reads_vectors
 
 
+@reads_vectors
 def neighbors(
     file: VectorsFile,
+    reading: Reading,
     words: Annotated[list[str], typer.Argument(metavar="WORD", help="The words whose neighbours to find.")],
     number: Number = 10,
     approx: Annotated[
@@ -44,17 +37,12 @@ def neighbors(
         bool,
         typer.Option("--save-index", help="With --approx, keep the index as FILE.usearch, which later calls find."),
     ] = False,
-    format: Format = None,
-    limit: Limit = None,
-    encoding: Encoding = "utf-8",
-    errors: Errors = "escape",
-    max_expansion: MaxExpansion = 100.0,
     json: Json = False,
 ) -> None:
     """Print the words whose vectors are nearest in direction, with their cosines."""
     if save_index and not approx:
         raise UserError("--save-index needs --approx, which asks an index.")
-    vectors = load(file, format=format, limit=limit, encoding=encoding, errors=errors, max_expansion=max_expansion)
+    vectors = load(file, reading)
     if save_index:
         with waiting("making the index"), in_one_line(file):
             vectors.save_index()
@@ -74,8 +62,10 @@ def neighbors(
     print_table(_side_by_side(dict(zip(words, found, strict=True))))
 
 
+@reads_vectors
 def analogy(
     file: VectorsFile,
+    reading: Reading,
     a: Annotated[str, typer.Argument(metavar="A", help="A word, such as man.")],
     b: Annotated[str, typer.Argument(metavar="B", help="The word that A is to, such as king.")],
     c: Annotated[str, typer.Argument(metavar="C", help="The word that is to the answer as A is to B, such as woman.")],
@@ -88,15 +78,10 @@ def analogy(
             help="add: the cosine to the sum of directions. mul: the product of cosines, 3CosMul.",
         ),
     ] = "add",
-    format: Format = None,
-    limit: Limit = None,
-    encoding: Encoding = "utf-8",
-    errors: Errors = "escape",
-    max_expansion: MaxExpansion = 100.0,
     json: Json = False,
 ) -> None:
     """Answer "A is to B as C is to what?": `embax analogy FILE man king woman` finds queen."""
-    vectors = load(file, format=format, limit=limit, encoding=encoding, errors=errors, max_expansion=max_expansion)
+    vectors = load(file, reading)
     with waiting("looking for the answer"), in_one_line():
         found = vectors.analogy(a, b, c, k=number, method="mul" if method == "mul" else "add")
     if json:
@@ -104,15 +89,6 @@ def analogy(
         print_json({"file": file, "a": a, "b": b, "c": c, "method": method, "candidates": candidates})
         return
     print_table(_column(f"{a} : {b} = {c} : ?", found, "cosine" if method == "add" else "3CosMul"))
-
-
-def load(file: str, **options: Any) -> "Vectors":
-    """Load vectors, with a spinner where that takes a while."""
-    with waiting(f"loading {short_name(file)}"):
-        import embax.vectors
-
-        with in_one_line(file):
-            return embax.vectors.Vectors.load(file, **options)
 
 
 def _side_by_side(nearest: dict[str, list[tuple[str, float]]]) -> Any:

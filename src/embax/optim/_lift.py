@@ -6,7 +6,7 @@ from typing import NamedTuple, TypeGuard
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import PyTree
+from jaxtyping import Array, PyTree
 
 from .._base import distinct as _dedupe
 from .._core import ids as _ids
@@ -144,41 +144,60 @@ def lift(tx: optax.GradientTransformation, *, tables: Chooser | None = None) -> 
             checked_update(_UPDATE, leaf, gradient) if _is_table(leaf) else gradient
             for leaf, gradient in zip(leaves, as_given, strict=True)
         ]
-        trained = [i for i, leaf in enumerate(leaves) if _is_table(leaf) and is_trained(leaf)]
         without = structure.unflatten([_untrained(leaf) for leaf in leaves])
-        of_tx = plan(tx, without)
-        state_as_given = jax.tree.structure(state.inner)
-        step = Step(tx, of_tx, structure, leaves, gradients, _with_rules_of(tx, without, state.inner), extra_args)
-
-        slots, dealt_out = list(state.slots), state.dealt_out
-        touched: list[_dedupe.Distinct | None] = []  # None where the gradient is dense
-        for k, i in enumerate(trained):
-            if isinstance(gradients[i], Table):
-                touched.append(None)
-                continue
-            ids, values = _ids.trained(gradients[i].ids, leaves[i]), gradients[i].values
-            if of_tx.kinds[k] == "scaled":  # the sum of the updates is the update of the sum
-                touched.append(_dedupe.Distinct(ids, values, jnp.int32(ids.shape[0])))
-                continue
-            storage, rows, dim = leaves[i].storage, leaves[i].rows, leaves[i].dim
-            slots[k], distinct, crowded = storage.combine(slots[k], ids, values, rows, dim)
-            touched.append(distinct)
-            dealt_out += crowded
-
-        alone = {k: rows for k, rows in enumerate(touched) if rows is not None and of_tx.kinds[k] != "joint"}
-        out, inner = step.run({k: rows for k, rows in enumerate(touched) if k not in alone})
-        for k, rows in alone.items():
-            out[trained[k]], inner = step.run_alone(k, rows, inner)
+        inner = _with_rules_of(tx, without, state.inner)
+        step = Step.of(tx, plan(tx, without), params, gradients, inner, extra_args)
+        slots, together, alone, crowded = _summed_by_row(step, state.slots)
+        out, inner = step.run(together)
+        for place, rows in alone.items():
+            out[place], inner = step.run_alone(place, rows, inner)
         # As it came, so that a loop over steps compiles once whatever rules have changed.
-        inner = state_as_given.unflatten(jax.tree.leaves(inner))
+        inner = jax.tree.structure(state.inner).unflatten(jax.tree.leaves(inner))
         # An update has the structure of its gradient, so that other transformations find it where they look for it.
         out = [around(*pair) for pair in zip(as_given, out, strict=True)]
         out = (
             without_tables(given, params, structure.unflatten(out)) if tables is not None else structure.unflatten(out)
         )
-        return out, LiftState(inner, tuple(slots), dealt_out, state.made_for)
+        return out, LiftState(inner, slots, state.dealt_out + crowded, state.made_for)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _summed_by_row(
+    step: Step, slots: Sequence[_dedupe.Slots]
+) -> tuple[tuple[_dedupe.Slots, ...], dict[int, _dedupe.Distinct | None], dict[int, _dedupe.Distinct], Array | int]:
+    """Sum the gradient of each table by row.
+
+    Args:
+      step: The step.
+      slots: The scratch of each trained table.
+
+    Returns:
+      The slots; the rows of the tables, by number, that the transformation has to see at once, None for all rows of a
+      dense gradient; the rows of the others by their place among the leaves; and how many rows crowded.
+    """
+    slots, crowded = list(slots), 0
+    together: dict[int, _dedupe.Distinct | None] = {}
+    alone: dict[int, _dedupe.Distinct] = {}
+    for place, leaf in enumerate(step.leaves):
+        if leaf.number is None:
+            continue
+        if isinstance(leaf.gradient, Table):
+            together[leaf.number] = None
+            continue
+        table = leaf.param
+        ids, values = _ids.trained(leaf.gradient.ids, table), leaf.gradient.values
+        if leaf.kind == "scaled":  # the sum of the updates is the update of the sum
+            alone[place] = _dedupe.Distinct(ids, values, jnp.int32(ids.shape[0]))
+            continue
+        of_table = slots[leaf.number]
+        slots[leaf.number], rows, more = table.storage.combine(of_table, ids, values, table.rows, table.dim)
+        crowded += more
+        if leaf.kind == "joint":
+            together[leaf.number] = rows
+        else:
+            alone[place] = rows
+    return tuple(slots), together, alone, crowded
 
 
 def _with_rules_of(tx: optax.GradientTransformationExtraArgs, params: PyTree, inner: PyTree) -> PyTree:

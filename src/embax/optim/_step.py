@@ -3,23 +3,90 @@
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Int, Shaped
+from jaxtyping import Array, Int, PyTree, Shaped
 
 from .._base.distinct import Distinct
+from .._base.typing import PyTreeDef
 from .._core.table import Table, with_weight, without_padding
 from .._gradients.row_grad import RowGrad, is_trained, row_grad
 from ._separable import Plan
+from ._structure import Kind
 
 # Numbers in a block of rows, so that the arrays of a step stay in a core's cache.
 _BLOCK = 1 << 16
 
-# The rows of each table, by its number, that a run is about: None for all of them.
+# The rows of trained tables, by their numbers, that a run is about: None for all rows of one.
 Parts = Mapping[int, Distinct | None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """A parameter and its gradient."""
+
+    param: PyTree  # an array or a Table
+    gradient: PyTree
+    number: int | None  # the place of a trained table among those; None for all else
+    kind: Kind | None  # what the transformation does to the rows of a trained table
+
+    def seen(self, parts: Parts) -> tuple[PyTree, PyTree]:
+        """The parameter and the gradient that the transformation sees in a run."""
+        table = self.param
+        if not isinstance(table, Table):
+            return table, self.gradient
+        if self.number is None:
+            return with_weight(table, None), with_weight(table, None)
+        rows = parts.get(self.number, _no_rows(table))
+        if rows is None:
+            return table, with_weight(table, without_padding(table, self.gradient.weight))
+        # A transformation that only scales its gradient does not look at the weight.
+        scaled = self.kind == "scaled"
+        weight = jnp.zeros_like(rows.values) if scaled else _gather(table, table.weight, rows.ids)
+        return with_weight(table, weight), with_weight(table, rows.values)
+
+    def updated(self, update: PyTree, parts: Parts) -> PyTree:
+        """The update of the parameter, given that of what was seen; None for a table that is not in the parts."""
+        table = self.param
+        if not isinstance(table, Table):
+            return update
+        if self.number is None:
+            return jax.tree.map(jnp.zeros_like, self.gradient)
+        if self.number not in parts:
+            return None
+        rows = parts[self.number]
+        if rows is None:
+            return with_weight(table, without_padding(table, update.weight))
+        return _update(table, rows.ids, update.weight.astype(self.gradient.dtype))
+
+
+@dataclasses.dataclass(frozen=True)
+class StateLeaf:
+    """An array of the state, and the trained table whose rows it holds along its first axis, if any."""
+
+    value: Array
+    number: int | None
+    table: Table | None
+
+    def seen(self, parts: Parts) -> Array:
+        """The array that the transformation sees in a run."""
+        if self.table is None or self.number is None:
+            return self.value
+        if self.number not in parts:
+            return self.value[:0]
+        rows = parts[self.number]
+        return self.value if rows is None else _gather(self.table, self.value, rows.ids)
+
+    def written(self, new: Array, parts: Parts) -> Array:
+        """The array after a run, given what the transformation made of the array that it saw."""
+        if self.table is None or self.number is None:
+            return new
+        if self.number not in parts:
+            return self.value
+        rows = parts[self.number]
+        return new if rows is None else _store(self.table, self.value, rows.ids, new)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,14 +94,52 @@ class Step:
     """The arguments of an update of a mixed tree, and ways to run it in parts."""
 
     tx: optax.GradientTransformationExtraArgs
-    plan: Plan
-    structure: Any  # of the tree, with Tables for leaves
-    params: Sequence[Any]  # its leaves
-    gradients: Sequence[Any]  # the gradient of each leaf
-    inner: Any  # the state of tx
-    extra_args: Mapping[str, Any]
+    leaves: Sequence[Leaf]
+    structure: PyTreeDef  # that of the parameters, with Tables for leaves
+    state: Sequence[StateLeaf]
+    state_structure: PyTreeDef
+    extra_args: Mapping[str, object]
 
-    def run(self, parts: Parts) -> tuple[list[Any], Any]:
+    @classmethod
+    def of(
+        cls,
+        tx: optax.GradientTransformationExtraArgs,
+        plan: Plan,
+        params: PyTree,
+        gradients: Sequence[PyTree],
+        inner: PyTree,
+        extra_args: Mapping[str, object],
+    ) -> "Step":
+        """Put each parameter beside its gradient, and each array of the state beside its table.
+
+        Args:
+          tx: The transformation.
+          plan: What is known of it.
+          params: The parameters.
+          gradients: The gradient of each of their leaves, a Table being one.
+          inner: The state of the transformation.
+          extra_args: Further arguments of its update.
+
+        Returns:
+          The step.
+        """
+        params, structure = jax.tree.flatten(params, is_leaf=lambda node: isinstance(node, Table))
+        leaves: list[Leaf] = []
+        tables: list[Table] = []
+        for param, gradient in zip(params, gradients, strict=True):
+            if isinstance(param, Table) and is_trained(param):
+                leaves.append(Leaf(param, gradient, len(tables), plan.kinds[len(tables)]))
+                tables.append(param)
+            else:
+                leaves.append(Leaf(param, gradient, None, None))
+        arrays, state_structure = jax.tree.flatten(inner)
+        state = [
+            StateLeaf(array, owner, None if owner is None else tables[owner])
+            for array, owner in zip(arrays, plan.owners, strict=True)
+        ]
+        return cls(tx, leaves, structure, state, state_structure, extra_args)
+
+    def run(self, parts: Parts) -> tuple[list[PyTree], PyTree]:
         """Run the step on ordinary leaves and on some rows of some tables, as though there were no others.
 
         Args:
@@ -43,58 +148,45 @@ class Step:
         Returns:
           The update of each leaf, None for a table that is not in the parts, and the new state.
         """
-        updates, state = self._call(parts, self._state)
-        out, numbers = [], iter(range(len(self.plan.kinds)))
-        for param, gradient, update in zip(self.params, self.gradients, updates, strict=True):
-            if not isinstance(param, Table):
-                out.append(update)
-            elif not is_trained(param):
-                out.append(jax.tree.map(jnp.zeros_like, gradient))
-            elif (k := next(numbers)) not in parts:
-                out.append(None)
-            elif (rows := parts[k]) is None:
-                out.append(with_weight(param, without_padding(param, update.weight)))
-            else:
-                out.append(_update(param, rows.ids, update.weight.astype(gradient.dtype)))
-        merged = [
-            old if owner is not None and owner not in parts else self._merge(old, new, parts, owner)
-            for old, new, owner in zip(self._state, state, self.plan.owners, strict=True)
-        ]
-        return out, jax.tree.structure(self.inner).unflatten(merged)
+        updates, new = self._call(parts, self.state)
+        out = [leaf.updated(update, parts) for leaf, update in zip(self.leaves, updates, strict=True)]
+        written = [leaf.written(array, parts) for leaf, array in zip(self.state, new, strict=True)]
+        return out, self.state_structure.unflatten(written)
 
-    def run_alone(self, number: int, rows: Distinct, inner: Any) -> tuple[Any, Any]:
+    def run_alone(self, at: int, rows: Distinct, inner: PyTree) -> tuple[RowGrad, PyTree]:
         """Run the step on some rows of one table which the rest of the tree has no part in.
 
         On a CPU it goes block by block, through the places that are taken.
 
         Args:
-          number: The number of the table.
+          at: The place of the table among the leaves.
           rows: The rows.
           inner: A state, of which the table's rows are those from before the step.
 
         Returns:
           The update of the table, and the state with its rows written.
         """
-        leaves, structure = jax.tree.flatten(inner)
-        owned = [i for i, owner in enumerate(self.plan.owners) if owner == number]
-        at = [i for i, param in enumerate(self.params) if isinstance(param, Table) and is_trained(param)][number]
-        table = self.params[at]
-        scaled = self.plan.kinds[number] == "scaled"
+        leaf = self.leaves[at]
+        table, number, scaled = leaf.param, leaf.number, leaf.kind == "scaled"
+        assert number is not None
         dtype, length = rows.values.dtype, rows.ids.shape[0]
+        arrays = self.state_structure.flatten_up_to(inner)
+        owned = [i for i, of_state in enumerate(self.state) if of_state.number == number]
 
         def run_block(
             ids: Int[Array, " block"], values: Shaped[Array, "block *dim"], of_table: Sequence[Array]
         ) -> tuple[Shaped[Array, "block *dim"], list[Array]]:
-            state = list(self._state)
-            for i, leaf in zip(owned, of_table, strict=True):
-                state[i] = leaf
+            state = list(self.state)
+            for i, array in zip(owned, of_table, strict=True):
+                state[i] = dataclasses.replace(state[i], value=array)
             part = {number: Distinct(ids, values, jnp.int32(0))}
             updates, new = self._call(part, state)
-            return updates[at].weight.astype(dtype), [_store(table, state[i], ids, new[i]) for i in owned]
+            return updates[at].weight.astype(dtype), [state[i].written(new[i], part) for i in owned]
 
         block = _block(length, math.prod(table.dim))
+        of_table = [arrays[i] for i in owned]
         if block >= length or scaled or not table.storage.is_local:
-            update, new = run_block(rows.ids, rows.values, [leaves[i] for i in owned])
+            update, new = run_block(rows.ids, rows.values, of_table)
         else:
             padded = -(-length // block) * block
             ids, values = rows.ids, rows.values
@@ -110,62 +202,25 @@ class Step:
                 return jax.lax.dynamic_update_slice_in_dim(values, update, i * block, 0), of_table
 
             blocks = (rows.number + (block - 1)) // block
-            update, new = jax.lax.fori_loop(0, blocks, body, (values, [leaves[i] for i in owned]))
+            update, new = jax.lax.fori_loop(0, blocks, body, (values, of_table))
             update = update[:length]
-        for i, leaf in zip(owned, new, strict=True):
-            leaves[i] = leaf
+        for i, array in zip(owned, new, strict=True):
+            arrays[i] = array
+        written = self.state_structure.unflatten(arrays)
         if scaled:  # as they came
-            return row_grad(rows.ids, update, table.rows), structure.unflatten(leaves)
-        return _update(table, rows.ids, update), structure.unflatten(leaves)
+            return row_grad(rows.ids, update, table.rows), written
+        return _update(table, rows.ids, update), written
 
-    def _merge(self, old: Array, new: Array, parts: Parts, owner: int | None) -> Array:
-        rows = None if owner is None else parts[owner]
-        return new if rows is None else _store(self._tables[owner or 0], old, rows.ids, new)
-
-    @property
-    def _tables(self) -> list[Table]:
-        return [param for param in self.params if isinstance(param, Table) and is_trained(param)]
-
-    @property
-    def _state(self) -> list[Array]:
-        return jax.tree.leaves(self.inner)
-
-    def _call(self, parts: Parts, state: Sequence[Array]) -> tuple[list[Any], list[Array]]:
+    def _call(self, parts: Parts, state: Sequence[StateLeaf]) -> tuple[list[PyTree], list[Array]]:
         """Gather the rows of the parts and call the transformation on them."""
-        params, gradients, numbers = [], [], iter(range(len(self.plan.kinds)))
-        for param, gradient in zip(self.params, self.gradients, strict=True):
-            if not isinstance(param, Table):
-                params.append(param)
-                gradients.append(gradient)
-            elif not is_trained(param):
-                params.append(with_weight(param, None))
-                gradients.append(with_weight(param, None))
-            elif (rows := parts.get(k := next(numbers), _no_rows(param))) is None:
-                params.append(param)
-                gradients.append(with_weight(param, without_padding(param, gradient.weight)))
-            else:
-                # What only scales its gradient does not look at the weight.
-                scaled = self.plan.kinds[k] == "scaled"
-                weight = jnp.zeros_like(rows.values) if scaled else _gather(param, param.weight, rows.ids)
-                params.append(with_weight(param, weight))
-                gradients.append(with_weight(param, rows.values))
-        small = []
-        for leaf, owner in zip(state, self.plan.owners, strict=True):
-            if owner is None:
-                small.append(leaf)
-            elif owner not in parts:
-                small.append(leaf[:0])
-            else:
-                rows = parts[owner]
-                small.append(leaf if rows is None else _gather(self._tables[owner], leaf, rows.ids))
-        structure = jax.tree.structure(self.inner)
+        pairs = [leaf.seen(parts) for leaf in self.leaves]
         updates, new = self.tx.update(
-            self.structure.unflatten(gradients),
-            structure.unflatten(small),
-            self.structure.unflatten(params),
+            self.structure.unflatten([gradient for _, gradient in pairs]),
+            self.state_structure.unflatten([leaf.seen(parts) for leaf in state]),
+            self.structure.unflatten([param for param, _ in pairs]),
             **self.extra_args,
         )
-        return self.structure.flatten_up_to(updates), structure.flatten_up_to(new)
+        return self.structure.flatten_up_to(updates), self.state_structure.flatten_up_to(new)
 
 
 def _block(length: int, size: int) -> int:
@@ -178,7 +233,7 @@ def _no_rows(table: Table) -> Distinct:
     return Distinct(jnp.zeros(0, jnp.int32), jnp.zeros((0, *table.dim), table.dtype), jnp.int32(0))
 
 
-def laid_out_state(state: Any, owners: Sequence[int | None], tables: Sequence[Table]) -> Any:
+def laid_out_state(state: PyTree, owners: Sequence[int | None], tables: Sequence[Table]) -> PyTree:
     """Lay out the state of a transformation as the rows that it belongs to, and its counters on all devices.
 
     Args:
