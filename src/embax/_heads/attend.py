@@ -1,12 +1,13 @@
 """attend: a vector against every row of a table, as the head of a language model does."""
 
 import functools
-from typing import Any
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, DTypeLike, Float, Int, Shaped
+from jaxtyping import Array, DTypeLike, Float, Int, PyTree, Shaped
+from numpy.typing import ArrayLike
 
 from .._base.distinct import accumulator
 from .._core import ids as _ids
@@ -16,7 +17,7 @@ from .._core.table import Table, with_weight, without_padding
 
 
 def attend(
-    table: Table, x: Any, *, mask_padding: bool = False, dtype: DTypeLike | None = None
+    table: Table, x: ArrayLike, *, mask_padding: bool = False, dtype: DTypeLike | None = None
 ) -> Float[Array, "*batch rows"]:
     """Multiply vectors by every row of a table: the logits of a tied head.
 
@@ -113,7 +114,7 @@ def _with_gradient_of_all_rows(weight: Shaped[Array, "rows *dim"]) -> Shaped[Arr
 
 
 @_with_gradient_of_all_rows.defjvp
-def _with_gradient_of_all_rows_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
+def _with_gradient_of_all_rows_jvp(primals: Sequence[PyTree], tangents: Sequence[PyTree]) -> tuple[Array, Array]:
     return primals[0], all_rows(tangents[0])
 
 
@@ -123,7 +124,7 @@ def _without_padding(rules: Table, weight: Shaped[Array, "rows *dim"]) -> Shaped
 
 
 @_without_padding.defjvp
-def _without_padding_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
+def _without_padding_jvp(primals: Sequence[PyTree], tangents: Sequence[PyTree]) -> tuple[Array, Array]:
     return primals[1], without_padding(primals[0], tangents[1])
 
 
@@ -131,7 +132,7 @@ def _without_padding_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
 _jitted_without_padding = jax.jit(_without_padding, inline=True)
 
 
-def checked_vectors(call: str, table: Table, x: Any) -> Float[Array, "*batch_dim"]:
+def checked_vectors(call: str, table: Table, x: object) -> Float[Array, "*batch_dim"]:
     """Check vectors that are to be multiplied by the rows of a table.
 
     Args:

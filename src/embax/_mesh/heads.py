@@ -149,7 +149,7 @@ class Tokens:
             logits = jnp.swapaxes(logits, -1, -2)
         return jnp.reshape(logits, (*batch, placement.stored_rows))[..., : placement.rows]
 
-    def laid_out(self, array: Shaped[Array, "*batch_dim"], fill: Any = 0) -> Shaped[Array, "*tokens_dim"]:
+    def laid_out(self, array: Shaped[Array, "*batch_dim"], fill: float = 0) -> Shaped[Array, "*tokens_dim"]:
         """Lay out what there is for each token, filled up with `fill`."""
         if self.shape == self.batch:
             return array
@@ -168,10 +168,10 @@ class Tokens:
 
 def on_owners(
     tokens: Tokens,
-    function: Callable[..., Any],
+    function: Callable[..., tuple[Array, ...]],
     out_specs: Sequence[PartitionSpec],
     weight: Float[Array, "stored *dim"],
-    *of_tokens: Shaped[Array, "*tokens_dim"],
+    *of_tokens: Shaped[Array, "..."],
 ) -> tuple[Array, ...]:
     """Call a function on each device, with its own rows.
 

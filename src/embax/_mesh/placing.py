@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import DTypeLike
 
 from .placement import Placement
 
@@ -12,7 +13,7 @@ from .placement import Placement
 Reader = Callable[[slice, tuple[slice, ...]], np.ndarray]
 
 
-def stored(placement: Placement, read: Reader, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+def stored(placement: Placement, read: Reader, shape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:
     """Make the stored array of a placement, each shard from the rows that it holds."""
     dtype = jax.dtypes.canonicalize_dtype(dtype)
     of_all = (placement.stored_rows, *shape[1:])

@@ -3,18 +3,20 @@
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Int, Int32, Shaped
+from jaxtyping import Array, Int, Int32, PyTree, Shaped
 
 from .._base import distinct as _dedupe
 from .._base.axes import is_explicit, laid_out_as, on_every_device, resharded
 from .._base.distinct import Distinct
 from . import exchange as _exchange
 from .placement import Placement
+
+T = TypeVar("T")
 
 
 def take(
@@ -178,7 +180,7 @@ def rounds(placement: Placement, ids: Int[Array, "*batch"]) -> Int32[Array, ""]:
 
 
 def joined(
-    placement: Placement | None, arrays: Sequence[Shaped[Array, "length ..."]], fill: Any
+    placement: Placement | None, arrays: Sequence[Shaped[Array, "_ ..."]], fill: float
 ) -> Shaped[Array, "total ..."]:
     """Put arrays one behind the other; on a mesh, those that are split over all devices on each device for itself.
 
@@ -228,7 +230,9 @@ def first_of(placement: Placement, array: Shaped[Array, "more ..."], length: int
     return resharded(array, placement.mesh, PartitionSpec())[:length]
 
 
-def on_devices(placement: Placement, function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
+def on_devices(
+    placement: Placement, function: Callable[..., T], in_specs: PyTree, out_specs: PyTree
+) -> Callable[..., T]:
     """Have a function called on each device of a mesh, its arguments laid out as it wants them.
 
     Args:
@@ -268,7 +272,7 @@ def _joined_back(
     return laid_out_as(ids, rows, ids.ndim, placement.mesh)
 
 
-def padded(placement: Placement, array: Shaped[Array, "length ..."], fill: Any) -> Shaped[Array, "more ..."]:
+def padded(placement: Placement, array: Shaped[Array, "length ..."], fill: float) -> Shaped[Array, "more ..."]:
     """Fill an array up so that it can be split over all devices."""
     missing = -array.shape[0] % placement.devices
     if not missing:

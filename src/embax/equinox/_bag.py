@@ -1,12 +1,15 @@
 """EmbeddingBag: an Embedding whose rows are pooled as they are read."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import equinox as eqx
-from jaxtyping import Array, DTypeLike, Shaped
+from jaxtyping import Array, DTypeLike, Key, Shaped
+from numpy.typing import ArrayLike
 
 from .._bags.embedding_bag import read_bags
 from .._bags.pool import Mode
+from .._bags.ragged import Ragged
 from .._base import check as _check
 from ._embedding import Embedding
 
@@ -42,7 +45,7 @@ class EmbeddingBag(Embedding):
     def __init__(
         self,
         num_embeddings: int | None = None,
-        embedding_size: Any = None,
+        embedding_size: int | Sequence[int] | None = None,
         *,
         mode: Mode = "mean",
         include_last_offset: bool = False,
@@ -55,12 +58,12 @@ class EmbeddingBag(Embedding):
 
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
-        input: Any,
-        offsets: Any = None,
-        per_sample_weights: Any = None,
+        input: ArrayLike | Ragged,
+        offsets: ArrayLike | None = None,
+        per_sample_weights: ArrayLike | None = None,
         *,
         dtype: DTypeLike | None = None,
-        key: Any = None,
+        key: Key[Array, ""] | None = None,
     ) -> Shaped[Array, "*bags_dim"]:
         """Read bags of ids and pool their rows.
 

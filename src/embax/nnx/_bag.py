@@ -1,12 +1,15 @@
 """EmbeddingBag: an Embedding whose rows are pooled as they are read."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 from jaxtyping import Array, Shaped
+from numpy.typing import ArrayLike
 
 from .._bags.embedding_bag import read_bags
 from .._bags.pool import Mode
+from .._bags.ragged import Ragged
 from .._base import check as _check
 from ._embedding import Embedding
 
@@ -42,7 +45,7 @@ class EmbeddingBag(Embedding):
     def __init__(
         self,
         num_embeddings: int,
-        features: Any,
+        features: int | Sequence[int],
         *,
         mode: Mode = "mean",
         include_last_offset: bool = False,
@@ -53,7 +56,7 @@ class EmbeddingBag(Embedding):
         self.include_last_offset = _check.flag("embax.nnx.EmbeddingBag(include_last_offset=...)", include_last_offset)
 
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, input: Any, offsets: Any = None, per_sample_weights: Any = None
+        self, input: ArrayLike | Ragged, offsets: ArrayLike | None = None, per_sample_weights: ArrayLike | None = None
     ) -> Shaped[Array, "*bags_dim"]:
         """Read bags of ids and pool their rows.
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jaxtyping import PyTree
 
 from .._core.table import Table, with_weight
 from .._gradients.apply import apply_updates
@@ -60,7 +61,7 @@ class Optimizer(nnx.Optimizer):
 
     __module__ = "embax.nnx"
 
-    def __init__(self, model: Any, tx: optax.GradientTransformation, *, wrt: Any = nnx.Param):
+    def __init__(self, model: nnx.Pytree, tx: optax.GradientTransformation, *, wrt: Any = nnx.Param):
         if not isinstance(tx, optax.GradientTransformation):
             raise TypeError(
                 f"`{_CALL}(tx=...)` must be an optax.GradientTransformation, got {type(tx).__name__}. "
@@ -73,7 +74,7 @@ class Optimizer(nnx.Optimizer):
         self.tx, self.wrt, self.graph = tx, wrt, None
         self._start(params, opt_state, chosen)
 
-    def _start(self, params: Any, opt_state: Any, chosen: frozenset[str]) -> None:
+    def _start(self, params: PyTree, opt_state: PyTree, chosen: frozenset[str]) -> None:
         """Keep a state, and note for which tables it was made."""
         self.opt_state = nnx.data(jax.tree.map(nnx.OptArray, opt_state))
         self._chosen = chosen
@@ -82,7 +83,7 @@ class Optimizer(nnx.Optimizer):
         self._rules = nnx.static({name: (table.padding_idx, table.freeze) for name, table in tables.items()})
         self._shapes = nnx.static({name: (table.weight.shape, str(table.dtype)) for name, table in tables.items()})
 
-    def update(self, model: Any, grads: Any, /, **kwargs: Any) -> Any:
+    def update(self, model: nnx.Pytree, grads: PyTree, /, **kwargs: PyTree) -> PyTree:
         """Make a step: write the new weights into the model.
 
         Args:
@@ -121,7 +122,7 @@ class Optimizer(nnx.Optimizer):
         self.step[...] += 1
         return updates
 
-    def carry_over(self, model: Any) -> None:
+    def carry_over(self, model: nnx.Pytree) -> None:
         """Bring the state to the model as it is now, whose tables have other rows or rules than before.
 
         As `embax.optim.carry_over`: rows that were there before keep their state, new ones begin as in a new optimizer,
@@ -146,7 +147,7 @@ class Optimizer(nnx.Optimizer):
         before = structure.unflatten([self._before(jax.tree_util.keystr(path), node) for path, node in nodes])
         self._start(params, carry_over(self._pure_state(), before, params, self.tx), chosen)
 
-    def _before(self, name: str, param: Any) -> Any:
+    def _before(self, name: str, param: PyTree) -> PyTree:
         """What a parameter was when the state was made; a table that was not there, as a frozen one, which has none."""
         if not isinstance(param, Table):
             return param
@@ -155,13 +156,13 @@ class Optimizer(nnx.Optimizer):
         padding_idx, freeze = self._rules[name]
         return with_weight(param, jax.ShapeDtypeStruct(*self._shapes[name]), padding_idx=padding_idx, freeze=freeze)
 
-    def _variables(self) -> list[Any]:
+    def _variables(self) -> list[PyTree]:
         return jax.tree.leaves(self.opt_state, is_leaf=lambda node: isinstance(node, nnx.Variable))
 
-    def _pure_state(self) -> Any:
+    def _pure_state(self) -> PyTree:
         return jax.tree.structure(nnx.as_pure(self.opt_state)).unflatten([x.get_value() for x in self._variables()])
 
-    def _at_start(self, call: str, name: str, param: Any) -> Any:
+    def _at_start(self, call: str, name: str, param: PyTree) -> PyTree:
         """Give a table the rules that it had when the optimizer was made."""
         if not isinstance(param, Table) or name not in self._rules:
             return param
@@ -174,5 +175,5 @@ class Optimizer(nnx.Optimizer):
         return Table(param.weight, padding_idx=padding_idx, freeze=freeze)
 
 
-def _flatten(params: Any) -> Any:
+def _flatten(params: PyTree) -> PyTree:
     return jax.tree.flatten_with_path(params, is_leaf=lambda node: isinstance(node, Table))

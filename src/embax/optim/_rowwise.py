@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Float32, Int32, PyTree
+from jaxtyping import Array, Float, Int32, PyTree
 
 from .._base import check as _check
 from .._base.distinct import accumulator
@@ -146,7 +146,7 @@ def rowwise_adam(
             lambda g, v: _with_values(v, b2 * _values(v) + (1 - b2) * _square(g)), updates, state.mean_square
         )
 
-        def corrected(m: Array | Table, v: Array | Table) -> Array | Table:
+        def corrected(m: PyTree, v: PyTree) -> PyTree:
             first, second = (1 - decay ** steps.astype(v.dtype) for decay in (b1, b2))
             return _scale(m, 1 / (first * (jnp.sqrt(_values(v) / second) + eps)))
 
@@ -162,35 +162,35 @@ def rowwise_adam(
 def _map(function: Callable[..., PyTree], tree: PyTree, *others: PyTree) -> PyTree:
     """Map over a tree with Tables for leaves, of which those without a weight have nothing in the other trees."""
 
-    def of_leaf(leaf: Array | Table, *rest: PyTree) -> PyTree:
+    def of_leaf(leaf: PyTree, *rest: PyTree) -> PyTree:
         return None if isinstance(leaf, Table) and not has_weight(leaf) else function(leaf, *rest)
 
     return jax.tree.map(of_leaf, tree, *others, is_leaf=lambda node: isinstance(node, Table))
 
 
-def _second_moment(leaf: Array | Table, start: float) -> Array | Table:
+def _second_moment(leaf: PyTree, start: float) -> PyTree:
     """What a second moment is before the first step; of a table, a Table with one number a row."""
     values = _values(leaf)
     shape = values.shape[:1] if isinstance(leaf, Table) else values.shape
     return _with_values(leaf, jnp.full(shape, start, accumulator(values.dtype)))
 
 
-def _values(leaf: Array | Table) -> Array:
+def _values(leaf: PyTree) -> Array:
     return leaf.weight if isinstance(leaf, Table) else leaf
 
 
-def _with_values(leaf: Array | Table, values: Array) -> Array | Table:
+def _with_values(leaf: PyTree, values: Array) -> PyTree:
     return with_weight(leaf, values) if isinstance(leaf, Table) else values
 
 
-def _square(gradient: Array | Table) -> Float32[Array, "..."]:
+def _square(gradient: PyTree) -> Float[Array, "..."]:
     """The square of a gradient; of a table's, the mean over each row."""
     values = _values(gradient)
     squares = jnp.square(jnp.abs(values.astype(accumulator(values.dtype))))
     return squares.mean(axis=tuple(range(1, squares.ndim))) if isinstance(gradient, Table) else squares
 
 
-def _scale(leaf: Array | Table, factor: Float32[Array, "..."]) -> Array | Table:
+def _scale(leaf: PyTree, factor: Float[Array, "..."]) -> PyTree:
     """Multiply a leaf by a factor for each number, a table by one for each row."""
     if not isinstance(leaf, Table):
         return (leaf.astype(factor.dtype) * factor).astype(leaf.dtype)
