@@ -276,22 +276,7 @@ _flax.register(Table, _flax.of_table, _flax.to_table)
 
 
 def rules_of(table: Table) -> dict[str, Any]:
-    """List the rules of a table by name, for a weight that is held without it.
-
-    Args:
-      table: A table on no mesh.
-
-    Returns:
-      The rules.
-
-    Raises:
-      ValueError: If the table is sharded, since its weight holds rows in stored order, which is not that of ids.
-    """
-    if not table.storage.is_local:
-        raise ValueError(
-            "`from_table(table=...)` must not be given a sharded table, whose weight is in stored order, got "
-            f"{table!r}. Pass embax.unshard(table)."
-        )
+    """List the rules of a table by name, for a weight that is held without it."""
     return {name: getattr(table, name) for name in RULES}
 
 

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import keystr
 
+from .._core.held import held
 from .._core.table import Table, with_weight
 
 # Called with the path of a leaf, as `jax.tree_util.tree_map_with_path` gives it, and the leaf.
@@ -124,11 +125,11 @@ def without_tables(as_given: Any, like: Any, tree: Any) -> Any:
       tree: A tree with a node for each Table of `like`.
 
     Returns:
-      The tree with the weight of each such Table.
+      The tree with the weight of each such Table, as a layer holds it.
     """
     leaves, structure = jax.tree.flatten(like, is_leaf=lambda node: isinstance(node, Table))
     before = structure.flatten_up_to(as_given)
     return structure.unflatten(
-        x.weight if isinstance(leaf, Table) and not isinstance(b, Table) and isinstance(x, Table) else x
+        held(x) if isinstance(leaf, Table) and not isinstance(b, Table) and isinstance(x, Table) else x
         for leaf, b, x in zip(leaves, before, structure.flatten_up_to(tree), strict=True)
     )

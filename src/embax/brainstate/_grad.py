@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from .._base import check as _check
-from .._core.table import Table, with_weight
+from .._core.held import as_table
+from .._core.table import Table
 from .._gradients.chosen import Chooser, checked, with_tables, without_tables
 from .._gradients.differentiate import Options, evaluate
 from .._gradients.report_dense import HAS_A_UNIT, OnDense, report_dense
@@ -223,7 +224,7 @@ def _grad_by_rows(
 
     def held_as_tables(key: int, value: Any) -> Any:
         if key in rules:
-            return with_weight(rules[key], value)
+            return as_table(rules[key], value)
         return with_tables(_CALL, tables, value, paths[key], leaves=(brainunit.Quantity,))
 
     def name(path: Any) -> str:

@@ -3,8 +3,8 @@
 from typing import Any
 
 import brainstate
-import jax
 
+from .._core.stored_rows import StoredRows
 from ._embedding import Embedding
 from ._weight import split_unit
 
@@ -39,7 +39,7 @@ def _to_equinox(embedding: Embedding, context: Any) -> Any:
     return equinox.nn.Embedding(weight=weight)
 
 
-def _plain_weight(embedding: Embedding, target: str, out_of_range: tuple[str, ...]) -> jax.Array:
+def _plain_weight(embedding: Embedding, target: str, out_of_range: tuple[str, ...]) -> Any:
     """Return the weight, if nothing but the weight and these policies are needed to read it."""
     weight, unit = split_unit(embedding.weight.value)
     state = type(embedding.weight)
@@ -52,6 +52,8 @@ def _plain_weight(embedding: Embedding, target: str, out_of_range: tuple[str, ..
         lacking["out_of_range"] = embedding.out_of_range
     if not issubclass(state, brainstate.ParamState):
         lacking["param_type"] = state.__name__
+    if isinstance(weight, StoredRows):
+        lacking[weight.storage.name] = weight.storage
     if unit is not None:
         lacking["unit"] = unit
     if weight.ndim != 2:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from .._core.held import as_table, held
 from .._core.table import Table, with_weight
 from .._gradients.apply import apply_updates
 from .._gradients.chosen import tables_at, without_tables
@@ -288,7 +289,7 @@ def _without_values(table: Table) -> Table:
 
 def _param(state: brainstate.State, rules: Table | None) -> Any:
     """What a transformation sees of a state."""
-    return state.value if rules is None or has_unit(state) else with_weight(rules, state.value)
+    return state.value if rules is None or has_unit(state) else as_table(rules, state.value)
 
 
 def _store(state: brainstate.State, rules: Table | None, new: Any) -> None:
@@ -296,7 +297,7 @@ def _store(state: brainstate.State, rules: Table | None, new: Any) -> None:
         state.value = new
     elif not rules.freeze:
         old, _ = split_unit(state.value)
-        weight, unit = (new.weight, None) if isinstance(new, Table) else split_unit(new)
+        weight, unit = (held(new), None) if isinstance(new, Table) else split_unit(new)
         if unit is not None and rules.padding_idx is not None:  # of a Table, it has not changed
             weight = weight.at[rules.padding_idx].set(old[rules.padding_idx])
         state.value = with_unit(weight, unit)

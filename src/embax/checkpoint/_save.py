@@ -92,7 +92,9 @@ def save(path: str | os.PathLike[str], tree: Any, *, step: int | None = None, ke
 
 
 def _about(entry: Entry) -> dict[str, Any]:
-    return described(entry) | ({"impl": str(jax.random.key_impl(entry.value))} if is_key(entry.value) else {})
+    of_table = {"table": True} if entry.rows is not None else {}  # whose file may have padding behind its last row
+    of_key = {"impl": str(jax.random.key_impl(entry.value))} if is_key(entry.value) else {}
+    return described(entry) | of_table | of_key
 
 
 def _to_be_written(entry: Entry) -> Any:

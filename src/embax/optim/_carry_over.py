@@ -18,12 +18,9 @@ from .._features.collection import Collection
 from .._features.made_for import MadeFor, differences, is_node, made_for
 from .._features.stacks import cut_out, stacks_of
 from .._gradients.chosen import tables_at
-from ._clip import ClipByGlobalNormState
-from ._lift import LiftState
-from ._states import chosen_at_start, with_scratch, without_scratch
+from ._states import SCRATCH, chosen_at_start, with_scratch, without_scratch
 
 _CALL = "embax.optim.carry_over"
-_LIFTED = (LiftState, ClipByGlobalNormState)
 
 
 def carry_over(state: Any, old_params: Any, new_params: Any, tx: optax.GradientTransformation) -> Any:
@@ -79,7 +76,7 @@ def carry_over(state: Any, old_params: Any, new_params: Any, tx: optax.GradientT
             )
     _check_belongs(state, expected)
     owners = _owners(new_params, tx)
-    old = _Old(without_scratch(state, _LIFTED), _storages(old_params))
+    old = _Old(without_scratch(state), _storages(old_params))
     storages = _storages(new_params)
 
     def carried(path: Any, node: Any) -> Any:
@@ -95,8 +92,8 @@ def carry_over(state: Any, old_params: Any, new_params: Any, tx: optax.GradientT
         before = _table(old.arrays[name], old.storages.get(owner, DENSE))
         return _carried_rows(_table(node, storages[owner]), before).weight
 
-    nodes, structure = jax.tree.flatten_with_path(without_scratch(new, _LIFTED), is_leaf=is_node)
-    return with_scratch(structure.unflatten([carried(*node) for node in nodes]), new, _LIFTED)
+    nodes, structure = jax.tree.flatten_with_path(without_scratch(new), is_leaf=is_node)
+    return with_scratch(structure.unflatten([carried(*node) for node in nodes]), new)
 
 
 class _Old:
@@ -129,12 +126,12 @@ class _Old:
 def _check_belongs(state: Any, expected: Any) -> None:
     """Refuse a state that is not of the old parameters."""
     lifted = [
-        [node for node in jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, _LIFTED)) if isinstance(node, _LIFTED)]
+        [node for node in jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, SCRATCH)) if isinstance(node, SCRATCH)]
         for tree in (state, expected)
     ]
     shapes = [
         {jax.tree_util.keystr(path): jnp.shape(leaf) for path, leaf in jax.tree.flatten_with_path(tree)[0]}
-        for tree in (without_scratch(state, _LIFTED), without_scratch(expected, _LIFTED))
+        for tree in (without_scratch(state), without_scratch(expected))
     ]
     seen = [
         difference
@@ -228,7 +225,7 @@ def _owners(params: Any, tx: optax.GradientTransformation) -> dict[str, str]:
                 longer.append(with_weight(node, jax.ShapeDtypeStruct((rows, *node.dim), node.dtype)))
             else:
                 longer.append(jax.tree.map(_shape, node))
-        state = without_scratch(jax.eval_shape(tx.init, structure.unflatten(longer)), _LIFTED)
+        state = without_scratch(jax.eval_shape(tx.init, structure.unflatten(longer)), SCRATCH)
         return {jax.tree_util.keystr(path): leaf.shape for path, leaf in jax.tree.flatten_with_path(state)[0]}
 
     few, many = shapes(False), shapes(True)

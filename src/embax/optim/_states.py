@@ -6,11 +6,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from .._core.held import as_table
 from .._core.held_rows import bare
 from .._core.table import Table, with_weight
 from .._gradients.chosen import tables_at
 from .._gradients.row_grad import RowGrad, is_trained, no_rows
+from ._clip import ClipByGlobalNormState
 from ._lift import LiftState
+
+SCRATCH = LiftState, ClipByGlobalNormState  # whose `slots` are scratch memory
 
 
 def prepared_gradient(call: str, name: Any, param: Any, gradient: Any) -> Any:
@@ -20,13 +24,13 @@ def prepared_gradient(call: str, name: Any, param: Any, gradient: Any) -> Any:
       call: The call for the message.
       name: The path of the parameter for the message.
       param: The parameter, a Table where a layer holds it.
-      gradient: Of a table a RowGrad, a Table or an array of all rows.
+      gradient: Of a table a RowGrad, a Table or an array of all rows, with the storage of the table a StoredRows.
 
     Returns:
       Of a table a RowGrad or a Table, of no rows where it is not trained; of anything else the gradient as it is.
 
     Raises:
-      ValueError: If there is a RowGrad for what is no table.
+      ValueError: If there is a RowGrad for what is no table, or if an array of all rows is laid out as another table.
     """
     gradient = bare(gradient)
     if not isinstance(param, Table):
@@ -39,7 +43,16 @@ def prepared_gradient(call: str, name: Any, param: Any, gradient: Any) -> Any:
         return gradient
     if not is_trained(param):  # whatever it is, nothing comes of it
         return with_weight(param, no_rows(param))
-    return gradient if isinstance(gradient, Table) else with_weight(param, gradient)
+    if isinstance(gradient, Table | RowGrad):
+        return gradient if isinstance(gradient, Table) else with_weight(param, gradient)
+    of_gradient = as_table(param, gradient)
+    if of_gradient.storage != param.storage:
+        raise ValueError(
+            f"`{call}(grads=...)` must have gradients of all rows laid out as the table, got "
+            f"{of_gradient.storage.descriptions[0]} for {name}, which is laid out as {param.storage.descriptions[0]}. "
+            "Differentiate for the model as it is."
+        )
+    return of_gradient
 
 
 def with_chosen(tx: optax.GradientTransformation, params: Any) -> tuple[Any, frozenset[str]]:
@@ -103,7 +116,7 @@ def check_takes_tables(call: str, tx: optax.GradientTransformation, opt_state: A
         raise _takes_no_tables(call, names, "updates of another kind")
 
 
-def without_scratch(tree: Any, kinds: tuple[type, ...] = (LiftState,)) -> Any:
+def without_scratch(tree: Any, kinds: tuple[type, ...] = SCRATCH) -> Any:
     """Leave out what states of these kinds keep from step to step and do not look at."""
 
     def of_kind(node: Any) -> bool:
@@ -112,7 +125,7 @@ def without_scratch(tree: Any, kinds: tuple[type, ...] = (LiftState,)) -> Any:
     return jax.tree.map(lambda node: node._replace(slots=()) if of_kind(node) else node, tree, is_leaf=of_kind)
 
 
-def with_scratch(tree: Any, like: Any, kinds: tuple[type, ...] = (LiftState,)) -> Any:
+def with_scratch(tree: Any, like: Any, kinds: tuple[type, ...] = SCRATCH) -> Any:
     """Put it back, as another tree has it."""
 
     def put_back(node: Any, of_like: Any) -> Any:
