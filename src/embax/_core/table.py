@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -301,6 +301,11 @@ def shared_rules(tables: Iterable[Table]) -> Table:
     padding_idx = paddings.pop() if len(paddings) == 1 else None
     freeze = all(table.freeze for table in tables)
     return Table(tables[0].weight, padding_idx=padding_idx, freeze=freeze, storage=tables[0].storage)
+
+
+def is_table(node: object) -> TypeGuard[Table]:
+    """Whether a node of a tree is a Table: for `is_leaf=` of the functions of `jax.tree`."""
+    return isinstance(node, Table)
 
 
 def with_weight(table: Table, weight: Any, **rules: Any) -> Table:

@@ -12,7 +12,7 @@ import numpy as np
 
 from .._base import check as _check
 from .._core.held import as_table
-from .._core.table import Table
+from .._core.table import Table, is_table
 from .._gradients.chosen import Chooser, checked, with_tables, without_tables
 from .._gradients.differentiate import Options, evaluate
 from .._gradients.report_dense import HAS_A_UNIT, OnDense, report_dense
@@ -237,7 +237,7 @@ def _grad_by_rows(
             return fun(without_tables(values, held, held_now), *args)
 
         if unit_aware and isinstance(jax.eval_shape(lambda: fun(values, *args)[0]), brainunit.Quantity):
-            for path, node in jax.tree.leaves_with_path(held, is_leaf=lambda node: isinstance(node, Table)):
+            for path, node in jax.tree.leaves_with_path(held, is_leaf=is_table):
                 if isinstance(node, Table):
                     report_dense(_CALL, on_dense, name(path), node, HAS_A_UNIT, stacklevel=5)
             return brainunit.autograd.grad(fun, argnums, has_aux=has_aux, holomorphic=holomorphic, allow_int=allow_int)(

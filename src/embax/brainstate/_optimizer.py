@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from .._core.held import as_table, held
-from .._core.table import Table, with_weight
+from .._core.table import Table, is_table, with_weight
 from .._gradients.apply import apply_updates
 from .._gradients.chosen import tables_at, without_tables
 from ..optim import carry_over
@@ -153,7 +153,7 @@ class Optimizer(brainstate.nn.Module):
         before = jax.tree.map_with_path(
             lambda path, x: Table(shapes[name]) if (name := jax.tree_util.keystr(path)) in shapes else x,
             before,
-            is_leaf=_is_table,
+            is_leaf=is_table,
         )
         return self._start(f"{call}(states=...)", {}, frozenset(), states, before)
 
@@ -190,8 +190,8 @@ class Optimizer(brainstate.nn.Module):
         else:
             opt_state = carry_over(self.opt_state.value, before, params, self.tx)
         check_takes_tables("embax.brainstate.Optimizer", self.tx, opt_state, params)
-        nodes, _ = jax.tree.flatten_with_path(params, is_leaf=_is_table)
-        shapes = {jax.tree_util.keystr(path): _shape(node.weight) for path, node in nodes if _is_table(node)}
+        nodes, _ = jax.tree.flatten_with_path(params, is_leaf=is_table)
+        shapes = {jax.tree_util.keystr(path): _shape(node.weight) for path, node in nodes if is_table(node)}
         self._chosen = {name: shapes[name] for name in chosen}
         self._states, self._again = kept, frozenset(more)
         self._rules = {key: None if table is None else _without_values(table) for key, table in tables.items()}
@@ -263,10 +263,6 @@ class Optimizer(brainstate.nn.Module):
         self.opt_state.value = opt_state
 
 
-def _is_table(node: Any) -> bool:
-    return isinstance(node, Table)
-
-
 def _shape(weight: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(weight.shape, weight.dtype)
 
@@ -274,7 +270,7 @@ def _shape(weight: Any) -> jax.ShapeDtypeStruct:
 def _refuse_units(chosen: frozenset[str], params: Any) -> None:
     """Raise a ValueError for a Quantity whose mantissa is to be a table."""
     for path, node in jax.tree.leaves_with_path(params, is_leaf=lambda x: isinstance(x, Table | brainunit.Quantity)):
-        leaves = jax.tree.leaves_with_path(node, is_leaf=_is_table)
+        leaves = jax.tree.leaves_with_path(node, is_leaf=is_table)
         inside = {jax.tree_util.keystr((*path, *below)) for below, _ in leaves}
         if isinstance(node, brainunit.Quantity) and inside & chosen:
             raise ValueError(

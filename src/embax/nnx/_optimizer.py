@@ -10,7 +10,7 @@ from flax import nnx
 from .._core import modules as _modules
 from .._core.held import as_table, held
 from .._core.scratch import Scratch
-from .._core.table import Table, has_weight, with_weight
+from .._core.table import Table, has_weight, is_table, with_weight
 from .._gradients.apply import apply_updates
 from .._gradients.chosen import tables_at
 from ..optim import carry_over
@@ -185,7 +185,7 @@ class Optimizer(nnx.Optimizer):
 
 
 def _flatten(params: Any) -> Any:
-    return jax.tree.flatten_with_path(params, is_leaf=lambda node: isinstance(node, Table))
+    return jax.tree.flatten_with_path(params, is_leaf=is_table)
 
 
 def _refused(call: str, optimizer: nnx.Optimizer, function: Any) -> nnx.Optimizer:

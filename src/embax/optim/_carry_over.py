@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding
 
 from .._core.dense import DENSE
 from .._core.storage import Storage
-from .._core.table import Table, has_weight, with_weight
+from .._core.table import Table, has_weight, is_table, with_weight
 from .._features.collection import Collection
 from .._features.made_for import MadeFor, differences, is_node, made_for
 from .._features.stacks import cut_out, stacks_of
@@ -170,7 +170,7 @@ def _carried_collection(name: str, node: Collection, owners: Mapping[str, str], 
             stacks.append(stack)
         else:
             stacks.append(with_weight(stack, old.array(path, stack.weight)))
-    return jax.tree.structure(node, is_leaf=lambda x: isinstance(x, Table)).unflatten(stacks)
+    return jax.tree.structure(node, is_leaf=is_table).unflatten(stacks)
 
 
 def _carried_rows(fresh: Table, before: Table | None) -> Table:
@@ -212,7 +212,7 @@ def _owners(params: Any, tx: optax.GradientTransformation) -> dict[str, str]:
     Returns:
       The path of each in the state, and that of its table in the parameters.
     """
-    nodes, structure = jax.tree.flatten_with_path(params, is_leaf=lambda node: isinstance(node, Table))
+    nodes, structure = jax.tree.flatten_with_path(params, is_leaf=is_table)
     names = [jax.tree_util.keystr(path) for path, _ in nodes]
     # As many more rows that every device has the same number, since labels for each leaf hold the storage of a table.
     step = math.lcm(*(x.storage.rows_at_once for _, x in nodes if isinstance(x, Table)))
@@ -233,7 +233,7 @@ def _owners(params: Any, tx: optax.GradientTransformation) -> dict[str, str]:
 
 
 def _storages(params: Any) -> dict[str, Storage]:
-    nodes, _ = jax.tree.flatten_with_path(params, is_leaf=lambda node: isinstance(node, Table))
+    nodes, _ = jax.tree.flatten_with_path(params, is_leaf=is_table)
     return {jax.tree_util.keystr(path): node.storage for path, node in nodes if isinstance(node, Table)}
 
 

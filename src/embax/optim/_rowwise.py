@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Float32, Int32
 
 from .._base import check as _check
 from .._base.distinct import accumulator
-from .._core.table import Table, has_weight, with_weight
+from .._core.table import Table, has_weight, is_table, with_weight
 from .._gradients.chosen import Chooser
 from ._lift import lift
 
@@ -164,7 +164,7 @@ def _map(function: Callable[..., Any], tree: Any, *others: Any) -> Any:
     def of_leaf(leaf: Any, *rest: Any) -> Any:
         return None if isinstance(leaf, Table) and not has_weight(leaf) else function(leaf, *rest)
 
-    return jax.tree.map(of_leaf, tree, *others, is_leaf=lambda node: isinstance(node, Table))
+    return jax.tree.map(of_leaf, tree, *others, is_leaf=is_table)
 
 
 def _second_moment(leaf: Any, start: float) -> Any:

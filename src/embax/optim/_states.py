@@ -8,7 +8,7 @@ import optax
 
 from .._core.held import as_table
 from .._core.held_rows import bare
-from .._core.table import Table, with_weight
+from .._core.table import Table, is_table, with_weight
 from .._gradients.chosen import tables_at
 from .._gradients.row_grad import RowGrad, is_trained, no_rows
 from ._clip import ClipByGlobalNormState
@@ -83,7 +83,7 @@ def chosen_at_start(opt_state: Any, params: Any) -> frozenset[str]:
     """
     states = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, LiftState))
     of_tables = [x.made_for.tables for x in states if isinstance(x, LiftState) and x.made_for is not None]
-    nodes, _ = jax.tree.flatten_with_path(params, is_leaf=lambda node: isinstance(node, Table))
+    nodes, _ = jax.tree.flatten_with_path(params, is_leaf=is_table)
     arrays = {jax.tree_util.keystr(path) for path, node in nodes if not isinstance(node, Table)}
     return frozenset(arrays).intersection(table.path for tables in of_tables for table in tables)
 
@@ -100,7 +100,7 @@ def check_takes_tables(call: str, tx: optax.GradientTransformation, opt_state: A
     Raises:
       TypeError: If it does not take the RowGrads of the tables.
     """
-    nodes, structure = jax.tree.flatten_with_path(params, is_leaf=lambda node: isinstance(node, Table))
+    nodes, structure = jax.tree.flatten_with_path(params, is_leaf=is_table)
     names = [jax.tree_util.keystr(path) for path, param in nodes if isinstance(param, Table)]
     if not names:
         return

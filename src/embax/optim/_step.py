@@ -11,7 +11,7 @@ import optax
 from jaxtyping import Array, Int, PyTree, Shaped
 
 from .._base.distinct import Distinct
-from .._core.table import Table, with_weight, without_padding
+from .._core.table import Table, is_table, with_weight, without_padding
 from .._gradients.row_grad import RowGrad, is_trained, row_grad
 from ._separable import Plan
 from ._structure import Kind
@@ -123,7 +123,7 @@ class Step:
         Returns:
           The step.
         """
-        params, structure = jax.tree.flatten(params, is_leaf=lambda node: isinstance(node, Table))
+        params, structure = jax.tree.flatten(params, is_leaf=is_table)
         leaves: list[Leaf] = []
         tables: list[Table] = []
         for param, gradient in zip(params, gradients, strict=True):
