@@ -11,6 +11,11 @@ import embax.nnx
 from embax import Table
 
 
+def rows_of(table):
+    """The rows of a table in the order of their ids."""
+    return table.storage.to_rows(table.weight)
+
+
 class Functional:
     """Tables and functions, with which the layers have to agree; a layer is a Table here."""
 
@@ -57,7 +62,7 @@ class Functional:
         return self.table(embax.value_and_grad(loss, on_dense=on_dense)(layer)[1])
 
     def train(self, layer, tx, loss, batches, by_rows):
-        """Update the layer once a batch by its gradient, held as rows or dense; return its weight."""
+        """Update the layer once a batch by its gradient, held as rows or dense; return its rows."""
         grad = embax.grad if by_rows else self.grad
 
         def step(layer, ids, state):
@@ -69,7 +74,7 @@ class Functional:
         step = self.jit(step)
         for ids in batches:
             layer, state = step(layer, ids, state)
-        return self.table(layer).weight
+        return rows_of(self.table(layer))
 
     # What `train` and the derivatives differ in.
     def grad(self, loss):
@@ -158,7 +163,7 @@ class Brainstate(Layer):
         step = embax.brainstate.jit(step)
         for ids in batches:
             step(ids)
-        return layer.weight.value
+        return rows_of(layer.table)
 
     def jit(self, fun):
         return _of_arrays(brainstate.transform.jit, fun)
@@ -217,7 +222,7 @@ class NNX(Layer):
         step = nnx.jit(step)
         for ids in batches:
             step(layer, optimizer, ids)
-        return layer.embedding.get_value()
+        return rows_of(layer.table)
 
     def jit(self, fun):
         return nnx.jit(fun)

@@ -1,128 +1,99 @@
 """The contract of a storage: whatever it is, a table computes as a dense one, seen in the order of its rows."""
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from meshes import LAYOUTS, everywhere, mesh_of
+from flax import serialization
+from meshes import usual_and_rest
+from reversed_rows import Reversed
+from storages import OTHERS, STORAGES, by_rows
 
 import embax
-from embax import Table
-from embax._core.dense import DENSE, Dense
-
-
-@dataclasses.dataclass(frozen=True)
-class Reversed(Dense):
-    """A third storage: one array, the last row first."""
-
-    def positions(self, ids, rows):
-        return rows - 1 - ids
-
-    def ids(self, positions, rows):
-        return jnp.where((positions >= 0) & (positions < rows), rows - 1 - positions, rows)
-
-    def to_rows(self, leaf):
-        return leaf[::-1]
-
-    def from_rows(self, values):
-        return jnp.asarray(values)[::-1]
-
+from embax import Table, checkpoint
+from embax._core.dense import DENSE
 
 RULES = {"padding_idx": (0, 7), "max_norm": 2.5, "scale_grad_by_freq": True, "out_of_range": "zero"}
 WEIGHT = np.random.default_rng(0).normal(size=(11, 4)).astype(np.float32)
+TABLE = Table(WEIGHT, **RULES)
 IDS = np.array([[3, 0, 10, 3], [7, 2, -1, 11], [5, 5, 5, 1]])
+FACTORS = np.random.default_rng(2).uniform(0.5, 2, IDS.shape).astype(np.float32)
 LABELS = np.array([2, 10, -100])
-BAGS = embax.Ragged(IDS.reshape(-1), np.array([0, 2, 2, 9, 12]))
-
-
-def dense():
-    return Table(WEIGHT, **RULES)
-
-
-def sharded(layout):
-    sizes, how = LAYOUTS[layout]
-    return embax.shard(dense(), mesh_of(sizes), **how)
-
-
-def reversed_():
-    return Table(Reversed().from_rows(WEIGHT), storage=Reversed(), **RULES)
-
-
-# A new storage is a file and a line here.
-STORAGES = {
-    "dense": dense,
-    "sharded": lambda: sharded("rows-cyclic"),
-    "reversed": reversed_,
+X = np.random.default_rng(1).normal(size=(3, 4)).astype(np.float32)
+# Every mode, of bags of one length and of several, and both with factors and without.
+FIXED = {"sum": FACTORS, "mean": None, "sqrtn": FACTORS, "max": None}
+RAGGED = {"sum": None, "mean": FACTORS.reshape(-1), "sqrtn": None, "max": None}
+# Modes of a sum differ in what it is divided by, so that one derivative shows as much as three.
+DIFFERENTIATED = {"fixed": ("sqrtn", "max"), "ragged": ("mean", "max")}
+OPTIMIZERS = {
+    "adamw": embax.optim.lift(optax.adamw(0.1)),
+    "rowwise_adagrad": embax.optim.rowwise_adagrad(0.1),
 }
 
 
-def everything(table, ids, bags, x):
+@pytest.fixture(autouse=True, scope="module")
+def _promotion():
+    with jax.numpy_dtype_promotion("standard"):  # which optax relies on
+        yield
+
+
+def pooled(table, modes):
+    ragged = embax.Ragged(IDS.reshape(-1), np.array([0, 2, 2, 9, 12]))
+    of_one_length = [embax.embedding_bag(table, IDS, FIXED[mode], mode) for mode in modes["fixed"]]
+    return of_one_length, [embax.embedding_bag(table, ragged, RAGGED[mode], mode) for mode in modes["ragged"]]
+
+
+@jax.jit
+def everything(table):
     """What is computed with a table, as one program: arrays, and tables by their rows."""
-    tx = embax.optim.lift(optax.adamw(0.1))
 
     def loss(table):
-        rows, pooled = embax.lookup(table, ids), embax.embedding_bag(table, ids, mode="sqrtn")
-        return jnp.sin(rows).sum() + jnp.cos(pooled).sum() + jnp.sin(embax.embedding_bag(table, bags)).sum()
+        read = embax.lookup(table, IDS), pooled(table, DIFFERENTIATED)
+        return sum(jnp.sin(x).sum() for x in jax.tree.leaves(read)), read
 
     def head(table):
-        return embax.softmax_cross_entropy(table, x, LABELS).sum() + jnp.sin(embax.attend(table, x)).sum()
+        losses = embax.softmax_cross_entropy(table, X, LABELS, label_smoothing=0.1)
+        logits = embax.attend(table, X, mask_padding=True)
+        return losses.sum() + jnp.sin(jnp.where(jnp.isfinite(logits), logits, 0)).sum(), (losses, logits)
 
-    value, gradient = embax.value_and_grad(loss)(table)
-    updates, state = tx.update(gradient, tx.init(table), table)
-    of_head = embax.grad(head)(table)
+    (_, read), gradient = embax.value_and_grad(loss, has_aux=True, on_dense="error")(table)
+    (_, heads), of_head = embax.value_and_grad(head, has_aux=True, on_dense="allow")(table)
+    steps = {}
+    for name, tx in OPTIMIZERS.items():
+        updates, state = tx.update(gradient, tx.init(table), table)
+        steps[name] = embax.apply_updates(table, updates), state.inner
     return {
-        "lookup": embax.lookup(table, ids),
-        "bags": [embax.embedding_bag(table, ids, mode=mode) for mode in ("sqrtn", "max")],
-        "ragged": embax.embedding_bag(table, bags, mode="max"),
-        "logits": embax.attend(table, x, mask_padding=True),
-        "losses": embax.softmax_cross_entropy(table, x, LABELS, label_smoothing=0.1),
-        "loss": value,
+        "rows and bags": read,
+        "other bags": pooled(table, {"fixed": ("sum", "mean"), "ragged": ("sum", "sqrtn")}),
         "gradient": gradient.to_dense(),
-        "gradient of the head": of_head,
-        "renormalized": embax.renormalize(table, ids),
-        "stepped": embax.apply_updates(table, updates),
-        "moments": state.inner[0].mu,
+        "losses and logits": heads,
+        "gradient of the heads": of_head,
+        "renormalized": embax.renormalize(table, IDS),
+        "steps": steps,
     }
-
-
-def by_rows(tree):
-    """Every table by its rows, in their order."""
-
-    def rows(node):
-        return node.storage.to_rows(node.weight) if isinstance(node, Table) else node
-
-    return jax.tree.map(rows, tree, is_leaf=lambda node: isinstance(node, Table))
-
-
-X = np.random.default_rng(1).normal(size=(3, 4)).astype(np.float32)
 
 
 @pytest.fixture(scope="module")
 def expected():
-    with jax.numpy_dtype_promotion("standard"):
-        return by_rows(jax.jit(everything)(dense(), IDS, BAGS, X))
+    return by_rows(everything(TABLE))
 
 
-@pytest.mark.parametrize("name", [name for name in STORAGES if name != "dense"])
+@pytest.mark.parametrize("name", OTHERS)
 def test_every_storage_computes_as_the_dense_one(name, expected):
-    table = STORAGES[name]()
-    args = IDS, BAGS, X
-    if table.placement is not None:
-        args = jax.tree.map(lambda x: everywhere(table.placement.mesh, x), args)
-    with jax.numpy_dtype_promotion("standard"):
-        ours = by_rows(jax.jit(everything)(table, *args))
+    ours = by_rows(everything(STORAGES[name](TABLE)))
     for name, value in expected.items():
         for one, other in zip(jax.tree.leaves(ours[name]), jax.tree.leaves(value), strict=True):
             np.testing.assert_allclose(one, other, rtol=2e-5, atol=2e-5, err_msg=name)
 
 
-@pytest.mark.parametrize("name", ["sharded", "reversed"])
+@pytest.mark.parametrize("name", OTHERS)
 def test_every_storage_keeps_rows_when_tables_change(name):
-    table = dataclasses.replace(STORAGES[name](), padding_idx=None, max_norm=None)
-    assert (table.rows, table.dim, hash(table.storage)) == (11, (4,), hash(STORAGES[name]().storage))
+    table = STORAGES[name](Table(WEIGHT))
+    assert (table.rows, table.dim, hash(table.storage)) == (11, (4,), hash(STORAGES[name](TABLE).storage))
     np.testing.assert_array_equal(embax.to_state_dict(table)["weight"], WEIGHT)
     grown = embax.resize(table, 14, jax.random.key(0))
     np.testing.assert_array_equal(embax.to_state_dict(grown)["weight"][:11], WEIGHT)
@@ -135,13 +106,35 @@ def test_every_storage_keeps_rows_when_tables_change(name):
     out = collection({"a": [10, 2], "b": [4]})
     np.testing.assert_array_equal(out["a"], WEIGHT[[10, 2]])
     np.testing.assert_array_equal(out["b"], WEIGHT[[4]])
-    tx = embax.optim.lift(optax.adagrad(0.1))
+    tx = OPTIMIZERS["rowwise_adagrad"]
     carried = embax.optim.carry_over(tx.init(table), table, grown, tx)
-    assert by_rows(carried.inner[0].sum_of_squares).shape == (14, 4)
+    assert by_rows(carried.inner[0].sum_of_squares).shape == (14,)
+
+
+@pytest.mark.parametrize(
+    ("saved", "loaded"),
+    usual_and_rest(
+        [("dense", "reversed"), ("reversed", "rows"), ("rows", "columns"), ("columns", "dense")],
+        itertools.product(STORAGES, STORAGES),
+    ),
+)
+def test_what_one_storage_saves_every_other_loads(saved, loaded, tmp_path):
+    before, zeros = STORAGES[saved](TABLE), STORAGES[loaded](Table(WEIGHT * 0, **RULES))
+    checkpoint.save(tmp_path, before)
+    for table in (
+        checkpoint.restore(tmp_path, zeros),
+        serialization.from_bytes(zeros, serialization.to_bytes(before)),
+        serialization.from_state_dict(zeros, serialization.to_state_dict(before)),
+    ):
+        assert table.storage == zeros.storage
+        np.testing.assert_array_equal(by_rows(table), WEIGHT)
+        assert table.weight.sharding == zeros.weight.sharding
 
 
 def test_a_storage_is_part_of_the_type():
-    assert jax.tree.structure(dense()) != jax.tree.structure(reversed_())
-    assert jax.tree.structure(reversed_()) == jax.tree.structure(reversed_())
-    assert dense().storage == DENSE
-    assert dense().placement is None
+    reversed_ = STORAGES["reversed"](TABLE)
+    assert jax.tree.structure(TABLE) != jax.tree.structure(reversed_)
+    assert jax.tree.structure(reversed_) == jax.tree.structure(STORAGES["reversed"](TABLE))
+    assert reversed_.storage == Reversed()
+    assert TABLE.storage == DENSE
+    assert dataclasses.replace(TABLE, freeze=True).placement is None

@@ -12,6 +12,7 @@ from jax.sharding import AxisType, PartitionSpec
 
 import embax
 from embax import RowGrad, Table, lookup, renormalize
+from embax._core.write_back import clipped_table
 
 FLOAT32 = {"rtol": 5e-6, "atol": 5e-6}
 # Enough rows that a scan of all ids stacks less than the whole gradient.
@@ -128,6 +129,11 @@ def halved(table):
     return jax.tree.map(lambda weight: 0.5 * weight, table)
 
 
+def stored(table, ids):
+    """The table of a layer that stores the rows that it clips."""
+    return dataclasses.replace(table, weight=clipped_table(table, ids))
+
+
 # Name: a loss; and how many ids its gradient has.
 FOLLOWED = {
     "scan_carry": (lambda t: jax.lax.scan(step, (t, 0.0), IDS)[0][1], 12),
@@ -183,6 +189,9 @@ FOLLOWED = {
     "take": (lambda t: jnp.sin(jnp.take(t.weight, IDS, axis=0, mode="clip")).sum(), 12),
     "stop_gradient": (lambda t: energy(t) * energy(jax.lax.stop_gradient(t)), 12),
     "renormalized_in_jit": (lambda t: energy(jax.jit(renormalize)(t, [1, 2])), 12),
+    "renormalized_in_vmap": (lambda t: jax.vmap(lambda ids: energy(renormalize(t, ids), ids))(IDS).sum(), 12),
+    "renormalized_in_inner_grad": (lambda t: jax.grad(lambda x: energy(renormalize(t, IDS)) * x**3)(2.0), 12),
+    "stored_in_vmap": (lambda t: jax.vmap(lambda ids: energy(stored(t, ids), ids))(IDS).sum(), 12),
     "renormalized_in_scan": (scanned(lambda t, ids: energy(renormalize(t, ids), ids)), 12),
     "lookup_and_jit": (lambda t: energy(t, [1, 2]) * jitted(t), 14),
     "bags_vmap": (lambda t: jax.vmap(bags(t))(IDS).sum(), 12),
@@ -200,7 +209,7 @@ FOLLOWED = {
 # Rules make a program larger; a count of ids is a sort, which takes long to compile.
 COUNTED = {"vmap_ids", "shard_map"}
 CLIPPED = {"scan_carry", "jit", "checkpoint", "custom_vjp", "cond", "bags_vmap"} | {
-    name for name in FOLLOWED if "renormalized" in name
+    name for name in FOLLOWED if "renormalized" in name or "stored" in name
 }
 
 # Compositions of others, of which the random programs of test_grad_fuzz are full.

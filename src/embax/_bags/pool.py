@@ -9,15 +9,15 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Bool, Float, Int, Int32, Shaped
 
 from .._base.distinct import accumulator
+from .._base.tangents import with_tangent
 from .._core import ids as _ids
 from .._core.dense import DENSE
-from .._core.lookup import read_resolved
+from .._core.lookup import constant, read_resolved, rows_of_tangent
 from .._core.storage import Storage
-from .._core.table import Table
+from .._core.table import Table, with_weight
 from .ragged import segments_of
 
 Mode = Literal["sum", "mean", "sqrtn", "max"]
@@ -72,6 +72,49 @@ def pool_rows(
     return _sum_of_rows(table, ids, counted, weights, layout.offsets, layout.shape)
 
 
+def _sum_of_rows(
+    table: Table,
+    ids: Int[Array, "*batch"],
+    counted: Bool[Array, "*batch"],
+    weights: Float[Array, "*batch"] | None,
+    offsets: Int32[Array, " bags_and_1"] | None,
+    shape: tuple[int, ...],
+) -> Float[Array, "*bags_dim"]:
+    """Sum rows without these in memory; the derivative, which has them, is said apart."""
+    held = None if weights is None else jax.lax.stop_gradient(weights)
+    total = _held_sum(constant(table), ids, counted, held, offsets, shape)
+    rules, of_ids = with_weight(table, None), {"ids": ids, "counted": counted, "offsets": offsets}
+    if jnp.issubdtype(table.dtype, jnp.inexact) and not table.freeze:
+        function, others = _flat(_by_rows, of_ids | {"weights": weights}, rules=rules, shape=shape)
+        total = with_tangent(function, total, [table.weight], others)
+    if weights is not None:
+        function, others = _flat(_by_weights, of_ids | {"table": table}, shape=shape)
+        total = with_tangent(function, total, [weights], others)
+    return total
+
+
+def _flat(function: Callable[..., Array], others: Any, **static: Any) -> tuple[Callable[..., Array], list[Array]]:
+    """Make a function of a tangent and of arrays, of one of a tangent and of trees by their names."""
+    leaves, structure = jax.tree.flatten(others)
+    return lambda tangent, *leaves: function(tangent, **structure.unflatten(leaves), **static), leaves
+
+
+def _by_rows(
+    tangent: Shaped[Array, "rows *dim"], ids: Any, counted: Any, weights: Any, offsets: Any, rules: Table, shape: Any
+) -> Float[Array, "*bags_dim"]:
+    """Return the tangent of a sum, given that of the weight of its table."""
+    rows = rows_of_tangent(rules, tangent, ids, counted)
+    return _summed(_terms(rows, counted, weights), Layout(shape, offsets), rules.storage)
+
+
+def _by_weights(
+    tangent: Float[Array, "*batch"], ids: Any, counted: Any, table: Table, offsets: Any, shape: Any
+) -> Float[Array, "*bags_dim"]:
+    """Return the tangent of a sum, given that of the factors of its terms."""
+    rows = read_resolved(table, ids, counted)
+    return _summed(_terms(rows, counted, tangent), Layout(shape, offsets), table.storage)
+
+
 def divided(
     total: Float[Array, "*bags_dim"],
     counted: Bool[Array, "*batch"],
@@ -103,9 +146,8 @@ def divided(
     return total / jnp.expand_dims(by, tuple(range(by.ndim, total.ndim)))
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(5,))
 @functools.partial(jax.jit, static_argnums=5, inline=True)  # a loop in an eager call compiles once
-def _sum_of_rows(
+def _held_sum(
     table: Table,
     ids: Int[Array, "*batch"],
     counted: Bool[Array, "*batch"],
@@ -117,7 +159,7 @@ def _sum_of_rows(
     if offsets is None and table.storage.pools(table, shape, ids.shape[-1], weights is not None):
 
         def pool_here(table: Table, ids: Array, *others: Any) -> Array:
-            return _sum_of_rows(table, ids, *others, None, ids.shape[:-1])
+            return _held_sum(table, ids, *others, None, ids.shape[:-1])
 
         return table.storage.pooled(table, pool_here, ids, counted, weights)
     if table.storage.is_local:
@@ -142,22 +184,6 @@ def _sum_of_rows(
     if offsets is None:
         return add(terms, start, inputs, counted, weights)
     return _by_pieces(add, terms, start, inputs, counted, weights, offsets)
-
-
-@functools.partial(_sum_of_rows.defjvp, symbolic_zeros=True)
-def _sum_of_rows_jvp(shape: Any, primals: Any, tangents: Any) -> tuple[Array, Any]:
-    table, ids, counted, weights, offsets = primals
-    of_table, _, _, of_weights, _ = tangents
-    layout = Layout(shape, offsets)
-    out = _sum_of_rows(*primals, shape)
-    tangent = jnp.zeros_like(out)
-    if not isinstance(of_table.weight, SymbolicZero):
-        of_rows = jax.jvp(lambda table: read_resolved(table, ids, counted), (table,), (of_table,))[1]
-        tangent += _summed(_terms(of_rows, counted, weights), layout, table.storage)
-    if weights is not None and not isinstance(of_weights, SymbolicZero):
-        of_rows = _terms(read_resolved(table, ids, counted), counted, of_weights)
-        tangent += _summed(of_rows, layout, table.storage)
-    return out, tangent
 
 
 def _terms(
@@ -317,19 +343,18 @@ def _largest(
     return jnp.where(first < length, out, jnp.zeros((), rows.dtype))
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
 def _numbers_at(
     rows: Shaped[Array, "*batch_dim"], places: Int[Array, "*bags_dim"], axis: int
 ) -> Shaped[Array, "*bags_dim"]:
     """Take the number at a place of an axis, for each bag of one length and each column."""
-    return jnp.take_along_axis(rows, jnp.expand_dims(places, axis), axis=axis).squeeze(axis)
+    taken = jnp.take_along_axis(jax.lax.stop_gradient(rows), jnp.expand_dims(places, axis), axis=axis)
+    if not jnp.issubdtype(rows.dtype, jnp.inexact):
+        return taken.squeeze(axis)
+    return with_tangent(functools.partial(_selected, axis), taken.squeeze(axis), [rows], [places])
 
 
-@_numbers_at.defjvp
-def _numbers_at_jvp(axis: int, primals: Any, tangents: Any) -> tuple[Array, Array]:
+def _selected(axis: int, rows: Shaped[Array, "*batch_dim"], places: Int[Array, "*bags_dim"]) -> Array:
     # By selection, whose transpose needs no scatter. Checkify has no rule for that of `take_along_axis`.
-    rows, places = primals
     numbers = jnp.arange(rows.shape[axis], dtype=places.dtype)
     numbers = jnp.expand_dims(numbers, [i for i in range(rows.ndim) if i != axis])
-    taken = jnp.where(numbers == jnp.expand_dims(places, axis), tangents[0], jnp.zeros((), rows.dtype))
-    return _numbers_at(*primals, axis), taken.sum(axis)
+    return jnp.where(numbers == jnp.expand_dims(places, axis), rows, jnp.zeros((), rows.dtype)).sum(axis)

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Shaped
 
 from .dtypes import index_dtype
+from .tangents import with_tangent
 
 
 def over_blocks(step: Callable[[Int[Array, ""], int, Any], Any], rows: int, chunk: int, carry: Any) -> Any:
@@ -40,31 +41,24 @@ def over_blocks(step: Callable[[Int[Array, ""], int, Any], Any], rows: int, chun
 # Integers it moves as they are; and of a table behind a barrier it makes no integers beforehand.
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
 def read_block(weight: Float[Array, "rows *dim"], first: Int[Array, ""], size: int) -> Float[Array, "size *dim"]:
     """Return `size` rows from row `first` on."""
+    held, start = jax.lax.stop_gradient(weight), first
     if jnp.finfo(weight.dtype).bits < 32:
-        weight, first = jax.lax.optimization_barrier((weight, first))
-    return _as_float(jax.lax.dynamic_slice_in_dim(_as_integers(weight), first, size), weight.dtype)
+        held, start = jax.lax.optimization_barrier((held, start))
+    block = _as_float(jax.lax.dynamic_slice_in_dim(_as_integers(held), start, size), weight.dtype)
+    tangent = functools.partial(jax.lax.dynamic_slice_in_dim, slice_size=size)
+    return with_tangent(tangent, block, [weight], [first])
 
 
-@read_block.defjvp
-def _read_block_jvp(size: int, primals: Any, tangents: Any) -> tuple[Array, Array]:
-    return read_block(*primals, size), jax.lax.dynamic_slice_in_dim(tangents[0], primals[1], size)
-
-
-@jax.custom_jvp
 def write_block(
     weight: Float[Array, "rows *dim"], block: Float[Array, "size *dim"], first: Int[Array, ""]
 ) -> Float[Array, "rows *dim"]:
     """Put a block in place of the rows from row `first` on."""
-    moved = jax.lax.dynamic_update_slice_in_dim(_as_integers(weight), _as_integers(block), first, 0)
-    return _as_float(moved, weight.dtype)
-
-
-@write_block.defjvp
-def _write_block_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
-    return write_block(*primals), jax.lax.dynamic_update_slice_in_dim(tangents[0], tangents[1], primals[2], 0)
+    held, new = (_as_integers(jax.lax.stop_gradient(array)) for array in (weight, block))
+    moved = _as_float(jax.lax.dynamic_update_slice_in_dim(held, new, first, 0), weight.dtype)
+    tangent = functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=0)
+    return with_tangent(tangent, moved, [weight, block], [first])
 
 
 def _as_integers(values: Float[Array, "*shape"]) -> Shaped[Array, "*shape"]:

@@ -27,6 +27,9 @@ class Dense(Storage):
     """
 
     is_local: ClassVar[bool] = True
+    owners_add: ClassVar[bool] = False
+    in_blocks: ClassVar[bool] = True
+    pools_apart: ClassVar[bool] = False
 
     def rows_of(self, stored: int) -> int:
         """As many."""
@@ -61,6 +64,11 @@ class Dense(Storage):
         """The storage itself."""
         return self
 
+    @property
+    def noted(self) -> str | None:
+        """Nothing, of rows in the order of their ids."""
+        return None if type(self) is Dense else super().noted
+
     # ---- Rows in and out.
 
     def take(self, leaf: Array, ids: Array, fill: float) -> Array:
@@ -91,6 +99,10 @@ class Dense(Storage):
     def from_rows(self, values: Any) -> Array:
         """As it is, on the default device if it was on none."""
         return jnp.asarray(values) if isinstance(values, np.ndarray) else values
+
+    def held(self, leaf: Any) -> Any:
+        """As it is, in the order of ids."""
+        return leaf if type(self) is Dense else super().held(leaf)
 
     # ---- Whole tables made of others.
 

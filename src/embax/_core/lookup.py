@@ -11,9 +11,10 @@ from jax.sharding import reshard
 from jaxtyping import Array, Bool, DTypeLike, Int, Shaped
 
 from .._base.distinct import accumulator
+from .._base.tangents import straight_through, with_tangent
 from . import ids as _ids
 from .read_rows import read_rows
-from .table import Table
+from .table import Table, with_weight
 
 
 def lookup(table: Table, ids: Any, dtype: DTypeLike | None = None) -> Shaped[Array, "*batch_dim"]:
@@ -76,7 +77,9 @@ def renormalize(table: Table, ids: Any) -> Table:
     ids = _ids.prepare("embax.renormalize(ids=...)", ids, table)
     if table.max_norm is None or table.freeze:
         return table
-    return dataclasses.replace(table, weight=_clipped_table(table, ids))
+    # The gradient stays outside of the compiled function, where `jax.vmap` would have it summed over lanes.
+    clipped = straight_through(_clipped_table(constant(table), ids), table.weight)
+    return dataclasses.replace(table, weight=clipped)
 
 
 @functools.partial(jax.jit, static_argnums=2, inline=True)
@@ -112,30 +115,40 @@ def _gather(
 ) -> Shaped[Array, "*batch_dim"]:
     if not jnp.issubdtype(table.dtype, jnp.inexact):
         return _take(table, _or_first(table, ids, counted), 0)
-    if table.freeze:
-        table = dataclasses.replace(table, weight=jax.lax.stop_gradient(table.weight))
-    return _gather_with_rules(table, ids, counted)
-
-
-@jax.custom_jvp
-def _gather_with_rules(
-    table: Table, ids: Int[Array, "*batch"], counted: Bool[Array, "*batch"] | None
-) -> Shaped[Array, "*batch_dim"]:
     # np.nan, not a fresh float("nan"): NaN differs from itself, so a new object would compile every eager call anew.
-    return _take(table, _or_first(table, ids, counted), 0 if table.out_of_range == "zero" else np.nan)
+    fill = 0 if table.out_of_range == "zero" else np.nan
+    rows = _take(constant(table), _or_first(table, ids, counted), fill)
+    if table.freeze:
+        return rows
+    tangent = functools.partial(rows_of_tangent, with_weight(table, None))
+    return with_tangent(tangent, rows, [table.weight], [ids] if counted is None else [ids, counted])
 
 
-@_gather_with_rules.defjvp
-def _gather_with_rules_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
-    table, ids, counted = primals
+def rows_of_tangent(
+    rules: Table,
+    tangent: Shaped[Array, "rows *dim"],
+    ids: Int[Array, "*batch"],
+    counted: Bool[Array, "*batch"] | None = None,
+) -> Shaped[Array, "*batch_dim"]:
+    """Return the tangent of `read_resolved`, given that of a table's weight.
+
+    Args:
+      rules: The table; its weight is not used.
+      tangent: The tangent of the weight.
+      ids: As there.
+      counted: As there.
+
+    Returns:
+      The tangent of each row that was read.
+    """
+    table = with_weight(rules, tangent)
     # Wide, since the transpose adds up duplicates: 4096 bfloat16 ones would sum to 256. The cast of the whole tangent
     # is fused into the read.
-    tangent = tangents[0].weight.astype(accumulator(table.dtype))
+    wide = tangent.astype(accumulator(table.dtype))
     named = _ids.trained(ids, table)
     if counted is not None:
         named = jnp.where(counted, named, table.rows)
-    tangent = gradient_rules(table, ids, read_rows(tangent, named, table.storage))
-    return _gather_with_rules(*primals), tangent.astype(table.dtype)
+    return gradient_rules(table, ids, read_rows(wide, named, table.storage)).astype(table.dtype)
 
 
 def _or_first(table: Table, ids: Int[Array, "*batch"], counted: Bool[Array, "*batch"] | None) -> Int[Array, "*batch"]:
@@ -149,7 +162,7 @@ def gradient_rules(
     """Apply to row tangents what the rules say of gradients: a linear map, whose transpose is the gradient's.
 
     Args:
-      table: The table whose rules they are.
+      table: The table whose rules they are; its weight is not used.
       ids: Row numbers as `_ids.resolve` gives them.
       rows: The tangent of each row that was read.
 
@@ -195,13 +208,13 @@ def clipped_rows(
     if table.max_norm is None:
         return rows
     axes = tuple(range(ids.ndim, rows.ndim))
-    clipped = _clip_norm(rows, axes, table.max_norm, table.norm_type)
+    clipped = _clip_norm(jax.lax.stop_gradient(rows), axes, table.max_norm, table.norm_type)
+    clipped = straight_through(clipped, rows)
     if table.padding_idx is None:
         return clipped
     return jnp.where(_over_rows(_ids.is_padding(ids, table.padding_idx), rows), rows, clipped)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2, 3))
 def _clip_norm(rows: Array, axes: tuple[int, ...], max_norm: float, norm_type: float) -> Array:
     wide = rows.astype(accumulator(rows.dtype))
     largest = jnp.max(jnp.abs(wide), axis=axes, keepdims=True, initial=0)
@@ -220,24 +233,16 @@ def _clip_norm(rows: Array, axes: tuple[int, ...], max_norm: float, norm_type: f
     return jnp.where(longer, scaled * factor.astype(wide.dtype), wide).astype(rows.dtype)
 
 
-@_clip_norm.defjvp
-def _clip_norm_jvp(axes: Any, max_norm: Any, norm_type: Any, primals: Any, tangents: Any) -> tuple[Array, Array]:
-    return _clip_norm(*primals, axes, max_norm, norm_type), *tangents
-
-
-@jax.custom_jvp
-def _renormalized(table: Table, ids: _ids.Ids) -> Shaped[Array, "rows *dim"]:
+@jax.jit
+def _clipped_table(table: Table, ids: _ids.Ids) -> Shaped[Array, "rows *dim"]:
     ids = _ids.resolve(ids, table.rows, table.out_of_range)
     # Duplicates write one and the same value, and the padding row its own.
     return table.storage.replace(table.weight, ids, functools.partial(clipped_rows, table))
 
 
-@_renormalized.defjvp
-def _renormalized_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
-    return _renormalized(*primals), tangents[0].weight
-
-
-_clipped_table = jax.jit(_renormalized)
+def constant(table: Table) -> Table:
+    """Return a table that is constant for derivatives."""
+    return with_weight(table, jax.lax.stop_gradient(table.weight))
 
 
 def _take(table: Table, ids: Int[Array, "*batch"], fill: float) -> Shaped[Array, "*batch_dim"]:

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from jaxtyping import Array, Bool, Float, Int, Int32, Shaped
 
 from .._base.distinct import Distinct, Slots
+from .stored_rows import StoredRows
 
 if TYPE_CHECKING:
     from .own_rows import OwnRows
@@ -34,7 +35,11 @@ Weight = Shaped[Array, "stored *dim"]
 class Storage(abc.ABC):
     """How the rows of a table are stored. Abstract; `Dense` is the plain one."""
 
+    # What follows from where rows are. To ask which storage it is, is for the packages that move tables alone.
     is_local: ClassVar[bool]  # whether a row can be read wherever its id is, so that to read it twice costs little
+    owners_add: ClassVar[bool]  # whether the sums of `combine` are where their rows are, and `add` takes them so
+    in_blocks: ClassVar[bool]  # whether to gather and store distinct rows block by block saves memory
+    pools_apart: ClassVar[bool]  # whether bags of different lengths of several features are pooled one by one
     name: ClassVar[str] = "storage"  # what a table calls it where it shows its rules
     placement: Any = None  # on a mesh, where the rows are: `embax.sharding.Placement`
 
@@ -71,6 +76,11 @@ class Storage(abc.ABC):
         """What two tables must have in common to be stored as one, hashable."""
 
     @property
+    def noted(self) -> str | None:
+        """How the state of an optimizer notes the storage of its tables; None for rows in the order of their ids."""
+        return self.descriptions[0]
+
+    @property
     def rows_at_once(self) -> int:
         """By what multiple of rows a table grows so that all devices have equally many."""
         return 1
@@ -101,6 +111,14 @@ class Storage(abc.ABC):
     @abc.abstractmethod
     def from_rows(self, values: Shaped[Array, "rows *dim"]) -> Weight:
         """Store rows that are in the order of their ids; a NumPy array, too."""
+
+    def held(self, leaf: Weight) -> Any:
+        """What a layer holds in place of a weight, without a Table around it: rows that go with their storage.
+
+        Returns:
+          A `StoredRows`; the weight itself where its rows are in the order of their ids.
+        """
+        return StoredRows(leaf, self)
 
     # ---- Whole tables made of others. The storage is that of the result.
 

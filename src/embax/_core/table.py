@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -276,22 +276,7 @@ _flax.register(Table, _flax.of_table, _flax.to_table)
 
 
 def rules_of(table: Table) -> dict[str, Any]:
-    """List the rules of a table by name, for a weight that is held without it.
-
-    Args:
-      table: A table on no mesh.
-
-    Returns:
-      The rules.
-
-    Raises:
-      ValueError: If the table is sharded, since its weight holds rows in stored order, which is not that of ids.
-    """
-    if not table.storage.is_local:
-        raise ValueError(
-            "`from_table(table=...)` must not be given a sharded table, whose weight is in stored order, got "
-            f"{table!r}. Pass embax.unshard(table)."
-        )
+    """List the rules of a table by name, for a weight that is held without it."""
     return {name: getattr(table, name) for name in RULES}
 
 
@@ -316,6 +301,11 @@ def shared_rules(tables: Iterable[Table]) -> Table:
     padding_idx = paddings.pop() if len(paddings) == 1 else None
     freeze = all(table.freeze for table in tables)
     return Table(tables[0].weight, padding_idx=padding_idx, freeze=freeze, storage=tables[0].storage)
+
+
+def is_table(node: object) -> TypeGuard[Table]:
+    """Whether a node of a tree is a Table: for `is_leaf=` of the functions of `jax.tree`."""
+    return isinstance(node, Table)
 
 
 def with_weight(table: Table, weight: Any, **rules: Any) -> Table:

@@ -6,23 +6,15 @@ import jax
 from jax.custom_batching import custom_vmap
 from jaxtyping import Array
 
-from .lookup import renormalize
+from .._base.tangents import straight_through
+from .lookup import constant, renormalize
 from .table import Table
 
 
-@jax.custom_jvp
-def _renormalized(table: Table, ids: Array) -> Array:
-    return _renormalized_for_all_lanes(table, ids)
-
-
-@_renormalized.defjvp
-def _renormalized_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
+def clipped_table(table: Table, ids: Array) -> Array:
+    """Return the weight of a table, with the rows of some ids clipped."""
     # As in the core. JAX cannot split the derivative of a custom_vmap into primal and tangent, so it is said out here.
-    return _renormalized(*primals), tangents[0].weight
-
-
-# The weight of a table, with the rows of some ids clipped.
-clipped_table = jax.jit(_renormalized)
+    return straight_through(_jitted(constant(table), ids), table.weight)
 
 
 @custom_vmap
@@ -38,3 +30,6 @@ def _renormalized_by_lanes(axis_size: int, batched: Any, table: Table, ids: Arra
         return _renormalized_for_all_lanes(table, ids), False
     lanes = jax.vmap(renormalize, in_axes=(0, 0 if ids_batched else None), axis_size=axis_size)
     return lanes(table, ids).weight, True
+
+
+_jitted = jax.jit(_renormalized_for_all_lanes)

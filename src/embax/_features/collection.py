@@ -224,7 +224,7 @@ class Collection:
         length = -1 if mode is None or part.layout.offsets is not None else part.ids.shape[-1]
         # The frequency of an id is that within its feature. On a mesh, bags of different lengths are where they are.
         stack = self.stacks[part.stack]
-        apart = not stack.storage.is_local and part.layout.offsets is not None
+        apart = stack.storage.pools_apart and part.layout.offsets is not None
         alone = part.feature.name if stack.scale_grad_by_freq or apart else ""
         return part.stack, how, length, part.weights is not None, alone
 
@@ -340,7 +340,7 @@ def _read_together(table: Table, parts: Sequence[_Input]) -> list[Shaped[Array, 
     mode = "max" if parts[0].feature.mode == "max" else "sum"
     total = _pool.pool_rows(table, ids, counted, weights, layout, mode)
     # On a mesh, bags of different lengths are read alone, and there are as many of them as there are.
-    alone = not table.storage.is_local and layout.offsets is not None
+    alone = table.storage.pools_apart and layout.offsets is not None
     cut = [total] if alone else table.storage.parted(total, sizes)
     out = []
     for own, part in zip(cut, parts, strict=True):

@@ -9,7 +9,6 @@ import jax
 from jaxtyping import PyTree
 
 from .._core import flax_state as _flax
-from .._core.dense import DENSE
 from .._core.storage import Storage
 from .._core.table import Table
 from .._gradients.row_grad import RowGrad, is_trained
@@ -72,7 +71,7 @@ class MadeFor:
 
     def placed(self, place: Callable[[tuple[int, ...]], Storage]) -> "MadeFor":
         """The same tables, laid out as a function of the shape of their weight says."""
-        return MadeFor(tuple(x._replace(layout=described(place((x.rows, *x.dim)))) for x in self.tables))
+        return MadeFor(tuple(x._replace(layout=place((x.rows, *x.dim)).noted) for x in self.tables))
 
 
 _flax.register(MadeFor, MadeFor.to_json, lambda like, text: MadeFor.from_json(text, like))
@@ -145,12 +144,7 @@ def _is_described(node: object) -> bool:
 
 def _layout(node: object) -> str | None:
     """How a table is stored, None where it is not on a mesh; of the gradient of one, nothing is known."""
-    return described(node.storage) if isinstance(node, Table) else None
-
-
-def described(storage: Storage) -> str | None:
-    """A storage in words, as states name it; None for the plain one."""
-    return None if storage == DENSE else storage.descriptions[0]
+    return node.storage.noted if isinstance(node, Table) else None
 
 
 def differences(then: MadeFor, now: MadeFor, of_gradients: bool = False) -> list[str]:

@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import keystr
 
-from .._core.table import Table, with_weight
+from .._core.held import held
+from .._core.table import Table, is_table, with_weight
 
 # Called with the path of a leaf, as `jax.tree_util.tree_map_with_path` gives it, and the leaf.
 Chooser = Callable[[Any, Any], bool]
@@ -92,7 +93,7 @@ def tables_at(names: Collection[str], tree: Any) -> Any:
     return jax.tree.map_with_path(
         lambda path, leaf: leaf if isinstance(leaf, Table) or keystr(path) not in names else Table(leaf),
         tree,
-        is_leaf=lambda node: isinstance(node, Table),
+        is_leaf=is_table,
     )
 
 
@@ -107,7 +108,7 @@ def with_gradients(as_given: Any, like: Any, gradients: Any) -> Any:
     Returns:
       The gradients, with a Table around those of chosen leaves.
     """
-    leaves, structure = jax.tree.flatten(like, is_leaf=lambda node: isinstance(node, Table))
+    leaves, structure = jax.tree.flatten(like, is_leaf=is_table)
     before = structure.flatten_up_to(as_given)
     return structure.unflatten(
         with_weight(leaf, x) if isinstance(leaf, Table) and not isinstance(b, Table) and x is not None else x
@@ -124,11 +125,11 @@ def without_tables(as_given: Any, like: Any, tree: Any) -> Any:
       tree: A tree with a node for each Table of `like`.
 
     Returns:
-      The tree with the weight of each such Table.
+      The tree with the weight of each such Table, as a layer holds it.
     """
-    leaves, structure = jax.tree.flatten(like, is_leaf=lambda node: isinstance(node, Table))
+    leaves, structure = jax.tree.flatten(like, is_leaf=is_table)
     before = structure.flatten_up_to(as_given)
     return structure.unflatten(
-        x.weight if isinstance(leaf, Table) and not isinstance(b, Table) and isinstance(x, Table) else x
+        held(x) if isinstance(leaf, Table) and not isinstance(b, Table) and isinstance(x, Table) else x
         for leaf, b, x in zip(leaves, before, structure.flatten_up_to(tree), strict=True)
     )

@@ -17,7 +17,7 @@ from jax.core import Tracer
 from jaxtyping import Array
 
 from .._core import ids as _ids
-from .._core.table import Table, with_weight
+from .._core.table import Table, is_table, with_weight
 from ._analysis.equations import without_constants
 from ._analysis.forms import Memo
 from ._analysis.linear import Kind
@@ -72,9 +72,7 @@ def evaluate(
       What the function returns, and its gradient.
     """
     numbers = options.numbers
-    nodes, structure = jax.tree.flatten_with_path(
-        [args[number] for number in numbers], is_leaf=lambda node: isinstance(node, Table)
-    )
+    nodes, structure = jax.tree.flatten_with_path([args[number] for number in numbers], is_leaf=is_table)
     fixed = fixed_leaves([args[number] for number in numbers])
     # Of an Equinox module, functions and settings are leaves, too: a predicate is to see arrays.
     asked = [hasattr(leaf, "dtype") or not is_fixed for is_fixed, (_, leaf) in zip(fixed, nodes, strict=True)]

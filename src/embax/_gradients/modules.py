@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from .._core.table import Table
+from .._core.table import Table, is_table
 
 
 def fixed_leaves(tree: Any) -> list[bool]:
@@ -22,16 +22,12 @@ def fixed_leaves(tree: Any) -> list[bool]:
     """
     equinox = sys.modules.get("equinox")  # where nobody has imported it, there is no module
     if equinox is None:
-        return [False] * len(jax.tree.leaves(tree, is_leaf=_is_table))
+        return [False] * len(jax.tree.leaves(tree, is_leaf=is_table))
     answers: list[bool] = []
     for node in jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, Table | equinox.Module)):
         if isinstance(node, equinox.Module):
-            leaves = jax.tree.leaves(node, is_leaf=_is_table)
-            answers += [not (_is_table(leaf) or equinox.is_inexact_array(leaf)) for leaf in leaves]
+            leaves = jax.tree.leaves(node, is_leaf=is_table)
+            answers += [not (is_table(leaf) or equinox.is_inexact_array(leaf)) for leaf in leaves]
         else:
             answers.append(False)
     return answers
-
-
-def _is_table(node: Any) -> bool:
-    return isinstance(node, Table)

@@ -10,6 +10,7 @@ from jaxtyping import Array, DTypeLike, Float, Int, PyTree, Shaped
 from numpy.typing import ArrayLike
 
 from .._base.distinct import accumulator
+from .._base.tangents import with_tangent
 from .._core import ids as _ids
 from .._core.lookup import clipped_rows
 from .._core.read_rows import all_rows
@@ -102,34 +103,19 @@ def trained_whole(table: Table) -> Shaped[Array, "rows *dim"]:
     """
     if table.freeze:
         return jax.lax.stop_gradient(table.weight)
-    weight = _with_gradient_of_all_rows(table.weight)
+    # The identity, which marks the gradient.
+    weight = all_rows(table.weight)
     if table.padding_idx is None:
         return weight
-    return _jitted_without_padding(with_weight(table, None), weight)
+    return _jitted_without_gradient_of_padding(with_weight(table, None), weight)
 
 
-@jax.custom_jvp
-def _with_gradient_of_all_rows(weight: Shaped[Array, "rows *dim"]) -> Shaped[Array, "rows *dim"]:
-    return weight
-
-
-@_with_gradient_of_all_rows.defjvp
-def _with_gradient_of_all_rows_jvp(primals: Sequence[PyTree], tangents: Sequence[PyTree]) -> tuple[Array, Array]:
-    return primals[0], all_rows(tangents[0])
-
-
-@jax.custom_jvp
-def _without_padding(rules: Table, weight: Shaped[Array, "rows *dim"]) -> Shaped[Array, "rows *dim"]:
-    return weight
-
-
-@_without_padding.defjvp
-def _without_padding_jvp(primals: Sequence[PyTree], tangents: Sequence[PyTree]) -> tuple[Array, Array]:
-    return primals[1], without_padding(primals[0], tangents[1])
+def _without_gradient_of_padding(rules: Table, weight: Shaped[Array, "rows *dim"]) -> Shaped[Array, "rows *dim"]:
+    return with_tangent(functools.partial(without_padding, rules), jax.lax.stop_gradient(weight), [weight])
 
 
 # On explicit axes, JAX pulls back through no operation outside of jit that meets what is on no mesh.
-_jitted_without_padding = jax.jit(_without_padding, inline=True)
+_jitted_without_gradient_of_padding = jax.jit(_without_gradient_of_padding, inline=True)
 
 
 def checked_vectors(call: str, table: Table, x: object) -> Float[Array, "*batch_dim"]:

@@ -8,13 +8,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped
-from numpy.typing import ArrayLike
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from .._base import check as _check
 from .._base.distinct import accumulator
 from .._base.loops import zeros_as
 from .._base.row_blocks import over_blocks
+from .._base.tangents import with_tangent
 from .._core import ids as _ids
 from .._core.lookup import clipped_rows
 from .._core.own_rows import Block, OwnRows
@@ -278,7 +278,7 @@ def _logits_of(
     masked = rules.padding_idx if mask_padding else None
 
     def logits_of(block: Block) -> tuple[Array, Array, Array | None]:
-        rows = clipped_rows(rules, block.ids, block.rows).astype(common)
+        rows = clipped_rows(rules, block.ids, _without_gradient_of_padding(rules, block)).astype(common)
         logits = _dot(vectors, rows, *axes, wide)
         if masked is None and not own.filled_up:
             return rows, logits, None
@@ -286,6 +286,19 @@ def _logits_of(
         return rows, jnp.where(over_last(left_out, logits.ndim), -np.inf, logits), left_out
 
     return logits_of
+
+
+def _without_gradient_of_padding(rules: Table, block: Block) -> Float[Array, "block *dim"]:
+    """Return rows such that derivatives of the loss and of its gradients leave padding rows out."""
+    if rules.padding_idx is None:
+        return block.rows
+    function = functools.partial(_zeros_for_padding, rules.padding_idx)
+    return with_tangent(function, jax.lax.stop_gradient(block.rows), [block.rows], [block.ids])
+
+
+def _zeros_for_padding(padding_idx: Any, rows: Float[Array, "block *dim"], ids: Int[Array, " block"]) -> Array:
+    is_padding = jnp.expand_dims(_ids.is_padding(ids, padding_idx), tuple(range(1, rows.ndim)))
+    return jnp.where(is_padding, jnp.zeros((), rows.dtype), rows)
 
 
 def _without(left_out: Bool[Array, " block"] | None, values: Float[Array, "..."]) -> Float[Array, "..."]:

@@ -30,7 +30,7 @@ class TableLayer:
         """Make a layer of a table: its weight as it is, padding row included, and its rules.
 
         `embedding.table` of a layer in another framework is one, so that this is how a layer moves between them. The
-        layer of brainstate takes one padding row, those of NNX and Equinox also a tuple.
+        layer of brainstate takes one padding row, those of NNX and Equinox also a tuple. A sharded table stays sharded.
 
         Args:
           table: The table.
@@ -38,9 +38,6 @@ class TableLayer:
 
         Returns:
           The layer.
-
-        Raises:
-          ValueError: If the table is sharded: take it off the mesh by `embax.unshard` first.
         """
         raise NotImplementedError
 

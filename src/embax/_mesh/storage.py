@@ -38,6 +38,9 @@ class Sharded(Storage):
     placement: Placement
 
     is_local: ClassVar[bool] = False
+    owners_add: ClassVar[bool] = True
+    in_blocks: ClassVar[bool] = False  # each device has its own
+    pools_apart: ClassVar[bool] = True  # they are where their bag is, and not joined with others
     name: ClassVar[str] = "placement"
 
     def __repr__(self) -> str:

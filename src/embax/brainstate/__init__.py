@@ -1,6 +1,7 @@
 """The layer for brainstate: Embedding, its row-sparse training, and a jit that updates its table in place."""
 
 from . import _interop as _interop  # registers the conversions to other frameworks
+from . import _modules as _modules  # registers how a model's tables are replaced
 from ._bag import EmbeddingBag as EmbeddingBag
 from ._embedding import Embedding as Embedding
 from ._grad import grad as grad

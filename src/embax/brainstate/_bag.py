@@ -1,7 +1,5 @@
 """EmbeddingBag: the layer whose rows are pooled as they are read."""
 
-import dataclasses
-from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import brainstate
@@ -9,16 +7,14 @@ import brainunit
 from jaxtyping import Array, DTypeLike, PyTree, Shaped
 from numpy.typing import ArrayLike
 
-from .._bags.embedding_bag import read_bags
 from .._bags.pool import Mode
-from .._bags.ragged import Ragged
-from .._base import check as _check
 from .._core.table import OutOfRange
+from .._layers.bag import PoolsBags, stored_rows_of
 from ._embedding import Embedding
 from ._weight import Init, split_unit, with_unit
 
 
-class EmbeddingBag(Embedding):
+class EmbeddingBag(PoolsBags, Embedding):
     """A lookup table that returns one vector for each bag of indices, with the arguments of `torch.nn.EmbeddingBag`.
 
     Bags are pooled by the rules of `embax.embedding_bag`: padding does not count, and a bag of nothing is zero. The
@@ -57,6 +53,7 @@ class EmbeddingBag(Embedding):
     """
 
     __module__ = "embax.brainstate"
+    _CALL = "embax.EmbeddingBag"
     _SIZE = "embedding_dim"
 
     def __init__(
@@ -93,8 +90,7 @@ class EmbeddingBag(Embedding):
             dtype=dtype,
             write_back=write_back,
         )
-        self.mode: Mode = _check.choice("embax.EmbeddingBag(mode=...)", mode, Mode)
-        self.include_last_offset = _check.flag("embax.EmbeddingBag(include_last_offset=...)", include_last_offset)
+        self._set_pooling(mode, include_last_offset)
 
     @classmethod
     def from_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride] (torch's order)
@@ -153,19 +149,10 @@ class EmbeddingBag(Embedding):
         """
         weight, unit = split_unit(self.weight.value)
         table = self._table(weight, unit)
-        read = read_bags(
-            "embax.EmbeddingBag.update",
-            table,
-            input,
-            offsets,
-            per_sample_weights,
-            self.mode,
-            self.include_last_offset,
-            self.dtype,
-        )
+        call = "embax.EmbeddingBag.update"
+        read = self._read_bags(table, input, offsets, per_sample_weights, self.dtype, call)
         if self.write_back and table.max_norm is not None:
-            named = read.named(table)
-            if self._may_store(table, named):
-                # What is in no bag names no row, nor may it be clipped to one.
-                self._store(dataclasses.replace(table, out_of_range="nan"), named, unit)
+            to_store, ids = stored_rows_of(table, read)
+            if self._may_store(table, ids):
+                self._store(to_store, ids, unit)
         return with_unit(read.pooled, unit)

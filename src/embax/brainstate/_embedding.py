@@ -13,9 +13,11 @@ from numpy.typing import ArrayLike
 
 from .._base import check as _check
 from .._core import ids as _ids
+from .._core.held import held, table_of
 from .._core.lookup import read
 from .._core.resize import resize
-from .._core.table import Initializer, OutOfRange, Table, rules_of
+from .._core.stored_rows import StoredRows
+from .._core.table import Initializer, OutOfRange, Table, rules_of, with_weight
 from .._core.write_back import clipped_table
 from .._heads.attend import attend
 from .._layers.layer import TableLayer
@@ -28,7 +30,8 @@ class Embedding(brainstate.nn.Module, TableLayer):
     """A lookup table of vectors, with the interface of `brainstate.nn.Embedding`.
 
     `embedding(indices)` reads one row of `weight` for each index, by the rules of `embax.lookup`. The rules are
-    attributes and may be changed between calls.
+    attributes and may be changed between calls. Of a sharded table, `weight.value` is a `StoredRows`: the weight, whose
+    rows are in another order, and what says which.
 
     With `max_norm`, the rows that are read are also stored clipped: eagerly and under brainstate's own transformations
     (`jit`, `grad`, `for_loop`, `cond`, `vmap`, `vmap2`, ...). Where only raw JAX transformations are active nothing can
@@ -202,12 +205,12 @@ class Embedding(brainstate.nn.Module, TableLayer):
 
     @classmethod
     def from_table(cls, table: Table, **options: Any) -> Self:
-        return cls._of_weight(table.weight, **{**rules_of(table), **options})
+        return cls._of_weight(held(table), **{**rules_of(table), **options})
 
     @classmethod
     def _of_weight(cls, embeddings: PyTree, **options: Any) -> Self:
         mantissa, unit = split_unit(embeddings)
-        weight = jnp.asarray(mantissa)
+        weight = mantissa if isinstance(mantissa, StoredRows) else jnp.asarray(mantissa)
         if weight.ndim < 2:
             raise ValueError(
                 f"`embax.{cls.__name__}.from_pretrained(embeddings=...)` must have 2 axes or more, (rows, *dim), got "
@@ -318,11 +321,11 @@ class Embedding(brainstate.nn.Module, TableLayer):
         weight, unit = split_unit(self.weight.value)
         key = brainstate.random.split_key() if key is None else key
         table = resize(self._table(weight, unit), rows, key, init=init)
-        self.weight.value = with_unit(table.weight, unit)
+        self.weight.value = with_unit(held(table), unit)
         self.num_embeddings = table.rows
 
-    def _table(self, weight: PyTree, unit: brainunit.Unit | None) -> Table:
-        return Table(
+    def _table(self, weight: Any, unit: Any) -> Table:
+        return table_of(
             weight,
             padding_idx=self.padding_idx,
             max_norm=in_unit(self.max_norm, unit),
@@ -350,7 +353,7 @@ class Embedding(brainstate.nn.Module, TableLayer):
 
     def _store(self, table: Table, ids: ArrayLike, unit: brainunit.Unit | None) -> None:
         if table.max_norm is not None and not table.freeze:
-            self.weight.value = with_unit(clipped_table(table, ids), unit)
+            self.weight.value = with_unit(held(with_weight(table, clipped_table(table, ids))), unit)
 
 
 def _sizes(embedding_size: int | Sequence[int]) -> tuple[int, ...]:

@@ -12,8 +12,8 @@ from jax.tree_util import KeyPath
 from jaxtyping import PyTree
 
 from .._base import check as _check
-from .._base.typing import PyTreeDef
-from .._core.table import Table, with_weight
+from .._core.held import as_table
+from .._core.table import Table, is_table
 from .._gradients.chosen import Chooser, checked, with_tables, without_tables
 from .._gradients.differentiate import Options, evaluate
 from .._gradients.report_dense import HAS_A_UNIT, OnDense, report_dense
@@ -225,7 +225,7 @@ def _grad_by_rows(
 
     def held_as_tables(key: int, value: PyTree) -> PyTree:
         if key in rules:
-            return with_weight(rules[key], value)
+            return as_table(rules[key], value)
         return with_tables(_CALL, tables, value, paths[key], leaves=(brainunit.Quantity,))
 
     def name(path: KeyPath) -> str:
@@ -238,7 +238,7 @@ def _grad_by_rows(
             return fun(without_tables(values, held, held_now), *args)
 
         if unit_aware and isinstance(jax.eval_shape(lambda: fun(values, *args)[0]), brainunit.Quantity):
-            for path, node in jax.tree.leaves_with_path(held, is_leaf=lambda node: isinstance(node, Table)):
+            for path, node in jax.tree.leaves_with_path(held, is_leaf=is_table):
                 if isinstance(node, Table):
                     report_dense(_CALL, on_dense, name(path), node, HAS_A_UNIT, stacklevel=5)
             return brainunit.autograd.grad(fun, argnums, has_aux=has_aux, holomorphic=holomorphic, allow_int=allow_int)(

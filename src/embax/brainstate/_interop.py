@@ -1,9 +1,8 @@
 """Conversion of the layer to other frameworks, by brainstate.interop; a rule that the target lacks is an error."""
 
 import brainstate
-import jax
-from jaxtyping import PyTree
 
+from .._core.stored_rows import StoredRows
 from ._embedding import Embedding
 from ._weight import split_unit
 
@@ -38,7 +37,7 @@ def _to_equinox(embedding: Embedding, context: object) -> PyTree:
     return equinox.nn.Embedding(weight=weight)
 
 
-def _plain_weight(embedding: Embedding, target: str, out_of_range: tuple[str, ...]) -> jax.Array:
+def _plain_weight(embedding: Embedding, target: str, out_of_range: tuple[str, ...]) -> Any:
     """Return the weight, if nothing but the weight and these policies are needed to read it."""
     weight, unit = split_unit(embedding.weight.value)
     state = type(embedding.weight)
@@ -51,6 +50,8 @@ def _plain_weight(embedding: Embedding, target: str, out_of_range: tuple[str, ..
         lacking["out_of_range"] = embedding.out_of_range
     if not issubclass(state, brainstate.ParamState):
         lacking["param_type"] = state.__name__
+    if isinstance(weight, StoredRows):
+        lacking[weight.storage.name] = weight.storage
     if unit is not None:
         lacking["unit"] = unit
     if weight.ndim != 2:

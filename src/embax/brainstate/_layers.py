@@ -5,6 +5,7 @@ from typing import Protocol
 
 import brainstate
 
+from .._core import held as _held
 from .._core.table import Table, shared_rules
 from ._weight import split_unit
 
@@ -44,7 +45,8 @@ def table_of(state: brainstate.State) -> Table | None:
     if not layers:
         return None
     weight, _ = split_unit(state.value)
-    return shared_rules(Table(weight, padding_idx=layer.padding_idx, freeze=layer.freeze) for layer in layers)
+    rules = [{"padding_idx": layer.padding_idx, "freeze": layer.freeze} for layer in layers]
+    return shared_rules(_held.table_of(weight, **of_layer) for of_layer in rules)
 
 
 def has_unit(state: brainstate.State) -> bool:

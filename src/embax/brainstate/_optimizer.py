@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import PyTree
 
-from .._core.table import Table, with_weight
+from .._core.held import as_table, held
+from .._core.table import Table, is_table, with_weight
 from .._gradients.apply import apply_updates
 from .._gradients.chosen import tables_at, without_tables
 from ..optim import carry_over
@@ -153,7 +154,7 @@ class Optimizer(brainstate.nn.Module):
         before = jax.tree.map_with_path(
             lambda path, x: Table(shapes[name]) if (name := jax.tree_util.keystr(path)) in shapes else x,
             before,
-            is_leaf=_is_table,
+            is_leaf=is_table,
         )
         return self._start(f"{call}(states=...)", {}, frozenset(), states, before)
 
@@ -190,8 +191,8 @@ class Optimizer(brainstate.nn.Module):
         else:
             opt_state = carry_over(self.opt_state.value, before, params, self.tx)
         check_takes_tables("embax.brainstate.Optimizer", self.tx, opt_state, params)
-        nodes, _ = jax.tree.flatten_with_path(params, is_leaf=_is_table)
-        shapes = {jax.tree_util.keystr(path): _shape(node.weight) for path, node in nodes if _is_table(node)}
+        nodes, _ = jax.tree.flatten_with_path(params, is_leaf=is_table)
+        shapes = {jax.tree_util.keystr(path): _shape(node.weight) for path, node in nodes if is_table(node)}
         self._chosen = {name: shapes[name] for name in chosen}
         self._states, self._again = kept, frozenset(more)
         self._rules = {key: None if table is None else _without_values(table) for key, table in tables.items()}
@@ -263,18 +264,14 @@ class Optimizer(brainstate.nn.Module):
         self.opt_state.value = opt_state
 
 
-def _is_table(node: object) -> bool:
-    return isinstance(node, Table)
-
-
-def _shape(weight: PyTree) -> jax.ShapeDtypeStruct:
+def _shape(weight: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(weight.shape, weight.dtype)
 
 
 def _refuse_units(chosen: frozenset[str], params: PyTree) -> None:
     """Raise a ValueError for a Quantity whose mantissa is to be a table."""
     for path, node in jax.tree.leaves_with_path(params, is_leaf=lambda x: isinstance(x, Table | brainunit.Quantity)):
-        leaves = jax.tree.leaves_with_path(node, is_leaf=_is_table)
+        leaves = jax.tree.leaves_with_path(node, is_leaf=is_table)
         inside = {jax.tree_util.keystr((*path, *below)) for below, _ in leaves}
         if isinstance(node, brainunit.Quantity) and inside & chosen:
             raise ValueError(
@@ -289,7 +286,7 @@ def _without_values(table: Table) -> Table:
 
 def _param(state: brainstate.State, rules: Table | None) -> PyTree:
     """What a transformation sees of a state."""
-    return state.value if rules is None or has_unit(state) else with_weight(rules, state.value)
+    return state.value if rules is None or has_unit(state) else as_table(rules, state.value)
 
 
 def _store(state: brainstate.State, rules: Table | None, new: PyTree) -> None:
@@ -297,7 +294,7 @@ def _store(state: brainstate.State, rules: Table | None, new: PyTree) -> None:
         state.value = new
     elif not rules.freeze:
         old, _ = split_unit(state.value)
-        weight, unit = (new.weight, None) if isinstance(new, Table) else split_unit(new)
+        weight, unit = (held(new), None) if isinstance(new, Table) else split_unit(new)
         if unit is not None and rules.padding_idx is not None:  # of a Table, it has not changed
             weight = weight.at[rules.padding_idx].set(old[rules.padding_idx])
         state.value = with_unit(weight, unit)

@@ -12,8 +12,11 @@ import numpy as np
 from jaxtyping import PyTree
 from numpy.typing import ArrayLike
 
-Weight: TypeAlias = "jax.Array | brainunit.Quantity"  # a jax.Array, or a brainunit.Quantity of one
-Init: TypeAlias = Callable[..., PyTree] | ArrayLike | brainstate.nn.init.Initializer  # or a weight
+from .._core.held import held, table_of
+from .._core.stored_rows import StoredRows
+from .._core.table import with_zero_padding
+
+Weight = Any  # a jax.Array, a brainunit.Quantity of one, or the StoredRows of a sharded table
 
 
 def initial_weight(init: object, shape: tuple[int, ...]) -> Weight:
@@ -26,7 +29,7 @@ def initial_weight(init: object, shape: tuple[int, ...]) -> Weight:
       shape: `(rows, *dim)`.
 
     Returns:
-      An array of that shape, or a Quantity of one.
+      An array of that shape, or a Quantity of one; StoredRows as they are.
 
     Raises:
       TypeError: If the values are not numbers.
@@ -49,6 +52,8 @@ def initial_weight(init: object, shape: tuple[int, ...]) -> Weight:
             f"`embax.Embedding(embedding_init=...)` must give numbers, got {mantissa.dtype} from {init!r}. "
             "Pass an initialiser (not its class), or an array."
         )
+    if isinstance(mantissa, StoredRows) and mantissa.shape == shape:
+        return with_unit(mantissa, unit)
     try:
         weight = jnp.broadcast_to(jnp.asarray(mantissa), shape)
     except ValueError:
@@ -116,4 +121,6 @@ def zero_row(weight: Weight, row: int) -> Weight:
       A new weight.
     """
     mantissa, unit = split_unit(weight)
+    if isinstance(mantissa, StoredRows):
+        return held(with_zero_padding(table_of(mantissa, padding_idx=row)))
     return with_unit(mantissa.at[row].set(0), unit)

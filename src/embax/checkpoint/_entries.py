@@ -10,6 +10,8 @@ import numpy as np
 from jax.tree_util import KeyPath
 from jaxtyping import PyTree
 
+from .._core.scratch import Scratch
+from .._core.stored_rows import StoredRows
 from .._core.table import Table, has_weight
 from .._features.collection import Collection
 from .._features.made_for import MadeFor
@@ -68,9 +70,11 @@ def _entries(call: str, tree: PyTree, above: tuple[PyTree, ...]) -> list[Entry]:
                     found.append(Entry(name, stack.weight, stack.placement, member.start, member.rows))
                 else:
                     found += _entries(call, cut_out(stack, member), of_member)
-        elif isinstance(node, Table):
-            if has_weight(node):
-                found.append(Entry(name, node.weight, node.placement, 0, node.rows))
+        elif isinstance(node, Table | StoredRows):
+            if isinstance(node, StoredRows) or has_weight(node):
+                found.append(_of_rows(name, node))
+        elif isinstance(node, Scratch):
+            continue
         elif _can_be_written(node):
             found.append(Entry(name, node))
         else:
@@ -81,9 +85,22 @@ def _entries(call: str, tree: PyTree, above: tuple[PyTree, ...]) -> list[Entry]:
     return found
 
 
-def is_node(node: object) -> bool:
-    """Whether a node is written as a table, or as the tables of a Collection; a gradient is not."""
-    return isinstance(node, Table | Collection) and not isinstance(node, RowGrad)
+def _of_rows(name: str, table: Table | StoredRows) -> Entry:
+    """The rows of a table: as a placement says, or in the order of their ids."""
+    storage, weight = table.storage, table.weight
+    if storage.placement is None:
+        in_order = jax.eval_shape(storage.to_rows, weight) if _is_shape(weight) else storage.to_rows(weight)
+        return Entry(name, in_order, None, 0, table.rows)
+    return Entry(name, weight, storage.placement, 0, table.rows)
+
+
+def _is_shape(weight: Any) -> bool:
+    return isinstance(weight, jax.ShapeDtypeStruct)
+
+
+def is_node(node: Any) -> bool:
+    """Whether a node is written as a table, or as the tables of a Collection, or left out; a gradient is not."""
+    return isinstance(node, Table | StoredRows | Collection | Scratch) and not isinstance(node, RowGrad)
 
 
 def _can_be_written(value: PyTree) -> bool:

@@ -13,6 +13,9 @@ from jaxtyping import PyTree
 
 from .._base import check as _check
 from .._base.axes import laid_out
+from .._core.held import held, table_of
+from .._core.scratch import Scratch
+from .._core.stored_rows import StoredRows
 from .._core.table import Table, has_weight, with_weight
 from .._features.collection import Collection, restack
 from .._mesh import relayout as _moves
@@ -86,18 +89,26 @@ def restore(path: str | os.PathLike[str], like: PyTree, *, step: int | None = No
     def filled(in_collection: bool, node: PyTree) -> PyTree:
         if isinstance(node, Table) and not has_weight(node):
             return node
+        if isinstance(node, Scratch):
+            return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), node)
         entry = next(left)
         value = values.pop(entry.name)
-        if not isinstance(node, Table):
-            return value
-        if node.placement is None or entry.placement is None:
-            return with_weight(node, value)
-        blocks = by_blocks(node.placement, node.rows)
+        if isinstance(node, StoredRows):
+            return held(filled_table(False, table_of(node), entry, value))
+        return filled_table(in_collection, node, entry, value) if isinstance(node, Table) else value
+
+    def filled_table(in_collection: bool, table: Table, entry: Entry, value: Any) -> Table:
+        placement, storage = table.placement, table.storage
+        if placement is None:  # rows in the order of their ids, as which a plain storage holds them
+            return with_weight(table, value if storage.held(value) is value else storage.from_rows(value))
+        if entry.placement is None:
+            return with_weight(table, value)
+        blocks = by_blocks(placement, table.rows)
         if in_collection:  # it moves the rows to their places itself
-            return with_weight(node, value, storage=Sharded(blocks))
-        if blocks != node.placement:
-            value = _moves.moved(blocks, value, node.placement)
-        return with_weight(node, laid_out(value, node.placement.sharding(value.shape, node.dim)))
+            return with_weight(table, value, storage=Sharded(blocks))
+        if blocks != placement:
+            value = _moves.moved(blocks, value, placement)
+        return with_weight(table, laid_out(value, placement.sharding(value.shape, table.dim)))
 
     out = [
         jax.tree.map(functools.partial(filled, isinstance(of_like, Collection)), node, is_leaf=is_node)
@@ -134,7 +145,8 @@ def _read(
     targets = {entry.name: _target(entry) for entry in entries}
     read = {name: target for name, target in targets.items() if math.prod(target.shape)}
     try:
-        tree = _arrays(manager, step, read, {entry.name for entry in entries if entry.rows is not None})
+        of_rows = {entry.name for entry in entries if _is_table(entry, found)}
+        tree = _arrays(manager, step, read, of_rows)
         values = {name: taken(tree, name) for name in read}
     except _OF_DAMAGE as error:
         raise _damaged(call, path, step, error) from error
@@ -211,6 +223,11 @@ def _check_fits(call: str, entries: Sequence[Entry], found: dict[str, PyTree], p
             )
 
 
+def _is_table(entry: Entry, found: dict[str, Any]) -> bool:
+    """Whether an entry is of a table, or was when it was saved: a layer may hold one, or an array in its place."""
+    return entry.rows is not None or found[entry.name].get("table", False)
+
+
 def _listed(names: Iterable[str]) -> str:
     return ", ".join(map(repr, names))
 
@@ -228,8 +245,8 @@ def _as_wanted(value: PyTree, entry: Entry, target: jax.ShapeDtypeStruct, found:
     like = entry.value
     if isinstance(value, jax.Array):  # where it belongs already
         return value
-    if entry.rows is not None and entry.placement is None:  # a table saved on a mesh has rows behind its last one
-        value = value[: entry.rows]
+    if _is_table(entry, {entry.name: found}) and entry.placement is None:
+        value = value[: target.shape[0]]  # a table that was saved on a mesh has rows behind its last one
     if is_key(like):  # of several processes, keys of all of them are made by jit alone
         impl = jax.random.key_impl(like) if isinstance(like, jax.Array) else None
         impl = impl if str(impl) == found["impl"] else found["impl"]  # as the ids of a RowGrad, which have no name

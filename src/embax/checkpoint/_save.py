@@ -91,8 +91,10 @@ def save(path: str | os.PathLike[str], tree: PyTree, *, step: int | None = None,
         manager.wait_until_finished()
 
 
-def _about(entry: Entry) -> dict[str, PyTree]:
-    return described(entry) | ({"impl": str(jax.random.key_impl(entry.value))} if is_key(entry.value) else {})
+def _about(entry: Entry) -> dict[str, Any]:
+    of_table = {"table": True} if entry.rows is not None else {}  # whose file may have padding behind its last row
+    of_key = {"impl": str(jax.random.key_impl(entry.value))} if is_key(entry.value) else {}
+    return described(entry) | of_table | of_key
 
 
 def _to_be_written(entry: Entry) -> PyTree:

@@ -7,3 +7,5 @@ except ImportError as error:
 
 from ._bag import EmbeddingBag as EmbeddingBag
 from ._embedding import Embedding as Embedding
+from ._serialise import tree_deserialise_leaves as tree_deserialise_leaves
+from ._serialise import tree_serialise_leaves as tree_serialise_leaves

@@ -1,20 +1,17 @@
 """EmbeddingBag: an Embedding whose rows are pooled as they are read."""
 
-from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import equinox as eqx
 from jaxtyping import Array, DTypeLike, Key, Shaped
 from numpy.typing import ArrayLike
 
-from .._bags.embedding_bag import read_bags
 from .._bags.pool import Mode
-from .._bags.ragged import Ragged
-from .._base import check as _check
+from .._layers.bag import PoolsBags
 from ._embedding import Embedding
 
 
-class EmbeddingBag(Embedding):
+class EmbeddingBag(PoolsBags, Embedding):
     """A lookup table that returns one vector for each bag of ids, by the rules of `embax.embedding_bag`.
 
     Padding does not count, and a bag of nothing is zero. The rest is as in `Embedding`.
@@ -38,6 +35,7 @@ class EmbeddingBag(Embedding):
     """
 
     __module__ = "embax.equinox"
+    _CALL: ClassVar[str] = "embax.equinox.EmbeddingBag"
 
     mode: Mode = eqx.field(static=True)
     include_last_offset: bool = eqx.field(static=True)
@@ -52,9 +50,7 @@ class EmbeddingBag(Embedding):
         **options: Any,
     ):
         super().__init__(num_embeddings, embedding_size, **options)
-        self.mode = _check.choice("embax.equinox.EmbeddingBag(mode=...)", mode, Mode)
-        call = "embax.equinox.EmbeddingBag(include_last_offset=...)"
-        self.include_last_offset = _check.flag(call, include_last_offset)
+        self._set_pooling(mode, include_last_offset)
 
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -82,5 +78,4 @@ class EmbeddingBag(Embedding):
           ValueError: As `embax.embedding_bag` and `embax.Ragged`.
           IndexError: As `embax.embedding_bag`.
         """
-        options = self.mode, self.include_last_offset, dtype
-        return read_bags("embax.equinox.EmbeddingBag", self.table, input, offsets, per_sample_weights, *options).pooled
+        return self._read_bags(self.table, input, offsets, per_sample_weights, dtype).pooled

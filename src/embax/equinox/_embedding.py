@@ -88,11 +88,11 @@ class Embedding(eqx.Module, TableLayer):
 
     @classmethod
     def from_table(cls, table: Table, **options: Any) -> Self:
-        return cls(weight=table.weight, **{**rules_of(table), **options})
+        return cls(weight=table.weight, storage=table.storage, **{**rules_of(table), **options})
 
     @property
     def weight(self) -> Shaped[Array, "rows *dim"]:
-        """The weight of the table, `(num_embeddings, *embedding_size)`."""
+        """The weight of the table, `(num_embeddings, *embedding_size)`; of a sharded one, its stored rows."""
         return self.table.weight
 
     @property

@@ -1,20 +1,16 @@
 """EmbeddingBag: an Embedding whose rows are pooled as they are read."""
 
-import dataclasses
-from collections.abc import Sequence
 from typing import Any
 
 from jaxtyping import Array, Shaped
 from numpy.typing import ArrayLike
 
-from .._bags.embedding_bag import read_bags
 from .._bags.pool import Mode
-from .._bags.ragged import Ragged
-from .._base import check as _check
+from .._layers.bag import PoolsBags, stored_rows_of
 from ._embedding import Embedding
 
 
-class EmbeddingBag(Embedding):
+class EmbeddingBag(PoolsBags, Embedding):
     """A lookup table that returns one vector for each bag of ids, by the rules of `embax.embedding_bag`.
 
     Padding does not count, and a bag of nothing is zero. The rest is as in `Embedding`, write-back included.
@@ -41,6 +37,7 @@ class EmbeddingBag(Embedding):
     """
 
     __module__ = "embax.nnx"
+    _CALL = "embax.nnx.EmbeddingBag"
 
     def __init__(
         self,
@@ -52,8 +49,7 @@ class EmbeddingBag(Embedding):
         **options: Any,
     ):
         super().__init__(num_embeddings, features, **options)
-        self.mode = _check.choice("embax.nnx.EmbeddingBag(mode=...)", mode, Mode)
-        self.include_last_offset = _check.flag("embax.nnx.EmbeddingBag(include_last_offset=...)", include_last_offset)
+        self._set_pooling(mode, include_last_offset)
 
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, input: ArrayLike | Ragged, offsets: ArrayLike | None = None, per_sample_weights: ArrayLike | None = None
@@ -74,8 +70,6 @@ class EmbeddingBag(Embedding):
           IndexError: As `embax.embedding_bag`.
         """
         table = self.table
-        options = self.mode, self.include_last_offset, self._output_dtype(table)
-        read = read_bags("embax.nnx.EmbeddingBag", table, input, offsets, per_sample_weights, *options)
-        # What is in no bag names no row, nor may it be clipped to one.
-        self._store(dataclasses.replace(table, out_of_range="nan"), read.named(table))
+        read = self._read_bags(table, input, offsets, per_sample_weights, self._output_dtype(table))
+        self._store(*stored_rows_of(table, read))
         return read.pooled

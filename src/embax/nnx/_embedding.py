@@ -1,6 +1,7 @@
 """Embedding: an `nnx.Param` read by the core's lookup."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import dataclasses
+from collections.abc import Callable, Mapping
 from typing import Any, Self
 
 import jax
@@ -15,9 +16,10 @@ from numpy.typing import ArrayLike
 from .._base import check as _check
 from .._base.axes import laid_out
 from .._core import ids as _ids
+from .._core.held import held, table_of
 from .._core.lookup import read
 from .._core.resize import resize
-from .._core.table import RULES, Initializer, OutOfRange, PaddingRows, Table, rules_of, with_zero_padding
+from .._core.table import RULES, Initializer, OutOfRange, PaddingRows, Table, rules_of, with_weight, with_zero_padding
 from .._core.write_back import clipped_table
 from .._heads.attend import attend
 from .._layers.layer import TableLayer
@@ -31,7 +33,8 @@ class Embedding(nnx.Module, TableLayer):
     """A lookup table of vectors, with the interface of `flax.nnx.Embed` and the rules of `embax.Table`.
 
     `embedding(ids)` reads one row of the Param `embedding` for each id, by the rules of `embax.lookup`. The rules are
-    attributes and may be changed between calls.
+    attributes and may be changed between calls. Of a sharded table, the value of the Param is a
+    `StoredRows`: the weight, whose rows are in another order, and what says which.
 
     With `max_norm`, the rows that are read are also stored clipped in the Param, eagerly and under NNX's
     transformations. Where NNX lets no Variable be written, in a raw JAX transformation, or drops what is
@@ -102,20 +105,20 @@ class Embedding(nnx.Module, TableLayer):
         self.padding_idx, self.max_norm, self.norm_type = padding_idx, max_norm, norm_type
         self.scale_grad_by_freq, self.freeze, self.out_of_range = scale_grad_by_freq, freeze, out_of_range
         self.write_back = write_back
-        self.embedding.set_value(with_zero_padding(self.table).weight)
+        self.embedding.set_value(held(with_zero_padding(self.table)))
 
     @classmethod
     def from_table(cls, table: Table, **options: Any) -> Self:
         options = {"rngs": nnx.Rngs(0), "param_dtype": table.dtype, **rules_of(table), **options}
-        weight = table.weight.astype(options["param_dtype"])
-        layer = cls(table.rows, table.dim, embedding_init=lambda *_: weight, **options)
-        layer.embedding.set_value(weight)  # with the padding row, zeroed before
+        value = held(dataclasses.replace(table, weight=table.weight.astype(options["param_dtype"])))
+        layer = cls(table.rows, table.dim, embedding_init=lambda *_: value, **options)
+        layer.embedding.set_value(value)  # with the padding row, zeroed before
         return layer
 
     @property
     def table(self) -> Table:
         """The weight and the rules by which it is read."""
-        return Table(self.embedding.get_value(), **{name: getattr(self, name) for name in RULES})
+        return table_of(self.embedding.get_value(), **{name: getattr(self, name) for name in RULES})
 
     def __call__(self, inputs: ArrayLike, out_sharding: OutSharding = None) -> Shaped[Array, "*batch_dim"]:
         """Read one row for each id.
@@ -183,7 +186,7 @@ class Embedding(nnx.Module, TableLayer):
           (3,)
         """
         table = resize(self.table, rows, key, init=init)
-        self.embedding.set_value(table.weight)
+        self.embedding.set_value(held(table))
         # Counted from the start: a padding row -1 would be another one now.
         self.num_embeddings, self.padding_idx = table.rows, table.padding_idx
 
@@ -197,6 +200,6 @@ class Embedding(nnx.Module, TableLayer):
         if not self.write_back or table.max_norm is None or table.freeze:
             return
         try:
-            self.embedding.set_value(clipped_table(table, ids))
+            self.embedding.set_value(held(with_weight(table, clipped_table(table, ids))))
         except TraceContextError:  # in a raw JAX transformation, which would not carry the new value out
             pass

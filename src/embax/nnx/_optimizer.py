@@ -8,14 +8,21 @@ import optax
 from flax import nnx
 from jaxtyping import PyTree
 
-from .._core.table import Table, with_weight
+from .._core import modules as _modules
+from .._core.held import as_table, held
+from .._core.scratch import Scratch
+from .._core.table import Table, has_weight, is_table, with_weight
 from .._gradients.apply import apply_updates
 from .._gradients.chosen import tables_at
 from ..optim import carry_over
-from ..optim._states import check_takes_tables, prepared_gradient, with_chosen
+from ..optim._states import SCRATCH, check_takes_tables, prepared_gradient, with_chosen
 from ._params import tables_of, tree_of, with_values
 
 _CALL = "embax.nnx.Optimizer"
+
+
+class ScratchArray(nnx.OptArray, Scratch):
+    """Memory of an optimizer that means nothing to a checkpoint."""
 
 
 class Optimizer(nnx.Optimizer):
@@ -76,12 +83,13 @@ class Optimizer(nnx.Optimizer):
 
     def _start(self, params: PyTree, opt_state: PyTree, chosen: frozenset[str]) -> None:
         """Keep a state, and note for which tables it was made."""
-        self.opt_state = nnx.data(jax.tree.map(nnx.OptArray, opt_state))
+        self.opt_state = nnx.data(_as_variables(opt_state))
         self._chosen = chosen
         nodes, _ = _flatten(params)
         tables = {jax.tree_util.keystr(path): node for path, node in nodes if isinstance(node, Table)}
         self._rules = nnx.static({name: (table.padding_idx, table.freeze) for name, table in tables.items()})
-        self._shapes = nnx.static({name: (table.weight.shape, str(table.dtype)) for name, table in tables.items()})
+        stored = {name: (table.weight.shape, str(table.dtype), table.storage) for name, table in tables.items()}
+        self._stored = nnx.static(stored)
 
     def update(self, model: nnx.Pytree, grads: PyTree, /, **kwargs: PyTree) -> PyTree:
         """Make a step: write the new weights into the model.
@@ -117,7 +125,7 @@ class Optimizer(nnx.Optimizer):
         params = structure.unflatten(params)
         updates, opt_state = self.tx.update(structure.unflatten(gradients), self._pure_state(), params, **kwargs)
         nnx.update(model, with_values(state, apply_updates(now, updates)))
-        for variable, value in zip(self._variables(), jax.tree.leaves(opt_state), strict=True):
+        for variable, value in zip(self._variables(), _values(opt_state), strict=True):
             variable.set_value(value)
         self.step[...] += 1
         return updates
@@ -154,13 +162,15 @@ class Optimizer(nnx.Optimizer):
         if name not in self._rules:
             return with_weight(param, param.weight, freeze=True)
         padding_idx, freeze = self._rules[name]
-        return with_weight(param, jax.ShapeDtypeStruct(*self._shapes[name]), padding_idx=padding_idx, freeze=freeze)
+        *stored, storage = self._stored[name]
+        rules = {"padding_idx": padding_idx, "freeze": freeze, "storage": storage}
+        return with_weight(param, jax.ShapeDtypeStruct(*stored), **rules)
 
-    def _variables(self) -> list[PyTree]:
-        return jax.tree.leaves(self.opt_state, is_leaf=lambda node: isinstance(node, nnx.Variable))
+    def _variables(self) -> list[Any]:
+        return jax.tree.leaves(self.opt_state, is_leaf=_is_variable)
 
-    def _pure_state(self) -> PyTree:
-        return jax.tree.structure(nnx.as_pure(self.opt_state)).unflatten([x.get_value() for x in self._variables()])
+    def _pure_state(self) -> Any:
+        return jax.tree.map(_without_variables, self.opt_state, is_leaf=_is_node)
 
     def _at_start(self, call: str, name: str, param: PyTree) -> PyTree:
         """Give a table the rules that it had when the optimizer was made."""
@@ -172,8 +182,68 @@ class Optimizer(nnx.Optimizer):
                 f"`{call}(model=...)` must not have a table trained that was frozen when the optimizer was made, got "
                 f"{name}. Call optimizer.carry_over(model)."
             )
-        return Table(param.weight, padding_idx=padding_idx, freeze=freeze)
+        return Table(param.weight, padding_idx=padding_idx, freeze=freeze, storage=param.storage)
 
 
-def _flatten(params: PyTree) -> PyTree:
-    return jax.tree.flatten_with_path(params, is_leaf=lambda node: isinstance(node, Table))
+def _flatten(params: Any) -> Any:
+    return jax.tree.flatten_with_path(params, is_leaf=is_table)
+
+
+def _refused(call: str, optimizer: nnx.Optimizer, function: Any) -> nnx.Optimizer:
+    raise TypeError(
+        f"`{call}(tree=...)` must not have an optimizer, whose state is that of a model, got a "
+        f"{type(optimizer).__name__}. Call {call} for the model, and then optimizer.carry_over(model)."
+    )
+
+
+_modules.register(Optimizer, _refused)
+
+
+def _is_variable(node: Any) -> bool:
+    return isinstance(node, nnx.Variable)
+
+
+def _is_node(node: Any) -> bool:
+    return isinstance(node, Table | nnx.Variable)
+
+
+def _is_scratch(node: Any) -> bool:
+    return isinstance(node, SCRATCH)
+
+
+def _as_variables(opt_state: Any) -> Any:
+    """Put each array of a state into a Variable, those of the rows of a table with their storage."""
+
+    def variable(node: Any) -> Any:
+        if _is_scratch(node):
+            rest = node._replace(slots=())
+            rest = jax.tree.map(variable, rest, is_leaf=lambda x: x is not rest and (_is_node(x) or _is_scratch(x)))
+            return rest._replace(slots=jax.tree.map(ScratchArray, node.slots))
+        if isinstance(node, Table) and has_weight(node):
+            return with_weight(node, nnx.OptArray(held(node)))
+        return jax.tree.map(nnx.OptArray, node)
+
+    return jax.tree.map(variable, opt_state, is_leaf=lambda x: _is_node(x) or _is_scratch(x))
+
+
+def _values(opt_state: Any) -> list[Any]:
+    """List what the Variables of a state hold."""
+    nodes = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, Table) and has_weight(node))
+    return [held(node) if isinstance(node, Table) else node for node in nodes]
+
+
+def _without_variables(node: Any) -> Any:
+    """Take a value out of its Variable; of a table, as the table is stored, and not as the Variable says."""
+    if isinstance(node, nnx.Variable):
+        return node.get_value()
+    if not isinstance(node.weight, nnx.Variable):
+        return jax.tree.map(lambda x: x.get_value(), node, is_leaf=_is_variable)
+    value = as_table(node, node.weight.get_value())
+    if value.storage != node.storage:
+        raise ValueError(
+            f"`{_CALL}.update` must have a state that is laid out as the tables that it was made for, got "
+            f"{value.storage.descriptions[0]} for {node.storage.descriptions[0]}. Restore it by "
+            "embax.checkpoint.restore(path, nnx.state(optimizer)), or make the optimizer for the model as it was and "
+            "call optimizer.carry_over(model)."
+        )
+    return value

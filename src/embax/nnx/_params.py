@@ -5,7 +5,10 @@ from collections.abc import Callable, Mapping
 from flax import nnx
 from jaxtyping import PyTree
 
-from .._core.table import Table, shared_rules, with_weight
+from .._core import modules as _modules
+from .._core.held import as_table, held
+from .._core.modules import OfTable, copied
+from .._core.table import Table, shared_rules
 from ._embedding import Embedding
 
 
@@ -39,8 +42,8 @@ def tree_of(state: PyTree, tables: Mapping[int, Table]) -> PyTree:
     def value(variable: PyTree) -> PyTree:
         if not isinstance(variable, nnx.Variable):
             return variable
-        array = variable.get_value()
-        return with_weight(tables[id(variable)], array) if id(variable) in tables else array  # which may be a Table
+        value = variable.get_value()
+        return as_table(tables[id(variable)], value) if id(variable) in tables else value  # which may be a Table
 
     return _mapped(state, value)
 
@@ -52,7 +55,7 @@ def with_values(state: PyTree, tree: PyTree) -> PyTree:
         if not isinstance(variable, nnx.Variable):
             return value
         of_layer = isinstance(value, Table) and not isinstance(variable.get_value(), Table)
-        return variable.replace(value.weight if of_layer else value)
+        return variable.replace(held(value) if of_layer else value)
 
     mapped = _mapped(state, replaced, tree)
     return nnx.State(mapped) if isinstance(state, Mapping) else mapped
@@ -62,3 +65,22 @@ def _mapped(state: PyTree, function: Callable[..., PyTree], *trees: PyTree) -> P
     if not isinstance(state, Mapping):
         return function(state, *trees)
     return {key: _mapped(child, function, *(tree[key] for tree in trees)) for key, child in state.items()}
+
+
+def with_tables(call: str, module: nnx.Module, function: OfTable) -> nnx.Module:
+    """Copy a module, and apply a function to the tables of its Embeddings and to those that are Params themselves."""
+    module = nnx.clone(module)
+    tables = tables_of(module)
+    for _, variable in nnx.iter_graph(module):
+        if not isinstance(variable, nnx.Variable):
+            continue
+        value = variable.get_value()
+        if id(variable) in tables:
+            new = held(function(tables[id(variable)]))
+        else:
+            new = function(value) if isinstance(value, Table) else value
+        variable.set_value(copied(new, value))
+    return module
+
+
+_modules.register(nnx.Module, with_tables)

@@ -14,17 +14,14 @@ from jaxtyping import ArrayLike, PyTree
 
 from .._core.dense import DENSE
 from .._core.storage import Storage
-from .._core.table import Table, has_weight, with_weight
+from .._core.table import Table, has_weight, is_table, with_weight
 from .._features.collection import Collection
 from .._features.made_for import MadeFor, differences, is_node, made_for
 from .._features.stacks import cut_out, stacks_of
 from .._gradients.chosen import tables_at
-from ._clip import ClipByGlobalNormState
-from ._lift import LiftState
-from ._states import chosen_at_start, with_scratch, without_scratch
+from ._states import SCRATCH, chosen_at_start, with_scratch, without_scratch
 
 _CALL = "embax.optim.carry_over"
-_LIFTED = (LiftState, ClipByGlobalNormState)
 
 
 def carry_over(state: PyTree, old_params: PyTree, new_params: PyTree, tx: optax.GradientTransformation) -> PyTree:
@@ -80,7 +77,7 @@ def carry_over(state: PyTree, old_params: PyTree, new_params: PyTree, tx: optax.
             )
     _check_belongs(state, expected)
     owners = _owners(new_params, tx)
-    old = _Old(without_scratch(state, _LIFTED), _storages(old_params))
+    old = _Old(without_scratch(state), _storages(old_params))
     storages = _storages(new_params)
 
     def carried(path: KeyPath, node: PyTree) -> PyTree:
@@ -96,8 +93,8 @@ def carry_over(state: PyTree, old_params: PyTree, new_params: PyTree, tx: optax.
         before = _table(old.arrays[name], old.storages.get(owner, DENSE))
         return _carried_rows(_table(node, storages[owner]), before).weight
 
-    nodes, structure = jax.tree.flatten_with_path(without_scratch(new, _LIFTED), is_leaf=is_node)
-    return with_scratch(structure.unflatten([carried(*node) for node in nodes]), new, _LIFTED)
+    nodes, structure = jax.tree.flatten_with_path(without_scratch(new), is_leaf=is_node)
+    return with_scratch(structure.unflatten([carried(*node) for node in nodes]), new)
 
 
 class _Old:
@@ -130,12 +127,12 @@ class _Old:
 def _check_belongs(state: PyTree, expected: PyTree) -> None:
     """Refuse a state that is not of the old parameters."""
     lifted = [
-        [node for node in jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, _LIFTED)) if isinstance(node, _LIFTED)]
+        [node for node in jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, SCRATCH)) if isinstance(node, SCRATCH)]
         for tree in (state, expected)
     ]
     shapes = [
         {jax.tree_util.keystr(path): jnp.shape(leaf) for path, leaf in jax.tree.flatten_with_path(tree)[0]}
-        for tree in (without_scratch(state, _LIFTED), without_scratch(expected, _LIFTED))
+        for tree in (without_scratch(state), without_scratch(expected))
     ]
     seen = [
         difference
@@ -174,7 +171,7 @@ def _carried_collection(name: str, node: Collection, owners: Mapping[str, str], 
             stacks.append(stack)
         else:
             stacks.append(with_weight(stack, old.array(path, stack.weight)))
-    return jax.tree.structure(node, is_leaf=lambda x: isinstance(x, Table)).unflatten(stacks)
+    return jax.tree.structure(node, is_leaf=is_table).unflatten(stacks)
 
 
 def _carried_rows(fresh: Table, before: Table | None) -> Table:
@@ -216,7 +213,7 @@ def _owners(params: PyTree, tx: optax.GradientTransformation) -> dict[str, str]:
     Returns:
       The path of each in the state, and that of its table in the parameters.
     """
-    nodes, structure = jax.tree.flatten_with_path(params, is_leaf=lambda node: isinstance(node, Table))
+    nodes, structure = jax.tree.flatten_with_path(params, is_leaf=is_table)
     names = [jax.tree_util.keystr(path) for path, _ in nodes]
     # As many more rows that every device has the same number, since labels for each leaf hold the storage of a table.
     step = math.lcm(*(x.storage.rows_at_once for _, x in nodes if isinstance(x, Table)))
@@ -229,15 +226,15 @@ def _owners(params: PyTree, tx: optax.GradientTransformation) -> dict[str, str]:
                 longer.append(with_weight(node, jax.ShapeDtypeStruct((rows, *node.dim), node.dtype)))
             else:
                 longer.append(jax.tree.map(_shape, node))
-        state = without_scratch(jax.eval_shape(tx.init, structure.unflatten(longer)), _LIFTED)
+        state = without_scratch(jax.eval_shape(tx.init, structure.unflatten(longer)), SCRATCH)
         return {jax.tree_util.keystr(path): leaf.shape for path, leaf in jax.tree.flatten_with_path(state)[0]}
 
     few, many = shapes(False), shapes(True)
     return {name: names[(many[name][0] - few[name][0]) // step - 1] for name in few if few[name] != many[name]}
 
 
-def _storages(params: PyTree) -> dict[str, Storage]:
-    nodes, _ = jax.tree.flatten_with_path(params, is_leaf=lambda node: isinstance(node, Table))
+def _storages(params: Any) -> dict[str, Storage]:
+    nodes, _ = jax.tree.flatten_with_path(params, is_leaf=is_table)
     return {jax.tree_util.keystr(path): node.storage for path, node in nodes if isinstance(node, Table)}
 
 

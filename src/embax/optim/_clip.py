@@ -12,7 +12,7 @@ from jaxtyping import PyTree
 from .._base import check as _check
 from .._base import distinct as _dedupe
 from .._core.held_rows import around, bare
-from .._core.table import Table
+from .._core.table import Table, is_table
 from .._features.made_for import MadeFor, check_made_for, made_for
 from .._gradients.apply import norm_of_distinct, refuse_lanes
 from .._gradients.row_grad import RowGrad, is_trained
@@ -49,8 +49,8 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
     """
     max_norm = _check.positive("embax.optim.clip_by_global_norm(max_norm=...)", max_norm)
 
-    def init(params: PyTree) -> PyTree:
-        leaves = jax.tree.leaves(params, is_leaf=lambda node: isinstance(node, Table))
+    def init(params: Any) -> Any:
+        leaves = jax.tree.leaves(params, is_leaf=is_table)
         tables = [leaf for leaf in leaves if isinstance(leaf, Table)]
         slots = tuple(_dedupe.scratch(t.rows) if is_trained(t) else None for t in tables)
         return ClipByGlobalNormState(slots, made_for(params))
@@ -96,7 +96,7 @@ def _numbers(nodes: Sequence[tuple[KeyPath, PyTree]], params: PyTree, slots: int
     if params is None:
         is_of_table = [isinstance(leaf, RowGrad | Table) for _, leaf in nodes]
     else:
-        of_params, _ = jax.tree.flatten_with_path(params, is_leaf=lambda node: isinstance(node, Table))
+        of_params, _ = jax.tree.flatten_with_path(params, is_leaf=is_table)
         names = {keystr(path) for path, node in of_params if isinstance(node, Table)}
         is_of_table = [keystr(path) in names for path, _ in nodes]
     if sum(is_of_table) != slots:

@@ -11,7 +11,7 @@ from jaxtyping import Array, PyTree
 from .._base import distinct as _dedupe
 from .._core import ids as _ids
 from .._core.held_rows import around
-from .._core.table import Table, with_weight
+from .._core.table import Table, is_table, with_weight
 from .._features.made_for import MadeFor, check_made_for, made_for
 from .._gradients.apply import checked_update
 from .._gradients.chosen import Chooser, checked, with_gradients, with_tables, without_tables
@@ -103,7 +103,7 @@ def lift(tx: optax.GradientTransformation, *, tables: Chooser | None = None) -> 
 
     def init(params: PyTree) -> PyTree:
         params = with_tables("embax.optim.lift", tables, params)
-        leaves, structure = jax.tree.flatten(params, is_leaf=_is_table)
+        leaves, structure = jax.tree.flatten(params, is_leaf=is_table)
         without = structure.unflatten([_untrained(leaf) for leaf in leaves])
         inner = tx.init(without)
         states = (optax.MultiStepsState, optax.ApplyEvery, optax.contrib.SAMState)
@@ -115,7 +115,7 @@ def lift(tx: optax.GradientTransformation, *, tables: Chooser | None = None) -> 
                     "`embax.optim.lift(tx=...)` must act on arrays, got a transformation with a lifted one in it. Lift "
                     "it once."
                 )
-        trained = [leaf for leaf in leaves if _is_table(leaf) and is_trained(leaf)]
+        trained = [leaf for leaf in leaves if is_table(leaf) and is_trained(leaf)]
         of_tx = plan(tx, without)
         kinds = of_tx.kinds
         slots = [
@@ -137,11 +137,11 @@ def lift(tx: optax.GradientTransformation, *, tables: Chooser | None = None) -> 
             updates = with_gradients(given, params, updates)
         check_made_for(_UPDATE, state.made_for, made_for(params))
         state = jax.tree.map(jnp.asarray, state)  # NumPy arrays, where it was restored from a file
-        leaves, structure = jax.tree.flatten(params, is_leaf=_is_table)
+        leaves, structure = jax.tree.flatten(params, is_leaf=is_table)
         as_given = structure.flatten_up_to(updates)
         _refuse_rows_of_no_table(params, as_given)
-        gradients: list[PyTree] = [
-            checked_update(_UPDATE, leaf, gradient) if _is_table(leaf) else gradient
+        gradients: list[Any] = [
+            checked_update(_UPDATE, leaf, gradient) if is_table(leaf) else gradient
             for leaf, gradient in zip(leaves, as_given, strict=True)
         ]
         without = structure.unflatten([_untrained(leaf) for leaf in leaves])
@@ -214,9 +214,9 @@ def _with_rules_of(tx: optax.GradientTransformationExtraArgs, params: PyTree, in
 
 def _refuse_rows_of_no_table(params: PyTree, gradients: Sequence[PyTree]) -> None:
     """Raise a ValueError for a RowGrad where the parameters have no table."""
-    leaves, _ = jax.tree.flatten_with_path(params, is_leaf=_is_table)
+    leaves, _ = jax.tree.flatten_with_path(params, is_leaf=is_table)
     for (path, leaf), gradient in zip(leaves, gradients, strict=True):
-        if not _is_table(leaf) and isinstance(gradient, RowGrad):
+        if not is_table(leaf) and isinstance(gradient, RowGrad):
             raise ValueError(
                 f"`{_UPDATE}(updates=...)` must have a RowGrad only for tables, got one at "
                 f"params{jax.tree_util.keystr(path)}, which is none. Choose it by lift(tx, tables=...), as for "
@@ -231,13 +231,9 @@ def _of_another(seen: str) -> ValueError:
     )
 
 
-def _is_table(node: object) -> TypeGuard[Table]:
-    return isinstance(node, Table)
-
-
-def _untrained(leaf: PyTree) -> PyTree:
+def _untrained(leaf: Any) -> Any:
     """Take away the weight of a table that is not trained, so that `tx` has nothing to do with it."""
-    return leaf if not _is_table(leaf) or is_trained(leaf) else with_weight(leaf, None)
+    return leaf if not is_table(leaf) or is_trained(leaf) else with_weight(leaf, None)
 
 
 def _gathers_steps(name: str) -> ValueError:

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int32, PyTree
 
 from .._base import check as _check
 from .._base.distinct import accumulator
-from .._core.table import Table, has_weight, with_weight
+from .._core.table import Table, has_weight, is_table, with_weight
 from .._gradients.chosen import Chooser
 from ._lift import lift
 
@@ -165,7 +165,7 @@ def _map(function: Callable[..., PyTree], tree: PyTree, *others: PyTree) -> PyTr
     def of_leaf(leaf: PyTree, *rest: PyTree) -> PyTree:
         return None if isinstance(leaf, Table) and not has_weight(leaf) else function(leaf, *rest)
 
-    return jax.tree.map(of_leaf, tree, *others, is_leaf=lambda node: isinstance(node, Table))
+    return jax.tree.map(of_leaf, tree, *others, is_leaf=is_table)
 
 
 def _second_moment(leaf: PyTree, start: float) -> PyTree:

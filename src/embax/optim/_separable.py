@@ -11,8 +11,7 @@ import optax
 from jaxtyping import Array, PyTree
 
 from .._base.distinct import accumulator
-from .._base.typing import PyTreeDef
-from .._core.table import Table, has_weight, with_weight
+from .._core.table import Table, has_weight, is_table, with_weight
 from ._structure import Kind, follows, is_rowwise, is_scaled, step_jaxpr
 
 # Rows of the small tables that a transformation is tried on. Adafactor factors only axes of 128 and more.
@@ -210,14 +209,14 @@ def _abstract(params: PyTree) -> tuple[PyTreeDef, Leaves]:
     return structure, tuple(jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves)
 
 
-def _tables(params: PyTree) -> list[Table]:
-    leaves = jax.tree.leaves(params, is_leaf=lambda node: isinstance(node, Table))
+def _tables(params: Any) -> list[Table]:
+    leaves = jax.tree.leaves(params, is_leaf=is_table)
     return [leaf for leaf in leaves if isinstance(leaf, Table) and has_weight(leaf)]
 
 
 def _with_weights(params: PyTree, weights: Mapping[int, PyTree]) -> PyTree:
     """Give other weights to some of the tables, by their number."""
-    leaves, structure = jax.tree.flatten(params, is_leaf=lambda node: isinstance(node, Table))
+    leaves, structure = jax.tree.flatten(params, is_leaf=is_table)
     number = -1
     for i, leaf in enumerate(leaves):
         if isinstance(leaf, Table) and has_weight(leaf):

@@ -5,11 +5,15 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import PyTree
 
+from .._core.held import as_table
 from .._core.held_rows import bare
-from .._core.table import Table, with_weight
+from .._core.table import Table, is_table, with_weight
 from .._gradients.chosen import tables_at
 from .._gradients.row_grad import RowGrad, is_trained, no_rows
+from ._clip import ClipByGlobalNormState
 from ._lift import LiftState
+
+SCRATCH = LiftState, ClipByGlobalNormState  # whose `slots` are scratch memory
 
 
 def prepared_gradient(call: str, name: object, param: PyTree, gradient: PyTree) -> PyTree:
@@ -19,13 +23,13 @@ def prepared_gradient(call: str, name: object, param: PyTree, gradient: PyTree) 
       call: The call for the message.
       name: The path of the parameter for the message.
       param: The parameter, a Table where a layer holds it.
-      gradient: Of a table a RowGrad, a Table or an array of all rows.
+      gradient: Of a table a RowGrad, a Table or an array of all rows, with the storage of the table a StoredRows.
 
     Returns:
       Of a table a RowGrad or a Table, of no rows where it is not trained; of anything else the gradient as it is.
 
     Raises:
-      ValueError: If there is a RowGrad for what is no table.
+      ValueError: If there is a RowGrad for what is no table, or if an array of all rows is laid out as another table.
     """
     gradient = bare(gradient)
     if not isinstance(param, Table):
@@ -38,7 +42,16 @@ def prepared_gradient(call: str, name: object, param: PyTree, gradient: PyTree) 
         return gradient
     if not is_trained(param):  # whatever it is, nothing comes of it
         return with_weight(param, no_rows(param))
-    return gradient if isinstance(gradient, Table) else with_weight(param, gradient)
+    if isinstance(gradient, Table | RowGrad):
+        return gradient if isinstance(gradient, Table) else with_weight(param, gradient)
+    of_gradient = as_table(param, gradient)
+    if of_gradient.storage != param.storage:
+        raise ValueError(
+            f"`{call}(grads=...)` must have gradients of all rows laid out as the table, got "
+            f"{of_gradient.storage.descriptions[0]} for {name}, which is laid out as {param.storage.descriptions[0]}. "
+            "Differentiate for the model as it is."
+        )
+    return of_gradient
 
 
 def with_chosen(tx: optax.GradientTransformation, params: PyTree) -> tuple[PyTree, frozenset[str]]:
@@ -69,7 +82,7 @@ def chosen_at_start(opt_state: PyTree, params: PyTree) -> frozenset[str]:
     """
     states = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, LiftState))
     of_tables = [x.made_for.tables for x in states if isinstance(x, LiftState) and x.made_for is not None]
-    nodes, _ = jax.tree.flatten_with_path(params, is_leaf=lambda node: isinstance(node, Table))
+    nodes, _ = jax.tree.flatten_with_path(params, is_leaf=is_table)
     arrays = {jax.tree_util.keystr(path) for path, node in nodes if not isinstance(node, Table)}
     return frozenset(arrays).intersection(table.path for tables in of_tables for table in tables)
 
@@ -86,7 +99,7 @@ def check_takes_tables(call: str, tx: optax.GradientTransformation, opt_state: P
     Raises:
       TypeError: If it does not take the RowGrads of the tables.
     """
-    nodes, structure = jax.tree.flatten_with_path(params, is_leaf=lambda node: isinstance(node, Table))
+    nodes, structure = jax.tree.flatten_with_path(params, is_leaf=is_table)
     names = [jax.tree_util.keystr(path) for path, param in nodes if isinstance(param, Table)]
     if not names:
         return
@@ -102,7 +115,7 @@ def check_takes_tables(call: str, tx: optax.GradientTransformation, opt_state: P
         raise _takes_no_tables(call, names, "updates of another kind")
 
 
-def without_scratch(tree: PyTree, kinds: tuple[type, ...] = (LiftState,)) -> PyTree:
+def without_scratch(tree: Any, kinds: tuple[type, ...] = SCRATCH) -> Any:
     """Leave out what states of these kinds keep from step to step and do not look at."""
 
     def of_kind(node: object) -> bool:
@@ -111,7 +124,7 @@ def without_scratch(tree: PyTree, kinds: tuple[type, ...] = (LiftState,)) -> PyT
     return jax.tree.map(lambda node: node._replace(slots=()) if of_kind(node) else node, tree, is_leaf=of_kind)
 
 
-def with_scratch(tree: PyTree, like: PyTree, kinds: tuple[type, ...] = (LiftState,)) -> PyTree:
+def with_scratch(tree: Any, like: Any, kinds: tuple[type, ...] = SCRATCH) -> Any:
     """Put it back, as another tree has it."""
 
     def put_back(node: PyTree, of_like: PyTree) -> PyTree:

@@ -10,8 +10,7 @@ import optax
 from jaxtyping import Array, Int, PyTree, Shaped
 
 from .._base.distinct import Distinct
-from .._base.typing import PyTreeDef
-from .._core.table import Table, with_weight, without_padding
+from .._core.table import Table, is_table, with_weight, without_padding
 from .._gradients.row_grad import RowGrad, is_trained, row_grad
 from ._separable import Plan
 from ._structure import Kind
@@ -123,7 +122,7 @@ class Step:
         Returns:
           The step.
         """
-        params, structure = jax.tree.flatten(params, is_leaf=lambda node: isinstance(node, Table))
+        params, structure = jax.tree.flatten(params, is_leaf=is_table)
         leaves: list[Leaf] = []
         tables: list[Table] = []
         for param, gradient in zip(params, gradients, strict=True):
@@ -185,7 +184,7 @@ class Step:
 
         block = _block(length, math.prod(table.dim))
         of_table = [arrays[i] for i in owned]
-        if block >= length or scaled or not table.storage.is_local:
+        if block >= length or scaled or not table.storage.in_blocks:
             update, new = run_block(rows.ids, rows.values, of_table)
         else:
             padded = -(-length // block) * block
@@ -244,21 +243,19 @@ def laid_out_state(state: PyTree, owners: Sequence[int | None], tables: Sequence
     Returns:
       The same state.
     """
-    elsewhere = [table.storage for table in tables if not table.storage.is_local]
-    if not elsewhere:
-        return state
     leaves, structure = jax.tree.flatten(state)
     for i, leaf in enumerate(leaves):
         owner = owners[i] if i < len(owners) else None
         if owner is not None:
             leaves[i] = tables[owner].storage.laid_out(leaf, tables[owner].dim)
         elif jnp.ndim(leaf) == 0:
-            leaves[i] = elsewhere[0].everywhere(leaf)
+            for table in reversed(tables):  # of several meshes, that of the first table
+                leaves[i] = table.storage.everywhere(leaves[i])
     return structure.unflatten(leaves)
 
 
 def _update(table: Table, ids: Int[Array, " length"], values: Shaped[Array, "length *dim"]) -> RowGrad:
-    return row_grad(ids, values, table.rows, at_owners=not table.storage.is_local)
+    return row_grad(ids, values, table.rows, at_owners=table.storage.owners_add)
 
 
 def _gather(table: Table, leaf: Shaped[Array, "stored ..."], ids: Int[Array, " length"]) -> Shaped[Array, "length ..."]:

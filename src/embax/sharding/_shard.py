@@ -11,7 +11,10 @@ from jaxtyping import Array, Int32
 
 from .._core import ids as _ids
 from .._core.dense import DENSE
+from .._core.held import held, table_of
 from .._core.held_rows import HeldRows
+from .._core.modules import is_module, with_tables
+from .._core.stored_rows import StoredRows
 from .._core.table import Table, has_weight, with_weight
 from .._features.made_for import MadeFor
 from .._mesh import sharded as _placed
@@ -51,10 +54,13 @@ def shard(
 
     Over the axes of the mesh that are not named, rows are replicated.
 
+    A model of Flax NNX or brainstate is copied, and its Embeddings hold sharded tables then; the model that is given
+    stays as it is. Make its optimizer afterwards, or carry its state over.
+
     Args:
-      tree: A pytree with Tables, such as parameters, a Collection or an optimizer's state, whose other leaves stay as
-        they are; a NumPy array or memory map, or what has one for its `weight`, such as Vectors. From it, each device
-        gets its own rows and no others.
+      tree: A pytree with Tables, such as parameters, a Collection, an optimizer's state, or models of Equinox, Flax NNX
+        and brainstate, whose other leaves stay as they are; a NumPy array or memory map, or what has one for its
+        `weight`, such as Vectors. From it, each device gets its own rows and no others.
       mesh: The mesh.
       axis: The mesh axis, or axes, over which rows are split; of `"columns"`, the columns.
       layout: How.
@@ -70,7 +76,7 @@ def shard(
       The same tree, the tables with a `placement`; of an array, a Table.
 
     Raises:
-      TypeError: If the mesh is none, or a table is traced.
+      TypeError: If the mesh is none, a table is traced, or there is an optimizer of a model in the tree.
       ValueError: If the axes or the layout do not fit, or the columns cannot be divided.
 
     Example:
@@ -98,6 +104,10 @@ def shard(
     def on_mesh(node: Any) -> Any:
         if isinstance(node, MadeFor):  # of an optimizer's state, whose tables are on the mesh then
             return node.placed(storage_of)
+        if is_module(node):
+            return with_tables("embax.shard", node, on_mesh)
+        if isinstance(node, StoredRows):
+            return held(on_mesh(table_of(node)))
         if not isinstance(node, Table):
             return node
         if isinstance(node.weight, HeldRows):  # of a gradient, which are where its ids are
@@ -121,10 +131,13 @@ def unshard(tree: Any) -> Any:
     tables that are too large for one.
 
     Args:
-      tree: A pytree with Tables, placed or not.
+      tree: A pytree with Tables, placed or not, or with models that have some.
 
     Returns:
-      The same tree, without placements.
+      The same tree, without placements; a model is a copy.
+
+    Raises:
+      TypeError: If there is an optimizer of a model in the tree.
 
     Example:
       >>> import embax, jax, jax.numpy as jnp
@@ -136,6 +149,10 @@ def unshard(tree: Any) -> Any:
     def off_mesh(node: Any) -> Any:
         if isinstance(node, MadeFor):
             return node.placed(lambda _: DENSE)
+        if is_module(node):
+            return with_tables("embax.unshard", node, off_mesh)
+        if isinstance(node, StoredRows):
+            return held(off_mesh(table_of(node)))
         if not isinstance(node, Table) or node.placement is None:
             return node
         return with_weight(node, node.storage.to_rows(node.weight), storage=DENSE)
@@ -176,4 +193,4 @@ _rounds = jax.jit(_placed.rounds, static_argnums=0)
 
 
 def _is_node(node: Any) -> bool:
-    return isinstance(node, Table | MadeFor)
+    return isinstance(node, Table | MadeFor | StoredRows) or is_module(node)

@@ -247,7 +247,7 @@ def _descend(
     slots, distinct, _ = storage.combine(slots, gradient.ids, values, table.rows, table.dim)
     summed, total = distinct.values
     rates = jnp.minimum(rate, _LARGEST_MOVE / jnp.maximum(total, 1))
-    update = row_grad(distinct.ids, -rates[:, None] * summed, table.rows, at_owners=not storage.is_local)
+    update = row_grad(distinct.ids, -rates[:, None] * summed, table.rows, at_owners=storage.owners_add)
     return apply_updates(table, update), slots
 
 

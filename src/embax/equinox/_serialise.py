@@ -1,0 +1,90 @@
+"""Files of leaves, as Equinox writes them, with the rows of tables in the order of their ids."""
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import numpy as np
+
+from .._core.table import Table, has_weight, with_weight
+
+
+def tree_serialise_leaves(path_or_file: Any, pytree: Any, is_leaf: Callable[[Any], bool] | None = None) -> None:
+    """Write the leaves of a tree to a file, as `equinox.tree_serialise_leaves` does, whatever the layout of its tables.
+
+    The rows of a table are in the order of their ids, so that the file of a sharded model is that of the model off the
+    mesh, byte for byte, and each loads into the other. `equinox.tree_serialise_leaves` writes the stored rows, which
+    only a model in the same layout can read. Each table passes through one device; `embax.checkpoint` is for those that
+    are too large for that.
+
+    Args:
+      path_or_file: As there.
+      pytree: As there.
+      is_leaf: As there; a Table is a leaf always.
+
+    Example:
+      >>> import embax.equinox, io, jax
+      >>> mesh = jax.make_mesh((jax.device_count(),), ("x",))
+      >>> model = embax.equinox.Embedding(10, 3, key=jax.random.key(0))
+      >>> sharded = embax.shard(model, mesh, "x", "rows-cyclic")
+      >>> file = io.BytesIO()
+      >>> embax.equinox.tree_serialise_leaves(file, sharded)
+      >>> _ = file.seek(0)
+      >>> embax.equinox.tree_deserialise_leaves(file, model).table
+      Table(float32[10,3])
+    """
+
+    def write(file: Any, node: Any) -> None:
+        if not isinstance(node, Table):
+            eqx.default_serialise_filter_spec(file, node)
+        elif has_weight(node):
+            eqx.default_serialise_filter_spec(file, node.storage.to_rows(node.weight))
+
+    eqx.tree_serialise_leaves(path_or_file, pytree, write, _tables_or(is_leaf))
+
+
+def tree_deserialise_leaves(path_or_file: Any, like: Any, is_leaf: Callable[[Any], bool] | None = None) -> Any:
+    """Read what `tree_serialise_leaves` wrote, or Equinox of a model off the mesh, into the layout of another tree.
+
+    Args:
+      path_or_file: As in `equinox.tree_deserialise_leaves`.
+      like: As there: its tables say how many rows are wanted, and where they go.
+      is_leaf: As there; a Table is a leaf always.
+
+    Returns:
+      A tree as `like`, with the values of the file.
+
+    Raises:
+      RuntimeError: As there; the rows of a table have another shape or dtype in the file.
+
+    Example:
+      >>> import embax.equinox, equinox as eqx, io, jax
+      >>> file = io.BytesIO()
+      >>> eqx.tree_serialise_leaves(file, embax.equinox.Embedding(10, 3, key=jax.random.key(0)))
+      >>> _ = file.seek(0)
+      >>> mesh = jax.make_mesh((jax.device_count(),), ("x",))
+      >>> like = embax.shard(embax.equinox.Embedding(10, 3, key=jax.random.key(1)), mesh, "x")
+      >>> embax.equinox.tree_deserialise_leaves(file, like).table.placement.layout
+      'rows'
+    """
+
+    def read(file: Any, node: Any) -> Any:
+        if not isinstance(node, Table):
+            return eqx.default_deserialise_filter_spec(file, node)
+        if not has_weight(node):
+            return node
+        rows = eqx.default_deserialise_filter_spec(file, jax.ShapeDtypeStruct((node.rows, *node.dim), node.dtype))
+        if rows.shape != (node.rows, *node.dim) or rows.dtype != node.dtype:
+            raise RuntimeError(
+                f"`embax.equinox.tree_deserialise_leaves(like=...)` must have the tables of the file, got {node!r} for "
+                f"one of {rows.dtype}{list(rows.shape)}. Ask for that; embax.resize brings it to other rows."
+            )
+        in_order: Any = np.asarray(rows)
+        return with_weight(node, node.storage.from_rows(in_order))
+
+    return eqx.tree_deserialise_leaves(path_or_file, like, read, _tables_or(is_leaf))
+
+
+def _tables_or(is_leaf: Callable[[Any], bool] | None) -> Callable[[Any], bool]:
+    return lambda node: isinstance(node, Table) or (is_leaf is not None and is_leaf(node))
