@@ -1,12 +1,11 @@
 """attend: a vector against every row of a table, as the head of a language model does."""
 
 import functools
-from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, DTypeLike, Float, Int, PyTree, Shaped
+from jaxtyping import Array, DTypeLike, Float, Int, Shaped
 from numpy.typing import ArrayLike
 
 from .._base.distinct import accumulator

@@ -8,7 +8,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, Shaped
+from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped
+from numpy.typing import ArrayLike
 
 from .._base import check as _check
 from .._base.distinct import accumulator
@@ -18,7 +19,7 @@ from .._base.tangents import with_tangent
 from .._core import ids as _ids
 from .._core.lookup import clipped_rows
 from .._core.own_rows import Block, OwnRows
-from .._core.table import Table, with_weight
+from .._core.table import PaddingRows, Table, with_weight
 from . import labels as _labels
 from .attend import common_dtype, trained_whole
 from .labels import NOT_COUNTED, Reduction
@@ -296,7 +297,7 @@ def _without_gradient_of_padding(rules: Table, block: Block) -> Float[Array, "bl
     return with_tangent(function, jax.lax.stop_gradient(block.rows), [block.rows], [block.ids])
 
 
-def _zeros_for_padding(padding_idx: Any, rows: Float[Array, "block *dim"], ids: Int[Array, " block"]) -> Array:
+def _zeros_for_padding(padding_idx: PaddingRows, rows: Float[Array, "block *dim"], ids: Int[Array, " block"]) -> Array:
     is_padding = jnp.expand_dims(_ids.is_padding(ids, padding_idx), tuple(range(1, rows.ndim)))
     return jnp.where(is_padding, jnp.zeros((), rows.dtype), rows)
 

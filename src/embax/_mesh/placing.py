@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import DTypeLike
+from jaxtyping import Array, DTypeLike
 
 from .placement import Placement
 
@@ -30,7 +30,7 @@ def stored(placement: Placement, read: Reader, shape: tuple[int, ...], dtype: DT
     return jax.make_array_from_callback(of_all, placement.sharding(of_all, of_all[1:]), part, dtype=dtype)
 
 
-def of_array(rows: Any) -> Reader:
+def of_array(rows: Array | np.ndarray) -> Reader:
     """Read from an array of this process, or from a memory map."""
     if isinstance(rows, jax.Array) and not rows.is_fully_addressable:
         raise ValueError(

@@ -1,5 +1,8 @@
 """EmbeddingBag: the layer whose rows are pooled as they are read."""
 
+from .._bags.ragged import Ragged
+from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any, Self
 
 import brainstate

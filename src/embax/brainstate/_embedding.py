@@ -324,7 +324,7 @@ class Embedding(brainstate.nn.Module, TableLayer):
         self.weight.value = with_unit(held(table), unit)
         self.num_embeddings = table.rows
 
-    def _table(self, weight: Any, unit: Any) -> Table:
+    def _table(self, weight: PyTree, unit: brainunit.Unit | None) -> Table:
         return table_of(
             weight,
             padding_idx=self.padding_idx,
@@ -335,7 +335,7 @@ class Embedding(brainstate.nn.Module, TableLayer):
             out_of_range=self.out_of_range,
         )
 
-    def _may_store(self, table: Table, ids: ArrayLike) -> bool:
+    def _may_store(self, table: Table, ids: _ids.Ids) -> bool:
         if table.max_norm is None or table.freeze:
             return False
         # Constants alone are no tracers, but what `jit` computes of them is.
@@ -351,7 +351,7 @@ class Embedding(brainstate.nn.Module, TableLayer):
             return inside_brainstate_transform(tracers[0])
         return True
 
-    def _store(self, table: Table, ids: ArrayLike, unit: brainunit.Unit | None) -> None:
+    def _store(self, table: Table, ids: _ids.Ids, unit: brainunit.Unit | None) -> None:
         if table.max_norm is not None and not table.freeze:
             self.weight.value = with_unit(held(with_weight(table, clipped_table(table, ids))), unit)
 

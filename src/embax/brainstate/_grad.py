@@ -1,5 +1,6 @@
 """grad: gradients of brainstate states, in which those of an Embedding's weight are the rows that were read."""
 
+from .._base.typing import PyTreeDef
 import functools
 from collections.abc import Callable, Mapping, Sequence
 

@@ -1,6 +1,8 @@
 """Conversion of the layer to other frameworks, by brainstate.interop; a rule that the target lacks is an error."""
 
+from jaxtyping import PyTree
 import brainstate
+from jaxtyping import PyTree
 
 from .._core.stored_rows import StoredRows
 from ._embedding import Embedding
@@ -37,7 +39,7 @@ def _to_equinox(embedding: Embedding, context: object) -> PyTree:
     return equinox.nn.Embedding(weight=weight)
 
 
-def _plain_weight(embedding: Embedding, target: str, out_of_range: tuple[str, ...]) -> Any:
+def _plain_weight(embedding: Embedding, target: str, out_of_range: tuple[str, ...]) -> PyTree:
     """Return the weight, if nothing but the weight and these policies are needed to read it."""
     weight, unit = split_unit(embedding.weight.value)
     state = type(embedding.weight)

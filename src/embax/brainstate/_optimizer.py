@@ -264,7 +264,7 @@ class Optimizer(brainstate.nn.Module):
         self.opt_state.value = opt_state
 
 
-def _shape(weight: Any) -> jax.ShapeDtypeStruct:
+def _shape(weight: PyTree) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(weight.shape, weight.dtype)
 
 

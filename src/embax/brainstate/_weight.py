@@ -1,5 +1,6 @@
 """Initial weights as brainstate knows them: initialisers of two kinds, arrays, quantities with a unit."""
 
+from numpy.typing import ArrayLike
 import inspect
 from collections.abc import Callable
 from typing import TypeAlias
@@ -10,13 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
-from numpy.typing import ArrayLike
 
 from .._core.held import held, table_of
 from .._core.stored_rows import StoredRows
 from .._core.table import with_zero_padding
 
-Weight = Any  # a jax.Array, a brainunit.Quantity of one, or the StoredRows of a sharded table
+Weight: TypeAlias = "jax.Array | brainunit.Quantity | StoredRows"  # the latter of a sharded table
+Init: TypeAlias = Callable[..., PyTree] | ArrayLike | brainstate.nn.init.Initializer  # or a weight
 
 
 def initial_weight(init: object, shape: tuple[int, ...]) -> Weight:

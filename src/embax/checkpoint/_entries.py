@@ -94,11 +94,11 @@ def _of_rows(name: str, table: Table | StoredRows) -> Entry:
     return Entry(name, weight, storage.placement, 0, table.rows)
 
 
-def _is_shape(weight: Any) -> bool:
+def _is_shape(weight: PyTree) -> bool:
     return isinstance(weight, jax.ShapeDtypeStruct)
 
 
-def is_node(node: Any) -> bool:
+def is_node(node: object) -> bool:
     """Whether a node is written as a table, or as the tables of a Collection, or left out; a gradient is not."""
     return isinstance(node, Table | StoredRows | Collection | Scratch) and not isinstance(node, RowGrad)
 

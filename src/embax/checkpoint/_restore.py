@@ -97,7 +97,7 @@ def restore(path: str | os.PathLike[str], like: PyTree, *, step: int | None = No
             return held(filled_table(False, table_of(node), entry, value))
         return filled_table(in_collection, node, entry, value) if isinstance(node, Table) else value
 
-    def filled_table(in_collection: bool, table: Table, entry: Entry, value: Any) -> Table:
+    def filled_table(in_collection: bool, table: Table, entry: Entry, value: PyTree) -> Table:
         placement, storage = table.placement, table.storage
         if placement is None:  # rows in the order of their ids, as which a plain storage holds them
             return with_weight(table, value if storage.held(value) is value else storage.from_rows(value))
@@ -223,7 +223,7 @@ def _check_fits(call: str, entries: Sequence[Entry], found: dict[str, PyTree], p
             )
 
 
-def _is_table(entry: Entry, found: dict[str, Any]) -> bool:
+def _is_table(entry: Entry, found: dict[str, PyTree]) -> bool:
     """Whether an entry is of a table, or was when it was saved: a layer may hold one, or an array in its place."""
     return entry.rows is not None or found[entry.name].get("table", False)
 

@@ -91,7 +91,7 @@ def save(path: str | os.PathLike[str], tree: PyTree, *, step: int | None = None,
         manager.wait_until_finished()
 
 
-def _about(entry: Entry) -> dict[str, Any]:
+def _about(entry: Entry) -> dict[str, PyTree]:
     of_table = {"table": True} if entry.rows is not None else {}  # whose file may have padding behind its last row
     of_key = {"impl": str(jax.random.key_impl(entry.value))} if is_key(entry.value) else {}
     return described(entry) | of_table | of_key

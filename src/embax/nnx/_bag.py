@@ -1,5 +1,7 @@
 """EmbeddingBag: an Embedding whose rows are pooled as they are read."""
 
+from .._bags.ragged import Ragged
+from collections.abc import Sequence
 from typing import Any
 
 from jaxtyping import Array, Shaped

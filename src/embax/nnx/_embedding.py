@@ -1,5 +1,7 @@
 """Embedding: an `nnx.Param` read by the core's lookup."""
 
+from collections.abc import Iterable
+from collections.abc import Sequence
 import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, Self
@@ -196,7 +198,7 @@ class Embedding(nnx.Module, TableLayer):
         (none,) = self.promote_dtype((jnp.zeros(0, table.dtype),), dtype=self.dtype, inexact=False)
         return none.dtype
 
-    def _store(self, table: Table, ids: ArrayLike) -> None:
+    def _store(self, table: Table, ids: _ids.Ids) -> None:
         if not self.write_back or table.max_norm is None or table.freeze:
             return
         try:

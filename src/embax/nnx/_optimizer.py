@@ -1,5 +1,6 @@
 """Optimizer: that of NNX, with tables trained by the rows that were read."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -166,10 +167,10 @@ class Optimizer(nnx.Optimizer):
         rules = {"padding_idx": padding_idx, "freeze": freeze, "storage": storage}
         return with_weight(param, jax.ShapeDtypeStruct(*stored), **rules)
 
-    def _variables(self) -> list[Any]:
+    def _variables(self) -> list[PyTree]:
         return jax.tree.leaves(self.opt_state, is_leaf=_is_variable)
 
-    def _pure_state(self) -> Any:
+    def _pure_state(self) -> PyTree:
         return jax.tree.map(_without_variables, self.opt_state, is_leaf=_is_node)
 
     def _at_start(self, call: str, name: str, param: PyTree) -> PyTree:
@@ -185,11 +186,11 @@ class Optimizer(nnx.Optimizer):
         return Table(param.weight, padding_idx=padding_idx, freeze=freeze, storage=param.storage)
 
 
-def _flatten(params: Any) -> Any:
+def _flatten(params: PyTree) -> PyTree:
     return jax.tree.flatten_with_path(params, is_leaf=is_table)
 
 
-def _refused(call: str, optimizer: nnx.Optimizer, function: Any) -> nnx.Optimizer:
+def _refused(call: str, optimizer: nnx.Optimizer, function: Callable[..., PyTree]) -> nnx.Optimizer:
     raise TypeError(
         f"`{call}(tree=...)` must not have an optimizer, whose state is that of a model, got a "
         f"{type(optimizer).__name__}. Call {call} for the model, and then optimizer.carry_over(model)."
@@ -199,22 +200,22 @@ def _refused(call: str, optimizer: nnx.Optimizer, function: Any) -> nnx.Optimize
 _modules.register(Optimizer, _refused)
 
 
-def _is_variable(node: Any) -> bool:
+def _is_variable(node: object) -> bool:
     return isinstance(node, nnx.Variable)
 
 
-def _is_node(node: Any) -> bool:
+def _is_node(node: object) -> bool:
     return isinstance(node, Table | nnx.Variable)
 
 
-def _is_scratch(node: Any) -> bool:
+def _is_scratch(node: object) -> bool:
     return isinstance(node, SCRATCH)
 
 
-def _as_variables(opt_state: Any) -> Any:
+def _as_variables(opt_state: PyTree) -> PyTree:
     """Put each array of a state into a Variable, those of the rows of a table with their storage."""
 
-    def variable(node: Any) -> Any:
+    def variable(node: PyTree) -> PyTree:
         if _is_scratch(node):
             rest = node._replace(slots=())
             rest = jax.tree.map(variable, rest, is_leaf=lambda x: x is not rest and (_is_node(x) or _is_scratch(x)))
@@ -226,13 +227,13 @@ def _as_variables(opt_state: Any) -> Any:
     return jax.tree.map(variable, opt_state, is_leaf=lambda x: _is_node(x) or _is_scratch(x))
 
 
-def _values(opt_state: Any) -> list[Any]:
+def _values(opt_state: PyTree) -> list[PyTree]:
     """List what the Variables of a state hold."""
     nodes = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, Table) and has_weight(node))
     return [held(node) if isinstance(node, Table) else node for node in nodes]
 
 
-def _without_variables(node: Any) -> Any:
+def _without_variables(node: PyTree) -> PyTree:
     """Take a value out of its Variable; of a table, as the table is stored, and not as the Variable says."""
     if isinstance(node, nnx.Variable):
         return node.get_value()

@@ -233,7 +233,7 @@ def _owners(params: PyTree, tx: optax.GradientTransformation) -> dict[str, str]:
     return {name: names[(many[name][0] - few[name][0]) // step - 1] for name in few if few[name] != many[name]}
 
 
-def _storages(params: Any) -> dict[str, Storage]:
+def _storages(params: PyTree) -> dict[str, Storage]:
     nodes, _ = jax.tree.flatten_with_path(params, is_leaf=is_table)
     return {jax.tree_util.keystr(path): node.storage for path, node in nodes if isinstance(node, Table)}
 

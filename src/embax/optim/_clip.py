@@ -49,7 +49,7 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
     """
     max_norm = _check.positive("embax.optim.clip_by_global_norm(max_norm=...)", max_norm)
 
-    def init(params: Any) -> Any:
+    def init(params: PyTree) -> PyTree:
         leaves = jax.tree.leaves(params, is_leaf=is_table)
         tables = [leaf for leaf in leaves if isinstance(leaf, Table)]
         slots = tuple(_dedupe.scratch(t.rows) if is_trained(t) else None for t in tables)

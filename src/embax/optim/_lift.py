@@ -1,7 +1,7 @@
 """lift: any row-separable optax transformation as one whose cost follows the rows that were read."""
 
 from collections.abc import Sequence
-from typing import NamedTuple, TypeGuard
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -140,7 +140,7 @@ def lift(tx: optax.GradientTransformation, *, tables: Chooser | None = None) -> 
         leaves, structure = jax.tree.flatten(params, is_leaf=is_table)
         as_given = structure.flatten_up_to(updates)
         _refuse_rows_of_no_table(params, as_given)
-        gradients: list[Any] = [
+        gradients: list[PyTree] = [
             checked_update(_UPDATE, leaf, gradient) if is_table(leaf) else gradient
             for leaf, gradient in zip(leaves, as_given, strict=True)
         ]
@@ -231,7 +231,7 @@ def _of_another(seen: str) -> ValueError:
     )
 
 
-def _untrained(leaf: Any) -> Any:
+def _untrained(leaf: PyTree) -> PyTree:
     """Take away the weight of a table that is not trained, so that `tx` has nothing to do with it."""
     return leaf if not is_table(leaf) or is_trained(leaf) else with_weight(leaf, None)
 

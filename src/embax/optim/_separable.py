@@ -1,5 +1,6 @@
 """What lift has to know of a transformation: where its state holds rows, and whether and how it keeps rows apart."""
 
+from .._base.typing import PyTreeDef
 import functools
 from collections.abc import Callable, Mapping
 from typing import NamedTuple, TypeAlias
@@ -209,7 +210,7 @@ def _abstract(params: PyTree) -> tuple[PyTreeDef, Leaves]:
     return structure, tuple(jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves)
 
 
-def _tables(params: Any) -> list[Table]:
+def _tables(params: PyTree) -> list[Table]:
     leaves = jax.tree.leaves(params, is_leaf=is_table)
     return [leaf for leaf in leaves if isinstance(leaf, Table) and has_weight(leaf)]
 

@@ -115,7 +115,7 @@ def check_takes_tables(call: str, tx: optax.GradientTransformation, opt_state: P
         raise _takes_no_tables(call, names, "updates of another kind")
 
 
-def without_scratch(tree: Any, kinds: tuple[type, ...] = SCRATCH) -> Any:
+def without_scratch(tree: PyTree, kinds: tuple[type, ...] = SCRATCH) -> PyTree:
     """Leave out what states of these kinds keep from step to step and do not look at."""
 
     def of_kind(node: object) -> bool:
@@ -124,7 +124,7 @@ def without_scratch(tree: Any, kinds: tuple[type, ...] = SCRATCH) -> Any:
     return jax.tree.map(lambda node: node._replace(slots=()) if of_kind(node) else node, tree, is_leaf=of_kind)
 
 
-def with_scratch(tree: Any, like: Any, kinds: tuple[type, ...] = SCRATCH) -> Any:
+def with_scratch(tree: PyTree, like: PyTree, kinds: tuple[type, ...] = SCRATCH) -> PyTree:
     """Put it back, as another tree has it."""
 
     def put_back(node: PyTree, of_like: PyTree) -> PyTree:

@@ -1,5 +1,6 @@
 """One step of a transformation, run on any rows of the tables in its tree."""
 
+from .._base.typing import PyTreeDef
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
