@@ -22,14 +22,14 @@ _TOLERANCE = 1e-3
 _PRIME = 1_000_003
 
 
-class Plan(NamedTuple):
+class RowPlan(NamedTuple):
     """How the state of a transformation is laid out, and what it does to the tables."""
 
     owners: tuple[int | None, ...]  # for each leaf of the state, the table whose rows it holds along its first axis
     kinds: tuple[Kind, ...]  # for each table
 
 
-def plan(tx: optax.GradientTransformationExtraArgs, params: Any) -> Plan:
+def plan(tx: optax.GradientTransformationExtraArgs, params: Any) -> RowPlan:
     """Find out what `lift` has to know.
 
     Args:
@@ -57,7 +57,7 @@ def _state_of(init: Callable[..., Any], structure: Any, leaves: tuple[Any, ...])
 
 
 @functools.lru_cache(maxsize=256)
-def _plan(init: Callable[..., Any], update: Callable[..., Any], structure: Any, leaves: tuple[Any, ...]) -> Plan:
+def _plan(init: Callable[..., Any], update: Callable[..., Any], structure: Any, leaves: tuple[Any, ...]) -> RowPlan:
     owners = _owners(init, structure, leaves)
     params = structure.unflatten(leaves)
     kinds: tuple[Kind, ...] = tuple(_kind(init, update, params, k, owners) for k in range(len(_tables(params))))
@@ -65,7 +65,7 @@ def _plan(init: Callable[..., Any], update: Callable[..., Any], structure: Any, 
         off = _difference(init, update, *_abstract(_with_rows(params, 2 * _ROWS)), owners)
         if not off < _TOLERANCE:
             raise _mixes(f"an update that is off by {off:.2g} of its size when rows without a gradient are added")
-    return Plan(owners, kinds)
+    return RowPlan(owners, kinds)
 
 
 def _owners(init: Callable[..., Any], structure: Any, leaves: tuple[Any, ...]) -> tuple[int | None, ...]:
