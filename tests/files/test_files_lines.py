@@ -47,7 +47,7 @@ TOKENS = st.text(" \t\r\x00\"'\\a1.\ufeff\x85", max_size=4)
 def test_pyarrow_reads_as_line_by_line(rows, dim, delimiter, end):
     parting = delimiter.decode()
     block = "".join(parting.join([token, *fields]) + end for token, fields in rows).encode()
-    layout = lines.Layout(delimiter, dim)
+    layout = lines.TextLayout(delimiter, dim)
     fast = by_arrow(block, layout)
     if fast is None:
         return
@@ -59,28 +59,28 @@ def test_pyarrow_reads_as_line_by_line(rows, dim, delimiter, end):
 
 @pytest.mark.parametrize("end", [b"\n", b"\r\n", b" \n", b" \r\n"])
 def test_pyarrow_reads_the_usual_lines(end):
-    packed = by_arrow(b"a 1 0.5" + end + b"b -2 0.25" + end, lines.Layout(b" ", 2))
+    packed = by_arrow(b"a 1 0.5" + end + b"b -2 0.25" + end, lines.TextLayout(b" ", 2))
     assert packed is not None
     assert packed[0].text == b"ab"
     assert packed[0].rows.tolist() == ROWS
 
 
 def test_pyarrow_takes_the_same_for_no_number():
-    block, layout = b"a nan(a1)\nb -NaN\n", lines.Layout(b" ", 1)
+    block, layout = b"a nan(a1)\nb -NaN\n", lines.TextLayout(b" ", 1)
     assert np.isnan(by_line(block, layout).rows).all()
     assert np.isnan(by_arrow(block, layout)[0].rows).all()
 
 
 def test_a_part_of_a_batch_is_taken_out():
-    (batch,) = lines._table(b"abc 1 2\nd 3 4\nef 5 6\n", lines.Layout(b" ", 2)).to_batches()
+    (batch,) = lines._table(b"abc 1 2\nd 3 4\nef 5 6\n", lines.TextLayout(b" ", 2)).to_batches()
     text, lengths, rows = lines._packed(batch.slice(1))
     assert (text, lengths.tolist(), rows.tolist()) == (b"def", [1, 2], [[3, 4], [5, 6]])
 
 
 def test_pyarrow_gets_no_lines_of_very_many_columns():
     block = b"a" + b" 1" * 10_001 + b"\n"
-    assert by_arrow(block, lines.Layout(b" ", 10_001)) is None
-    assert by_line(block, lines.Layout(b" ", 10_001)).rows.shape == (1, 10_001)
+    assert by_arrow(block, lines.TextLayout(b" ", 10_001)) is None
+    assert by_line(block, lines.TextLayout(b" ", 10_001)).rows.shape == (1, 10_001)
 
 
 @settings(max_examples=100, deadline=None)
@@ -90,7 +90,7 @@ def test_numbers_halfway_are_rounded_once(bits, digits, sign):
     halfway = (low + min(high, 2.0**128)) / 2
     exact = f"{sign * halfway:.180f}" if halfway < 1 else f"{sign * halfway:.60f}"
     for text in (exact, exact + "0" * digits + "1"):
-        layout = lines.Layout(b" ", 1)
+        layout = lines.TextLayout(b" ", 1)
         block = f"a {text}\n".encode()
         fast, slow = by_arrow(block, layout), by_line(block, layout)
         assert fast is not None
@@ -114,7 +114,7 @@ def test_numbers_halfway_are_rounded_once(bits, digits, sign):
     ],
 )
 def test_numbers_are_rounded_to_the_nearest_float32(number, bits):
-    block, layout = b"a " + number.encode() + b"\n", lines.Layout(b" ", 1)
+    block, layout = b"a " + number.encode() + b"\n", lines.TextLayout(b" ", 1)
     assert by_line(block, layout).rows.view(np.uint32).item() == bits
     assert by_arrow(block, layout)[0].rows.view(np.uint32).item() == bits
 
@@ -132,9 +132,9 @@ def test_numbers_are_rounded_to_the_nearest_float32(number, bits):
 )
 def test_lines_of_any_blanks_are_read_alike_fast_and_one_by_one(block, dim, delimiter, end):
     block = "".join("".join(line) + end for line in block).encode()
-    layout = lines.Layout(delimiter, dim)
+    layout = lines.TextLayout(delimiter, dim)
     spaced = lines._with_single_spaces(block, layout)
-    for fast in (by_arrow(block, layout), None if spaced is None else by_arrow(spaced, lines.Layout(b" ", dim))):
+    for fast in (by_arrow(block, layout), None if spaced is None else by_arrow(spaced, lines.TextLayout(b" ", dim))):
         if fast:
             slow = by_line(block, layout)  # it must not complain of what pyarrow takes
             assert b"".join(packed.text for packed in fast) == slow.text

@@ -12,7 +12,7 @@ from .._base import check as _check
 from .._base.distinct import accumulator
 from .._core import ids as _ids
 from .._core.table import Table
-from .pool import Layout, Mode, divided, is_used, pool_rows
+from .pool import BagLayout, Mode, divided, is_used, pool_rows
 from .ragged import Ragged
 
 
@@ -70,7 +70,7 @@ def embedding_bag(table: Table, bags: Any, weights: Any = None, mode: Mode = "me
 
 
 def pool(
-    table: Table, ids: _ids.Ids, layout: Layout, weights: Float[Array, "*batch"] | None, mode: Mode
+    table: Table, ids: _ids.Ids, layout: BagLayout, weights: Float[Array, "*batch"] | None, mode: Mode
 ) -> Shaped[Array, "*bags_dim"]:
     """`embedding_bag` of ids that `_ids.prepare` has checked.
 
@@ -96,7 +96,7 @@ def _pool(
     shape: tuple[int, ...],
     mode: Mode,
 ) -> Shaped[Array, "*bags_dim"]:
-    layout = Layout(shape, offsets)
+    layout = BagLayout(shape, offsets)
     resolved = _ids.resolve(ids, table.rows, table.out_of_range)
     counted = is_used(layout, ids)
     # No row where no id is, so that it does not count as often as another one.
@@ -109,7 +109,7 @@ class Read(NamedTuple):
     """What a layer has read of its table."""
 
     pooled: Shaped[Array, "*bags_dim"]
-    layout: Layout
+    layout: BagLayout
     ids: _ids.Ids
 
     def named(self, table: Table) -> Int[Array, "*batch"]:
@@ -159,7 +159,7 @@ def read_bags(
     return Read(pool(table, ids, layout, weights, mode).astype(dtype or table.dtype), layout, ids)
 
 
-def layout_of(argument: str, table: Table, bags: Any) -> tuple[Layout, _ids.Ids]:
+def layout_of(argument: str, table: Table, bags: Any) -> tuple[BagLayout, _ids.Ids]:
     """Check bags, and take them apart.
 
     Args:
@@ -178,11 +178,11 @@ def layout_of(argument: str, table: Table, bags: Any) -> tuple[Layout, _ids.Ids]
     if isinstance(bags, Ragged):
         # What stands behind the last bag is no id, and may be anything; where it ends is unknown while traced.
         used = 0 if isinstance(bags.offsets, Tracer) else bags.used
-        return Layout((bags.bags,), bags.offsets), _ids.prepare(argument, bags.values, table, used=used)
+        return BagLayout((bags.bags,), bags.offsets), _ids.prepare(argument, bags.values, table, used=used)
     ids = _ids.prepare(argument, bags, table)
     if ids.ndim == 0:
         raise ValueError(f"`{argument}` must have an axis of ids, got a scalar. Pass (*bags, length), or a Ragged.")
-    return Layout(ids.shape[:-1], None), ids
+    return BagLayout(ids.shape[:-1], None), ids
 
 
 def prepared_weights(

@@ -30,14 +30,14 @@ _BLOCK = 1 << 12
 _PIECE, _LONGEST = 16, 1024
 
 
-class Layout(NamedTuple):
+class BagLayout(NamedTuple):
     """Which ids belong to which bag."""
 
     shape: tuple[int, ...]  # of the bags
     offsets: Int32[Array, " bags_and_1"] | None  # of a Ragged; None where ids are (*shape, length)
 
 
-def is_used(layout: Layout, ids: _ids.Ids) -> Bool[Array, "*batch"]:
+def is_used(layout: BagLayout, ids: _ids.Ids) -> Bool[Array, "*batch"]:
     """Tell where there is an id of a bag."""
     if layout.offsets is None:
         return jnp.ones(ids.shape, bool)
@@ -49,7 +49,7 @@ def pool_rows(
     ids: Int[Array, "*batch"],
     counted: Bool[Array, "*batch"],
     weights: Float[Array, "*batch"] | None,
-    layout: Layout,
+    layout: BagLayout,
     mode: Mode,
 ) -> Float[Array, "*bags_dim"]:
     """Sum the rows of each bag, or take their largest numbers; `divided` makes the other modes of the sum.
@@ -104,7 +104,7 @@ def _by_rows(
 ) -> Float[Array, "*bags_dim"]:
     """Return the tangent of a sum, given that of the weight of its table."""
     rows = rows_of_tangent(rules, tangent, ids, counted)
-    return _summed(_terms(rows, counted, weights), Layout(shape, offsets), rules.storage)
+    return _summed(_terms(rows, counted, weights), BagLayout(shape, offsets), rules.storage)
 
 
 def _by_weights(
@@ -112,14 +112,14 @@ def _by_weights(
 ) -> Float[Array, "*bags_dim"]:
     """Return the tangent of a sum, given that of the factors of its terms."""
     rows = read_resolved(table, ids, counted)
-    return _summed(_terms(rows, counted, tangent), Layout(shape, offsets), table.storage)
+    return _summed(_terms(rows, counted, tangent), BagLayout(shape, offsets), table.storage)
 
 
 def divided(
     total: Float[Array, "*bags_dim"],
     counted: Bool[Array, "*batch"],
     weights: Float[Array, "*batch"] | None,
-    layout: Layout,
+    layout: BagLayout,
     mode: Mode,
 ) -> Shaped[Array, "*bags_dim"]:
     """Divide sums by what the mode says; a bag of nothing stays zero.
@@ -167,7 +167,7 @@ def _held_sum(
     else:  # one exchange of all rows, which are then summed in the same order where they have arrived
         inputs = read_resolved(table, jnp.where(counted, ids, table.rows))
         if offsets is not None:
-            return _summed(_terms(inputs, counted, weights), Layout(shape, offsets), table.storage)
+            return _summed(_terms(inputs, counted, weights), BagLayout(shape, offsets), table.storage)
         inputs = jnp.moveaxis(inputs, len(shape), -1)
 
     def terms(part: Array, counted: Array, weights: Array | None) -> Float[Array, "*batch_dim"]:
@@ -201,7 +201,9 @@ def _terms(
     return rows * jnp.expand_dims(weights.astype(rows.dtype), range(weights.ndim, rows.ndim))
 
 
-def _summed(terms: Float[Array, "*batch_dim"], layout: Layout, storage: Storage = DENSE) -> Float[Array, "*bags_dim"]:
+def _summed(
+    terms: Float[Array, "*batch_dim"], layout: BagLayout, storage: Storage = DENSE
+) -> Float[Array, "*bags_dim"]:
     """Sum what stands there for each id, bag by bag; behind the last one is zero, or what has no row.
 
     Of a table on a mesh, the bags are split over its devices as their ids are, and what is of another device's bag goes
@@ -312,7 +314,7 @@ def _cut(array: Shaped[Array, "*batch length"], width: int) -> Shaped[Array, "bl
 
 
 def _largest(
-    rows: Shaped[Array, "*batch_dim"], counted: Bool[Array, "*batch"], layout: Layout
+    rows: Shaped[Array, "*batch_dim"], counted: Bool[Array, "*batch"], layout: BagLayout
 ) -> Shaped[Array, "*bags_dim"]:
     """The largest number of each bag and column, of which the first one gets the gradient; 0 for a bag of nothing."""
     axis = 0 if layout.offsets is not None else len(layout.shape)

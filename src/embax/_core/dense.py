@@ -16,7 +16,7 @@ from .._base.axes import explicit_sharding, on_every_device
 from .._base.distinct import Distinct, Slots
 from .._base.loops import varying_alike, with_auto_axes
 from .own_rows import OwnRows
-from .storage import Mode, Storage
+from .storage import Storage, WriteMode
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,15 +71,15 @@ class Dense(Storage):
 
     # ---- Rows in and out.
 
-    def take(self, leaf: Array, ids: Array, fill: float) -> Array:
+    def take(self, leaf: Array, ids: Array, fill_value: float) -> Array:
         """Gather them."""
         if leaf.shape[0] == 0:  # XLA has no gather from nothing
-            return jnp.full((*ids.shape, *leaf.shape[1:]), fill, leaf.dtype)
+            return jnp.full((*ids.shape, *leaf.shape[1:]), fill_value, leaf.dtype)
         sharding = explicit_sharding(ids, trailing=leaf.ndim - 1)
         places = leaf.at[self.positions(ids, leaf.shape[0])]
-        return places.get(mode="fill", fill_value=fill, wrap_negative_indices=False, out_sharding=sharding)
+        return places.get(mode="fill", fill_value=fill_value, wrap_negative_indices=False, out_sharding=sharding)
 
-    def put(self, leaf: Array, ids: Array, values: Array, mode: Mode) -> Array:
+    def put(self, leaf: Array, ids: Array, values: Array, mode: WriteMode) -> Array:
         """Scatter them."""
         places = leaf.at[self.positions(ids, leaf.shape[0])]
         # Ids without a row lie outside and are dropped. They are equal, though, so that the ids are not called unique.
@@ -139,7 +139,7 @@ class Dense(Storage):
         """Reshape, on every device where axes are explicit."""
         return jnp.reshape(on_every_device(array), shape)
 
-    def joined(self, arrays: Sequence[Array], fill: Any) -> Array:
+    def joined(self, arrays: Sequence[Array], fill_value: Any) -> Array:
         """Concatenate."""
         return jnp.concatenate(arrays)
 
@@ -164,7 +164,7 @@ class Dense(Storage):
         """Gather them."""
         return _gathered(self, leaf, ids)
 
-    def store(self, leaf: Array, ids: Array, values: Array, dim: tuple[int, ...], mode: Mode = "set") -> Array:
+    def store(self, leaf: Array, ids: Array, values: Array, dim: tuple[int, ...], mode: WriteMode = "set") -> Array:
         """Scatter them."""
         return _scattered(self, leaf, ids, values, mode)
 
@@ -233,7 +233,7 @@ def _gathered(storage: Dense, leaf: Array, ids: Array) -> Array:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4), inline=True)
-def _scattered(storage: Dense, leaf: Array, ids: Array, values: Array, mode: Mode) -> Array:
+def _scattered(storage: Dense, leaf: Array, ids: Array, values: Array, mode: WriteMode) -> Array:
     places = leaf.at[storage.positions(ids, leaf.shape[0])]
     # Ids without a row lie outside and are dropped. They are equal, though, so that the ids are not called unique.
     write = places.set if mode == "set" else places.add

@@ -116,8 +116,8 @@ def _gather(
     if not jnp.issubdtype(table.dtype, jnp.inexact):
         return _take(table, _or_first(table, ids, counted), 0)
     # np.nan, not a fresh float("nan"): NaN differs from itself, so a new object would compile every eager call anew.
-    fill = 0 if table.out_of_range == "zero" else np.nan
-    rows = _take(constant(table), _or_first(table, ids, counted), fill)
+    fill_value = 0 if table.out_of_range == "zero" else np.nan
+    rows = _take(constant(table), _or_first(table, ids, counted), fill_value)
     if table.freeze:
         return rows
     tangent = functools.partial(rows_of_tangent, with_weight(table, None))
@@ -245,9 +245,9 @@ def constant(table: Table) -> Table:
     return with_weight(table, jax.lax.stop_gradient(table.weight))
 
 
-def _take(table: Table, ids: Int[Array, "*batch"], fill: float) -> Shaped[Array, "*batch_dim"]:
-    """Gather rows, without any rule; `fill` where an id has none."""
-    return table.storage.take(table.weight, ids, fill)
+def _take(table: Table, ids: Int[Array, "*batch"], fill_value: float) -> Shaped[Array, "*batch_dim"]:
+    """Gather rows, without any rule; `fill_value` where an id has none."""
+    return table.storage.take(table.weight, ids, fill_value)
 
 
 def _over_rows(values: Shaped[Array, "*batch"], rows: Shaped[Array, "*batch_dim"]) -> Shaped[Array, "*batch_ones"]:

@@ -28,7 +28,7 @@ from .stored_rows import StoredRows
 if TYPE_CHECKING:
     from .own_rows import OwnRows
 
-Mode = Literal["set", "add"]
+WriteMode = Literal["set", "add"]
 Weight = Shaped[Array, "stored *dim"]
 
 
@@ -93,11 +93,11 @@ class Storage(abc.ABC):
     # ---- Rows in and out.
 
     @abc.abstractmethod
-    def take(self, leaf: Weight, ids: Int[Array, "*batch"], fill: float) -> Shaped[Array, "*batch_dim"]:
-        """Read a row for each id, laid out as the ids; `fill` where an id has none."""
+    def take(self, leaf: Weight, ids: Int[Array, "*batch"], fill_value: float) -> Shaped[Array, "*batch_dim"]:
+        """Read a row for each id, laid out as the ids; `fill_value` where an id has none."""
 
     @abc.abstractmethod
-    def put(self, leaf: Weight, ids: Int[Array, " ids"], values: Shaped[Array, "ids *dim"], mode: Mode) -> Weight:
+    def put(self, leaf: Weight, ids: Int[Array, " ids"], values: Shaped[Array, "ids *dim"], mode: WriteMode) -> Weight:
         """Set rows, to equal values where an id occurs twice, or add to rows; an id without a row goes nowhere."""
 
     @abc.abstractmethod
@@ -151,8 +151,8 @@ class Storage(abc.ABC):
         """Give what there is for each id the shape `(ids, *dim)`, for `joined`."""
 
     @abc.abstractmethod
-    def joined(self, arrays: Sequence[Shaped[Array, "ids ..."]], fill: Any) -> Shaped[Array, "total ..."]:
-        """Concatenate arrays, in an order that keeps each entry on its device; `fill` pads what does not divide."""
+    def joined(self, arrays: Sequence[Shaped[Array, "ids ..."]], fill_value: Any) -> Shaped[Array, "total ..."]:
+        """Concatenate arrays, each entry on its own device; `fill_value` pads those that do not divide."""
 
     @abc.abstractmethod
     def parted(self, array: Shaped[Array, "total ..."], lengths: Sequence[int]) -> list[Shaped[Array, "ids ..."]]:
@@ -184,7 +184,7 @@ class Storage(abc.ABC):
         ids: Int[Array, " distinct"],
         values: Shaped[Array, "distinct ..."],
         dim: tuple[int, ...],
-        mode: Mode = "set",
+        mode: WriteMode = "set",
     ) -> Weight:
         """Set the rows of distinct ids, or add to them."""
 

@@ -59,7 +59,7 @@ class _Input(NamedTuple):
     ids: Int[Array, "*batch"]  # row numbers in the stack, its number of rows for none
     counted: Bool[Array, "*batch"]  # which of them a pool counts
     weights: Float[Array, "*batch"] | None
-    layout: _pool.Layout  # of the bags
+    layout: _pool.BagLayout  # of the bags
 
 
 class Collection:
@@ -201,7 +201,7 @@ class Collection:
                     f"`{call}` must be an array and have no weights, as the feature is not pooled, got "
                     f"{type(ids).__name__}. Give the feature a mode."
                 )
-            layout, ids = _pool.Layout((), None), _ids.prepare(call, ids, own)
+            layout, ids = _pool.BagLayout((), None), _ids.prepare(call, ids, own)
             checked = None
         else:
             layout, ids = _bag.layout_of(call, own, ids)
@@ -333,10 +333,10 @@ def _read_together(table: Table, parts: Sequence[_Input]) -> list[Shaped[Array, 
     layout, sizes = _joined([part.layout for part in parts], [part.ids.shape for part in parts])
     fills = {"ids": table.rows, "counted": False, "weights": 0}
     ids, counted, weights = (
-        _flat(table, [getattr(part, name) for part in parts], layout, fill) for name, fill in fills.items()
+        _flat(table, [getattr(part, name) for part in parts], layout, fill_value) for name, fill_value in fills.items()
     )
     if layout.offsets is None:
-        layout = _pool.Layout(counted.shape[:1], None)
+        layout = _pool.BagLayout(counted.shape[:1], None)
     mode = "max" if parts[0].feature.mode == "max" else "sum"
     total = _pool.pool_rows(table, ids, counted, weights, layout, mode)
     # On a mesh, bags of different lengths are read alone, and there are as many of them as there are.
@@ -351,27 +351,27 @@ def _read_together(table: Table, parts: Sequence[_Input]) -> list[Shaped[Array, 
     return out
 
 
-def _joined(layouts: Sequence[_pool.Layout], shapes: Sequence[tuple[int, ...]]) -> tuple[_pool.Layout, list[int]]:
+def _joined(layouts: Sequence[_pool.BagLayout], shapes: Sequence[tuple[int, ...]]) -> tuple[_pool.BagLayout, list[int]]:
     """Lay bags of several features out one after the other; say how many there are for each."""
     sizes = [math.prod(layout.shape) for layout in layouts]
     ragged = [layout.offsets for layout in layouts if layout.offsets is not None]
     if not ragged:
-        return _pool.Layout((sum(sizes),), None), sizes
+        return _pool.BagLayout((sum(sizes),), None), sizes
     starts = [0, *itertools.accumulate(shape[0] for shape in shapes)][:-1]
     offsets = jnp.concatenate([own + start for own, start in zip(ragged, starts, strict=True)])
     # Behind the last bag of each feature but the last there is one more, of what is in none of its bags.
     sizes = [size + 1 for size in sizes]
     sizes[-1] -= 1
-    return _pool.Layout((offsets.shape[0] - 1,), offsets), sizes
+    return _pool.BagLayout((offsets.shape[0] - 1,), offsets), sizes
 
 
-def _flat(table: Table, arrays: Sequence[PyTree], layout: _pool.Layout, fill: float) -> PyTree:
+def _flat(table: Table, arrays: Sequence[Any], layout: _pool.BagLayout, fill_value: Any) -> Any:
     if arrays[0] is None:
         return None
     if layout.offsets is not None:
         return jnp.concatenate(arrays)
     arrays = [jnp.reshape(x, (math.prod(x.shape[:-1]), x.shape[-1])) for x in arrays]
-    return table.storage.joined(arrays, fill)
+    return table.storage.joined(arrays, fill_value)
 
 
 def _listed(names: Iterable[str]) -> str:

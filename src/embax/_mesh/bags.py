@@ -66,8 +66,8 @@ def pooled_where_stored(
     missing = counted & ~((ids >= 0) & (ids < table.rows))
     sums = _on_bags(table, _summed_by_owners(table, pool), jnp.where(counted, ids, -1), weights)
     # Owners do not see what has no row: each such id adds what a lookup would have read.
-    fill = 0 if table.out_of_range == "zero" else np.nan
-    filled = jnp.where(missing, jnp.asarray(fill, sums.dtype) * (1 if weights is None else weights), 0).sum(-1)
+    fill_value = 0 if table.out_of_range == "zero" else np.nan
+    filled = jnp.where(missing, jnp.asarray(fill_value, sums.dtype) * (1 if weights is None else weights), 0).sum(-1)
     return sums + jnp.expand_dims(filled, tuple(range(filled.ndim, sums.ndim))).astype(sums.dtype)
 
 
@@ -99,7 +99,7 @@ def _on_bags(
     bags, length = ids.shape[:-1], ids.shape[-1]
     number = math.prod(bags)
     given = [(ids, -1), *([(weights, 0)] if weights is not None else [])]
-    args = [padded(placement, jnp.reshape(x, (number, length)), fill) for x, fill in given]
+    args = [padded(placement, jnp.reshape(x, (number, length)), fill_value) for x, fill_value in given]
 
     def local(weight: Array, *of_bags: Array) -> Array:
         ids, *others = (group_of(placement, x) for x in of_bags)

@@ -7,16 +7,15 @@ a static capacity says. There is one round as a rule, and there are as many as i
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, DTypeLike, Float, Int, Int32, Shaped
 
 from .._base import distinct as _dedupe
+from .._core.storage import WriteMode
 from .placement import Placement
-
-Mode = Literal["add", "set"]
 
 
 class _Route(NamedTuple):
@@ -66,7 +65,7 @@ def deliver(
     block: Shaped[Array, "block *dim"],
     positions: Int[Array, " ids"],
     values: Shaped[Array, "ids *dim"],
-    mode: Mode,
+    mode: WriteMode,
     *,
     expected: bool,
     copies: tuple[str, ...] = (),

@@ -149,14 +149,14 @@ class Tokens:
             logits = jnp.swapaxes(logits, -1, -2)
         return jnp.reshape(logits, (*batch, placement.stored_rows))[..., : placement.rows]
 
-    def laid_out(self, array: Shaped[Array, "*batch_dim"], fill: float = 0) -> Shaped[Array, "*tokens_dim"]:
-        """Lay out what there is for each token, filled up with `fill`."""
+    def laid_out(self, array: Shaped[Array, "*batch_dim"], fill_value: Any = 0) -> Shaped[Array, "*tokens_dim"]:
+        """Lay out what there is for each token, filled up with `fill_value`."""
         if self.shape == self.batch:
             return array
         dim = array.shape[len(self.batch) :]
         flat = jnp.reshape(on_every_device(array), (math.prod(self.batch), *dim))
         missing = self.shape[0] - flat.shape[0]
-        return jnp.pad(flat, [(0, missing), *[(0, 0)] * len(dim)], constant_values=fill)
+        return jnp.pad(flat, [(0, missing), *[(0, 0)] * len(dim)], constant_values=fill_value)
 
     def restored(self, array: Shaped[Array, "*tokens_dim"], like: Array) -> Shaped[Array, "*batch_dim"]:
         """Give what there is for each token the batch's shape, and its layout where axes are explicit."""

@@ -13,6 +13,7 @@ from jaxtyping import Array, Int, Int32, PyTree, Shaped
 from .._base import distinct as _dedupe
 from .._base.axes import is_explicit, laid_out_as, on_every_device, resharded
 from .._base.distinct import Distinct
+from .._core.storage import WriteMode
 from . import exchange as _exchange
 from .placement import Placement
 
@@ -20,7 +21,7 @@ T = TypeVar("T")
 
 
 def take(
-    placement: Placement, leaf: Shaped[Array, "stored *dim"], ids: Int[Array, "*batch"], fill: float
+    placement: Placement, leaf: Shaped[Array, "stored *dim"], ids: Int[Array, "*batch"], fill_value: float
 ) -> Shaped[Array, "*batch_dim"]:
     """Read a row for each id, the ids being split over all devices: traffic follows their number.
 
@@ -28,7 +29,7 @@ def take(
       placement: Where the rows are.
       leaf: The rows.
       ids: Row numbers in `[0, rows)`; any other one stands for no row.
-      fill: What stands where an id has no row.
+      fill_value: What stands where an id has no row.
 
     Returns:
       The rows, laid out as the ids.
@@ -36,7 +37,7 @@ def take(
     dim = leaf.shape[1:]
     if placement.rows == 0 or ids.size == 0 or math.prod(dim) == 0:
         exists = jnp.zeros((*ids.shape, *[1] * len(dim)), bool)
-        return jnp.where(exists, jnp.zeros((), leaf.dtype), jnp.full((*ids.shape, *dim), fill, leaf.dtype))
+        return jnp.where(exists, jnp.zeros((), leaf.dtype), jnp.full((*ids.shape, *dim), fill_value, leaf.dtype))
     placement = _of_leaf(placement, dim)
     split, shape = _split(placement, ids)
 
@@ -45,7 +46,7 @@ def take(
         rows = _exchange.fetch(placement, leaf, group_of(placement, positions), expected=True)
         rows = whole_rows(placement, rows)
         exists = jnp.expand_dims(positions < placement.stored_rows, tuple(range(1, rows.ndim)))
-        rows = jnp.where(exists, rows, jnp.asarray(fill, rows.dtype))
+        rows = jnp.where(exists, rows, jnp.asarray(fill_value, rows.dtype))
         return jnp.reshape(rows, (*ids.shape, *dim))
 
     in_specs = placement.spec(leaf.shape, dim), placement.batch_spec
@@ -58,7 +59,7 @@ def put(
     leaf: Shaped[Array, "stored *dim"],
     ids: Int[Array, " length"],
     values: Shaped[Array, "length *dim"],
-    mode: _exchange.Mode,
+    mode: WriteMode,
 ) -> Shaped[Array, "stored *dim"]:
     """Set rows, or add to rows, the ids being split over all devices.
 
@@ -136,7 +137,7 @@ def store_at_owners(
     ids: Int[Array, " held"],
     values: Shaped[Array, "held ..."],
     dim: tuple[int, ...],
-    mode: _exchange.Mode = "set",
+    mode: WriteMode = "set",
 ) -> Shaped[Array, "stored ..."]:
     """Set rows, or add to rows, for distinct ids as `combine` has laid them out."""
 
@@ -180,21 +181,21 @@ def rounds(placement: Placement, ids: Int[Array, "*batch"]) -> Int32[Array, ""]:
 
 
 def joined(
-    placement: Placement | None, arrays: Sequence[Shaped[Array, "_ ..."]], fill: float
+    placement: Placement | None, arrays: Sequence[Shaped[Array, "length ..."]], fill_value: Any
 ) -> Shaped[Array, "total ..."]:
     """Put arrays one behind the other; on a mesh, those that are split over all devices on each device for itself.
 
     Args:
       placement: That of a table, or None.
       arrays: The arrays; on a mesh, those that cannot be split evenly are filled up.
-      fill: With what.
+      fill_value: With what.
 
     Returns:
       One array. On a mesh, its order is that of the devices.
     """
     if placement is None:
         return jnp.concatenate(arrays)
-    filled = [padded(placement, x, fill) for x in arrays]
+    filled = [padded(placement, x, fill_value) for x in arrays]
     if len(filled) == 1:
         return filled[0]
     spec = placement.batch_spec
@@ -272,12 +273,12 @@ def _joined_back(
     return laid_out_as(ids, rows, ids.ndim, placement.mesh)
 
 
-def padded(placement: Placement, array: Shaped[Array, "length ..."], fill: float) -> Shaped[Array, "more ..."]:
+def padded(placement: Placement, array: Shaped[Array, "length ..."], fill_value: Any) -> Shaped[Array, "more ..."]:
     """Fill an array up so that it can be split over all devices."""
     missing = -array.shape[0] % placement.devices
     if not missing:
         return array
-    return jnp.pad(on_every_device(array), [(0, missing), *[(0, 0)] * (array.ndim - 1)], constant_values=fill)
+    return jnp.pad(on_every_device(array), [(0, missing), *[(0, 0)] * (array.ndim - 1)], constant_values=fill_value)
 
 
 def _spread(

@@ -15,8 +15,7 @@ from .._base.axes import is_explicit, laid_out
 from .._base.distinct import Distinct, Slots, accumulator
 from .._base.dtypes import index_dtype
 from .._core.own_rows import OwnRows
-from .._core.storage import Mode, Storage
-from .._core.table import Table
+from .._core.storage import Storage, WriteMode
 from . import bags as _bags
 from . import placing as _placing
 from . import relayout as _relayout
@@ -95,11 +94,11 @@ class Sharded(Storage):
 
     # ---- Rows in and out.
 
-    def take(self, leaf: Array, ids: Array, fill: float) -> Array:
+    def take(self, leaf: Array, ids: Array, fill_value: float) -> Array:
         """By an exchange with their owners."""
-        return _sharded.take(self.placement, leaf, ids, fill)
+        return _sharded.take(self.placement, leaf, ids, fill_value)
 
-    def put(self, leaf: Array, ids: Array, values: Array, mode: Mode) -> Array:
+    def put(self, leaf: Array, ids: Array, values: Array, mode: WriteMode) -> Array:
         """By an exchange with their owners."""
         return _sharded.put(self.placement, leaf, ids, values, mode)
 
@@ -198,9 +197,9 @@ class Sharded(Storage):
         """Reshape, each device its own."""
         return jnp.reshape(array, shape)
 
-    def joined(self, arrays: Sequence[Array], fill: float) -> Array:
+    def joined(self, arrays: Sequence[Array], fill_value: Any) -> Array:
         """Each device concatenates its own shards."""
-        return _sharded.joined(self.placement, arrays, fill)
+        return _sharded.joined(self.placement, arrays, fill_value)
 
     def parted(self, array: Array, lengths: Sequence[int]) -> list[Array]:
         """Each device splits its own shard."""
@@ -224,7 +223,7 @@ class Sharded(Storage):
             return jnp.zeros((0, *leaf.shape[1:]), leaf.dtype)
         return _sharded.gather_at_owners(self.placement, leaf, ids, dim)
 
-    def store(self, leaf: Array, ids: Array, values: Array, dim: tuple[int, ...], mode: Mode = "set") -> Array:
+    def store(self, leaf: Array, ids: Array, values: Array, dim: tuple[int, ...], mode: WriteMode = "set") -> Array:
         """Each owner writes its own rows."""
         return _sharded.store_at_owners(self.placement, leaf, ids, values.astype(leaf.dtype), dim, mode)
 

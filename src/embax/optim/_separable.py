@@ -23,22 +23,14 @@ _TOLERANCE = 1e-3
 _PRIME = 1_000_003
 
 
-# Of a transformation. The parameters come as their structure and the shapes of their leaves, which can be hashed.
-Init: TypeAlias = Callable[[PyTree], PyTree]
-Update: TypeAlias = Callable[..., tuple[PyTree, PyTree]]
-Leaves: TypeAlias = tuple[jax.ShapeDtypeStruct, ...]
-Choose: TypeAlias = Callable[[np.ndarray], np.ndarray]  # rows
-Shapes: TypeAlias = tuple[tuple[int, ...], ...]
-
-
-class Plan(NamedTuple):
+class RowPlan(NamedTuple):
     """How the state of a transformation is laid out, and what it does to the tables."""
 
     owners: tuple[int | None, ...]  # for each leaf of the state, the table whose rows it holds along its first axis
     kinds: tuple[Kind, ...]  # for each table
 
 
-def plan(tx: optax.GradientTransformationExtraArgs, params: PyTree) -> Plan:
+def plan(tx: optax.GradientTransformationExtraArgs, params: Any) -> RowPlan:
     """Find out what `lift` has to know.
 
     Args:
@@ -66,7 +58,7 @@ def _state_of(init: Init, structure: PyTreeDef, leaves: Leaves) -> tuple[PyTreeD
 
 
 @functools.lru_cache(maxsize=256)
-def _plan(init: Init, update: Update, structure: PyTreeDef, leaves: Leaves) -> Plan:
+def _plan(init: Callable[..., Any], update: Callable[..., Any], structure: Any, leaves: tuple[Any, ...]) -> RowPlan:
     owners = _owners(init, structure, leaves)
     params = structure.unflatten(leaves)
     kinds: tuple[Kind, ...] = tuple(_kind(init, update, params, k, owners) for k in range(len(_tables(params))))
@@ -74,7 +66,7 @@ def _plan(init: Init, update: Update, structure: PyTreeDef, leaves: Leaves) -> P
         off = _difference(init, update, *_abstract(_with_rows(params, 2 * _ROWS)), owners)
         if not off < _TOLERANCE:
             raise _mixes(f"an update that is off by {off:.2g} of its size when rows without a gradient are added")
-    return Plan(owners, kinds)
+    return RowPlan(owners, kinds)
 
 
 def _owners(init: Init, structure: PyTreeDef, leaves: Leaves) -> tuple[int | None, ...]:

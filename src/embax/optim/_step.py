@@ -13,7 +13,7 @@ from jaxtyping import Array, Int, PyTree, Shaped
 from .._base.distinct import Distinct
 from .._core.table import Table, is_table, with_weight, without_padding
 from .._gradients.row_grad import RowGrad, is_trained, row_grad
-from ._separable import Plan
+from ._separable import RowPlan
 from ._structure import Kind
 
 # Numbers in a block of rows, so that the arrays of a step stay in a core's cache.
@@ -104,7 +104,7 @@ class Step:
     def of(
         cls,
         tx: optax.GradientTransformationExtraArgs,
-        plan: Plan,
+        plan: RowPlan,
         params: PyTree,
         gradients: Sequence[PyTree],
         inner: PyTree,

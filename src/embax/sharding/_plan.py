@@ -15,7 +15,7 @@ from .._mesh.placement import Layout, placement_of
 from .._mesh.storage import Sharded
 from ._frequencies import CALL, Frequencies, law_of
 from ._results import Optimizer, Plan
-from ._traffic import Step
+from ._traffic import TableStep
 
 
 def plan(
@@ -94,7 +94,7 @@ def plan(
         of_bag = _bag_length(_of_table("bag_length", bag_length, name), lookups, name)
         rules = table if isinstance(table, Table) else Table(jnp.zeros(0))
         placed = with_weight(rules, jax.ShapeDtypeStruct(shape, dtype), storage=Sharded(placement))
-        plans[name] = Step(placed, law, lookups, of_bag, optimizer if trained else None).planned(name)
+        plans[name] = TableStep(placed, law, lookups, of_bag, optimizer if trained else None).planned(name)
     return Plan(plans)
 
 

@@ -19,7 +19,7 @@ _NEVER = 1e-12
 
 
 @dataclasses.dataclass(frozen=True)
-class Step:
+class TableStep:
     """A step of one table, as seen from a device."""
 
     table: Table  # as it is to be placed; its weight is a shape

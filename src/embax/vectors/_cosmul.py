@@ -44,7 +44,7 @@ def best(
         size = group.shape[1]
         maxima = np.empty((size, -(-unit.shape[0] // _queries.SEGMENT)), np.float32)
         padded = np.concatenate([group, np.zeros((3, _BLOCK - size, dim), np.float32)], axis=1)
-        _queries.fill(_greatest_of_block, unit, padded, _queries.block_rows(dim), maxima)
+        _queries.fill_maxima(_greatest_of_block, unit, padded, _queries.block_rows(dim), maxima)
         for place in range(size):
             found, ranked_by = _best_of_one(unit, group[:, place], maxima[place], k, exclude[start + place])
             rows[start + place, : found.shape[0]] = found

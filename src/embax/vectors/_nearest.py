@@ -93,7 +93,7 @@ def _greatest(
     maxima = np.empty((number, -(-unit.shape[0] // SEGMENT)), np.float32)
     size = next(size for size in _BLOCK_QUERIES if number <= size)
     queries = np.concatenate([queries, np.zeros((size - number, dim), np.float32)])
-    fill(_greatest_of_block, unit, queries, block_rows(dim), maxima)
+    fill_maxima(_greatest_of_block, unit, queries, block_rows(dim), maxima)
     return maxima
 
 
@@ -102,8 +102,8 @@ def block_rows(dim: int) -> int:
     return max(SEGMENT, min(_BLOCK_ROWS, ENTRIES // max(dim, 1)) // SEGMENT * SEGMENT)
 
 
-def fill(
-    greatest_of_block: Callable[[PyTree, jax.Array], jax.Array],
+def fill_maxima(
+    greatest_of_block: Callable[[Any, jax.Array], jax.Array],
     unit: Float32[np.ndarray, "rows dim"],
     queries: PyTree,
     length: int,

@@ -10,7 +10,7 @@ import numpy as np
 from .._io.atomic import replacing
 from .._io.contents import Contents, Gathered, Options
 from .._io.open import Source
-from .._lines.layout import Layout, fits, layout_of, layout_with
+from .._lines.layout import TextLayout, fits, layout_of, layout_with
 from .._lines.lines import LONG, add_lines, beginning, first_lines, whole_lines
 from .._lines.written_lines import blocks_of, check_tokens, lines_of
 from .format import Format
@@ -206,7 +206,7 @@ def _checked(source: Source, options: Options, header: Header | None) -> Header:
 
 
 def _is_row(line: bytes, dim: int) -> bool:
-    return fits(line, Layout(b" ", dim)) or fits(line, Layout(b",", dim))
+    return fits(line, TextLayout(b" ", dim)) or fits(line, TextLayout(b",", dim))
 
 
 def _places(block: bytes, width: int, wanted: int) -> tuple[list[bytes], list[int], int]:

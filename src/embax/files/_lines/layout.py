@@ -20,7 +20,7 @@ _LOOKED_AT = 100
 _NOT_BLANK = bytes.maketrans(b"\n\r\x0b\x0c", b"????")
 
 
-class Layout(NamedTuple):
+class TextLayout(NamedTuple):
     """How the lines of a file are laid out."""
 
     delimiter: bytes  # between the numbers: a space or a tab, whichever comes first, or a comma with such a blank
@@ -46,7 +46,7 @@ def without_commas(text: bytes, delimiter: bytes) -> bytes:
     return text.replace(b", ", b"  ").replace(b",\t", b" \t") if delimiter == b"," else text
 
 
-def split(line: bytes, layout: Layout) -> tuple[bytes, list[bytes]]:
+def split(line: bytes, layout: TextLayout) -> tuple[bytes, list[bytes]]:
     """Cut a line into its token and its numbers.
 
     Args:
@@ -85,7 +85,7 @@ def split(line: bytes, layout: Layout) -> tuple[bytes, list[bytes]]:
     return token, fields[1:]
 
 
-def fits(line: bytes, layout: Layout) -> bool:
+def fits(line: bytes, layout: TextLayout) -> bool:
     """Tell whether a line is laid out so."""
     try:
         split(line, layout)
@@ -94,7 +94,7 @@ def fits(line: bytes, layout: Layout) -> bool:
     return True
 
 
-def layout_of(text: bytes) -> tuple[Layout, float]:
+def layout_of(text: bytes) -> tuple[TextLayout, float]:
     """Return the layout that most of the first lines share, and the share of them that do.
 
     A field that is a number counts as one unless it is the first of a line. A token such as "Route 66" has one more
@@ -111,10 +111,10 @@ def layout_of(text: bytes) -> tuple[Layout, float]:
             delimiter, dim, agreeing = b",", with_commas, agreeing_then
     if lines and all(map(_has_fraction_before_tab, lines)):
         dim += 1  # no line is laid out so, and an error names the first
-    return Layout(delimiter, dim), agreeing / max(1, len(lines))
+    return TextLayout(delimiter, dim), agreeing / max(1, len(lines))
 
 
-def layout_with(text: bytes, dim: int) -> Layout:
+def layout_with(text: bytes, dim: int) -> TextLayout:
     """Return the layout of lines of so many numbers, as a header says.
 
     Args:
@@ -122,8 +122,8 @@ def layout_with(text: bytes, dim: int) -> Layout:
       dim: How many numbers a line has.
     """
     lines = _first_lines(text)
-    fitting = [sum(fits(line, Layout(delimiter, dim)) for line in lines) for delimiter in (b" ", b",")]
-    return Layout(b"," if dim > 1 and fitting[1] > fitting[0] else _delimiter_of(lines), dim)
+    fitting = [sum(fits(line, TextLayout(delimiter, dim)) for line in lines) for delimiter in (b" ", b",")]
+    return TextLayout(b"," if dim > 1 and fitting[1] > fitting[0] else _delimiter_of(lines), dim)
 
 
 def _first_lines(text: bytes) -> list[bytes]:

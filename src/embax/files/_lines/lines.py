@@ -10,7 +10,7 @@ from jaxtyping import Float32, Int64
 
 from .._io.contents import Gathered
 from .._io.open import Source
-from .layout import Layout, LayoutError, split, stripped, without_commas
+from .layout import LayoutError, TextLayout, split, stripped, without_commas
 from .line_ends import BYTE_ORDER_MARK, ends_in_returns, with_ends_normalized, with_feeds, without_mark
 
 # Large against the cost of a call, small against a table.
@@ -92,7 +92,7 @@ def add_lines(
     source: Source,
     gathered: Gathered,
     block: bytes,
-    layout: Layout,
+    layout: TextLayout,
     line: int,
     limit: int | None = None,
     in_pieces: bool = True,
@@ -118,7 +118,7 @@ def add_lines(
         block = block[: _end_of(block, limit - gathered.rows)]
     table = _table(block, layout)
     if table is None and (plain := _with_single_spaces(block, layout)) is not None:
-        table = _table(plain, Layout(b" ", layout.dim))
+        table = _table(plain, TextLayout(b" ", layout.dim))
     if table is None and in_pieces:
         for piece in _pieces(block):
             line = add_lines(source, gathered, piece, layout, line, in_pieces=False)
@@ -129,7 +129,7 @@ def add_lines(
     return line + block.count(b"\n")
 
 
-def by_line(source: Source, block: bytes, layout: Layout, line: int) -> Packed:
+def by_line(source: Source, block: bytes, layout: TextLayout, line: int) -> Packed:
     """Read lines one by one, for what pyarrow cannot do: spaces in tokens, and errors that name the line.
 
     Args:
@@ -174,7 +174,7 @@ def _pieces(block: bytes) -> Iterator[bytes]:
         begin = end
 
 
-def _with_single_spaces(block: bytes, layout: Layout) -> bytes | None:
+def _with_single_spaces(block: bytes, layout: TextLayout) -> bytes | None:
     """Return lines with one space between fields, or None where they are so already or would lose their meaning."""
     if (b"\t" in block or layout.delimiter == b",") and _TO_BE_SPLIT_ALONE.search(block):
         return None
@@ -185,7 +185,7 @@ def _with_single_spaces(block: bytes, layout: Layout) -> bytes | None:
     return None if spaced == block else spaced
 
 
-def _table(block: bytes, layout: Layout) -> Any:
+def _table(block: bytes, layout: TextLayout) -> Any:
     """Read lines by pyarrow, or return None where it could not or would see something else in them."""
     delimiter = layout.delimiter
     block = block.replace(b"\r\n", b"\n").replace(delimiter + b"\n", b"\n")
