@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
-from jaxtyping import Array
+from jaxtyping import Array, PyTree
 
 from .._base import distinct as _distinct
 from .._base.axes import explicit_sharding, on_every_device
@@ -43,7 +43,7 @@ class Dense(Storage):
         """The same, whatever its rows."""
         return self
 
-    def check(self, weight: Any) -> None:
+    def check(self, weight: PyTree) -> None:
         """Any weight can be stored so."""
 
     def positions(self, ids: Array, rows: int) -> Array:
@@ -60,7 +60,7 @@ class Dense(Storage):
         return ("no mesh",)
 
     @property
-    def layout(self) -> Any:
+    def layout(self) -> PyTree:
         """The storage itself."""
         return self
 
@@ -92,15 +92,15 @@ class Dense(Storage):
         ids = on_every_device(ids)
         return self.put(leaf, ids, function(ids, self.take(leaf, ids, 0)), "set")
 
-    def to_rows(self, leaf: Array) -> Array:
+    def to_rows(self, leaf: PyTree) -> PyTree:
         """As it is."""
         return leaf
 
-    def from_rows(self, values: Any) -> Array:
+    def from_rows(self, values: PyTree) -> Array:
         """As it is, on the default device if it was on none."""
         return jnp.asarray(values) if isinstance(values, np.ndarray) else values
 
-    def held(self, leaf: Any) -> Any:
+    def held(self, leaf: PyTree) -> PyTree:
         """As it is, in the order of ids."""
         return leaf if type(self) is Dense else super().held(leaf)
 
@@ -155,7 +155,7 @@ class Dense(Storage):
         return _distinct.scratch(rows)
 
     def combine(
-        self, slots: Slots, ids: Array, values: Any, rows: int, dim: tuple[int, ...]
+        self, slots: Slots, ids: Array, values: PyTree, rows: int, dim: tuple[int, ...]
     ) -> tuple[Slots, Distinct, Any]:
         """Sum by slots or by a sort."""
         return *_distinct.combine(slots, ids, values, rows), 0
@@ -202,14 +202,24 @@ class Dense(Storage):
         return varying_alike(on_every_device(weight), *arrays)
 
     def of_tokens(
-        self, function: Callable[..., Any], weight: Array, batch: int, arrays: Sequence[Array], fills: Sequence[Any]
+        self,
+        function: Callable[..., PyTree],
+        weight: Array,
+        batch: int,
+        arrays: Sequence[Array],
+        fills: Sequence[float],
     ) -> tuple[Array, ...]:
         """Call it, with explicit axes left to XLA."""
         spec = PartitionSpec(*jax.typeof(arrays[0]).sharding.spec[:batch])
         return with_auto_axes(function, (spec,) * 3, (weight, *arrays))
 
     def of_rows_and_tokens(
-        self, function: Callable[..., Any], weight: Array, batch: int, arrays: Sequence[Array], fills: Sequence[Any]
+        self,
+        function: Callable[..., PyTree],
+        weight: Array,
+        batch: int,
+        arrays: Sequence[Array],
+        fills: Sequence[float],
     ) -> tuple[Array, Array]:
         """Call it, with explicit axes left to XLA."""
         specs = jax.typeof(weight).sharding.spec, jax.typeof(arrays[0]).sharding.spec

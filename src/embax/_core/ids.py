@@ -7,18 +7,19 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 from jax.sharding import auto_axes
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Int, Integer, PyTree, Shaped
 
 from .._base.axes import explicit_sharding as explicit_sharding
 from .._base.axes import on_every_device as on_every_device
 from .._base.dtypes import index_dtype as index_dtype
 from .table import OutOfRange, PaddingRows, Table
 
-Ids = Int[Array, "*batch"] | Int[np.ndarray, "*batch"]
+Ids = Integer[Array, "*batch"] | Integer[np.ndarray, "*batch"]  # also unsigned ones, before they are narrowed
+Given = Shaped[Array, "*batch"] | Shaped[np.ndarray, "*batch"]
 
 
 def prepare(
-    argument: str, ids: Any, table: Table, used: int | None = None, *, wrap: bool = True, ignored: int | None = None
+    argument: str, ids: object, table: Table, used: int | None = None, *, wrap: bool = True, ignored: int | None = None
 ) -> Ids:
     """Check ids that a caller gave; concrete ones by value, too.
 
@@ -62,7 +63,7 @@ def prepare(
     if table.out_of_range == "error" and (isinstance(ids, np.ndarray) or ids.is_fully_addressable):
         checked = np.asarray(ids)[:used] if used is not None else np.asarray(ids)
         _raise_if_out_of_range(argument, checked, table.rows, wrap, ignored)
-    return narrow(ids, table.rows, np) if isinstance(ids, np.ndarray) else ids
+    return np.asarray(narrow(ids, table.rows, np)) if isinstance(ids, np.ndarray) else ids
 
 
 def resolve(ids: Ids, rows: int, out_of_range: OutOfRange, wrap: bool = True) -> Int[Array, "*batch"]:
@@ -135,7 +136,7 @@ def occurrences(ids: Int[Array, "*batch"]) -> tuple[Int[Array, " ids"], Int[Arra
     return order[start].astype(jnp.int32), (end - start).astype(jnp.int32)
 
 
-def as_array(ids: Any) -> Ids:
+def as_array(ids: object) -> Given:
     """Return what a caller gave as ids as an array, of whatever dtype that has."""
     if isinstance(ids, jax.Array | np.ndarray):
         return ids
@@ -146,7 +147,7 @@ def as_array(ids: Any) -> Ids:
     return array.astype(np.int32) if isinstance(ids, list | tuple) and array.size == 0 else array
 
 
-def narrow(ids: Any, rows: int, xp: Any) -> Any:
+def narrow(ids: Any, rows: int, xp: Any) -> PyTree:
     """Bring ids of any width to the index dtype, all ids without a row staying without one."""
     index = index_dtype(rows)
     info = jnp.iinfo(ids.dtype)

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import PyTree
 
 from .table import Table
 
@@ -27,12 +28,12 @@ def register(kind: type, with_tables: Callable[[str, Any, OfTable], Any]) -> Non
     _KINDS[kind] = with_tables
 
 
-def is_module(node: Any) -> bool:
+def is_module(node: object) -> bool:
     """Whether a node is a module of a kind that was registered."""
     return isinstance(node, tuple(_KINDS))
 
 
-def with_tables(call: str, module: Any, function: OfTable) -> Any:
+def with_tables(call: str, module: object, function: OfTable) -> PyTree:
     """Copy a module, and apply a function to each of its tables.
 
     Args:
@@ -47,11 +48,11 @@ def with_tables(call: str, module: Any, function: OfTable) -> Any:
     return _KINDS[kind](call, module, function)
 
 
-def copied(tree: Any, of: Any = None) -> Any:
+def copied(tree: PyTree, of: Any = None) -> PyTree:
     """Copy the arrays of a tree, or those that another one has, too: a step may be given them to write into."""
     others = None if of is None else {id(leaf) for leaf in jax.tree.leaves(of)}
 
-    def copy(leaf: Any) -> Any:
+    def copy(leaf: PyTree) -> PyTree:
         return jnp.copy(leaf) if isinstance(leaf, jax.Array) and (others is None or id(leaf) in others) else leaf
 
     return jax.tree.map(copy, tree)

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
-from jaxtyping import Array, Int, Shaped
+from jaxtyping import Array, Int, PyTree, Shaped
 
 from .._base.axes import is_explicit
 from .storage import Storage
@@ -29,7 +29,7 @@ from .storage import Storage
 class Spec(NamedTuple):
     """What rows are read of."""
 
-    weight: Any  # abstract value of the tangent, lanes first
+    weight: PyTree  # abstract value of the tangent, lanes first
     lanes: int  # how many leading axes of the tangent and of the ids are lanes
     storage: Storage
 
@@ -91,7 +91,7 @@ def _add(values: Array, ids: Array, *, spec: Spec) -> Array:
     return jax.linear_transpose(lambda weight: _read(weight, ids, spec=spec), like)(values)[0]
 
 
-def _of_lanes(function: Any, spec: Spec) -> Any:
+def _of_lanes(function: Any, spec: Spec) -> PyTree:
     for _ in range(spec.lanes):
         function = jax.vmap(function)
     return function
@@ -106,14 +106,14 @@ def _struct(aval: Any, dtype: Any = None) -> jax.ShapeDtypeStruct:
 
 
 @read_rows_p.def_abstract_eval
-def _(tangent: Any, ids: Any, *, spec: Spec) -> Any:
+def _(tangent: Any, ids: Any, *, spec: Spec) -> PyTree:
     if is_explicit(ids.sharding.mesh) or spec.storage.on_explicit_axes:
         return jax.make_jaxpr(functools.partial(_read, spec=spec))(_struct(tangent), _struct(ids)).out_avals[0]
     return ids.update(shape=(*ids.shape, *spec.dim), dtype=tangent.dtype, weak_type=False)
 
 
 @add_rows_p.def_abstract_eval
-def _(values: Any, ids: Any, *, spec: Spec) -> Any:
+def _(values: PyTree, ids: Any, *, spec: Spec) -> PyTree:
     return spec.weight.update(dtype=values.dtype, weak_type=False)
 
 
@@ -121,13 +121,13 @@ def _jvp(primitive: Primitive, tangent: Array, values: Array, ids: Array, *, spe
     return primitive.bind(tangent, ids, spec=spec)
 
 
-def _transpose(transposed: Primitive, cotangent: Any, values: Any, ids: Array, *, spec: Spec) -> tuple[Any, None]:
+def _transpose(transposed: Primitive, cotangent: Any, values: PyTree, ids: Array, *, spec: Spec) -> tuple[Any, None]:
     if isinstance(cotangent, ad.Zero):
         return None, None
     return transposed.bind(cotangent, ids, spec=spec), None
 
 
-def _batched(primitive: Primitive, args: Any, axes: Any, *, spec: Spec) -> tuple[Array, int]:
+def _batched(primitive: Primitive, args: PyTree, axes: Any, *, spec: Spec) -> tuple[Array, int]:
     (values, ids), (of_values, of_ids) = args, axes
     if primitive is read_rows_p and of_values is None:  # one tangent for all: the ids have one more axis
         return primitive.bind(values, jnp.moveaxis(ids, of_ids, spec.lanes), spec=spec), spec.lanes

@@ -20,7 +20,7 @@ import importlib
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from jaxtyping import Array, Bool, Float, Int, Int32, Shaped
+from jaxtyping import Array, Bool, Float, Int, Int32, PyTree, Shaped
 
 from .._base.distinct import Distinct, Slots
 from .stored_rows import StoredRows
@@ -72,7 +72,7 @@ class Storage(abc.ABC):
 
     @property
     @abc.abstractmethod
-    def layout(self) -> Any:
+    def layout(self) -> PyTree:
         """What two tables must have in common to be stored as one, hashable."""
 
     @property
@@ -112,7 +112,7 @@ class Storage(abc.ABC):
     def from_rows(self, values: Shaped[Array, "rows *dim"]) -> Weight:
         """Store rows that are in the order of their ids; a NumPy array, too."""
 
-    def held(self, leaf: Weight) -> Any:
+    def held(self, leaf: Weight) -> PyTree:
         """What a layer holds in place of a weight, without a Table around it: rows that go with their storage.
 
         Returns:
@@ -166,7 +166,7 @@ class Storage(abc.ABC):
 
     @abc.abstractmethod
     def combine(
-        self, slots: Slots, ids: Int[Array, " ids"], values: Any, rows: int, dim: tuple[int, ...]
+        self, slots: Slots, ids: Int[Array, " ids"], values: PyTree, rows: int, dim: tuple[int, ...]
     ) -> tuple[Slots, Distinct, Any]:
         """Sum the values of each row, in float32 or wider: an array `(ids, *dim)`, or a pair of it and one `(ids,)`.
 
@@ -239,7 +239,12 @@ class Storage(abc.ABC):
 
     @abc.abstractmethod
     def of_tokens(
-        self, function: Callable[..., Any], weight: Weight, batch: int, arrays: Sequence[Array], fills: Sequence[Any]
+        self,
+        function: Callable[..., PyTree],
+        weight: Weight,
+        batch: int,
+        arrays: Sequence[Array],
+        fills: Sequence[float],
     ) -> tuple[Array, ...]:
         """Call `function(weight, *arrays)`, which returns 3 arrays of the batch's shape, where the rows are.
 
@@ -256,7 +261,12 @@ class Storage(abc.ABC):
 
     @abc.abstractmethod
     def of_rows_and_tokens(
-        self, function: Callable[..., Any], weight: Weight, batch: int, arrays: Sequence[Array], fills: Sequence[Any]
+        self,
+        function: Callable[..., PyTree],
+        weight: Weight,
+        batch: int,
+        arrays: Sequence[Array],
+        fills: Sequence[float],
     ) -> tuple[Weight, Array]:
         """As `of_tokens`, for a function that returns an array like the weight, and a sum over its rows like the first.
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import PyTree
 
 from . import flax_state as _flax
 
@@ -31,7 +32,7 @@ class StoredRows:
       (True, (10, 2))
     """
 
-    weight: Any
+    weight: PyTree
     storage: Any
 
     @property
@@ -55,7 +56,7 @@ class StoredRows:
         return math.prod(self.shape)
 
     @property
-    def dtype(self) -> Any:
+    def dtype(self) -> PyTree:
         """The dtype of the weight."""
         return self.weight.dtype
 
@@ -71,12 +72,12 @@ class StoredRows:
 jax.tree_util.register_dataclass(StoredRows, data_fields=["weight"], meta_fields=["storage"])
 
 
-def _to_state(stored: StoredRows) -> Any:
+def _to_state(stored: StoredRows) -> PyTree:
     """The rows in the order of their ids, as if they were a plain array."""
     return _flax.to_state(stored.storage.to_rows(stored.weight))
 
 
-def _from_state(like: StoredRows, state: Any) -> StoredRows:
+def _from_state(like: StoredRows, state: PyTree) -> StoredRows:
     """Rows in the order of their ids, stored as others are."""
     if np.shape(state) != like.shape:
         raise ValueError(

@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeGuard
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, DTypeLike, Key, Shaped
+from jaxtyping import Array, DTypeLike, Key, PyTree, Shaped
 
 from .._base import check as _check
 from . import flax_state as _flax
@@ -104,7 +104,7 @@ class Table(OfRows):
 
     def _check_of_rows(self, rows: HeldRows) -> None:
         """Check the rules of a gradient, which are those of a table of zeros."""
-        rules: dict[str, Any] = {name: getattr(self, name) for name in _STATIC} | {"storage": DENSE}
+        rules: dict[str, PyTree] = {name: getattr(self, name) for name in _STATIC} | {"storage": DENSE}
         of_zeros = Table(jnp.zeros((rows.rows, 0)), **rules)
         object.__setattr__(self, "padding_idx", of_zeros.padding_idx)
 
@@ -172,7 +172,7 @@ class Table(OfRows):
         return cls(storage.created(fresh), storage=storage, **rules)
 
     @property
-    def placement(self) -> Any:
+    def placement(self) -> PyTree:
         """On a mesh, where the rows are: `embax.sharding.Placement`; None of a table on none."""
         return self.storage.placement
 
@@ -242,7 +242,7 @@ class _KeyOfRows:
         return ""
 
 
-def _flatten(table: Table) -> tuple[tuple[Any], tuple[Any, ...]]:
+def _flatten(table: Table) -> tuple[tuple[Any], tuple[PyTree, ...]]:
     weight = table.weight
     rules = tuple(getattr(table, name) for name in _STATIC)
     rows = weight.empty() if isinstance(weight, HeldRows) else table.__dict__.get("_rows")
@@ -252,12 +252,12 @@ def _flatten(table: Table) -> tuple[tuple[Any], tuple[Any, ...]]:
     return (weight,), rules
 
 
-def _flatten_with_keys(table: Table) -> tuple[tuple[Any], tuple[Any, ...]]:
+def _flatten_with_keys(table: Table) -> tuple[tuple[Any], tuple[PyTree, ...]]:
     (weight,), rules = _flatten(table)
     return ((_KeyOfRows() if isinstance(weight, HeldRows) else _WEIGHT, weight),), rules
 
 
-def _unflatten(rules: tuple[Any, ...], children: Iterable[Any]) -> Table:
+def _unflatten(rules: tuple[PyTree, ...], children: Iterable[Any]) -> Table:
     # Past __init__ and its checks: JAX and Equinox rebuild pytrees with None, bools and shapes in place of arrays.
     table = object.__new__(Table)
     (weight,) = children
@@ -275,7 +275,7 @@ jax.tree_util.register_pytree_with_keys(Table, _flatten_with_keys, _unflatten, _
 _flax.register(Table, _flax.of_table, _flax.to_table)
 
 
-def rules_of(table: Table) -> dict[str, Any]:
+def rules_of(table: Table) -> dict[str, PyTree]:
     """List the rules of a table by name, for a weight that is held without it."""
     return {name: getattr(table, name) for name in RULES}
 
@@ -308,7 +308,7 @@ def is_table(node: object) -> TypeGuard[Table]:
     return isinstance(node, Table)
 
 
-def with_weight(table: Table, weight: Any, **rules: Any) -> Table:
+def with_weight(table: Table, weight: PyTree, **rules: Any) -> Table:
     """The same rules, but for those given, for any leaf, unchecked: other rows, a gradient, None."""
     static = {name: getattr(table, name) for name in _STATIC} | rules
     return _unflatten(tuple(static.values()), (weight,))
@@ -331,7 +331,7 @@ def fresh_rows(
             f"`{call}(init=...)` must give the shape it is asked for, {(rows, *dim)}, got {weight.shape}. "
             "Use its `shape` argument."
         )
-    return weight
+    return jnp.asarray(weight)  # an initialiser may give a NumPy array
 
 
 def with_zero_padding(table: Table) -> Table:

@@ -2,11 +2,10 @@
 
 import dataclasses
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float32
+from jaxtyping import Array, Float32, PyTree
 
 from .._base import distinct as _dedupe
 from .._core import ids as _ids
@@ -15,7 +14,7 @@ from .._core.table import Table, has_weight, without_padding
 from .row_grad import RowGrad, is_trained
 
 
-def global_norm(tree: Any) -> Float32[Array, ""]:
+def global_norm(tree: PyTree) -> Float32[Array, ""]:
     """Return the Euclidean norm of all gradients in a tree, RowGrads among them, as if they were dense.
 
     Args:
@@ -35,13 +34,13 @@ def global_norm(tree: Any) -> Float32[Array, ""]:
 
 
 @functools.partial(jax.jit, inline=True)  # one program for an eager call
-def norm_of_distinct(leaves: list[Any]) -> Float32[Array, ""]:
+def norm_of_distinct(leaves: list[PyTree]) -> Float32[Array, ""]:
     """The Euclidean norm of arrays in which nothing occurs twice."""
     squares = [jnp.square(jnp.abs(leaf.astype(_dedupe.accumulator(leaf.dtype)))).sum() for leaf in leaves]
     return jnp.sqrt(sum(squares, start=jnp.zeros((), jnp.float32)))
 
 
-def apply_updates(params: Any, updates: Any) -> Any:
+def apply_updates(params: PyTree, updates: PyTree) -> PyTree:
     """Add updates to parameters, those of a table's rows to these rows only.
 
     As `optax.apply_updates`, for trees in which a Table may stand wherever a parameter does. Where the parameters are
@@ -71,7 +70,7 @@ def apply_updates(params: Any, updates: Any) -> Any:
     return structure.unflatten(map(_apply, leaves, structure.flatten_up_to(updates)))
 
 
-def _apply(param: Any, update: Any) -> Any:
+def _apply(param: PyTree, update: PyTree) -> PyTree:
     if param is None or update is None:
         return param
     if not isinstance(param, Table):
@@ -90,7 +89,7 @@ def _apply(param: Any, update: Any) -> Any:
     return dataclasses.replace(param, weight=weight)
 
 
-def checked_update(call: str, table: Table, update: Any) -> "RowGrad | Table":
+def checked_update(call: str, table: Table, update: PyTree) -> "RowGrad | Table":
     """Return the gradient or update of a table, if it is one and fits, of rows without the Table around them.
 
     Args:

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.tree_util import keystr
+from jaxtyping import PyTree
 
 from .._core.held import held
 from .._core.table import Table, is_table, with_weight
@@ -30,7 +31,7 @@ def checked(call: str, tables: Any) -> Chooser | None:
     return chooser
 
 
-def is_chosen(call: str, tables: Chooser | None, path: Sequence[Any], leaf: Any) -> bool:
+def is_chosen(call: str, tables: Chooser | None, path: Sequence[PyTree], leaf: PyTree) -> bool:
     """Tell whether a leaf is to be taken for the weight of a table.
 
     Args:
@@ -56,7 +57,7 @@ def is_chosen(call: str, tables: Chooser | None, path: Sequence[Any], leaf: Any)
     return True
 
 
-def _short(leaf: Any) -> str:
+def _short(leaf: PyTree) -> str:
     if not hasattr(leaf, "dtype"):
         return repr(leaf)
     kind = "" if jax.tree_util.all_leaves([leaf]) else f"{type(leaf).__name__} of "
@@ -64,8 +65,8 @@ def _short(leaf: Any) -> str:
 
 
 def with_tables(
-    call: str, tables: Chooser | None, tree: Any, path: Sequence[Any] = (), leaves: tuple[type, ...] = ()
-) -> Any:
+    call: str, tables: Chooser | None, tree: PyTree, path: Sequence[PyTree] = (), leaves: tuple[type, ...] = ()
+) -> PyTree:
     """Put a Table in the place of each chosen leaf of a tree.
 
     Args:
@@ -88,7 +89,7 @@ def with_tables(
     )
 
 
-def tables_at(names: Collection[str], tree: Any) -> Any:
+def tables_at(names: Collection[str], tree: PyTree) -> PyTree:
     """Put a Table in the place of each leaf of a tree whose path, as `keystr` writes it, is one of some names."""
     return jax.tree.map_with_path(
         lambda path, leaf: leaf if isinstance(leaf, Table) or keystr(path) not in names else Table(leaf),
@@ -97,7 +98,7 @@ def tables_at(names: Collection[str], tree: Any) -> Any:
     )
 
 
-def with_gradients(as_given: Any, like: Any, gradients: Any) -> Any:
+def with_gradients(as_given: PyTree, like: PyTree, gradients: PyTree) -> PyTree:
     """Put gradients into the form that `with_tables` has given the parameters.
 
     Args:
@@ -116,7 +117,7 @@ def with_gradients(as_given: Any, like: Any, gradients: Any) -> Any:
     )
 
 
-def without_tables(as_given: Any, like: Any, tree: Any) -> Any:
+def without_tables(as_given: PyTree, like: PyTree, tree: PyTree) -> PyTree:
     """Take the Tables away again that `with_tables` has put into a tree.
 
     Args:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
-from jaxtyping import Array
+from jaxtyping import Array, PyTree
 
 from .._core import ids as _ids
 from .._core.table import Table, is_table, with_weight
@@ -47,18 +47,18 @@ class Options(NamedTuple):
         """The positions of the arguments."""
         return tuple(self.argnums) if isinstance(self.argnums, Sequence) else (self.argnums,)
 
-    def fit(self, args: Sequence[Any]) -> bool:
+    def fit(self, args: Sequence[PyTree]) -> bool:
         """Say whether there are such arguments."""
         return all(-len(args) <= number < len(args) for number in self.numbers)
 
 
 def evaluate(
-    fun: Callable[..., Any],
+    fun: Callable[..., PyTree],
     options: Options,
-    args: Sequence[Any],
-    kwargs: Any,
+    args: Sequence[PyTree],
+    kwargs: PyTree,
     names: Callable[[Any], str] | None = None,
-) -> tuple[Any, Any]:
+) -> tuple[PyTree, PyTree]:
     """Differentiate a function of trees in which Tables may stand.
 
     Args:
@@ -82,7 +82,7 @@ def evaluate(
     ]
     leaves = [Table(leaf) if is_table else leaf for is_table, (_, leaf) in zip(chosen, nodes, strict=True)]
 
-    def loss(others: Sequence[Any]) -> Any:
+    def loss(others: Sequence[PyTree]) -> PyTree:
         filled = [leaf if other is None else other for leaf, other in zip(leaves, others, strict=True)]
         filled = [leaf.weight if is_table else leaf for is_table, leaf in zip(chosen, filled, strict=True)]
         full = list(args)
@@ -102,18 +102,18 @@ def evaluate(
     return out, tuple(gradient) if isinstance(options.argnums, Sequence) else gradient[0]
 
 
-def _of_table(leaf: Any, gradient: Any) -> Any:
+def _of_table(leaf: PyTree, gradient: PyTree) -> PyTree:
     """Put the Table that rows are the gradient of around them, so that the gradients have the parameters' structure."""
     return with_weight(leaf, gradient) if isinstance(leaf, Table) and isinstance(gradient, RowGrad) else gradient
 
 
 def differentiate(
-    loss: Callable[[Sequence[Any]], tuple[Any, Any]],
-    leaves: Sequence[Any],
+    loss: Callable[[Sequence[PyTree]], tuple[PyTree, PyTree]],
+    leaves: Sequence[PyTree],
     fixed: Sequence[bool],
     options: Options,
     name: Callable[[int], str],
-) -> tuple[Any, Any, list[Any]]:
+) -> tuple[Any, Any, list[PyTree]]:
     """Differentiate a loss for Tables and other leaves.
 
     Args:
@@ -144,14 +144,14 @@ def differentiate(
     )
 
 
-def _check_leaves(others: Sequence[Any], options: Options) -> None:
+def _check_leaves(others: Sequence[PyTree], options: Options) -> None:
     leaves = jax.tree.leaves(others)
     if options.holomorphic or not all(_is_float(leaf) for leaf in leaves):
         number = jnp.zeros((), jnp.complex64 if options.holomorphic else jnp.float32)
         _refuse_as_jax_does(number, others, options)
 
 
-def _check_value(value: Any, options: Options) -> None:
+def _check_value(value: PyTree, options: Options) -> None:
     if options.holomorphic or not _is_float(value) or jnp.shape(value) != ():
         _refuse_as_jax_does(value, [], options)
 
@@ -160,22 +160,26 @@ def _is_float(x: Any) -> bool:
     return hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.floating)
 
 
-def _refuse_as_jax_does(value: Any, leaves: Sequence[Any], options: Options) -> None:
+def _refuse_as_jax_does(value: PyTree, leaves: Sequence[PyTree], options: Options) -> None:
     """Raise the error that JAX has for such a value or such leaves, if it has one."""
     of_jax = jax.value_and_grad(lambda _: value, holomorphic=options.holomorphic, allow_int=options.allow_int)
     jax.eval_shape(of_jax, leaves)
 
 
 def _gradients(
-    value: Array, pull_back: Callable[[Array], Any], others: Sequence[Any], options: Options, name: Callable[[int], str]
-) -> list[Any]:
+    value: Array,
+    pull_back: Callable[[Array], Any],
+    others: Sequence[PyTree],
+    options: Options,
+    name: Callable[[int], str],
+) -> list[PyTree]:
     """Make the program of the gradients, and run it with rows for the gradients of tables."""
     one = jax.lax.full_like(value, 1)
     if not any(isinstance(leaf, Table) for leaf in others):
         return pull_back(one)[0]
-    found: list[Any] = []
+    found: list[PyTree] = []
 
-    def backward(one: Array) -> list[Any]:
+    def backward(one: Array) -> list[PyTree]:
         (gradients,) = pull_back(one)
         flat, structure = jax.tree.flatten(gradients)
         # What is no tracer, the gradient of an integer, has no part in the program.
@@ -203,7 +207,7 @@ def _gradients(
         report_dense(options.call, options.on_dense, name(i), others[i], why, options.stacklevel)
     arrays_out = [j for j in range(len(jaxpr.outvars)) if j not in terms.values()]
     arrays, sums = evaluate_program(jaxpr, (), [*consts, one], {}, arrays_out, tuple(terms.values()), memo)
-    values: dict[int, Any] = dict(zip(arrays_out, arrays, strict=True)) | dict.fromkeys(terms.values())
+    values: dict[int, PyTree] = dict(zip(arrays_out, arrays, strict=True)) | dict.fromkeys(terms.values())
     gradients = jax.tree.map(
         lambda x: values[x.number] if isinstance(x, _Output) else x, boxed, is_leaf=lambda x: isinstance(x, _Output)
     )
@@ -218,7 +222,7 @@ class _Output(NamedTuple):
     number: int
 
 
-def _of_terms(table: Table, value: Array, terms: Sequence[Term]) -> Any:
+def _of_terms(table: Table, value: Array, terms: Sequence[Term]) -> PyTree:
     """Make the gradient of a table of the terms that it is a sum of."""
     rows = [x for x in reversed(terms) if isinstance(x, Rows)]  # as they were read
     whole = [x for x in terms if not isinstance(x, Rows)]
@@ -230,7 +234,7 @@ def _of_terms(table: Table, value: Array, terms: Sequence[Term]) -> Any:
     return apply_updates(total, of_rows) if rows else total
 
 
-def checked_pair(call: str, has_aux: bool, out: Any) -> tuple[Any, Any]:
+def checked_pair(call: str, has_aux: bool, out: PyTree) -> tuple[PyTree, PyTree]:
     """Return the value and the auxiliary output, None without one, of what a function returned.
 
     Args:
@@ -254,7 +258,7 @@ def checked_pair(call: str, has_aux: bool, out: Any) -> tuple[Any, Any]:
     return out[0], out[1]
 
 
-def _none_read(table: Table) -> Any:
+def _none_read(table: Table) -> PyTree:
     if not hasattr(table.weight, "dtype"):  # as Equinox leaves out what is in another place
         return with_weight(table, None)
     return no_rows(table)

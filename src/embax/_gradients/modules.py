@@ -1,21 +1,21 @@
 """Which leaves of a tree are not differentiated, since they are no parameters of an Equinox module."""
 
 import sys
-from typing import Any
 
 import jax
+from jaxtyping import PyTree
 
 from .._core.table import Table, is_table
 
 
-def fixed_leaves(tree: Any) -> list[bool]:
+def fixed_leaves(tree: PyTree) -> list[bool]:
     """Tell which leaves of a tree are part of an Equinox module, and no arrays of floats.
 
     A module is a pytree whose leaves may be functions, flags and settings, so that JAX cannot differentiate for it as
     it is. `equinox.filter_grad` leaves these out, and this is its rule. Outside of modules, JAX's own holds.
 
     Args:
-      tree: Any tree.
+      tree: PyTree tree.
 
     Returns:
       One answer a leaf, a Table being one.

@@ -3,9 +3,10 @@
 import functools
 import os
 import warnings
-from typing import Any, Literal
+from typing import Literal
 
 from jax.extend import source_info_util
+from jaxtyping import PyTree
 
 from .._core.table import Table
 from ._analysis.forms import Form, Reason
@@ -101,5 +102,5 @@ def _line(reason: Reason) -> str:
 
 
 @functools.cache
-def _leave_out_own_frames() -> Any:
+def _leave_out_own_frames() -> PyTree:
     return source_info_util.register_exclusion(os.path.dirname(__file__))

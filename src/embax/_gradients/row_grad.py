@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, Float, Int, Key, Shaped
+from jaxtyping import Array, Float, Int, Key, PyTree, Shaped
 
 from .._base import check as _check
 from .._base import distinct as _dedupe
@@ -22,7 +22,7 @@ from .row_keys import HINT, KEYS, decode, encode
 class _KindOfRowGrad(type):
     """What RowGrad is an instance of: a Table whose weight is a RowGrad counts as one."""
 
-    def __instancecheck__(cls, instance: Any) -> bool:
+    def __instancecheck__(cls, instance: PyTree) -> bool:
         return super().__instancecheck__(bare(instance))
 
     def __repr__(cls) -> str:
@@ -79,7 +79,7 @@ class RowGrad(HeldRows, metaclass=_KindOfRowGrad):
     rows: int
     at_owners: bool  # whether the rows are laid out as those of a placed table: as its optimizer leaves them
 
-    def __init__(self, ids: Any, values: Any, rows: int):
+    def __init__(self, ids: Any, values: PyTree, rows: int):
         rows = _check.size("embax.RowGrad(rows=...)", rows)
         ids = ids if hasattr(ids, "dtype") else np.asarray(ids, np.int32 if len(ids) == 0 else None)
         values = jnp.asarray(values)
@@ -185,7 +185,7 @@ class RowGrad(HeldRows, metaclass=_KindOfRowGrad):
         values = jax.lax.all_gather(self.values, axis_name)
         return _fill(object.__new__(RowGrad), keys, values, self.rows, self.at_owners).sum(axis=0)
 
-    def __add__(self, other: Any) -> "RowGrad":
+    def __add__(self, other: PyTree) -> "RowGrad":
         if isinstance(other, int) and other == 0:  # where sum() begins
             return self
         other = bare(other)
@@ -206,7 +206,7 @@ class RowGrad(HeldRows, metaclass=_KindOfRowGrad):
 
     __radd__ = __add__
 
-    def __sub__(self, other: Any) -> "RowGrad":
+    def __sub__(self, other: PyTree) -> "RowGrad":
         other = bare(other)
         if not isinstance(other, RowGrad):
             _refuse_array(other)
@@ -221,22 +221,22 @@ class RowGrad(HeldRows, metaclass=_KindOfRowGrad):
     def __pos__(self) -> "RowGrad":
         return self
 
-    def __mul__(self, factor: Any) -> "RowGrad":
+    def __mul__(self, factor: PyTree) -> "RowGrad":
         if not _is_factor(factor, "factor * RowGrad"):
             return NotImplemented
         return self._with_values(self.values * jnp.asarray(factor, self.dtype))
 
     __rmul__ = __mul__
 
-    def __truediv__(self, divisor: Any) -> "RowGrad":
+    def __truediv__(self, divisor: PyTree) -> "RowGrad":
         if not _is_factor(divisor, "RowGrad / divisor"):
             return NotImplemented
         return self._with_values(self.values / jnp.asarray(divisor, self.dtype))
 
-    def _with_values(self, values: Any) -> "RowGrad":
+    def _with_values(self, values: PyTree) -> "RowGrad":
         return _fill(object.__new__(RowGrad), self._keys, values, self.rows, self.at_owners)
 
-    def label(self) -> Any:
+    def label(self) -> PyTree:
         """The label of the values, if the leaves are labels; else itself."""
         return self.values if is_label(self.values) and is_label(self._keys) else self
 
@@ -253,7 +253,7 @@ class RowGrad(HeldRows, metaclass=_KindOfRowGrad):
         return f"RowGrad({lanes}{self._keys.shape[-1]} ids of {self.rows} rows, {values.dtype}[{shape}])"
 
 
-def _refuse_array(other: Any) -> None:
+def _refuse_array(other: PyTree) -> None:
     """Raise a TypeError for an array that is added to a RowGrad, or the other way round, as optax does to apply one."""
     if hasattr(other, "shape"):
         raise TypeError(
@@ -262,7 +262,7 @@ def _refuse_array(other: Any) -> None:
         )
 
 
-def _is_factor(factor: Any, call: str) -> bool:
+def _is_factor(factor: PyTree, call: str) -> bool:
     """Tell whether a gradient can be scaled by something, and refuse arrays."""
     if isinstance(factor, RowGrad) or (not hasattr(factor, "shape") and not isinstance(factor, int | float)):
         return False
@@ -286,12 +286,12 @@ def no_rows(table: Table) -> RowGrad:
     return row_grad(jnp.zeros(0, jnp.int32), jnp.zeros((0, *table.dim), dtype), table.rows)
 
 
-def _fill(gradient: RowGrad, keys: Any, values: Any, rows: int, at_owners: bool = False) -> RowGrad:
+def _fill(gradient: RowGrad, keys: Any, values: PyTree, rows: int, at_owners: bool = False) -> RowGrad:
     gradient._keys, gradient.values, gradient.rows, gradient.at_owners = keys, values, rows, at_owners
     return gradient
 
 
-def _rebuilt(static: tuple[int, bool], values: Any, keys: Any) -> Any:
+def _rebuilt(static: tuple[int, bool], values: PyTree, keys: Any) -> PyTree:
     # A map that gives names gives one for an array that is read as a table, as it does for the array itself. Not so of
     # bools, by which Equinox takes trees apart and puts them together again.
     if is_label(values) and is_label(keys) and not isinstance(values, bool | np.bool_):
@@ -335,7 +335,7 @@ def _deduplicated(gradient: RowGrad) -> RowGrad:
     return _of_each_lane(gradient, distinct)
 
 
-def _of_each_lane(gradient: RowGrad, function: Callable[[Any, Any], Any]) -> Any:
+def _of_each_lane(gradient: RowGrad, function: Callable[[Any, Any], Any]) -> PyTree:
     for _ in gradient.lanes:
         function = jax.vmap(function)
     return function(_ids.on_every_device(gradient.ids), _ids.on_every_device(gradient.values))

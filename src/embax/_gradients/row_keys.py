@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.extend.random import define_prng_impl
-from jaxtyping import Array, Int, Key
+from jaxtyping import Array, Int, Key, PyTree
 
 from .._core import ids as _ids
 
@@ -19,7 +19,7 @@ from .._core import ids as _ids
 HINT = "put this inside of embax.optim.lift"
 
 
-def _no_random_numbers(*_: Any) -> Any:
+def _no_random_numbers(*_: Any) -> PyTree:
     raise TypeError("`jax.random` must be given a random key, got the ids of an embax.RowGrad. Leave them out.")
 
 
@@ -36,7 +36,7 @@ KEYS = define_prng_impl(
 
 
 @functools.partial(jax.jit, static_argnums=1, inline=True)
-def encode(ids: Int[Array, " length"], rows: int) -> Key[Array, " length"]:
+def encode(ids: Int[Array, "*length"], rows: int) -> Key[Array, "*length"]:
     """Hold ids as keys: their number from 1, and 0 for none."""
     ids = _ids.narrow(ids, rows, jnp)
     valid = (ids >= 0) & (ids < rows)
@@ -47,7 +47,7 @@ def encode(ids: Int[Array, " length"], rows: int) -> Key[Array, " length"]:
 
 
 @functools.partial(jax.jit, static_argnums=1, inline=True)
-def decode(keys: Key[Array, " length"], rows: int) -> Int[Array, " length"]:
+def decode(keys: Key[Array, "*length"], rows: int) -> Int[Array, "*length"]:
     """Return the ids that keys hold, `rows` for none."""
     words = jax.random.key_data(keys)
     # Of keys that are not ours, the high word may be anything.

@@ -2,9 +2,9 @@
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
+from jaxtyping import PyTree
 
 from .._base import check as _check
 from .chosen import Chooser, checked
@@ -14,7 +14,7 @@ from .report_dense import OnDense
 
 
 def value_and_grad(
-    fun: Callable[..., Any],
+    fun: Callable[..., PyTree],
     argnums: int | Sequence[int] = 0,
     has_aux: bool = False,
     holomorphic: bool = False,
@@ -22,7 +22,7 @@ def value_and_grad(
     *,
     on_dense: OnDense = "warn",
     tables: Chooser | None = None,
-) -> Callable[..., Any]:
+) -> Callable[..., PyTree]:
     """Differentiate a function; the gradient of a table holds the rows that were read and no others.
 
     As `jax.value_and_grad`, but that each Table in the arguments gets a RowGrad, in which an id occurs as often as it
@@ -85,7 +85,7 @@ def value_and_grad(
     plain = jax.value_and_grad(fun, argnums, has_aux, holomorphic, allow_int)  # which checks them
 
     @functools.wraps(fun)
-    def value_and_gradient(*args: Any, **kwargs: Any) -> Any:
+    def value_and_gradient(*args: PyTree, **kwargs: PyTree) -> PyTree:
         if not options.fit(args):
             return plain(*args, **kwargs)  # which says what is wrong
         return evaluate(fun, options, args, kwargs)
@@ -94,7 +94,7 @@ def value_and_grad(
 
 
 def grad(
-    fun: Callable[..., Any],
+    fun: Callable[..., PyTree],
     argnums: int | Sequence[int] = 0,
     has_aux: bool = False,
     holomorphic: bool = False,
@@ -102,7 +102,7 @@ def grad(
     *,
     on_dense: OnDense = "warn",
     tables: Chooser | None = None,
-) -> Callable[..., Any]:
+) -> Callable[..., PyTree]:
     """Differentiate a function, as `embax.value_and_grad` does, and return the gradient only.
 
     Args:
@@ -132,7 +132,7 @@ def grad(
     plain = jax.grad(fun, argnums, has_aux, holomorphic, allow_int)
 
     @functools.wraps(fun)
-    def gradient(*args: Any, **kwargs: Any) -> Any:
+    def gradient(*args: PyTree, **kwargs: PyTree) -> PyTree:
         if not options.fit(args):
             return plain(*args, **kwargs)
         out, gradient = evaluate(fun, options, args, kwargs)

@@ -19,14 +19,15 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import Jaxpr, JaxprEqn, Primitive
 from jax.sharding import PartitionSpec, Sharding
+from jaxtyping import PyTree
 
 from ..._base.dtypes import index_dtype
 from .equations import CALLS, NO_AXES, ScanSizes, before_sum, inner, programs_of, without_constants
 from .forms import Memo
 from .terms import Rows, Term
 
-Evaluate = Callable[..., tuple[list[Any], list[list[Term]]]]
-Results = tuple[list[Any], list[list[Term]]]
+Evaluate = Callable[..., tuple[list[PyTree], list[list[Term]]]]
+Results = tuple[list[PyTree], list[list[Term]]]
 
 
 def run_equation(
@@ -34,7 +35,7 @@ def run_equation(
     eqn: JaxprEqn,
     arrays: tuple[int, ...],
     terms: tuple[int, ...],
-    given: Sequence[Any],
+    given: Sequence[PyTree],
     taken: Mapping[int, Sequence[Term]],
 ) -> Results:
     """Run an equation that holds programs.
@@ -70,7 +71,7 @@ class _Held(NamedTuple):
     primitive: Primitive
     programs: tuple[weakref.ref[Any], ...]
     rest: tuple[tuple[str, Any], ...]  # its other parameters
-    types: tuple[Any, ...]  # of its outputs
+    types: tuple[PyTree, ...]  # of its outputs
     sizes: ScanSizes | None
 
     @classmethod
@@ -81,7 +82,7 @@ class _Held(NamedTuple):
         return cls(eqn.primitive, tuple(map(weakref.ref, programs_of(eqn))), rest, types, sizes)
 
     @property
-    def params(self) -> dict[str, Any]:
+    def params(self) -> dict[str, PyTree]:
         """Its parameters, for `programs_of`."""
         programs = tuple(program() for program in self.programs)
         name = "branches" if self.primitive.name == "cond" else "jaxpr"
@@ -96,7 +97,7 @@ class _Held(NamedTuple):
 _PROGRAMS = frozenset({"jaxpr", "call_jaxpr", "branches"})
 
 
-def _named(held: _Held) -> Callable[..., Any]:
+def _named(held: _Held) -> Callable[..., PyTree]:
     """A function of the name that a program has in profiles."""
 
     def function() -> None:
@@ -109,14 +110,16 @@ def _named(held: _Held) -> Callable[..., Any]:
 # ---- Each kind of equation. `consts` are the constants of its programs.
 
 
-def _run_call(evaluate: Evaluate, held: _Held, arrays: Any, terms: Any, consts: Any, given: Any, taken: Any) -> Results:
+def _run_call(
+    evaluate: Evaluate, held: _Held, arrays: PyTree, terms: PyTree, consts: Any, given: PyTree, taken: PyTree
+) -> Results:
     params = held.params
     args = _constrained(params.get("in_shardings"), range(len(given)), given)
     values, found = evaluate(held.jaxprs[0], consts[0], args, taken, arrays, terms)
     return _constrained(params.get("out_shardings"), arrays, values), found
 
 
-def _constrained(shardings: Any, places: Sequence[int], values: Sequence[Any]) -> list[Any]:
+def _constrained(shardings: Any, places: Sequence[int], values: Sequence[PyTree]) -> list[PyTree]:
     if shardings is None:
         return list(values)
     return [
@@ -126,12 +129,12 @@ def _constrained(shardings: Any, places: Sequence[int], values: Sequence[Any]) -
 
 
 def _run_remat(
-    evaluate: Evaluate, held: _Held, arrays: Any, terms: Any, consts: Any, given: Any, taken: Any
+    evaluate: Evaluate, held: _Held, arrays: PyTree, terms: PyTree, consts: Any, given: PyTree, taken: PyTree
 ) -> Results:
     flat, structure = jax.tree.flatten((consts, given, taken))
-    found: list[Any] = []
+    found: list[PyTree] = []
 
-    def run(*flat: Any) -> Any:
+    def run(*flat: Any) -> PyTree:
         (own,), given, taken = structure.unflatten(flat)
         leaves, of_results = jax.tree.flatten(evaluate(held.jaxprs[0], own, given, taken, arrays, terms))
         found.append(of_results)
@@ -141,19 +144,21 @@ def _run_remat(
     # Bound as JAX has bound it: `jax.checkpoint` has no way to say that this is a derivative already, behind whose
     # barrier nothing may be shared with the program before.
     made, more = without_constants(closed)
-    params: dict[str, Any] = {**held.params, "jaxpr": made}
+    params: dict[str, PyTree] = {**held.params, "jaxpr": made}
     if isinstance(params.get("prevent_cse"), tuple):  # one for each input, which are others now
         params["prevent_cse"] = any(params["prevent_cse"])
     return found[0].unflatten(held.primitive.bind(*more, *flat, **params))
 
 
-def _run_scan(evaluate: Evaluate, held: _Held, arrays: Any, terms: Any, consts: Any, given: Any, taken: Any) -> Results:
+def _run_scan(
+    evaluate: Evaluate, held: _Held, arrays: PyTree, terms: PyTree, consts: Any, given: PyTree, taken: PyTree
+) -> Results:
     params, sizes, jaxpr = held.params, held.sizes, held.jaxprs[0]
     assert sizes is not None
     kept = tuple(j for j in range(len(jaxpr.outvars)) if j in arrays or j not in terms)
     carried = [j for j in kept if j < sizes.carry]
 
-    def body(carry: Sequence[Any], of_step: Sequence[Any]) -> Any:
+    def body(carry: Sequence[PyTree], of_step: Sequence[PyTree]) -> PyTree:
         values = dict(zip(carried, carry, strict=True))
         full = [values.get(j) for j in range(sizes.carry)]
         none = {sizes.consts + j: () for j in terms}
@@ -177,14 +182,16 @@ def _steps_after_lanes(rows: Rows, type_: Any) -> Rows:
     return Rows(jnp.moveaxis(rows.ids, 0, lanes), jnp.moveaxis(rows.values, 0, lanes), rows.axes)
 
 
-def _run_cond(evaluate: Evaluate, held: _Held, arrays: Any, terms: Any, consts: Any, given: Any, taken: Any) -> Results:
+def _run_cond(
+    evaluate: Evaluate, held: _Held, arrays: PyTree, terms: PyTree, consts: Any, given: PyTree, taken: PyTree
+) -> Results:
     index, *operands = given
     memo = Memo()
     forms = [[memo.forms(jaxpr).form(jaxpr.outvars[j]) for jaxpr in held.jaxprs] for j in terms]
     lengths = [max(form.ids for form in of_output) for of_output in forms]
     axes = [frozenset().union(*(axes for form in of_output for axes in form.axes)) for of_output in forms]
 
-    def branch(k: int, *operands: Any) -> Any:
+    def branch(k: int, *operands: Any) -> PyTree:
         # The terms of operands are those of the output, whichever branch runs.
         none = {operand - 1: () for operand in taken}
         values, found = evaluate(held.jaxprs[k], consts[k], operands, none, arrays, terms)
@@ -197,7 +204,7 @@ def _run_cond(evaluate: Evaluate, held: _Held, arrays: Any, terms: Any, consts: 
     return values, [[x for k in some for x in taken[k]] + [rows] for some, rows in zip(passed, found, strict=True)]
 
 
-def _filled(terms: Sequence[Any], length: int, type_: Any, axes: frozenset[str]) -> Rows:
+def _filled(terms: Sequence[PyTree], length: int, type_: Any, axes: frozenset[str]) -> Rows:
     """Put rows together, and fill them up with ids of no row."""
     rows, dim = type_.shape[0], type_.shape[1:]
     joined = _joined(terms, type_, axes)
@@ -208,20 +215,20 @@ def _filled(terms: Sequence[Any], length: int, type_: Any, axes: frozenset[str])
     return Rows(_varying(ids, varying), _varying(values, varying), axes)
 
 
-def _joined(terms: Sequence[Any], type_: Any, axes: frozenset[str]) -> Rows:
+def _joined(terms: Sequence[PyTree], type_: Any, axes: frozenset[str]) -> Rows:
     index, dim = index_dtype(type_.shape[0]), type_.shape[1:]
     ids = [jnp.zeros(0, index), *(jnp.ravel(x.ids).astype(index) for x in terms)]
     values = [jnp.zeros((0, *dim), type_.dtype), *(jnp.reshape(x.values, (x.ids.size, *dim)) for x in terms)]
     return Rows(jnp.concatenate(ids), jnp.concatenate(values), axes)
 
 
-def _varying(x: Any, axes: frozenset[str]) -> Any:
+def _varying(x: Any, axes: frozenset[str]) -> PyTree:
     missing = axes - jax.typeof(x).manual_axis_type.varying
     return lax.pcast(x, tuple(missing), to="varying") if missing else x
 
 
 def _run_shards(
-    evaluate: Evaluate, held: _Held, arrays: Any, terms: Any, consts: Any, given: Any, taken: Any
+    evaluate: Evaluate, held: _Held, arrays: PyTree, terms: PyTree, consts: Any, given: PyTree, taken: PyTree
 ) -> Results:
     params, whole = held.params, held.jaxprs[0]
     ends = [before_sum(held, j) for j in terms]
@@ -229,7 +236,7 @@ def _run_shards(
     memo = Memo()
     kinds = [sorted(memo.forms(jaxpr).form(v).axes, key=sorted) for v, _ in ends]
 
-    def of_device(consts: Any, *args: Any) -> Any:
+    def of_device(consts: Any, *args: PyTree) -> PyTree:
         first = len(whole.outvars)
         values, found = evaluate(jaxpr, consts, args, {}, arrays, tuple(range(first, first + len(terms))), memo)
         # Rows that are summed over the same devices go together.

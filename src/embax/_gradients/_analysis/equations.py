@@ -9,19 +9,20 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from jax.extend.core import Jaxpr, JaxprEqn
+from jaxtyping import PyTree
 
 # Equations that call one program, by the names of their primitives.
 CALLS = frozenset({"jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint"})
 
 
-def inner(program: Any) -> tuple[Jaxpr, Sequence[Any]]:
+def inner(program: Any) -> tuple[Jaxpr, Sequence[PyTree]]:
     """Take a program that an equation holds apart into a jaxpr and its constants."""
     if hasattr(program, "jaxpr"):
         return program.jaxpr, program.consts
     return program, ()
 
 
-def programs_of(eqn: Any) -> list[Any]:
+def programs_of(eqn: Any) -> list[PyTree]:
     """The programs that a call, a scan, a cond or a shard_map holds."""
     if eqn.primitive.name == "cond":
         return list(eqn.params["branches"])
@@ -69,7 +70,7 @@ def before_sum(eqn: Any, j: int) -> tuple[Any, frozenset[str]]:
     return v, NO_AXES
 
 
-def without_constants(program: Any) -> tuple[Jaxpr, list[Any]]:
+def without_constants(program: Any) -> tuple[Jaxpr, list[PyTree]]:
     """Make the constants of a program its first inputs: they may be tracers, which nothing that stays may hold."""
     jaxpr, consts = inner(program)
     more = {"consts": ()} if hasattr(jaxpr, "consts") else {}

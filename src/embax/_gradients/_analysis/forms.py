@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
+from jaxtyping import PyTree
 
 from ..._base.dtypes import index_dtype
 from ..._core.dense import DENSE
@@ -176,7 +177,7 @@ def _outputs(eqn: JaxprEqn, forms: Forms, memo: Memo) -> tuple[_Openings, _Opera
     return [opening_of(eqn, forms.is_sum)] * number, [None] * number
 
 
-def _needed_by_effects(eqn: JaxprEqn, openings: Sequence[Any], memo: Memo) -> Sequence[int]:
+def _needed_by_effects(eqn: JaxprEqn, openings: Sequence[PyTree], memo: Memo) -> Sequence[int]:
     if eqn.primitive.name in CALLS:
         return _positions(memo.forms(inner(programs_of(eqn)[0])[0]).effects)
     summed = {k for x in openings if isinstance(x, Opening) for k in x.terms} if eqn.primitive.name == "scan" else ()

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var, jaxpr_as_fun
+from jaxtyping import PyTree
 
 from .calls import RUNNERS, run_equation
 from .equations import CALLS, ScanSizes, inner, programs_of, without_constants
@@ -30,7 +31,7 @@ from .terms import Term, terms_of
 class Segment(NamedTuple):
     """Equations that run as they are."""
 
-    run: Callable[..., Sequence[Any]]
+    run: Callable[..., Sequence[PyTree]]
     invars: list[Var]
     outvars: list[Var]
 
@@ -56,13 +57,13 @@ class Plan(NamedTuple):
 
 def evaluate(
     jaxpr: Jaxpr,
-    consts: Sequence[Any],
-    args: Sequence[Any],
+    consts: Sequence[PyTree],
+    args: Sequence[PyTree],
     terms: Mapping[int, Sequence[Term]],
     arrays_out: Sequence[int],
     terms_out: Sequence[int],
     memo: Memo | None = None,
-) -> tuple[list[Any], list[list[Term]]]:
+) -> tuple[list[PyTree], list[list[Term]]]:
     """Run a program.
 
     Args:
@@ -82,7 +83,7 @@ def evaluate(
     arrays.update((v, x) for v, x in zip(jaxpr.invars, args, strict=True) if x is not None)
     sums: dict[Any, list[Term]] = {jaxpr.invars[k]: list(x) for k, x in terms.items()}
 
-    def read(v: Any) -> Any:
+    def read(v: Any) -> PyTree:
         return v.val if isinstance(v, Literal) else arrays[v]
 
     def read_terms(v: Any) -> list[Term]:

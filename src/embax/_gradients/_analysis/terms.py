@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import JaxprEqn, Literal
 from jax.lax import GatherScatterMode
-from jaxtyping import Array
+from jaxtyping import Array, PyTree
 
 from ..._core import ids as _ids
 from ..._core.read_rows import add_rows_p
@@ -31,7 +31,7 @@ class Rows:
     """Rows that are added into zeros; an id outside of the rows stands for none."""
 
     ids: Any  # (*lanes, *batch)
-    values: Any  # (*lanes, *batch, *dim)
+    values: PyTree  # (*lanes, *batch, *dim)
     axes: frozenset[str] = frozenset()  # axes of a `shard_map` over which devices have rows of their own, to be added
 
 
@@ -64,18 +64,18 @@ def _each(terms: Sequence[Term], function: Callable[[Any], Any]) -> list[Term]:
     ]
 
 
-def _terms_of_sum(eqn: JaxprEqn, read: Any, terms: Any) -> list[Term]:
+def _terms_of_sum(eqn: JaxprEqn, read: Any, terms: PyTree) -> list[Term]:
     a, b = (terms(x) for x in eqn.invars)
     return [*a, *(_each(b, jnp.negative) if eqn.primitive.name == "sub" else b)]
 
 
-def _terms_of_map(eqn: JaxprEqn, read: Any, terms: Any) -> list[Term]:
+def _terms_of_map(eqn: JaxprEqn, read: Any, terms: PyTree) -> list[Term]:
     if eqn.primitive.name == "convert_element_type":
         return _each(terms(eqn.invars[0]), lambda x: x.astype(eqn.params["new_dtype"]))
     return _each(terms(eqn.invars[0]), jnp.negative)
 
 
-def _terms_of_scaled(eqn: JaxprEqn, read: Any, terms: Any, summed: int) -> list[Term]:
+def _terms_of_scaled(eqn: JaxprEqn, read: Any, terms: PyTree, summed: int) -> list[Term]:
     factor = read(eqn.invars[1 - summed])
 
     def scaled(term: Term) -> Term:
@@ -87,7 +87,7 @@ def _terms_of_scaled(eqn: JaxprEqn, read: Any, terms: Any, summed: int) -> list[
     return [scaled(term) for term in terms(eqn.invars[summed])]
 
 
-def _at_rows(array: Any, eqn: JaxprEqn, rows: Rows) -> Any:
+def _at_rows(array: Any, eqn: JaxprEqn, rows: Rows) -> PyTree:
     """Read an array, or a number, where rows are; one where an id has none."""
     if jnp.ndim(array) == 0:
         return array
@@ -101,7 +101,7 @@ def _at_rows(array: Any, eqn: JaxprEqn, rows: Rows) -> Any:
     return of_lane(array, rows.ids)
 
 
-def _terms_of_selected(eqn: JaxprEqn, read: Any, terms: Any) -> list[Term]:
+def _terms_of_selected(eqn: JaxprEqn, read: Any, terms: PyTree) -> list[Term]:
     which, found = read(eqn.invars[0]), []
     for case, operand in enumerate(eqn.invars[1:]):
         for term in terms(operand):
@@ -113,7 +113,7 @@ def _terms_of_selected(eqn: JaxprEqn, read: Any, terms: Any) -> list[Term]:
     return found
 
 
-def _terms_of_scatter(eqn: JaxprEqn, read: Any, terms: Any) -> list[Term]:
+def _terms_of_scatter(eqn: JaxprEqn, read: Any, terms: PyTree) -> list[Term]:
     operand, indices, updates = eqn.invars
     numbers, values = eqn.params["dimension_numbers"], read(updates)
     lanes = len(numbers.operand_batching_dims)
@@ -126,13 +126,13 @@ def _terms_of_scatter(eqn: JaxprEqn, read: Any, terms: Any) -> list[Term]:
     return [*terms(operand), Rows(ids, jnp.reshape(values, (*ids.shape, *dim)))]
 
 
-def _terms_of_padded(eqn: JaxprEqn, read: Any, terms: Any) -> list[Term]:
+def _terms_of_padded(eqn: JaxprEqn, read: Any, terms: PyTree) -> list[Term]:
     values = read(eqn.invars[0])
     index = _ids.index_dtype(shape_of(eqn.outvars[0])[0])
     return [Rows(eqn.params["padding_config"][0][0] + jnp.arange(values.shape[0], dtype=index), values)]
 
 
-def _terms_of_updated(eqn: JaxprEqn, read: Any, terms: Any) -> list[Term]:
+def _terms_of_updated(eqn: JaxprEqn, read: Any, terms: PyTree) -> list[Term]:
     _, update, start, *_ = eqn.invars
     values, total = read(update), shape_of(eqn.outvars[0])[0]
     first = _ids.narrow(jnp.asarray(read(start)), total, jnp)
@@ -140,7 +140,7 @@ def _terms_of_updated(eqn: JaxprEqn, read: Any, terms: Any) -> list[Term]:
     return [Rows(first + jnp.arange(values.shape[0], dtype=first.dtype), values)]
 
 
-def _terms_of_repeated(eqn: JaxprEqn, read: Any, terms: Any) -> list[Term]:
+def _terms_of_repeated(eqn: JaxprEqn, read: Any, terms: PyTree) -> list[Term]:
     if isinstance(eqn.invars[0], Literal):
         return []
     added = tuple(range(len(shape_of(eqn.outvars[0])) - len(shape_of(eqn.invars[0]))))
@@ -152,7 +152,7 @@ def _terms_of_repeated(eqn: JaxprEqn, read: Any, terms: Any) -> list[Term]:
     ]
 
 
-def _terms_of_joined(eqn: JaxprEqn, read: Any, terms: Any) -> list[Term]:
+def _terms_of_joined(eqn: JaxprEqn, read: Any, terms: PyTree) -> list[Term]:
     axes = tuple(eqn.params["axes"])
 
     def joined(term: Term) -> Term:
@@ -166,7 +166,7 @@ def _terms_of_joined(eqn: JaxprEqn, read: Any, terms: Any) -> list[Term]:
     return [joined(term) for term in terms(eqn.invars[0])]
 
 
-def _terms_of_devices(eqn: JaxprEqn, read: Any, terms: Any) -> list[Term]:
+def _terms_of_devices(eqn: JaxprEqn, read: Any, terms: PyTree) -> list[Term]:
     # Each device keeps its own rows.
     axes = frozenset(eqn.params["axes"])
     return [
@@ -177,7 +177,7 @@ def _terms_of_devices(eqn: JaxprEqn, read: Any, terms: Any) -> list[Term]:
     ]
 
 
-def _terms_of_operand(eqn: JaxprEqn, read: Any, terms: Any) -> list[Term]:
+def _terms_of_operand(eqn: JaxprEqn, read: Any, terms: PyTree) -> list[Term]:
     return terms(eqn.invars[0])
 
 
