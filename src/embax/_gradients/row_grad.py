@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, Float, Int, Key, PyTree, Shaped
+from jaxtyping import Array, Float, Inexact, Int, Key, PyTree, Shaped
 
 from .._base import check as _check
 from .._base import distinct as _dedupe
@@ -123,7 +123,7 @@ class RowGrad(HeldRows, metaclass=_KindOfRowGrad):
         """The dtype of the values."""
         return self.values.dtype
 
-    def to_dense(self) -> Float[Array, "*lanes_rows_dim"]:
+    def to_dense(self) -> Inexact[Array, "*lanes_rows_dim"]:
         """Return the gradient as an array of all rows; duplicates are summed in float32 or wider."""
         return _dense(self)
 
@@ -317,8 +317,8 @@ jax.tree_util.register_pytree_with_keys(
 
 
 @functools.partial(jax.jit, inline=True)
-def _dense(gradient: RowGrad) -> Float[Array, "*lanes_rows_dim"]:
-    def dense(ids: Int[Array, " length"], values: Float[Array, "length *dim"]) -> Float[Array, "rows *dim"]:
+def _dense(gradient: RowGrad) -> Inexact[Array, "*lanes_rows_dim"]:
+    def dense(ids: Int[Array, " length"], values: Inexact[Array, "length *dim"]) -> Inexact[Array, "rows *dim"]:
         wide = values.astype(_dedupe.accumulator(values.dtype))
         zeros = jnp.zeros((gradient.rows, *gradient.dim), wide.dtype)
         return zeros.at[ids].add(wide, mode="drop").astype(values.dtype)

@@ -175,11 +175,11 @@ def _second_moment(leaf: PyTree, start: float) -> PyTree:
     return _with_values(leaf, jnp.full(shape, start, accumulator(values.dtype)))
 
 
-def _values(leaf: PyTree) -> Array:
+def _values(leaf: PyTree) -> PyTree:
     return leaf.weight if isinstance(leaf, Table) else leaf
 
 
-def _with_values(leaf: PyTree, values: Array) -> PyTree:
+def _with_values(leaf: PyTree, values: PyTree) -> PyTree:
     return with_weight(leaf, values) if isinstance(leaf, Table) else values
 
 
