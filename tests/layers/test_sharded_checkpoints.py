@@ -167,7 +167,7 @@ def test_files_of_equinox_are_those_off_the_mesh(tmp_path):
         assert loaded["layer"].table.storage == modules[layout].table.storage
         np.testing.assert_array_equal(embax.to_state_dict(loaded["layer"])["weight"], WEIGHT)
         np.testing.assert_array_equal(loaded["scale"], np.ones(2))
-        assert loaded["layer"].weight.sharding == modules[layout].weight.sharding
+        assert loaded["layer"].table.weight.sharding == modules[layout].table.weight.sharding
     eqx.tree_serialise_leaves(tmp_path / "theirs.eqx", modules[None])
     loaded = embax.equinox.tree_deserialise_leaves(tmp_path / "theirs.eqx", modules["rows-cyclic"])
     np.testing.assert_array_equal(embax.to_state_dict(loaded)["weight"], WEIGHT)
