@@ -37,7 +37,7 @@ FIELDS = st.one_of(
 TOKENS = st.text(" \t\r\x00\"'\\a1.\ufeff\x85", max_size=4)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     rows=st.lists(st.tuples(TOKENS, st.lists(FIELDS, min_size=1, max_size=3)), min_size=1, max_size=4),
     dim=st.integers(1, 3),
