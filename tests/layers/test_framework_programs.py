@@ -284,7 +284,7 @@ TRAINING = [
     ("rowwise_adagrad", "all", False),
     ("rowwise_adagrad", "all", True),
 ]
-USUAL_TRAINING = [(framework, way) for n, framework in enumerate(ALL) for way in TRAINING[n % 2 :: 2]]
+USUAL_TRAINING = [(framework, way) for n, framework in enumerate(ALL) for way in TRAINING[n::4]]
 
 
 @pytest.mark.parametrize(("framework", "way"), usual_and_rest(USUAL_TRAINING, itertools.product(ALL, TRAINING)))
