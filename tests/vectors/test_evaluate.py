@@ -57,10 +57,10 @@ def assert_same_pairs(ours, theirs, path, restrict):
 def test_analogies_of_glove_are_those_of_gensim(tmp_path):
     lines = (DATA / "questions-words.txt").read_text().splitlines()
     path = tmp_path / "some.txt"
-    path.write_text("\n".join(line for place, line in enumerate(lines) if line[0] == ":" or not place % 100))
+    path.write_text("\n".join(line for place, line in enumerate(lines) if line[0] == ":" or not place % 200))
     report = assert_same_analogies(*glove(), path, 15_000)
     assert len(report.sections) == 14
-    assert report.total > 100
+    assert report.total > 50
 
 
 @pytest.mark.slow  # gensim takes a minute
