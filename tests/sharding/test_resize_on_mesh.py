@@ -39,8 +39,8 @@ def placed(tree, layout, axes="auto"):
 
 SIZES = (ROWS + 1, 23, ROWS, 7, 3)
 RESIZED = [
-    ("rows", "auto", (ROWS + 1, 3)),
-    ("rows-cyclic", "explicit", (23, 7)),
+    ("rows", "auto", (3,)),
+    ("rows-cyclic", "explicit", (23,)),
     ("rows and columns", "auto", (ROWS + 1,)),
     ("replicated", "explicit", (ROWS, 7)),
 ]
