@@ -84,10 +84,10 @@ ALL = "in blocks", "at once", "sampled", "logits"
     [
         ("rows", "explicit", "split", ("in blocks",)),
         ("rows-cyclic", "auto", "everywhere", ONCE),
-        ("columns", "explicit", "split", ONCE),
-        ("replicated", "auto", "split", BLOCKS),
+        ("columns", "explicit", "split", ("at once",)),
+        ("replicated", "auto", "split", ("in blocks",)),
         ("rows and copies", "explicit", "last", BLOCKS),
-        ("rows and columns", "explicit", "split", BLOCKS),
+        ("rows and columns", "explicit", "split", ("logits",)),
         ("rows over two axes", "explicit", "off", ("at once",)),
         *[rest(layout, axes, "split", ALL) for layout in LAYOUTS for axes in AXES],
         rest("rows and columns", "auto", "everywhere", ALL),
