@@ -119,7 +119,7 @@ def test_numbers_are_rounded_to_the_nearest_float32(number, bits):
     assert by_arrow(block, layout)[0].rows.view(np.uint32).item() == bits
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(
     block=st.lists(
         st.lists(st.sampled_from(["a", "b c", "7", "1.5", ",", " ", " ", "  ", "\t", ", ", "\r", "\xa0"]), max_size=9),
