@@ -37,7 +37,7 @@ FIELDS = st.one_of(
 TOKENS = st.text(" \t\r\x00\"'\\a1.\ufeff\x85", max_size=4)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     rows=st.lists(st.tuples(TOKENS, st.lists(FIELDS, min_size=1, max_size=3)), min_size=1, max_size=4),
     dim=st.integers(1, 3),
@@ -119,7 +119,7 @@ def test_numbers_are_rounded_to_the_nearest_float32(number, bits):
     assert by_arrow(block, layout)[0].rows.view(np.uint32).item() == bits
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(
     block=st.lists(
         st.lists(st.sampled_from(["a", "b c", "7", "1.5", ",", " ", " ", "  ", "\t", ", ", "\r", "\xa0"]), max_size=9),

@@ -104,7 +104,7 @@ def test_gensim_reads_what_is_written(tmp_path, format):
 
 
 def test_glove_6b_survives_both_formats(tmp_path):
-    weight, tokens = real.glove().weight[:10_000], real.glove().vocabulary.tokens(np.arange(10_000))
+    weight, tokens = real.glove().weight[:3_000], real.glove().vocabulary.tokens(np.arange(3_000))
     for format in (TEXT, BINARY):
         format.write(tmp_path / "vectors", Contents(Vocabulary(tokens), weight))
         contents = read(format, tmp_path / "vectors")

@@ -157,7 +157,7 @@ def test_a_vocabulary_can_be_pickled():
     assert copy.ids("日本語") == 5
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.lists(st.text(alphabet="ab\0é", max_size=20), max_size=40), st.lists(st.text(alphabet="ab\0é", max_size=20)))
 def test_ids_equal_those_of_a_dictionary(tokens, wanted):
     first = {}

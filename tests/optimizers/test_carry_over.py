@@ -25,11 +25,17 @@ TXS = {
     "by label": optax.multi_transform({"a": rowwise_adagrad(0.1), "b": optax.adam(0.1)}, LABELS),
     "if finite": optax.apply_if_finite(lift(optax.adam(0.1)), 3),
 }
-ALL = Together(TXS)
 
 
 def some(*names):
     return Together({name: TXS[name] for name in names})
+
+
+# Each way through the states; the others take one of these.
+WAYS = some("adamw", "rowwise_adagrad", "joint", "by label", "if finite")
+of_all_ways = pytest.mark.parametrize(
+    "txs", [WAYS, pytest.param(some("sgd", "rowwise_adam", "chain"), marks=pytest.mark.exhaustive)], ids=["", "too"]
+)
 
 
 @pytest.fixture(autouse=True)
@@ -50,8 +56,8 @@ def gradient(step, rows):
     return {"words": RowGrad(ids, values, rows=rows), "bias": np.full(2, 0.1 * step, np.float32)}
 
 
-def gradients(rows, number=2):
-    return [ALL.of_all(lambda i=i: gradient(i, rows)) for i in range(number)]
+def gradients(txs, rows, number=2):
+    return [txs.of_all(lambda i=i: gradient(i, rows)) for i in range(number)]
 
 
 def without_scratch(tree):
@@ -70,32 +76,34 @@ def assert_same(ours, theirs, case=""):
         np.testing.assert_array_equal(a, b, err_msg=case)
 
 
-def test_a_table_that_has_grown_has_the_state_that_it_would_always_have_had():
-    _, few = ALL.run(ALL.of_all(lambda: params_of(ROWS)), gradients(ROWS))
-    params, many = host(ALL.run(ALL.of_all(lambda: params_of(GROWN)), gradients(GROWN)))
-    grown = {name: carry_over(few[name], params_of(ROWS), params_of(GROWN), tx) for name, tx in TXS.items()}
-    fresh = jax.eval_shape(ALL.start, ALL.of_all(lambda: params_of(GROWN)))
-    for name in TXS:
+@of_all_ways
+def test_a_table_that_has_grown_has_the_state_that_it_would_always_have_had(txs):
+    _, few = txs.run(txs.of_all(lambda: params_of(ROWS)), gradients(txs, ROWS))
+    params, many = host(txs.run(txs.of_all(lambda: params_of(GROWN)), gradients(txs, GROWN)))
+    grown = {name: carry_over(few[name], params_of(ROWS), params_of(GROWN), tx) for name, tx in txs.txs.items()}
+    fresh = jax.eval_shape(txs.start, txs.of_all(lambda: params_of(GROWN)))
+    for name in txs.txs:
         assert_same(grown[name], many[name], name)
         assert jax.tree.structure(grown[name]) == jax.tree.structure(fresh[name]), name
     # So the next step, in which ids repeat, is that of the table that has always been large.
     ids, values = np.resize([7, 0, 7, 6], 16), np.resize(WEIGHT[:4], (16, DIM))
-    last = ALL.of_all(lambda: {"words": RowGrad(ids, values, rows=GROWN), "bias": np.ones(2, np.float32)})
-    params = jax.tree.map(jnp.array, params)
-    ours = ALL.step(jax.tree.map(jnp.copy, params), grown, last)
-    assert_same(ours[0], ALL.step(params, jax.tree.map(jnp.array, many), last)[0])
+    last = txs.of_all(lambda: {"words": RowGrad(ids, values, rows=GROWN), "bias": np.ones(2, np.float32)})
+    ours = txs.step(jax.tree.map(np.copy, params), grown, last)
+    assert_same(ours[0], txs.step(params, many, last)[0])
 
 
-def test_a_table_that_is_cut_has_the_state_of_the_rows_that_are_left():
-    _, many = ALL.run(ALL.of_all(lambda: params_of(GROWN)), gradients(GROWN))
-    _, few = ALL.run(ALL.of_all(lambda: params_of(ROWS)), gradients(ROWS))
-    for name, tx in TXS.items():
+@of_all_ways
+def test_a_table_that_is_cut_has_the_state_of_the_rows_that_are_left(txs):
+    _, many = txs.run(txs.of_all(lambda: params_of(GROWN)), gradients(txs, GROWN))
+    _, few = txs.run(txs.of_all(lambda: params_of(ROWS)), gradients(txs, ROWS))
+    for name, tx in txs.txs.items():
         assert_same(carry_over(many[name], params_of(GROWN), params_of(ROWS), tx), few[name], name)
 
 
-def test_the_same_tables_keep_the_state():
-    _, states = ALL.run(ALL.of_all(lambda: params_of(ROWS)), gradients(ROWS))
-    for name, tx in TXS.items():
+@of_all_ways
+def test_the_same_tables_keep_the_state(txs):
+    _, states = txs.run(txs.of_all(lambda: params_of(ROWS)), gradients(txs, ROWS))
+    for name, tx in txs.txs.items():
         again = carry_over(states[name], params_of(ROWS), params_of(ROWS), tx)
         assert_same(again, states[name], name)
         arrays = [jax.tree.leaves(without_scratch(x)) for x in (again, states[name])]

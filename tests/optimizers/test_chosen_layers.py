@@ -207,17 +207,43 @@ def test_a_step_trains_the_rows_that_were_read_in_place(framework):
             assert moment[name].any()
 
 
+def grown(weight, rows):
+    return np.concatenate([weight, WEIGHT[len(weight) : rows]])
+
+
+class NnxHead(nnx.Module):
+    """Few parameters: what is of interest is the table that grows, and another one."""
+
+    def __init__(self, rows):
+        weight = jnp.asarray(WEIGHT[:rows])
+        self.words = nnx.Embed(rows, DIM, embedding_init=lambda *_: weight, rngs=nnx.Rngs(0))
+        self.head = nnx.Param(jnp.asarray(WEIGHT[0]))
+
+    def __call__(self, ids):
+        return ((self.words(ids) * self.head) ** 2).sum()
+
+
+class BrainstateHead(brainstate.nn.Module):
+    def __init__(self, rows):
+        super().__init__()
+        self.words = brainstate.nn.Embedding(rows, DIM, embedding_init=jnp.asarray(WEIGHT[:rows]))
+        self.head = brainstate.ParamState(jnp.asarray(WEIGHT[0]))
+
+    def update(self, ids):
+        return ((self.words(ids) * self.head.value) ** 2).sum()
+
+
 def nnx_training(rows, tx):
     """A model, what grows its layer, its optimizer, and a step."""
-    model = NnxModel(rows)
+    model = NnxHead(rows)
     optimizer = embax.nnx.Optimizer(model, tx)
 
     def grow(rows):
-        model.words.embedding.set_value(jnp.asarray(WEIGHT[:rows]).at[: rows - 1].set(model.words.embedding[...]))
+        model.words.embedding.set_value(jnp.asarray(grown(model.words.embedding[...], rows)))
 
     @nnx.jit
     def step(model, optimizer, ids):
-        optimizer.update(model, embax.nnx.grad(NnxModel.__call__, tables=tables)(model, ids))
+        optimizer.update(model, embax.nnx.grad(NnxHead.__call__, tables=tables)(model, ids))
 
     return (
         grow,
@@ -228,12 +254,12 @@ def nnx_training(rows, tx):
 
 
 def brainstate_training(rows, tx):
-    model = BrainstateModel(rows)
+    model = BrainstateHead(rows)
     states = model.states(brainstate.ParamState)
     optimizer = embax.brainstate.Optimizer(tx).register_trainable_weights(states)
 
     def grow(rows):
-        model.words.weight.value = jnp.asarray(WEIGHT[:rows]).at[: rows - 1].set(model.words.weight.value)
+        model.words.weight.value = jnp.asarray(grown(model.words.weight.value, rows))
 
     @embax.brainstate.jit
     def step(ids):

@@ -49,7 +49,7 @@ def test_the_paths_that_a_predicate_sees():
 
 def test_what_is_refused_by_name():
     model, ids = NnxModel(5), np.array([1])
-    gradient = embax.nnx.grad(NnxModel.__call__, tables=tables)(model, ids)
+    gradient = nnx.jit(embax.nnx.grad(NnxModel.__call__, tables=tables))(model, ids)
     for tx in (lift(optax.adam(0.1)), lift(optax.adam(0.1), tables=lambda path, leaf: "words" in keystr(path))):
         optimizer = embax.nnx.Optimizer(model, tx)
         with pytest.raises(ValueError, match=r"RowGrad for tables only, got one for \['indexed'\],.*tables="):
@@ -66,7 +66,7 @@ def test_what_is_refused_by_name():
 def test_what_is_refused_by_name_in_brainstate():
     model, ids = BrainstateModel(5), np.array([1])
     states = model.states(brainstate.ParamState)
-    gradient = embax.brainstate.grad(model, states, tables=tables)(ids)
+    gradient = brainstate.transform.jit(embax.brainstate.grad(model, states, tables=tables))(ids)
     for tx in (lift(optax.adam(0.1)), lift(optax.adam(0.1), tables=lambda path, leaf: "words" in keystr(path))):
         optimizer = embax.brainstate.Optimizer(tx).register_trainable_weights(states)
         with pytest.raises(ValueError, match=r"RowGrad for tables only, got one for \[\('indexed',\)\],.*tables="):

@@ -34,13 +34,13 @@ def _promotion():
 
 def test_gradients_of_chosen_arrays_are_rows():
     gradient = jax.jit(embax.grad(loss, on_dense="error", tables=is_embedding))(PARAMS, IDS)
-    expected = jax.grad(loss)(PARAMS, IDS)
+    expected = jax.jit(jax.grad(loss))(PARAMS, IDS)
     assert isinstance(gradient["embed"]["w"], RowGrad)
     assert len(gradient["embed"]["w"].ids) == 12
     np.testing.assert_allclose(gradient["embed"]["w"].to_dense(), expected["embed"]["w"], rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(gradient["out"], expected["out"], rtol=1e-5)
     with pytest.warns(embax.DenseGradientWarning, match=r"argument 0\['out'\].* is dense"):
-        gradient = embax.grad(loss, tables=lambda path, leaf: leaf.ndim == 2)(PARAMS, IDS)
+        gradient = jax.jit(embax.grad(loss, tables=lambda path, leaf: leaf.ndim == 2))(PARAMS, IDS)
     np.testing.assert_allclose(gradient["out"], expected["out"], rtol=1e-5)
 
 
@@ -119,23 +119,22 @@ def test_other_transformations_may_be_around_and_inside_and_tables_grow(tmp_path
     for name, (_, trained) in COMBINED.items():
         changed = np.flatnonzero((new[name]["embed"]["w"] != WEIGHT).any(axis=1))
         np.testing.assert_array_equal(changed, np.unique(IDS) if trained else [], err_msg=name)
-    norm = jnp.linalg.norm(new["clip"]["embed"]["w"] - WEIGHT) ** 2
-    norm += sum(((new["clip"][name] - PARAMS[name]) ** 2).sum() for name in ("out", "bias"))
-    np.testing.assert_allclose(jnp.sqrt(norm), 0.1 * 0.1, rtol=1e-4)  # float32
+    moved = jax.tree.map(lambda one, other: np.subtract(one, other).ravel(), new["clip"], PARAMS)
+    np.testing.assert_allclose(np.linalg.norm(np.concatenate(jax.tree.leaves(moved))), 0.1 * 0.1, rtol=1e-4)  # float32
     embax.checkpoint.save(tmp_path, {"params": new, "states": new_states})
     restored = embax.checkpoint.restore(tmp_path, {"params": params, "states": states})
     grown = {}
     for name, (tx, _) in COMBINED.items():
-        more = jnp.concatenate([restored["params"][name]["embed"]["w"], jnp.ones((10, 4))])
+        more = jnp.asarray(np.concatenate([restored["params"][name]["embed"]["w"], np.ones((10, 4), np.float32)]))
         grown[name] = restored["params"][name] | {"embed": {"w": more}}
         state = embax.optim.carry_over(restored["states"][name], new[name], grown[name], tx)
         for old, now in zip(jax.tree.leaves(new_states[name]), jax.tree.leaves(state), strict=True):
             if old.dtype != jnp.int32:  # slots, of no meaning
                 np.testing.assert_array_equal(now[: len(old)] if old.ndim else now, old)
                 assert now.shape[:1] in (old.shape[:1], (60,))
-    gradient = embax.grad(loss, tables=is_embedding)(grown["freeze"], IDS)
+    gradient = jax.eval_shape(embax.grad(loss, tables=is_embedding), grown["freeze"], IDS)
     with pytest.raises(ValueError, match=r"params\['embed'\]\['w'\] had 50 rows, and has 60 now.*carry_over"):
-        COMBINED["freeze"][0].update(gradient, new_states["freeze"], grown["freeze"])
+        jax.eval_shape(COMBINED["freeze"][0].update, gradient, new_states["freeze"], grown["freeze"])
 
 
 @pytest.mark.parametrize("with_params", [True, False])
@@ -182,10 +181,10 @@ def test_filters_of_equinox_keep_the_rows():
 
 
 def test_rows_at_a_leaf_that_was_not_chosen_are_refused_by_name():
-    gradient = embax.grad(loss, tables=is_embedding)(PARAMS, IDS)
+    gradient = jax.eval_shape(embax.grad(loss, tables=is_embedding), PARAMS, IDS)
     tx = embax.optim.lift(optax.adam(0.1))
     with pytest.raises(ValueError, match=r"got one at params\['embed'\]\['w'\], which is none"):
-        tx.update(gradient, tx.init(PARAMS), PARAMS)
+        jax.eval_shape(tx.update, gradient, jax.eval_shape(tx.init, PARAMS), PARAMS)
     with pytest.raises(ValueError, match=r"must choose arrays of floats with an axis of rows, got 3 at \"\['n'\]\""):
         embax.grad(lambda p: p["w"].sum(), tables=lambda *_: True)({"w": jnp.ones((3, 2)), "n": 3})
     with pytest.raises(TypeError, match=r"tables=.*must be a function of a path and a leaf, got 'embed'"):

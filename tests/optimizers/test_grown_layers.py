@@ -99,7 +99,7 @@ FRAMEWORKS = {"nnx": Nnx, "brainstate": Brainstate}
 @pytest.mark.parametrize(
     ("framework", "name"),
     usual_and_rest(
-        [("nnx", "adam"), ("nnx", "chain"), ("brainstate", "rowwise"), ("brainstate", "chain")],
+        [("nnx", "chain"), ("brainstate", "rowwise")],
         itertools.product(FRAMEWORKS, TXS),
     ),
 )

@@ -39,8 +39,8 @@ def placed(tree, layout, axes="auto"):
 
 SIZES = (ROWS + 1, 23, ROWS, 7, 3)
 RESIZED = [
-    ("rows", "auto", (ROWS + 1, 3)),
-    ("rows-cyclic", "explicit", (23, 7)),
+    ("rows", "auto", (3,)),
+    ("rows-cyclic", "explicit", (23,)),
     ("rows and columns", "auto", (ROWS + 1,)),
     ("replicated", "explicit", (ROWS, 7)),
 ]
@@ -142,7 +142,7 @@ CHANGES = [
     ("columns", "rows", ROWS),
     ("rows", "rows and columns", 14),  # another mesh
 ]
-USUAL = [(*CHANGES[0], ("rowwise",)), (*CHANGES[1], ("chain",)), (*CHANGES[2], ("rowwise",))]
+USUAL = [(*CHANGES[1], ("chain",)), (*CHANGES[2], ("rowwise",))]
 
 
 @pytest.mark.parametrize(
@@ -215,7 +215,8 @@ def test_capacities_do_not_matter_to_a_state():
 def test_a_state_that_is_sharded_or_taken_off_the_mesh_with_its_tables_goes_with_them():
     params, mesh = params_of(ROWS), mesh_of({"x": 4})
     gradient = jax.eval_shape(gradient_of, params)
-    for name, tx in TXS.items():
+    for name in ("rowwise", "chain"):
+        tx = TXS[name]
         state = tx.init(params)
         both = embax.shard({"params": params, "state": state}, mesh, "x", "rows-cyclic")
         jax.eval_shape(tx.update, gradient, both["state"], both["params"])

@@ -104,7 +104,7 @@ def off_the_mesh():
     usual_and_rest(
         [
             ("columns", "adam", "explicit", "split", ("bags",)),
-            ("replicated", "sgd", "auto", "split", BOTH),
+            ("replicated", "sgd", "auto", "split", ("ids",)),
             ("rows and copies", "clipped", "explicit", "everywhere", ("ids",)),
             ("rows and columns", "rowwise_adagrad", "auto", "split", ("ids",)),
         ],
