@@ -137,6 +137,32 @@ NODES = {
     "inner value_and_grad": lambda f, g: lambda t, i, x: sum(jax.value_and_grad(f, 2)(t, i, x)),
     "halved": lambda f, g: lambda t, i, x: f(jax.tree.map(lambda w: 0.5 * w, t), i, x),
 }
+
+
+def loop(f, step=lambda x, y: jnp.tanh(x + y), ids=some_ids):
+    """A loop of Python in the place of a scan."""
+
+    def loss(t, i, x):
+        for j in ids(i):
+            x = step(x, f(t, j, x))
+        return x
+
+    return loss
+
+
+def stacked_loop(f, g):
+    return lambda t, i, x: sum(f(t, j, x + 0.1 * k) ** 2 for k, j in enumerate(some_ids(i)))
+
+
+# Nodes without transformations that loop.
+UNROLLED = {
+    "scan": lambda f, g: loop(lambda t, i, x: f(t, i, x + 1)),
+    "scan stacked": stacked_loop,
+    "scan reverse": lambda f, g: loop(f, ids=lambda i: some_ids(i)[::-1]),
+    "scan of carried tables": lambda f, g: loop(f),
+    "map": lambda f, g: lambda t, i, x: sum(f(t, j, x) for j in some_ids(i)),
+    "fori_loop": lambda f, g: loop(f, ids=lambda i: [(i + k) % ROWS for k in range(3)]),
+}
 WITH_TWO = {"sum", "chain", "scan", "cond", "cond of a number", "switch"}
 
 
@@ -153,13 +179,13 @@ def programs(depth=4):
     return program
 
 
-def built(program):
-    """Make the loss of a program."""
+def built(program, instead=None):
+    """Make the loss of a program, with other nodes in the place of some."""
     name, *parts = program
     if name in LEAVES:
         return lambda t, ids, x: LEAVES[name](t[parts[0]], ids, x)
-    first, *rest = map(built, parts)
-    return NODES[name](first, rest[0] if rest else None)
+    first, *rest = (built(part, instead) for part in parts)
+    return (NODES | (instead or {}))[name](first, rest[0] if rest else None)
 
 
 def leaves_of(program):

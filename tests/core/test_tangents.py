@@ -98,3 +98,15 @@ def test_lanes_stay_on_the_devices_that_they_are_split_over():
     np.testing.assert_allclose(jax.jit(derivative)(x), 2 * x)
     (sharded,) = [eqn for eqn in jax.make_jaxpr(derivative)(x).eqns if eqn.primitive.name == "shard_map"]
     assert sharded.params["in_specs"] == (jax.sharding.PartitionSpec("lanes", "x"),)
+
+
+def test_the_tangent_varies_over_devices_as_the_value_does():
+    """A value of each device, which has its tangent from an array that all devices share."""
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    shared, split = jax.sharding.PartitionSpec(), jax.sharding.PartitionSpec("x")
+
+    def of_device(x, numbers):
+        return jax.lax.psum((straight_through(jax.lax.stop_gradient(numbers * x), x) ** 2).sum(), "x")
+
+    loss = jax.shard_map(of_device, mesh=mesh, in_specs=(shared, split), out_specs=shared)
+    np.testing.assert_allclose(jax.jit(jax.grad(loss))(3.0, X[:2]), 2 * 3.0 * X[:2].sum(), rtol=1e-6)

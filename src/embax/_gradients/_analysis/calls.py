@@ -22,8 +22,8 @@ from jax.sharding import PartitionSpec, Sharding
 
 from ..._base.dtypes import index_dtype
 from .equations import CALLS, NO_AXES, ScanSizes, before_sum, inner, programs_of, without_constants
-from .forms import Memo
-from .terms import Rows, Term
+from .forms import AllKnown, Memo
+from .rows import Rows, Term, replicated
 
 Evaluate = Callable[..., tuple[list[Any], list[list[Term]]]]
 Results = tuple[list[Any], list[list[Term]]]
@@ -32,6 +32,7 @@ Results = tuple[list[Any], list[list[Term]]]
 def run_equation(
     evaluate: Evaluate,
     eqn: JaxprEqn,
+    known: AllKnown,
     arrays: tuple[int, ...],
     terms: tuple[int, ...],
     given: Sequence[Any],
@@ -40,8 +41,9 @@ def run_equation(
     """Run an equation that holds programs.
 
     Args:
-      evaluate: Runs a program, as `_program.evaluate`.
+      evaluate: Runs a program, as `_program.evaluate`, given what is known of its inputs.
       eqn: The equation.
+      known: What is known of its operands, where it calls a program.
       arrays: Outputs that are wanted as arrays.
       terms: Outputs that are wanted as terms.
       given: The operands; None for one that is not needed as an array.
@@ -53,11 +55,12 @@ def run_equation(
     programs = programs_of(eqn)
     held = _Held.of(eqn)
     runners = _RUNNERS.setdefault(programs[0], {})
-    if (held, arrays, terms) not in runners:
+    key = held, known, arrays, terms
+    if key not in runners:
         run = functools.partial(RUNNERS[eqn.primitive.name], evaluate, held, arrays, terms)
         run = functools.wraps(_named(held))(run)
-        runners[held, arrays, terms] = jax.jit(run, inline=eqn.params.get("inline", True))
-    return runners[held, arrays, terms]([inner(program)[1] for program in programs], given, taken)
+        runners[key] = jax.jit(run, inline=eqn.params.get("inline", True))
+    return runners[key]([inner(program)[1] for program in programs], given, taken)
 
 
 # By the first of an equation's programs. They are held weakly by the functions, too.
@@ -209,6 +212,7 @@ def _filled(terms: Sequence[Any], length: int, type_: Any, axes: frozenset[str])
 
 
 def _joined(terms: Sequence[Any], type_: Any, axes: frozenset[str]) -> Rows:
+    terms = [replicated(x) for x in terms]
     index, dim = index_dtype(type_.shape[0]), type_.shape[1:]
     ids = [jnp.zeros(0, index), *(jnp.ravel(x.ids).astype(index) for x in terms)]
     values = [jnp.zeros((0, *dim), type_.dtype), *(jnp.reshape(x.values, (x.ids.size, *dim)) for x in terms)]
