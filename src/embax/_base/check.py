@@ -2,12 +2,12 @@
 
 import math
 import operator
-from typing import Any, get_args
+from typing import Any, SupportsFloat, SupportsIndex, get_args
 
 import numpy as np
 
 
-def integer(argument: str, value: Any) -> int:
+def integer(argument: str, value: object) -> int:
     """Return `value` as a Python int; a float that is a whole number is one too.
 
     Args:
@@ -22,7 +22,7 @@ def integer(argument: str, value: Any) -> int:
     """
     if isinstance(value, float | np.floating) and float(value).is_integer():
         return int(value)
-    if not isinstance(value, bool | np.bool_ | float | np.floating):
+    if isinstance(value, SupportsIndex) and not isinstance(value, bool | np.bool_ | float | np.floating):
         try:
             return operator.index(value)
         except TypeError:
@@ -30,7 +30,7 @@ def integer(argument: str, value: Any) -> int:
     raise TypeError(f"`{argument}` must be a whole number, got {value!r}. Pass an int.")
 
 
-def size(argument: str, value: Any) -> int:
+def size(argument: str, value: object) -> int:
     """Return `value` as a Python int that is not negative.
 
     Args:
@@ -50,7 +50,7 @@ def size(argument: str, value: Any) -> int:
     return number
 
 
-def positive(argument: str, value: Any) -> float:
+def positive(argument: str, value: object) -> float:
     """Return `value` as a Python float above zero (infinity included).
 
     Args:
@@ -70,7 +70,7 @@ def positive(argument: str, value: Any) -> float:
     return number
 
 
-def not_negative(argument: str, value: Any, most: float | None = None) -> float:
+def not_negative(argument: str, value: object, most: float | None = None) -> float:
     """Return `value` as a Python float that is finite and not negative.
 
     Args:
@@ -92,16 +92,16 @@ def not_negative(argument: str, value: Any, most: float | None = None) -> float:
     return number
 
 
-def _real(argument: str, value: Any, rule: str) -> float:
+def _real(argument: str, value: object, rule: str) -> float:
     try:
-        if isinstance(value, str | bytes | bool | np.bool_):  # float("3") and float(True) are numbers, too
-            raise TypeError
-        return float(value)
+        if isinstance(value, SupportsFloat | SupportsIndex) and not isinstance(value, bool | np.bool_):
+            return float(value)
+        raise TypeError  # of float("3") and float(True), too
     except (TypeError, ValueError):
         raise TypeError(f"`{argument}` must be {rule}, got {value!r}. Pass a float.") from None
 
 
-def flag(argument: str, value: Any) -> bool:
+def flag(argument: str, value: object) -> bool:
     """Return `value` as a Python bool.
 
     Args:
@@ -119,7 +119,7 @@ def flag(argument: str, value: Any) -> bool:
     return bool(value)
 
 
-def choice(argument: str, value: Any, options: Any) -> Any:
+def choice(argument: str, value: object, options: object) -> Any:
     """Return `value` if it is one of some options.
 
     Args:
@@ -141,7 +141,7 @@ def choice(argument: str, value: Any, options: Any) -> Any:
     return value
 
 
-def row(argument: str, value: Any, rows: int) -> int:
+def row(argument: str, value: object, rows: int) -> int:
     """Return the number in `[0, rows)` of a row that may be counted from the end.
 
     Args:

@@ -1,14 +1,14 @@
 """Distinct ids: sum the values that belong to one row, by slots or by sort."""
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int, Int32, PyTree, Shaped
 
-Slots = Int32[Array, " rows"] | None
+Slots = Int32[Array, "_"] | None  # of a table each, which have other numbers of rows
 
 
 def scratch(rows: int) -> Slots:
@@ -33,7 +33,7 @@ class Distinct(NamedTuple):
     """Values summed by row."""
 
     ids: Int[Array, " ids"]  # the distinct row numbers in some order, then `rows` in the places that are left over
-    values: Any  # (ids, *dim), the sum of each, in the dtype of the values; 0 in the places left over
+    values: PyTree  # (ids, *dim), the sum of each, in the dtype of the values; 0 in the places left over
     number: Int32[Array, ""]  # how many places are not left over
 
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, auto_axes
-from jaxtyping import Array, Shaped
+from jaxtyping import Array, PyTree, Shaped
 
 from .axes import explicit_sharding
 
@@ -30,7 +30,7 @@ def zeros_as(like: Array, shape: tuple[int, ...], dtype: np.dtype) -> Shaped[Arr
 
 
 def with_auto_axes(
-    function: Callable[..., tuple[Array, ...]], specs: Sequence[PartitionSpec], args: Sequence[Any]
+    function: Callable[..., tuple[Array, ...]], specs: Sequence[PartitionSpec], args: Sequence[PyTree]
 ) -> tuple[Array, ...]:
     """Call a function with the explicit axes of a mesh left to XLA.
 

@@ -2,18 +2,17 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Shaped
+from jaxtyping import Array, Float, Int, PyTree, Shaped
 
 from .dtypes import index_dtype
 from .tangents import with_tangent
 
 
-def over_blocks(step: Callable[[Int[Array, ""], int, Any], Any], rows: int, chunk: int, carry: Any) -> Any:
+def over_blocks(step: Callable[[Int[Array, ""], int, PyTree], PyTree], rows: int, chunk: int, carry: PyTree) -> PyTree:
     """Run a step on blocks of `chunk` rows, one after the other, and on the block of the rows that are left over.
 
     Args:
@@ -28,7 +27,7 @@ def over_blocks(step: Callable[[Int[Array, ""], int, Any], Any], rows: int, chun
     """
     index = index_dtype(rows)
 
-    def block(number: Any, carry: Any) -> Any:
+    def block(number: Int[Array, ""], carry: PyTree) -> PyTree:
         return step(jnp.asarray(number, index) * chunk, chunk, carry)
 
     if rows >= chunk:

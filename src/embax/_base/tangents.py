@@ -22,7 +22,7 @@ from typing import Any
 import jax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
-from jaxtyping import Array, Shaped
+from jaxtyping import Array, PyTree, Shaped
 
 from .loops import varying_alike
 
@@ -55,7 +55,7 @@ with_tangent_p.def_abstract_eval(lambda value, *_, **__: value)
 mlir.register_lowering(with_tangent_p, lambda context, value, *_, **__: [value])
 
 
-def _jvp(primals: Any, tangents: Any, *, function: Callable[..., Array], sources: int) -> tuple[Array, Any]:
+def _jvp(primals: PyTree, tangents: PyTree, *, function: Callable[..., Array], sources: int) -> tuple[Array, Any]:
     _, *operands = primals
     tangent, *of_operands = tangents
     out = with_tangent_p.bind(*primals, function=function, sources=sources)
@@ -71,7 +71,7 @@ ad.primitive_jvps[with_tangent_p] = _jvp
 
 
 def _batched(
-    lanes: Any, args: Any, axes: Any, *, function: Callable[..., Array], sources: int
+    lanes: Any, args: PyTree, axes: Sequence[int | None], *, function: Callable[..., Array], sources: int
 ) -> tuple[Array, int | None]:
     if all(axis is None for axis in axes):
         return with_tangent_p.bind(*args, function=function, sources=sources), None

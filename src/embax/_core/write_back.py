@@ -11,7 +11,7 @@ from .lookup import constant, renormalize
 from .table import Table
 
 
-def clipped_table(table: Table, ids: Array) -> Array:
+def clipped_table(table: Table, ids: Ids) -> Array:
     """Return the weight of a table, with the rows of some ids clipped."""
     # As in the core. JAX cannot split the derivative of a custom_vmap into primal and tangent, so it is said out here.
     return straight_through(_jitted(constant(table), ids), table.weight)

@@ -4,11 +4,12 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeGuard
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Shaped
+from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped
+from numpy.typing import ArrayLike
 
 from .._bags import embedding_bag as _bag
 from .._bags import pool as _pool
@@ -102,7 +103,7 @@ class Collection:
     """
 
     __slots__ = ("_features", "_members", "stacks")
-    stacks: tuple[Any, ...]
+    stacks: tuple[PyTree, ...]
     _members: tuple[Member, ...]
     _features: tuple[Feature, ...]
 
@@ -141,11 +142,11 @@ class Collection:
         return self._features
 
     @property
-    def tables(self) -> dict[str, Any]:
+    def tables(self) -> dict[str, PyTree]:
         """The tables by name; in a gradient, those of the tables."""
         return {member.name: cut_out(self.stacks[member.stack], member) for member in self._members}
 
-    def __getitem__(self, name: str) -> Any:
+    def __getitem__(self, name: str) -> PyTree:
         for member in self._members:
             if member.name == name:
                 return cut_out(self.stacks[member.stack], member)
@@ -153,7 +154,7 @@ class Collection:
         raise KeyError(f"`embax.Collection` has no table {name!r}. There are {_listed(names)}.")
 
     def __call__(
-        self, batch: Mapping[str, Any], weights: Mapping[str, Any] | None = None
+        self, batch: Mapping[str, ArrayLike | Ragged], weights: Mapping[str, ArrayLike] | None = None
     ) -> dict[str, Shaped[Array, "..."]]:
         """Read all features.
 
@@ -178,7 +179,7 @@ class Collection:
                 f"and weights for {_listed(weights)}. Pass all of them, and no others."
             )
         inputs = [self._input(feature, batch[feature.name], weights.get(feature.name)) for feature in self._features]
-        out: dict[str, Any] = {}
+        out: dict[str, Array] = {}
         for _, group in itertools.groupby(
             sorted(enumerate(map(self._kind, inputs)), key=lambda x: x[1]), lambda x: x[1]
         ):
@@ -187,7 +188,7 @@ class Collection:
             out.update(zip([part.feature.name for part in parts], _read_together(table, parts), strict=True))
         return {name: out[name] for name in names}
 
-    def _input(self, feature: Feature, ids: Any, weights: Any) -> _Input:
+    def _input(self, feature: Feature, ids: ArrayLike | Ragged, weights: ArrayLike | None) -> _Input:
         """Check the ids of a feature and turn them into rows of its stack."""
         member = next(member for member in self._members if member.name == feature.table)
         stack = self.stacks[member.stack]
@@ -216,7 +217,7 @@ class Collection:
             feature, member.stack, jnp.where(exists, rows + member.start, stack.rows), counted, checked, layout
         )
 
-    def _kind(self, part: _Input) -> tuple[Any, ...]:
+    def _kind(self, part: _Input) -> tuple[PyTree, ...]:
         """Features of one kind are read together."""
         mode = part.feature.mode
         how = "rows" if mode is None else "max" if mode == "max" else "sum"
@@ -233,7 +234,7 @@ class Collection:
         return f"Collection({members}; {len(self._features)} features; stored as {stacks})"
 
 
-def unstack(tree: Any) -> Any:
+def unstack(tree: PyTree) -> PyTree:
     """Put a dictionary of tables in the place of each Collection in a tree, so that it has the names of the tables.
 
     For checkpoints, in which one does not want to know how tables are stored: parameters, gradients and the state of
@@ -258,7 +259,7 @@ def unstack(tree: Any) -> Any:
     return structure.unflatten([leaf.tables if _is_collection(leaf) else leaf for leaf in leaves])
 
 
-def restack(tree: Any, like: Any) -> Any:
+def restack(tree: PyTree, like: PyTree) -> PyTree:
     """Put the Collections back that `unstack` has taken out.
 
     Args:
@@ -287,11 +288,13 @@ def restack(tree: Any, like: Any) -> Any:
     return structure.unflatten(values)
 
 
-def _is_collection(node: Any) -> bool:
+def _is_collection(node: object) -> TypeGuard["Collection"]:
     return isinstance(node, Collection)
 
 
-def _fill(collection: Collection, stacks: Any, members: Any, features: Any) -> Collection:
+def _fill(
+    collection: Collection, stacks: Iterable[PyTree], members: tuple[Member, ...], features: tuple[Feature, ...]
+) -> Collection:
     collection.stacks, collection._members, collection._features = tuple(stacks), members, features
     return collection
 
@@ -307,12 +310,12 @@ jax.tree_util.register_pytree_with_keys(
 )
 
 
-def _to_state_dict(collection: Collection) -> Any:
+def _to_state_dict(collection: Collection) -> PyTree:
     """The state for `flax.serialization`: that of the tables by name, however they are stored."""
     return {name: _flax.to_state(table) for name, table in collection.tables.items()}
 
 
-def _from_state_dict(collection: Collection, state: Any) -> Collection:
+def _from_state_dict(collection: Collection, state: PyTree) -> Collection:
     return restack(_flax.from_state(collection.tables, state, "tables"), collection)
 
 

@@ -3,11 +3,12 @@
 import dataclasses
 import functools
 import math
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Key, Shaped
+from numpy.typing import ArrayLike
 
 from .._base import check as _check
 from .._core import flax_state as _flax
@@ -127,7 +128,7 @@ class CompositionalTable:
         ]
         return cls(*tables, ids=ids, combine=combine, padding_idx=padding_idx)
 
-    def __call__(self, ids: Any) -> Shaped[Array, "*batch_dim"]:
+    def __call__(self, ids: ArrayLike) -> Shaped[Array, "*batch_dim"]:
         """Put the vector of each id together.
 
         Args:
@@ -167,7 +168,7 @@ def _unclipped(table: Table) -> Table:
     return dataclasses.replace(table, out_of_range="nan") if table.out_of_range == "clip" else table
 
 
-def _at_least_one(argument: str, value: Any) -> int:
+def _at_least_one(argument: str, value: object) -> int:
     number = _check.size(argument, value)
     if number < 1:
         raise ValueError(f"`{argument}` must be 1 or more, got {number}. Pass a larger number.")

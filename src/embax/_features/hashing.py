@@ -1,21 +1,24 @@
 """hash_ids: row numbers for ids that are none, such as 64-bit keys and strings."""
 
 import functools
-from typing import Any
+from types import ModuleType
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int, Int32, UInt32
+from jaxtyping import Array, Int32, Integer, Shaped, UInt32
+from numpy.typing import ArrayLike
 
 from .._base import check as _check
 from .._base.escapes import encoded
 
 _Words = UInt32[Array, "*batch"] | UInt32[np.ndarray, "*batch"]
+_Integers = Integer[Array, "*batch"] | Integer[np.ndarray, "*batch"]
+_Rows = Int32[Array, "*batch"] | Int32[np.ndarray, "*batch"]
 _MOST_ROWS = np.iinfo(np.int32).max
 
 
-def hash_ids(values: Any, rows: int, seed: int = 0) -> Int32[Array, "*batch"] | Int32[np.ndarray, "*batch"]:
+def hash_ids(values: ArrayLike, rows: int, seed: int = 0) -> Int32[Array, "*batch"] | Int32[np.ndarray, "*batch"]:
     """Map integers or strings to rows by hashing, so that any id has one.
 
     Two values may get one row. Of `n` values in `rows` rows, a given one shares its row with the probability
@@ -71,7 +74,7 @@ def hash_ids(values: Any, rows: int, seed: int = 0) -> Int32[Array, "*batch"] | 
     raise TypeError(f"`embax.hash_ids(values=...)` must be integers or strings, got {array.dtype}. Cast them.")
 
 
-def _of_integers(values: Any, rows: int, seed: int, xp: Any) -> Any:
+def _of_integers(values: _Integers, rows: int, seed: int, xp: ModuleType) -> _Rows:
     if not jnp.issubdtype(values.dtype, jnp.integer):
         raise TypeError(f"`embax.hash_ids(values=...)` must be integers or strings, got {values.dtype}. Cast them.")
     flat = values.reshape(-1)  # of NumPy's integers, only arrays wrap around without a warning
@@ -79,11 +82,11 @@ def _of_integers(values: Any, rows: int, seed: int, xp: Any) -> Any:
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2), inline=True)  # one program for an eager call
-def _of_jax(values: Int[Array, "*batch"], rows: int, seed: int) -> Int32[Array, "*batch"]:
+def _of_jax(values: Shaped[Array, "*batch"], rows: int, seed: int) -> _Rows:
     return _of_integers(values, rows, seed, jnp)
 
 
-def _words(values: Any, xp: Any) -> tuple[_Words, _Words]:
+def _words(values: _Integers, xp: ModuleType) -> tuple[_Words, _Words]:
     """The low and the high 32 bits of the 64-bit value of each."""
     info = jnp.iinfo(values.dtype)
     low = values.astype(xp.uint32)
@@ -94,7 +97,7 @@ def _words(values: Any, xp: Any) -> tuple[_Words, _Words]:
     return low, xp.where(values < 0, xp.uint32(0xFFFFFFFF), xp.uint32(0))
 
 
-def _mixed(words: tuple[_Words, _Words], seed: int, xp: Any) -> _Words:
+def _mixed(words: tuple[_Words, _Words], seed: int, xp: ModuleType) -> _Words:
     """MurmurHash3 (32 bits) of two words."""
     h = xp.full_like(words[0], seed)
     for word in words:
@@ -106,11 +109,11 @@ def _mixed(words: tuple[_Words, _Words], seed: int, xp: Any) -> _Words:
     return h ^ (h >> xp.uint32(16))
 
 
-def _rotated(word: _Words, by: int, xp: Any) -> _Words:
+def _rotated(word: _Words, by: int, xp: ModuleType) -> _Words:
     return (word << xp.uint32(by)) | (word >> xp.uint32(32 - by))
 
 
-def _below(h: _Words, rows: int, xp: Any) -> Any:
+def _below(h: _Words, rows: int, xp: ModuleType) -> _Rows:
     """Map 32 bits to `[0, rows)` as `h * rows >> 32` does, in halves of 16 bits, since JAX may have no 64."""
     low, high = h & xp.uint32(0xFFFF), h >> xp.uint32(16)
     rows_low, rows_high = xp.uint32(rows & 0xFFFF), xp.uint32(rows >> 16)

@@ -3,9 +3,10 @@
 import dataclasses
 import json
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
+from jaxtyping import PyTree
 
 from .._core import flax_state as _flax
 from .._core.storage import Storage
@@ -76,7 +77,7 @@ class MadeFor:
 _flax.register(MadeFor, MadeFor.to_json, lambda like, text: MadeFor.from_json(text, like))
 
 
-def made_for(params: Any) -> MadeFor:
+def made_for(params: PyTree) -> MadeFor:
     """Describe the tables of a tree that are trained.
 
     Args:
@@ -102,7 +103,7 @@ def made_for(params: Any) -> MadeFor:
     return MadeFor(tuple(tables))
 
 
-def check_made_for(call: str, tables: Any, now: MadeFor, *, of_gradients: bool = False) -> None:
+def check_made_for(call: str, tables: object, now: MadeFor, *, of_gradients: bool = False) -> None:
     """Refuse a state that was made for other tables.
 
     Args:
@@ -132,16 +133,16 @@ def check_made_for(call: str, tables: Any, now: MadeFor, *, of_gradients: bool =
         )
 
 
-def is_node(node: Any) -> bool:
+def is_node(node: object) -> bool:
     """Whether a node of a tree is a table, a Collection of some, or the gradient of a table."""
     return isinstance(node, Table | Collection | RowGrad)
 
 
-def _is_described(node: Any) -> bool:
+def _is_described(node: object) -> bool:
     return isinstance(node, RowGrad) or (isinstance(node, Table) and is_trained(node))
 
 
-def _layout(node: Any) -> str | None:
+def _layout(node: object) -> str | None:
     """How a table is stored, None where it is not on a mesh; of the gradient of one, nothing is known."""
     return node.storage.noted if isinstance(node, Table) else None
 

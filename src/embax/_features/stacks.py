@@ -2,15 +2,16 @@
 
 import dataclasses
 import itertools
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Hashable, Mapping, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import PyTree
 
 from .._core import ids as _ids
-from .._core.table import Table, has_weight, with_weight
+from .._core.table import PaddingRows, Table, has_weight, with_weight
 from .._gradients.row_grad import RowGrad, row_grad
 
 # So that rows are numbered in 32 bits.
@@ -41,7 +42,7 @@ def members_of(call: str, tables: Mapping[str, Table]) -> tuple[Member, ...]:
       ValueError: If two tables are laid out in different ways, or one is on a mesh and another one is not.
     """
     _check_laid_out_alike(call, tables)
-    stacks: dict[Any, tuple[int, int]] = {}  # the number of each stack, and its rows so far
+    stacks: dict[Hashable, tuple[int, int]] = {}  # the number of each stack, and its rows so far
     members, number = [], itertools.count()
     for name, table in tables.items():
         rules = with_weight(table, table.weight, padding_idx=None, storage=table.storage.with_rows(0))
@@ -54,7 +55,7 @@ def members_of(call: str, tables: Mapping[str, Table]) -> tuple[Member, ...]:
     return tuple(members)
 
 
-def stacks_of(tables: Mapping[str, Any], members: Sequence[Member], like: Sequence[Any] = ()) -> list[Any]:
+def stacks_of(tables: Mapping[str, PyTree], members: Sequence[Member], like: Sequence[PyTree] = ()) -> list[PyTree]:
     """Put tables, or what else has their rows along the first axis, together."""
     stacks = []
     for _, group in itertools.groupby(sorted(members, key=lambda member: member.stack), lambda member: member.stack):
@@ -68,7 +69,7 @@ def stacks_of(tables: Mapping[str, Any], members: Sequence[Member], like: Sequen
             stacks.append(with_weight(like[of_stack[0].stack], parts[0].weight))
             continue
         storage = parts[0].storage.with_rows(sum(part.rows for part in parts))
-        padding_idx: Any = tuple(padding)
+        padding_idx: PaddingRows = tuple(padding)
         if like:
             storage, padding_idx = like[of_stack[0].stack].storage, like[of_stack[0].stack].padding_idx
         weight = storage.put_together([(part.storage, part.weight) for part in parts])
@@ -95,7 +96,7 @@ def _told_apart(one: Sequence[str], other: Sequence[str]) -> tuple[str, str]:
     return next((pair for pair in pairs if pair[0] != pair[1]), (one[-1], other[-1]))
 
 
-def cut_out(stack: Any, member: Member) -> Any:
+def cut_out(stack: PyTree, member: Member) -> PyTree:
     """The part of a stack, or of its gradient or state, that belongs to a table."""
     end = member.start + member.rows
     if isinstance(stack, RowGrad):

@@ -1,12 +1,12 @@
 """attend: a vector against every row of a table, as the head of a language model does."""
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, DTypeLike, Float, Int, Shaped
+from numpy.typing import ArrayLike
 
 from .._base.distinct import accumulator
 from .._base.tangents import with_tangent
@@ -17,7 +17,7 @@ from .._core.table import Table, with_weight, without_padding
 
 
 def attend(
-    table: Table, x: Any, *, mask_padding: bool = False, dtype: DTypeLike | None = None
+    table: Table, x: ArrayLike, *, mask_padding: bool = False, dtype: DTypeLike | None = None
 ) -> Float[Array, "*batch rows"]:
     """Multiply vectors by every row of a table: the logits of a tied head.
 
@@ -117,7 +117,7 @@ def _without_gradient_of_padding(rules: Table, weight: Shaped[Array, "rows *dim"
 _jitted_without_gradient_of_padding = jax.jit(_without_gradient_of_padding, inline=True)
 
 
-def checked_vectors(call: str, table: Table, x: Any) -> Float[Array, "*batch_dim"]:
+def checked_vectors(call: str, table: Table, x: object) -> Float[Array, "*batch_dim"]:
     """Check vectors that are to be multiplied by the rows of a table.
 
     Args:

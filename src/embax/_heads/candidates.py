@@ -2,12 +2,13 @@
 
 import dataclasses
 import math
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key, UInt32
+from numpy.typing import ArrayLike
 
 from .._base import check as _check
 from .._core import ids as _ids
@@ -37,7 +38,7 @@ class Unigram:
     ends: UInt32[Array, " rows"]
 
     @classmethod
-    def from_counts(cls, counts: Any, power: float = 0.75) -> "Unigram":
+    def from_counts(cls, counts: ArrayLike, power: float = 0.75) -> "Unigram":
         """Make the distribution of rows that occur so often.
 
         Args:
@@ -103,7 +104,7 @@ def draw_pieces(key: Key[Array, ""], ends: UInt32[Array, " rows"], shape: tuple[
     return jnp.minimum(rows, ends.shape[0] - 1).astype(jnp.int32)
 
 
-def checked_candidates(argument: str, candidates: Any, rows: int) -> Candidates:
+def checked_candidates(argument: str, candidates: object, rows: int) -> Candidates:
     """Return what rows are to be drawn by, if it is that and fits the table.
 
     Args:

@@ -3,12 +3,13 @@
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, Shaped
+from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped
+from numpy.typing import ArrayLike
 
 from .._base import check as _check
 from .._base.distinct import accumulator
@@ -18,7 +19,7 @@ from .._base.tangents import with_tangent
 from .._core import ids as _ids
 from .._core.lookup import clipped_rows
 from .._core.own_rows import Block, OwnRows
-from .._core.table import Table, with_weight
+from .._core.table import PaddingRows, Table, with_weight
 from . import labels as _labels
 from .attend import common_dtype, trained_whole
 from .labels import NOT_COUNTED, Reduction
@@ -41,8 +42,8 @@ class _Terms(NamedTuple):
 
 def softmax_cross_entropy(
     table: Table,
-    x: Any,
-    labels: Any,
+    x: ArrayLike,
+    labels: ArrayLike,
     *,
     chunk: int | None = None,
     mask_padding: bool = False,
@@ -149,7 +150,7 @@ def _losses(terms: _Terms, rules: Table, weight: Array, x: Array, labels: Array)
     return _losses_fwd(terms, rules, weight, x, labels)[0]
 
 
-def _reduced(terms: _Terms, reduction: Reduction, *args: Any) -> Array:
+def _reduced(terms: _Terms, reduction: Reduction, *args: PyTree) -> Array:
     return _labels.reduced(_losses(terms, *args), args[-1], reduction)
 
 
@@ -157,7 +158,7 @@ def _reduced(terms: _Terms, reduction: Reduction, *args: Any) -> Array:
 _jitted = jax.jit(_reduced, static_argnums=(0, 1), inline=True)
 
 
-def _losses_fwd(terms: _Terms, *args: Any) -> tuple[Array, Any]:
+def _losses_fwd(terms: _Terms, *args: PyTree) -> tuple[Array, tuple[PyTree, ...]]:
     rules, weight, *of_batch = args
     forward, batch = functools.partial(_forward, terms, rules), of_batch[1].ndim
     of_tokens = rules.storage.of_tokens(forward, weight, batch, of_batch, (0, NOT_COUNTED))
@@ -165,7 +166,7 @@ def _losses_fwd(terms: _Terms, *args: Any) -> tuple[Array, Any]:
     return loss, (*args, *normalizer)
 
 
-def _losses_bwd(terms: _Terms, saved: Any, cotangent: Array) -> tuple[None, Array, Array, None]:
+def _losses_bwd(terms: _Terms, saved: tuple[PyTree, ...], cotangent: Array) -> tuple[None, Array, Array, None]:
     rules, weight, x, labels, *of_tokens = (*saved, cotangent)
     backward, arrays = functools.partial(_backward, terms, rules), (x, labels, *of_tokens)
     fills = 0, NOT_COUNTED, *[0] * len(of_tokens)
@@ -185,7 +186,7 @@ def _forward(terms: _Terms, rules: Table, weight: Array, x: Array, labels: Array
     logits_of, places = _logits_of(terms.mask_padding, rules, weight, x), own.places(labels)
     of_label, of_all = _targets(terms, rules, own.rows)
 
-    def step(start: Any, size: int, carry: Any) -> Any:
+    def step(start: Int[Array, ""], size: int, carry: PyTree) -> PyTree:
         largest, total, target, sum_of_rows = carry
         block = own.read(weight, start, size)
         rows, logits, left_out = logits_of(block)
@@ -246,7 +247,7 @@ def _backward(
     logits_of, places, wide = _logits_of(terms.mask_padding, rules, weight, vectors), own.places(labels), g.dtype
     of_label, of_all = _targets(terms, rules, own.rows)
 
-    def step(start: Any, size: int, carry: Any) -> Any:
+    def step(start: Int[Array, ""], size: int, carry: PyTree) -> PyTree:
         of_weight, of_x = carry
         block = own.read(weight, start, size)
         rows, logits, left_out = logits_of(block)
@@ -296,7 +297,7 @@ def _without_gradient_of_padding(rules: Table, block: Block) -> Float[Array, "bl
     return with_tangent(function, jax.lax.stop_gradient(block.rows), [block.rows], [block.ids])
 
 
-def _zeros_for_padding(padding_idx: Any, rows: Float[Array, "block *dim"], ids: Int[Array, " block"]) -> Array:
+def _zeros_for_padding(padding_idx: PaddingRows, rows: Float[Array, "block *dim"], ids: Int[Array, " block"]) -> Array:
     is_padding = jnp.expand_dims(_ids.is_padding(ids, padding_idx), tuple(range(1, rows.ndim)))
     return jnp.where(is_padding, jnp.zeros((), rows.dtype), rows)
 

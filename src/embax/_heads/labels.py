@@ -1,6 +1,6 @@
 """Labels of a loss: which tokens count, and the losses of those reduced to one number."""
 
-from typing import Any, Literal
+from typing import Literal
 
 import jax.numpy as jnp
 import numpy as np
@@ -17,7 +17,7 @@ NOT_COUNTED = -1
 
 
 def checked_batch(
-    call: str, table: Table, x: Any, labels: Any, ignore_index: Any, mask_padding: bool
+    call: str, table: Table, x: object, labels: object, ignore_index: object, mask_padding: bool
 ) -> tuple[Float[Array, "*batch_dim"], Int[Array, "*batch"]]:
     """Check vectors and the label of each, and tell which tokens count.
 

@@ -1,13 +1,13 @@
 """sampled_softmax: the loss of a head over a few rows of a table, drawn at random."""
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, reshard
 from jaxtyping import Array, Bool, Float, Int, Key
+from numpy.typing import ArrayLike
 
 from .._base import check as _check
 from .._base.distinct import accumulator
@@ -24,8 +24,8 @@ from .labels import NOT_COUNTED, Reduction
 
 def sampled_softmax(
     table: Table,
-    x: Any,
-    labels: Any,
+    x: ArrayLike,
+    labels: ArrayLike,
     key: Key[Array, ""],
     *,
     samples: int,

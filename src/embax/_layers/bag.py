@@ -1,9 +1,9 @@
 """PoolsBags: what the EmbeddingBags of all frameworks share: how bags are pooled, and which rows they store."""
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from jaxtyping import DTypeLike
+from jaxtyping import DTypeLike, PyTree
 
 from .._bags.embedding_bag import Read, read_bags
 from .._bags.pool import Mode
@@ -26,9 +26,9 @@ class PoolsBags:
     def _read_bags(
         self,
         table: Table,
-        input: Any,
-        offsets: Any,
-        per_sample_weights: Any,
+        input: PyTree,
+        offsets: PyTree,
+        per_sample_weights: PyTree,
         dtype: DTypeLike | None,
         call: str | None = None,
     ) -> Read:

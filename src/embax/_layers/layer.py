@@ -1,15 +1,23 @@
 """TableLayer: what the layers of all frameworks share, as they differ only in what holds the weight."""
 
-from typing import Any, Self
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Self
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Shaped
+from numpy.typing import ArrayLike
 
 from .._core.table import Table
 from .._heads.attend import attend
 from ..vectors._fill import Missing, warn_of_missing
 from .state_dict import from_state_dict, to_state_dict
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from ..vectors import Vectors
+    from ..vocabulary import Vocabulary
 
 
 class TableLayer:
@@ -34,7 +42,7 @@ class TableLayer:
         raise NotImplementedError
 
     @classmethod
-    def from_pretrained(cls, weight: Any, freeze: bool = True, **options: Any) -> Self:
+    def from_pretrained(cls, weight: ArrayLike, freeze: bool = True, **options: Any) -> Self:
         """Make a layer of vectors that exist, frozen unless told otherwise.
 
         Args:
@@ -60,8 +68,8 @@ class TableLayer:
     @classmethod
     def from_vectors(
         cls,
-        vectors: Any,
-        tokens: Any = None,
+        vectors: "Vectors",
+        tokens: "Vocabulary | Iterable[str] | None" = None,
         missing: Missing = "mean",
         *,
         seed: int = 0,
@@ -108,7 +116,7 @@ class TableLayer:
         return layer
 
     @classmethod
-    def from_state_dict(cls, state: Any, name: str | None = None, **options: Any) -> Self:
+    def from_state_dict(cls, state: Mapping[str, ArrayLike], name: str | None = None, **options: Any) -> Self:
         """Make a layer of a weight in a state dict of torch's, by its name there: `embax.from_state_dict`.
 
         Args:
@@ -143,7 +151,7 @@ class TableLayer:
         """
         return to_state_dict(self.table, prefix)
 
-    def attend(self, x: Any, *, mask_padding: bool = False) -> Float[Array, "*batch rows"]:
+    def attend(self, x: ArrayLike, *, mask_padding: bool = False) -> Float[Array, "*batch rows"]:
         """Multiply vectors by every row: the logits of a head that is tied to this layer, as `embax.attend`.
 
         Args:

@@ -5,7 +5,8 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Shaped
+from jaxtyping import Array, Shaped
+from numpy.typing import ArrayLike
 
 from .._core.table import Table
 
@@ -26,7 +27,7 @@ _TOKENS = (
 )
 
 
-def to_state_dict(tables: Any, prefix: str = "") -> dict[str, Shaped[np.ndarray, "rows *dim"]]:
+def to_state_dict(tables: object, prefix: str = "") -> dict[str, Shaped[np.ndarray, "rows *dim"]]:
     """Give the weights of tables the names that they have in torch: `<module>.weight`.
 
     The result is for `load_state_dict`, after `torch.from_numpy` on each array, for `safetensors.numpy.save_file`, or
@@ -64,7 +65,7 @@ def to_state_dict(tables: Any, prefix: str = "") -> dict[str, Shaped[np.ndarray,
     return out
 
 
-def from_state_dict(state: Mapping[str, Any], name: str | None = None, **rules: Any) -> Table:
+def from_state_dict(state: Mapping[str, ArrayLike], name: str | None = None, **rules: Any) -> Table:
     """Make a table of the weight that a state dict holds.
 
     Args:
@@ -93,7 +94,7 @@ def from_state_dict(state: Mapping[str, Any], name: str | None = None, **rules: 
     return Table(_array(state[_name(state, name)]), **rules)
 
 
-def _name(state: Mapping[str, Any], name: str | None) -> str:
+def _name(state: Mapping[str, object], name: str | None) -> str:
     if name is not None:
         found = [key for key in (name, f"{name}.weight") if key in state]
     else:
@@ -112,7 +113,7 @@ def _name(state: Mapping[str, Any], name: str | None) -> str:
     )
 
 
-def _array(value: Any) -> Any:
+def _array(value: Any) -> Array:
     """Read an array of NumPy, JAX or torch."""
     value = value.detach() if hasattr(value, "detach") else value  # of torch: it refuses where a gradient is recorded
     try:

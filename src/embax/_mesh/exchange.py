@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Int32, Shaped
+from jaxtyping import Array, Bool, DTypeLike, Float, Int, Int32, Shaped
 
 from .._base import distinct as _dedupe
 from .._core.storage import WriteMode
@@ -46,7 +46,7 @@ def fetch(
         return out
     capacity = placement.capacity(positions.shape[0])
 
-    def turn(route: _Route, number: Any, out: Array) -> Array:
+    def turn(route: _Route, number: int | Int[Array, ""], out: Array) -> Array:
         places, exists = _outgoing(route, number, capacity)
         asked = jnp.where(exists, route.positions[places] % placement.block, 0)
         answers = _at(block, _swapped(placement, asked))
@@ -102,7 +102,7 @@ def deliver(
         return block
     capacity = placement.capacity(positions.shape[0])
 
-    def turn(route: _Route, number: Any, block: Array) -> Array:
+    def turn(route: _Route, number: int | Int[Array, ""], block: Array) -> Array:
         places, exists = _outgoing(route, number, capacity)
         local = jnp.where(exists, route.positions[places] % placement.block, placement.block)
         return write(block, *_sent(placement, local, jnp.where(exists, route.places[places], 0), exists, values))
@@ -200,7 +200,7 @@ def summed_by_owners(
     sums = jnp.zeros((placement.shards, bags, *of_row.shape[1:]), of_row.dtype)
     exists = positions < placement.stored_rows
 
-    def turn(route: _Route, number: Any, sums: Array) -> Array:
+    def turn(route: _Route, number: int | Int[Array, ""], sums: Array) -> Array:
         places, exists = _outgoing(route, number, capacity)
         local = jnp.where(exists, route.positions[places] % placement.block, placement.block)
         ids = route.places[places]
@@ -228,8 +228,8 @@ def _in_rounds(
     owner: Int[Array, " ids"],
     is_foreign: Bool[Array, " ids"],
     capacity: int,
-    plan: Callable[[], Any],
-    turn: Callable[[Any, Any, Array], Array],
+    plan: Callable[[], _Route],
+    turn: Callable[[_Route, int | Array, Array], Array],
     carry: Array,
     expected: bool,
 ) -> Array:
@@ -290,7 +290,7 @@ def _first_of_owners(placement: Placement, ordered: Int[Array, " ids"]) -> Int32
 
 
 def _outgoing(
-    route: _Route, number: Any, capacity: int
+    route: _Route, number: int | Int[Array, ""], capacity: int
 ) -> tuple[Int32[Array, "shards capacity"], Bool[Array, "shards capacity"]]:
     """Say which places of a route go to which device in a round."""
     places = route.first[:-1, None] + number * capacity + jnp.arange(capacity, dtype=jnp.int32)[None, :]
@@ -316,7 +316,7 @@ def _swapped(placement: Placement, parts: Shaped[Array, "shards ..."]) -> Shaped
     return jax.lax.all_to_all(parts, placement.axes, 0, 0, tiled=True)
 
 
-def start_of_device(placement: Placement, dtype: Any) -> Int[Array, ""]:
+def start_of_device(placement: Placement, dtype: DTypeLike) -> Int[Array, ""]:
     """The position of the first row of this device."""
     number = jax.lax.axis_index(placement.axes) if placement.axes else 0
     return jnp.asarray(number, dtype) * placement.block

@@ -168,10 +168,10 @@ class Tokens:
 
 def on_owners(
     tokens: Tokens,
-    function: Callable[..., Any],
+    function: Callable[..., tuple[Array, ...]],
     out_specs: Sequence[PartitionSpec],
     weight: Float[Array, "stored *dim"],
-    *of_tokens: Shaped[Array, "*tokens_dim"],
+    *of_tokens: Shaped[Array, "..."],
 ) -> tuple[Array, ...]:
     """Call a function on each device, with its own rows.
 

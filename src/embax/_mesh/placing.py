@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import Array, DTypeLike
 
 from .placement import Placement
 
@@ -12,7 +13,7 @@ from .placement import Placement
 Reader = Callable[[slice, tuple[slice, ...]], np.ndarray]
 
 
-def stored(placement: Placement, read: Reader, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+def stored(placement: Placement, read: Reader, shape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:
     """Make the stored array of a placement, each shard from the rows that it holds."""
     dtype = jax.dtypes.canonicalize_dtype(dtype)
     of_all = (placement.stored_rows, *shape[1:])
@@ -29,7 +30,7 @@ def stored(placement: Placement, read: Reader, shape: tuple[int, ...], dtype: An
     return jax.make_array_from_callback(of_all, placement.sharding(of_all, of_all[1:]), part, dtype=dtype)
 
 
-def of_array(rows: Any) -> Reader:
+def of_array(rows: Array | np.ndarray) -> Reader:
     """Read from an array of this process, or from a memory map."""
     if isinstance(rows, jax.Array) and not rows.is_fully_addressable:
         raise ValueError(

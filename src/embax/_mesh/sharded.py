@@ -3,12 +3,12 @@
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Int, Int32, Shaped
+from jaxtyping import Array, Int, Int32, PyTree, Shaped
 
 from .._base import distinct as _dedupe
 from .._base.axes import is_explicit, laid_out_as, on_every_device, resharded
@@ -16,6 +16,8 @@ from .._base.distinct import Distinct
 from .._core.storage import WriteMode
 from . import exchange as _exchange
 from .placement import Placement
+
+T = TypeVar("T")
 
 
 def take(
@@ -229,7 +231,9 @@ def first_of(placement: Placement, array: Shaped[Array, "more ..."], length: int
     return resharded(array, placement.mesh, PartitionSpec())[:length]
 
 
-def on_devices(placement: Placement, function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
+def on_devices(
+    placement: Placement, function: Callable[..., T], in_specs: PyTree, out_specs: PyTree
+) -> Callable[..., T]:
     """Have a function called on each device of a mesh, its arguments laid out as it wants them.
 
     Args:

@@ -1,14 +1,15 @@
 """Sharded: the rows of a table split over the devices of a mesh, behind the contract of `_core.storage`."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, ClassVar, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array
+from jaxtyping import Array, PyTree
 
 from .._base.axes import is_explicit, laid_out
 from .._base.distinct import Distinct, Slots, accumulator
@@ -21,6 +22,8 @@ from . import relayout as _relayout
 from . import sharded as _sharded
 from .heads import ShardedRows, Tokens, on_owners
 from .placement import Placement, placement_of, with_rows
+
+PerToken: TypeAlias = Callable[..., tuple[Array, ...]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +57,7 @@ class Sharded(Storage):
         """The same layout."""
         return Sharded(dataclasses.replace(self.placement, rows=rows))
 
-    def check(self, weight: Any) -> None:
+    def check(self, weight: Array) -> None:
         """It must have the stored rows."""
         if weight.shape[0] != self.placement.stored_rows:
             raise ValueError(
@@ -75,7 +78,7 @@ class Sharded(Storage):
         return word, f"{word} of {mesh!r}", f"{word} of {mesh!r} with the devices {devices}"
 
     @property
-    def layout(self) -> Any:
+    def layout(self) -> Hashable:
         """The placement, whatever its rows are and however they are exchanged."""
         return self.placement.mesh, self.placement.axes, self.placement.columns, self.placement.cyclic
 
@@ -104,7 +107,7 @@ class Sharded(Storage):
         ids = jnp.ravel(ids)
         return self.put(leaf, ids, function(ids, self.take(leaf, ids, 0)), "set")
 
-    def to_rows(self, leaf: Any) -> Array:
+    def to_rows(self, leaf: Array) -> Array:
         """Each process gathers the whole table onto one of its devices."""
         rows = self.placement.rows
         if isinstance(leaf, Tracer):
@@ -117,7 +120,7 @@ class Sharded(Storage):
         everywhere = Placement(self.placement.mesh, (), None, False, rows)
         return _relayout.moved(self.placement, leaf, everywhere).addressable_data(0)
 
-    def from_rows(self, values: Any) -> Array:
+    def from_rows(self, values: Array | np.ndarray) -> Array:
         """Each device gets its own; not under `jit`."""
         return _placing.stored(self.placement, _placing.of_array(values), values.shape, values.dtype)
 
@@ -141,7 +144,7 @@ class Sharded(Storage):
             weight = _relayout.moved(by_blocks, weight, dataclasses.replace(by_blocks, cyclic=True))
         return jax.device_put(weight, self.placement.sharding(weight.shape, weight.shape[1:]))
 
-    def moved(self, of: Storage, others: Any) -> Array:
+    def moved(self, of: Storage, others: Array) -> Array:
         """Store the rows of another weight, wherever they are, each device getting its own."""
         placement, before = self.placement, of.placement
         if before is not None and before.mesh == placement.mesh:
@@ -205,8 +208,8 @@ class Sharded(Storage):
     # ---- The rows of a gradient.
 
     def combine(
-        self, slots: Slots, ids: Array, values: Any, rows: int, dim: tuple[int, ...]
-    ) -> tuple[Slots, Distinct, Any]:
+        self, slots: Slots, ids: Array, values: PyTree, rows: int, dim: tuple[int, ...]
+    ) -> tuple[Slots, Distinct, Array | int]:
         """Sum at the owners. A second array goes as one more column of the first, so that both take one way."""
         if not isinstance(values, tuple):
             return slots, *_sharded.combine(self.placement, ids, values, dim)
@@ -243,12 +246,12 @@ class Sharded(Storage):
 
     # ---- Bags.
 
-    def pools(self, table: Any, bags: tuple[int, ...], length: int, weighted: bool) -> bool:
+    def pools(self, table: Table, bags: tuple[int, ...], length: int, weighted: bool) -> bool:
         """Where devices have parts of rows, and where sums are less to send than rows, if that was asked for."""
         return _bags.is_pooled_where_stored(table, bags, length, weighted)
 
     def pooled(
-        self, table: Any, pool: Callable[..., Array], ids: Array, counted: Array, weights: Array | None
+        self, table: Table, pool: Callable[..., Array], ids: Array, counted: Array, weights: Array | None
     ) -> Array:
         """Owners sum what they have of each bag."""
         return _bags.pooled_where_stored(table, pool, ids, counted, weights)
@@ -273,7 +276,7 @@ class Sharded(Storage):
         return weight, *arrays
 
     def of_tokens(
-        self, function: Callable[..., Any], weight: Array, batch: int, arrays: Sequence[Array], fills: Sequence[Any]
+        self, function: PerToken, weight: Array, batch: int, arrays: Sequence[Array], fills: Sequence[float]
     ) -> tuple[Array, ...]:
         """Call it on each device, tokens being split over the copies of the rows."""
         tokens = Tokens(self.placement, arrays[0].shape[:batch])
@@ -282,7 +285,7 @@ class Sharded(Storage):
         return tuple(tokens.restored(values, arrays[0]) for values in found)
 
     def of_rows_and_tokens(
-        self, function: Callable[..., Any], weight: Array, batch: int, arrays: Sequence[Array], fills: Sequence[Any]
+        self, function: PerToken, weight: Array, batch: int, arrays: Sequence[Array], fills: Sequence[float]
     ) -> tuple[Array, Array]:
         """Call it on each device, and have the owners take a part each of the sum for tokens."""
         tokens, dtype = Tokens(self.placement, arrays[0].shape[:batch]), arrays[0].dtype
@@ -319,6 +322,6 @@ class Sharded(Storage):
         return tokens.restored(logits, x)
 
 
-def storage_of(call: str, *on_mesh: Any) -> Sharded:
+def storage_of(call: str, *on_mesh: PyTree) -> Sharded:
     """Check the arguments of `embax.shard`, as `placement_of` does, and make the storage."""
     return Sharded(placement_of(call, *on_mesh))

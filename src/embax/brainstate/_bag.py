@@ -1,15 +1,20 @@
 """EmbeddingBag: the layer whose rows are pooled as they are read."""
 
+from .._bags.ragged import Ragged
+from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any, Self
 
 import brainstate
-from jaxtyping import Array, DTypeLike, Shaped
+import brainunit
+from jaxtyping import Array, DTypeLike, PyTree, Shaped
+from numpy.typing import ArrayLike
 
 from .._bags.pool import Mode
 from .._core.table import OutOfRange
 from .._layers.bag import PoolsBags, stored_rows_of
 from ._embedding import Embedding
-from ._weight import split_unit, with_unit
+from ._weight import Init, split_unit, with_unit
 
 
 class EmbeddingBag(PoolsBags, Embedding):
@@ -57,18 +62,18 @@ class EmbeddingBag(PoolsBags, Embedding):
     def __init__(
         self,
         num_embeddings: int,
-        embedding_dim: Any,
-        max_norm: Any = None,
+        embedding_dim: int | Sequence[int],
+        max_norm: float | brainunit.Quantity | None = None,
         norm_type: float = 2.0,
         scale_grad_by_freq: bool = False,
         mode: Mode = "mean",
         *,
         include_last_offset: bool = False,
         padding_idx: int | None = None,
-        embedding_init: Any = brainstate.nn.init.LecunUniform(),  # noqa: B008 (it has no state)
+        embedding_init: Init = brainstate.nn.init.LecunUniform(),  # noqa: B008 (it has no state)
         freeze: bool = False,
         name: str | None = None,
-        param_type: Any = brainstate.ParamState,
+        param_type: Callable[[PyTree], brainstate.State] = brainstate.ParamState,
         out_of_range: OutOfRange = "error",
         dtype: DTypeLike | None = None,
         write_back: bool = True,
@@ -93,9 +98,9 @@ class EmbeddingBag(PoolsBags, Embedding):
     @classmethod
     def from_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride] (torch's order)
         cls,
-        embeddings: Any,
+        embeddings: PyTree,
         freeze: bool = True,
-        max_norm: Any = None,
+        max_norm: float | brainunit.Quantity | None = None,
         norm_type: float = 2.0,
         scale_grad_by_freq: bool = False,
         mode: Mode = "mean",
@@ -128,7 +133,7 @@ class EmbeddingBag(PoolsBags, Embedding):
         return cls._of_weight(embeddings, scale_grad_by_freq=scale_grad_by_freq, **rules, **options)
 
     def update(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, input: Any, offsets: Any = None, per_sample_weights: Any = None
+        self, input: ArrayLike | Ragged, offsets: ArrayLike | None = None, per_sample_weights: ArrayLike | None = None
     ) -> Shaped[Array, "*bags_dim"]:
         """Read bags of indices and pool their rows; calling the layer does the same.
 

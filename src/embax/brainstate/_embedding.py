@@ -4,10 +4,12 @@ from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import brainstate
+import brainunit
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, DTypeLike, Key, Shaped
+from jaxtyping import Array, DTypeLike, Key, PyTree, Shaped
+from numpy.typing import ArrayLike
 
 from .._base import check as _check
 from .._core import ids as _ids
@@ -21,7 +23,7 @@ from .._heads.attend import attend
 from .._layers.layer import TableLayer
 from ._layers import link
 from ._store import inside_brainstate_transform
-from ._weight import in_unit, initial_weight, split_unit, with_unit, zero_row
+from ._weight import Init, in_unit, initial_weight, split_unit, with_unit, zero_row
 
 
 class Embedding(brainstate.nn.Module, TableLayer):
@@ -112,14 +114,14 @@ class Embedding(brainstate.nn.Module, TableLayer):
         self,
         num_embeddings: int,
         embedding_size: int | Sequence[int],
-        embedding_init: Callable[..., Any] | Any = brainstate.nn.init.LecunUniform(),  # noqa: B008 (it has no state)
+        embedding_init: Init = brainstate.nn.init.LecunUniform(),  # noqa: B008 (it has no state)
         padding_idx: int | None = None,
-        max_norm: Any = None,
+        max_norm: float | brainunit.Quantity | None = None,
         norm_type: float = 2.0,
         scale_grad_by_freq: bool = False,
         freeze: bool = False,
         name: str | None = None,
-        param_type: Callable[[Any], Any] = brainstate.ParamState,
+        param_type: Callable[[PyTree], brainstate.State] = brainstate.ParamState,
         *,
         out_of_range: OutOfRange = "error",
         dtype: DTypeLike | None = None,
@@ -143,7 +145,7 @@ class Embedding(brainstate.nn.Module, TableLayer):
         self._table(*split_unit(weight))  # its checks are those of the rules
         self.weight = param_type(weight)
 
-    def __setattr__(self, name: str, value: Any) -> None:
+    def __setattr__(self, name: str, value: object) -> None:
         super().__setattr__(name, value)
         if name == "weight":  # also of a copy, and where layers are tied
             link(value, self)
@@ -151,14 +153,14 @@ class Embedding(brainstate.nn.Module, TableLayer):
     @classmethod
     def from_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride] (brainstate's order)
         cls,
-        embeddings: Any,
+        embeddings: PyTree,
         padding_idx: int | None = None,
-        max_norm: Any = None,
+        max_norm: float | brainunit.Quantity | None = None,
         norm_type: float = 2.0,
         scale_grad_by_freq: bool = False,
         freeze: bool = True,
         name: str | None = None,
-        param_type: Callable[[Any], Any] = brainstate.ParamState,
+        param_type: Callable[[PyTree], brainstate.State] = brainstate.ParamState,
         **options: Any,
     ) -> Self:
         """Make a layer of vectors that exist, frozen unless told otherwise.
@@ -206,7 +208,7 @@ class Embedding(brainstate.nn.Module, TableLayer):
         return cls._of_weight(held(table), **{**rules_of(table), **options})
 
     @classmethod
-    def _of_weight(cls, embeddings: Any, **options: Any) -> Self:
+    def _of_weight(cls, embeddings: PyTree, **options: Any) -> Self:
         mantissa, unit = split_unit(embeddings)
         weight = mantissa if isinstance(mantissa, StoredRows) else jnp.asarray(mantissa)
         if weight.ndim < 2:
@@ -231,15 +233,15 @@ class Embedding(brainstate.nn.Module, TableLayer):
             )
         return self._table(weight, None)
 
-    def attend(self, x: Any, *, mask_padding: bool = False) -> Any:
+    def attend(self, x: ArrayLike | brainunit.Quantity, *, mask_padding: bool = False) -> PyTree:
         weight, unit = split_unit(self.weight.value)
         vectors, unit_of_x = split_unit(x)
-        logits: Any = attend(self._table(weight, unit), vectors, mask_padding=mask_padding)
+        logits = attend(self._table(weight, unit), vectors, mask_padding=mask_padding)
         for part in (unit, unit_of_x):
             logits = logits if part is None else logits * part
         return logits
 
-    def update(self, indices: Any) -> Shaped[Array, "*batch_dim"]:
+    def update(self, indices: ArrayLike) -> Shaped[Array, "*batch_dim"]:
         """Read one row for each index; calling the layer does the same.
 
         Args:
@@ -266,7 +268,7 @@ class Embedding(brainstate.nn.Module, TableLayer):
             self._store(table, ids, unit)
         return with_unit(rows, unit)
 
-    def renormalize(self, indices: Any) -> None:
+    def renormalize(self, indices: ArrayLike) -> None:
         """Store the rows of these indices clipped to `max_norm`, as `embax.renormalize` does.
 
         For a layer with `write_back=False`; nothing happens without `max_norm`, or where the table is frozen.
@@ -322,7 +324,7 @@ class Embedding(brainstate.nn.Module, TableLayer):
         self.weight.value = with_unit(held(table), unit)
         self.num_embeddings = table.rows
 
-    def _table(self, weight: Any, unit: Any) -> Table:
+    def _table(self, weight: PyTree, unit: brainunit.Unit | None) -> Table:
         return table_of(
             weight,
             padding_idx=self.padding_idx,
@@ -333,7 +335,7 @@ class Embedding(brainstate.nn.Module, TableLayer):
             out_of_range=self.out_of_range,
         )
 
-    def _may_store(self, table: Table, ids: Any) -> bool:
+    def _may_store(self, table: Table, ids: _ids.Ids) -> bool:
         if table.max_norm is None or table.freeze:
             return False
         # Constants alone are no tracers, but what `jit` computes of them is.
@@ -349,19 +351,19 @@ class Embedding(brainstate.nn.Module, TableLayer):
             return inside_brainstate_transform(tracers[0])
         return True
 
-    def _store(self, table: Table, ids: Any, unit: Any) -> None:
+    def _store(self, table: Table, ids: _ids.Ids, unit: brainunit.Unit | None) -> None:
         if table.max_norm is not None and not table.freeze:
             self.weight.value = with_unit(held(with_weight(table, clipped_table(table, ids))), unit)
 
 
-def _sizes(embedding_size: Any) -> tuple[int, ...]:
+def _sizes(embedding_size: int | Sequence[int]) -> tuple[int, ...]:
     sizes = np.ravel(np.asarray(embedding_size)).tolist()
     if not sizes:
         raise ValueError("`embax.Embedding(embedding_size=...)` must have an axis or more, got none. Pass an int.")
     return tuple(_check.size("embax.Embedding(embedding_size=...)", size) for size in sizes)
 
 
-def _padding_row(padding_idx: Any, rows: int) -> int | None:
+def _padding_row(padding_idx: object, rows: int) -> int | None:
     if padding_idx is None:
         return None
     padding_idx = _check.integer("embax.Embedding(padding_idx=...)", padding_idx)

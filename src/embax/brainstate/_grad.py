@@ -1,14 +1,16 @@
 """grad: gradients of brainstate states, in which those of an Embedding's weight are the rows that were read."""
 
+from .._base.typing import PyTreeDef
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import brainstate
 import brainunit
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.tree_util import KeyPath
+from jaxtyping import PyTree
 
 from .._base import check as _check
 from .._core.held import as_table
@@ -22,8 +24,8 @@ _CALL = "embax.brainstate.grad"
 
 
 def grad(
-    fun: Callable[..., Any] | None = None,
-    grad_states: Any = None,
+    fun: Callable[..., PyTree] | None = None,
+    grad_states: PyTree = None,
     argnums: int | Sequence[int] | None = None,
     holomorphic: bool = False,
     allow_int: bool = False,
@@ -35,7 +37,7 @@ def grad(
     debug_nan: bool = False,
     on_dense: OnDense = "warn",
     tables: Chooser | None = None,
-) -> Callable[..., Any]:
+) -> Callable[..., PyTree]:
     """Differentiate a function of brainstate states; the gradient of an Embedding's weight holds the rows that it read.
 
     As `brainstate.transform.grad`, but that the weight of an `embax.Embedding` among `grad_states` gets a RowGrad, in
@@ -94,7 +96,7 @@ def grad(
     """
     on_dense = _check.choice(f"{_CALL}(on_dense=...)", on_dense, OnDense)
     tables = checked(_CALL, tables)
-    options: dict[str, Any] = {
+    options: dict[str, PyTree] = {
         "argnums": argnums,
         "holomorphic": holomorphic,
         "allow_int": allow_int,
@@ -102,13 +104,13 @@ def grad(
         "check_states": check_states,
         "debug_nan": debug_nan,
     }
-    asked: dict[str, Any] = {"has_aux": has_aux, "return_value": return_value}
+    asked: dict[str, PyTree] = {"has_aux": has_aux, "return_value": return_value}
     if fun is None:
         return functools.partial(grad, grad_states=grad_states, on_dense=on_dense, tables=tables, **options, **asked)
     if isinstance(grad_states, dict):  # of a kind of its own, as `states()` gives, which is not a pytree
         grad_states = dict(grad_states)
 
-    def plain() -> Callable[..., Any]:
+    def plain() -> Callable[..., PyTree]:
         # Made anew for each call, since it keeps what it has traced, and the rules of a layer may change.
         return brainstate.transform.grad(fun, grad_states, **options, **asked)
 
@@ -116,7 +118,7 @@ def grad(
     named, _ = jax.tree.flatten_with_path(grad_states, is_leaf=lambda x: isinstance(x, brainstate.State))
 
     @functools.wraps(fun)
-    def gradient(*args: Any, **kwargs: Any) -> Any:
+    def gradient(*args: PyTree, **kwargs: PyTree) -> PyTree:
         paths = {state: path for path, state in reversed(named)}
         rules = {
             id(state): table
@@ -153,9 +155,9 @@ class _Call:
 
     def __init__(
         self,
-        fun: Callable[..., Any],
-        args: Sequence[Any],
-        kwargs: dict[str, Any],
+        fun: Callable[..., PyTree],
+        args: Sequence[PyTree],
+        kwargs: dict[str, PyTree],
         argnums: int | Sequence[int] | None,
         has_aux: bool,
     ):
@@ -165,9 +167,9 @@ class _Call:
         self.differentiated = [args[number] for number in self.numbers]
         places = [self.numbers.index(number) for number in numbers]
         self.argnums = None if argnums is None else places[0] if isinstance(argnums, int) else tuple(places)
-        self.aux: tuple[Any, list[Any]] | None = None  # its structure, and its leaves that are no arrays
+        self.aux: tuple[PyTreeDef, list[PyTree]] | None = None  # its structure, and its leaves that are no arrays
 
-    def run(self, *differentiated: Any) -> Any:
+    def run(self, *differentiated: PyTree) -> PyTree:
         """Call the function; return its value, and with it the arrays of the auxiliary data."""
         args = list(self.args)
         for number, value in zip(self.numbers, differentiated, strict=True):
@@ -179,7 +181,7 @@ class _Call:
         self.aux = structure, [None if _is_array(leaf) else leaf for leaf in leaves]
         return out[0], [leaf for leaf in leaves if _is_array(leaf)]
 
-    def returned(self, results: Any) -> Any:
+    def returned(self, results: PyTree) -> PyTree:
         """Put the auxiliary data, which come last, together again."""
         if self.aux is None:
             return results
@@ -187,23 +189,23 @@ class _Call:
         return *results[:-1], structure.unflatten([next(arrays) if leaf is None else leaf for leaf in rest])
 
 
-def _is_array(leaf: Any) -> bool:
+def _is_array(leaf: PyTree) -> bool:
     return isinstance(leaf, jax.Array | np.ndarray | np.generic | bool | int | float | complex)
 
 
 def _grad_by_rows(
-    paths: Mapping[int, Any],
+    paths: Mapping[int, PyTree],
     rules: Mapping[int, Table],
     tables: Chooser | None,
     on_dense: OnDense,
     unit_aware: bool,
-    fun: Callable[..., Any],
+    fun: Callable[..., PyTree],
     *,
     argnums: int | Sequence[int],
     has_aux: bool,
     holomorphic: bool,
     allow_int: bool,
-) -> Callable[..., Any]:
+) -> Callable[..., PyTree]:
     """As `jax.grad` of a function whose first argument holds the values of states, by the identity of these.
 
     Args:
@@ -222,18 +224,18 @@ def _grad_by_rows(
       The function that returns the gradient and the auxiliary data.
     """
 
-    def held_as_tables(key: int, value: Any) -> Any:
+    def held_as_tables(key: int, value: PyTree) -> PyTree:
         if key in rules:
             return as_table(rules[key], value)
         return with_tables(_CALL, tables, value, paths[key], leaves=(brainunit.Quantity,))
 
-    def name(path: Any) -> str:
+    def name(path: KeyPath) -> str:
         return f"grad_states{jax.tree_util.keystr((*paths[path[0].key], *path[1:]))}"
 
-    def gradient(values: Mapping[int, Any], *args: Any) -> Any:
+    def gradient(values: Mapping[int, PyTree], *args: PyTree) -> PyTree:
         held = {key: held_as_tables(key, value) for key, value in values.items()}
 
-        def of_tables(held_now: Mapping[int, Any], *args: Any) -> Any:
+        def of_tables(held_now: Mapping[int, PyTree], *args: PyTree) -> PyTree:
             return fun(without_tables(values, held, held_now), *args)
 
         if unit_aware and isinstance(jax.eval_shape(lambda: fun(values, *args)[0]), brainunit.Quantity):
@@ -258,10 +260,10 @@ def _grad_by_rows(
     return gradient
 
 
-def _with_units(arguments: Any, gradients: Any) -> Any:
+def _with_units(arguments: PyTree, gradients: PyTree) -> PyTree:
     """Give the gradients of a number the units that they have in brainstate: one over those of the arguments."""
 
-    def with_unit(argument: Any, gradient: Any) -> Any:
+    def with_unit(argument: PyTree, gradient: PyTree) -> PyTree:
         mantissa = brainunit.get_mantissa(gradient)
         if isinstance(gradient, Table) or mantissa.dtype == jax.dtypes.float0:
             return gradient if isinstance(gradient, Table) else mantissa

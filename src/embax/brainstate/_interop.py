@@ -1,8 +1,8 @@
 """Conversion of the layer to other frameworks, by brainstate.interop; a rule that the target lacks is an error."""
 
-from typing import Any
-
+from jaxtyping import PyTree
 import brainstate
+from jaxtyping import PyTree
 
 from .._core.stored_rows import StoredRows
 from ._embedding import Embedding
@@ -13,11 +13,11 @@ class _Nothing:
     """The foreign side of the mappings: no layer of a framework, so that no conversion of theirs is taken over."""
 
 
-def _no_import(module: Any, context: Any) -> Embedding:
+def _no_import(module: object, context: object) -> Embedding:
     raise brainstate.interop.ConversionError(f"No layer converts to embax.Embedding, got {type(module).__name__}.")
 
 
-def _to_nnx(embedding: Embedding, context: Any) -> Any:
+def _to_nnx(embedding: Embedding, context: object) -> PyTree:
     weight = _plain_weight(embedding, "flax.nnx.Embed", out_of_range=("error", "nan"))
     from flax import nnx
 
@@ -30,7 +30,7 @@ def _to_nnx(embedding: Embedding, context: Any) -> Any:
     )
 
 
-def _to_equinox(embedding: Embedding, context: Any) -> Any:
+def _to_equinox(embedding: Embedding, context: object) -> PyTree:
     weight = _plain_weight(embedding, "equinox.nn.Embedding", out_of_range=("error", "clip"))
     if embedding.dtype not in (None, weight.dtype):
         raise _conversion_error("equinox.nn.Embedding", {"dtype": embedding.dtype})
@@ -39,11 +39,11 @@ def _to_equinox(embedding: Embedding, context: Any) -> Any:
     return equinox.nn.Embedding(weight=weight)
 
 
-def _plain_weight(embedding: Embedding, target: str, out_of_range: tuple[str, ...]) -> Any:
+def _plain_weight(embedding: Embedding, target: str, out_of_range: tuple[str, ...]) -> PyTree:
     """Return the weight, if nothing but the weight and these policies are needed to read it."""
     weight, unit = split_unit(embedding.weight.value)
     state = type(embedding.weight)
-    lacking: dict[str, Any] = {
+    lacking: dict[str, PyTree] = {
         name: value
         for name in ("padding_idx", "max_norm", "scale_grad_by_freq", "freeze")
         if (value := getattr(embedding, name)) is not None and value is not False
@@ -63,7 +63,7 @@ def _plain_weight(embedding: Embedding, target: str, out_of_range: tuple[str, ..
     return weight
 
 
-def _conversion_error(target: str, lacking: dict[str, Any]) -> Exception:
+def _conversion_error(target: str, lacking: dict[str, PyTree]) -> Exception:
     rules = ", ".join(f"{name}={value!r}" for name, value in lacking.items())
     return brainstate.interop.ConversionError(
         f"`{target}` must not need a rule that it does not have, got an embax.Embedding with {rules}. "

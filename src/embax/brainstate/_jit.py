@@ -3,18 +3,18 @@
 import functools
 from collections import Counter
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import brainstate
 import jax
+from jaxtyping import PyTree
 
 
 def jit(
-    fun: Callable[..., Any] | None = None,
+    fun: Callable[..., PyTree] | None = None,
     *,
     static_argnums: int | Iterable[int] = (),
     static_argnames: str | Iterable[str] = (),
-) -> Callable[..., Any]:
+) -> Callable[..., PyTree]:
     """Compile a function that reads and writes brainstate states, which are updated in place.
 
     As `brainstate.transform.jit`, but the buffers of the states that the function writes are donated to it, so that the
@@ -50,12 +50,12 @@ def jit(
     @functools.partial(
         jax.jit, donate_argnums=0, static_argnums=tuple(number + 2 for number in argnums), static_argnames=argnames
     )
-    def run(written: tuple[Any, ...], read: tuple[Any, ...], *args: Any, **kwargs: Any) -> Any:
+    def run(written: tuple[PyTree, ...], read: tuple[PyTree, ...], *args: PyTree, **kwargs: PyTree) -> PyTree:
         values = [r if w is None else w for w, r in zip(written, read, strict=True)]
         return stateful.jaxpr_call(values, *args, **kwargs)
 
     @functools.wraps(fun)
-    def call(*args: Any, **kwargs: Any) -> Any:
+    def call(*args: PyTree, **kwargs: PyTree) -> PyTree:
         if jax.config.jax_disable_jit:  # pyright: ignore[reportAttributeAccessIssue]
             return fun(*args, **kwargs)
         trace = stateful.get_state_trace(*args, **kwargs)
@@ -64,7 +64,7 @@ def jit(
         trace.assign_state_vals_v2(read, new)
         return out
 
-    def lower(*args: Any, **kwargs: Any) -> jax.stages.Lowered:
+    def lower(*args: PyTree, **kwargs: PyTree) -> jax.stages.Lowered:
         trace = stateful.get_state_trace(*args, **kwargs)
         return run.lower(trace.get_write_state_values(True), trace.get_read_state_values(True), *args, **kwargs)
 
@@ -72,7 +72,7 @@ def jit(
     return call
 
 
-def _unshared(donated: Any, others: Any) -> Any:
+def _unshared(donated: PyTree, others: PyTree) -> PyTree:
     """Copy each array that is donated and used once more besides: a buffer can be given away only once."""
     uses = Counter(id(leaf) for leaf in jax.tree.leaves((donated, others)) if isinstance(leaf, jax.Array))
     return jax.tree.map(lambda leaf: leaf.copy() if uses[id(leaf)] > 1 else leaf, donated)

@@ -1,7 +1,7 @@
 """Which layers hold a state as their weight, and so by which rules it is trained: a state alone does not say."""
 
 import weakref
-from typing import Any
+from typing import Protocol
 
 import brainstate
 
@@ -9,11 +9,18 @@ from .._core import held as _held
 from .._core.table import Table, shared_rules
 from ._weight import split_unit
 
+
+class _Layer(Protocol):
+    weight: brainstate.State
+    padding_idx: int | None
+    freeze: bool
+
+
 # A state is hashed by its identity. Neither states nor layers are kept alive from here.
-_LAYERS: weakref.WeakKeyDictionary[brainstate.State, weakref.WeakSet[Any]] = weakref.WeakKeyDictionary()
+_LAYERS: weakref.WeakKeyDictionary[brainstate.State, weakref.WeakSet["_Layer"]] = weakref.WeakKeyDictionary()
 
 
-def link(state: Any, layer: Any) -> None:
+def link(state: object, layer: _Layer) -> None:
     """Note that a layer holds a state as its weight; what is no state, such as a FakeState, is left out.
 
     Args:

@@ -3,6 +3,7 @@
 from typing import Any
 
 import brainstate
+from jaxtyping import PyTree
 
 from .._core import modules as _modules
 from .._core.held import held, table_of
@@ -15,7 +16,7 @@ from ._weight import split_unit
 def with_tables(call: str, module: brainstate.nn.Module, function: OfTable) -> brainstate.nn.Module:
     """Copy a module, with states of its own, and apply a function to the tables of its Embeddings."""
     module = brainstate.graph.clone(module)
-    states: Any = module.states()
+    states: PyTree = module.states()
     for state in states.values():
         state.value = copied(state.value)
     done: set[int] = set()

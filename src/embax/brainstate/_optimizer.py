@@ -1,13 +1,14 @@
 """Optimizer: an optax transformation that trains brainstate states, tables by the rows that were read."""
 
 from collections.abc import Hashable, Mapping
-from typing import Any, Self
+from typing import Self
 
 import brainstate
 import brainunit
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import PyTree
 
 from .._core.held import as_table, held
 from .._core.table import Table, is_table, with_weight
@@ -144,12 +145,12 @@ class Optimizer(brainstate.nn.Module):
         call = "embax.brainstate.Optimizer.carry_over"
         if self.opt_state is None:
             raise ValueError(f"`{call}` must follow register_trainable_weights, got no weights. Register them first.")
-        before: Any = {
+        before: PyTree = {
             key: _param(state, rules) if rules is None or has_unit(state) else rules
             for key, rules in self._rules.items()
             for state in [self._states[key]]
         }
-        shapes: Mapping[str, Any] = self._chosen
+        shapes: Mapping[str, PyTree] = self._chosen
         before = jax.tree.map_with_path(
             lambda path, x: Table(shapes[name]) if (name := jax.tree_util.keystr(path)) in shapes else x,
             before,
@@ -158,7 +159,7 @@ class Optimizer(brainstate.nn.Module):
         return self._start(f"{call}(states=...)", {}, frozenset(), states, before)
 
     def _start(
-        self, call: str, kept: Mapping[Hashable, Any], again: frozenset[Hashable], states: Any, before: Any
+        self, call: str, kept: Mapping[Hashable, PyTree], again: frozenset[Hashable], states: PyTree, before: PyTree
     ) -> Self:
         """Start the state of the transformation for states, or carry it over from the parameters that there were."""
         if not isinstance(states, Mapping):
@@ -201,7 +202,7 @@ class Optimizer(brainstate.nn.Module):
             self.opt_state.value = opt_state
         return self
 
-    def update(self, grads: Mapping[Hashable, Any]) -> None:
+    def update(self, grads: Mapping[Hashable, PyTree]) -> None:
         """Make a step: write the new weights into the states.
 
         Args:
@@ -246,7 +247,7 @@ class Optimizer(brainstate.nn.Module):
                     f"`{call}` must know what is trained, got the weight {key!r}, which was frozen when it was "
                     "registered. Call carry_over, or register_trainable_weights to begin anew."
                 )
-        params: Any = {key: _param(state, self._rules[key]) for key, state in self._states.items()}
+        params: PyTree = {key: _param(state, self._rules[key]) for key, state in self._states.items()}
         params = tables_at(self._chosen, params)
         gradients = jax.tree.map_with_path(
             lambda path, param, gradient: prepared_gradient(call, jax.tree_util.keystr(path), param, gradient),
@@ -256,18 +257,18 @@ class Optimizer(brainstate.nn.Module):
         )
         opt_state = jax.tree.map(jnp.asarray, self.opt_state.value)  # NumPy arrays, where it was restored from a file
         updates, opt_state = self.tx.update(gradients, opt_state, params)
-        as_held: Any = {key: _param(state, now[key]) for key, state in self._states.items()}
+        as_held: PyTree = {key: _param(state, now[key]) for key, state in self._states.items()}
         current = tables_at(self._chosen, as_held)
         for key, new in without_tables(as_held, current, apply_updates(current, updates)).items():
             _store(self._states[key], now[key], new)
         self.opt_state.value = opt_state
 
 
-def _shape(weight: Any) -> jax.ShapeDtypeStruct:
+def _shape(weight: PyTree) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(weight.shape, weight.dtype)
 
 
-def _refuse_units(chosen: frozenset[str], params: Any) -> None:
+def _refuse_units(chosen: frozenset[str], params: PyTree) -> None:
     """Raise a ValueError for a Quantity whose mantissa is to be a table."""
     for path, node in jax.tree.leaves_with_path(params, is_leaf=lambda x: isinstance(x, Table | brainunit.Quantity)):
         leaves = jax.tree.leaves_with_path(node, is_leaf=is_table)
@@ -283,12 +284,12 @@ def _without_values(table: Table) -> Table:
     return with_weight(table, _shape(table.weight))
 
 
-def _param(state: brainstate.State, rules: Table | None) -> Any:
+def _param(state: brainstate.State, rules: Table | None) -> PyTree:
     """What a transformation sees of a state."""
     return state.value if rules is None or has_unit(state) else as_table(rules, state.value)
 
 
-def _store(state: brainstate.State, rules: Table | None, new: Any) -> None:
+def _store(state: brainstate.State, rules: Table | None, new: PyTree) -> None:
     if rules is None:
         state.value = new
     elif not rules.freeze:

@@ -1,22 +1,26 @@
 """Initial weights as brainstate knows them: initialisers of two kinds, arrays, quantities with a unit."""
 
+from numpy.typing import ArrayLike
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import TypeAlias
 
 import brainstate
 import brainunit
+import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import PyTree
 
 from .._core.held import held, table_of
 from .._core.stored_rows import StoredRows
 from .._core.table import with_zero_padding
 
-Weight = Any  # a jax.Array, a brainunit.Quantity of one, or the StoredRows of a sharded table
+Weight: TypeAlias = "jax.Array | brainunit.Quantity | StoredRows"  # the latter of a sharded table
+Init: TypeAlias = Callable[..., PyTree] | ArrayLike | brainstate.nn.init.Initializer  # or a weight
 
 
-def initial_weight(init: Any, shape: tuple[int, ...]) -> Weight:
+def initial_weight(init: object, shape: tuple[int, ...]) -> Weight:
     """Make the weight that a layer starts with.
 
     Args:
@@ -61,17 +65,17 @@ def initial_weight(init: Any, shape: tuple[int, ...]) -> Weight:
     return with_unit(weight, unit)
 
 
-def split_unit(value: Any) -> tuple[Any, brainunit.Unit | None]:
+def split_unit(value: PyTree) -> tuple[PyTree, brainunit.Unit | None]:
     """Take a value apart into its numbers and its unit; None where it is not a Quantity."""
     return (value.mantissa, value.unit) if isinstance(value, brainunit.Quantity) else (value, None)
 
 
-def with_unit(value: Any, unit: brainunit.Unit | None) -> Any:
+def with_unit(value: PyTree, unit: brainunit.Unit | None) -> PyTree:
     """Put numbers and their unit together again."""
     return value if unit is None else brainunit.Quantity(value, unit=unit)
 
 
-def in_unit(value: Any, unit: brainunit.Unit | None) -> Any:
+def in_unit(value: PyTree, unit: brainunit.Unit | None) -> PyTree:
     """Give the number of units that a value is: a plain number already is one, a Quantity is converted.
 
     Args:
@@ -87,7 +91,7 @@ def in_unit(value: Any, unit: brainunit.Unit | None) -> Any:
     return value.to_decimal(unit or brainunit.UNITLESS) if isinstance(value, brainunit.Quantity) else value
 
 
-def _call(init: Callable[..., Any], shape: tuple[int, ...]) -> Any:
+def _call(init: Callable[..., PyTree], shape: tuple[int, ...]) -> PyTree:
     # Initialisers divide by the fans. A table without elements has none, so it is cut out of a larger one.
     full = tuple(max(1, size) for size in shape)
     if _takes_key(init):
@@ -99,7 +103,7 @@ def _call(init: Callable[..., Any], shape: tuple[int, ...]) -> Any:
     return value[tuple(slice(size) for size in shape)]
 
 
-def _takes_key(init: Callable[..., Any]) -> bool:
+def _takes_key(init: Callable[..., PyTree]) -> bool:
     try:
         parameters = inspect.signature(init).parameters
     except (TypeError, ValueError):  # a callable from C that does not tell

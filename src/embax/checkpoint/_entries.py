@@ -2,11 +2,13 @@
 
 import dataclasses
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.tree_util import KeyPath
+from jaxtyping import PyTree
 
 from .._core.scratch import Scratch
 from .._core.stored_rows import StoredRows
@@ -25,13 +27,13 @@ class Entry(NamedTuple):
     """One array of a tree, or the rows of a table that are stored in it."""
 
     name: str  # the names of the nodes above it, joined by "/"
-    value: Any  # an array, a shape or a number
+    value: PyTree  # an array, a shape or a number
     placement: Placement | None = None  # where its rows are, if it has those of a placed table
     start: int = 0  # from which of them on they belong to the table
     rows: int | None = None  # how many of them; None where it is not a table
 
 
-def entries_of(call: str, tree: Any) -> list[Entry]:
+def entries_of(call: str, tree: PyTree) -> list[Entry]:
     """List the arrays of a tree.
 
     Args:
@@ -55,7 +57,7 @@ def entries_of(call: str, tree: Any) -> list[Entry]:
     return entries
 
 
-def _entries(call: str, tree: Any, above: tuple[Any, ...]) -> list[Entry]:
+def _entries(call: str, tree: PyTree, above: tuple[PyTree, ...]) -> list[Entry]:
     found = []
     for path, node in jax.tree.flatten_with_path(tree, is_leaf=is_node)[0]:
         path = (*above, *path)
@@ -92,16 +94,16 @@ def _of_rows(name: str, table: Table | StoredRows) -> Entry:
     return Entry(name, weight, storage.placement, 0, table.rows)
 
 
-def _is_shape(weight: Any) -> bool:
+def _is_shape(weight: PyTree) -> bool:
     return isinstance(weight, jax.ShapeDtypeStruct)
 
 
-def is_node(node: Any) -> bool:
+def is_node(node: object) -> bool:
     """Whether a node is written as a table, or as the tables of a Collection, or left out; a gradient is not."""
     return isinstance(node, Table | StoredRows | Collection | Scratch) and not isinstance(node, RowGrad)
 
 
-def _can_be_written(value: Any) -> bool:
+def _can_be_written(value: PyTree) -> bool:
     if not (hasattr(value, "shape") and hasattr(value, "dtype")):
         return isinstance(value, float | complex) or (isinstance(value, int) and -(2**63) <= value < 2**63)
     if is_key(value):
@@ -110,18 +112,18 @@ def _can_be_written(value: Any) -> bool:
     return dtype.kind not in "USMm" and dtype.names is None and dtype.name not in _UNKNOWN
 
 
-def _kind(value: Any) -> str:
+def _kind(value: PyTree) -> str:
     if hasattr(value, "dtype"):
         return f"an array of {value.dtype}"
     return f"a number of {value.bit_length()} bits" if isinstance(value, int) else type(value).__name__
 
 
-def is_key(value: Any) -> bool:
+def is_key(value: PyTree) -> bool:
     """Whether a leaf is an array of random keys."""
     return hasattr(value, "dtype") and jnp.issubdtype(value.dtype, jax.dtypes.prng_key)
 
 
-def described(entry: Entry) -> dict[str, Any]:
+def described(entry: Entry) -> dict[str, PyTree]:
     """What an entry of a checkpoint has to fit: the shape without what fills up a placed table, and the dtype."""
     shape = np.shape(entry.value)
     if entry.placement is not None:
@@ -135,16 +137,16 @@ def is_empty(entry: Entry) -> bool:
     return math.prod(described(entry)["shape"]) == 0
 
 
-def descriptions_of(tree: Any) -> dict[str, MadeFor]:
+def descriptions_of(tree: PyTree) -> dict[str, MadeFor]:
     """List which tables the optimizers' states in a tree were made for, by the names of their nodes."""
     nodes, _ = jax.tree.flatten_with_path(tree, is_leaf=_is_description)
     return {_name(path): node for path, node in nodes if _is_description(node)}
 
 
-def with_descriptions(tree: Any, saved: dict[str, str]) -> Any:
+def with_descriptions(tree: PyTree, saved: dict[str, str]) -> PyTree:
     """Put what was saved of them into a tree; None where nothing was."""
 
-    def put(path: Any, node: Any) -> Any:
+    def put(path: KeyPath, node: PyTree) -> PyTree:
         if not _is_description(node):
             return node
         text = saved.get(_name(path))
@@ -153,12 +155,12 @@ def with_descriptions(tree: Any, saved: dict[str, str]) -> Any:
     return jax.tree.map_with_path(put, tree, is_leaf=_is_description)
 
 
-def _is_description(node: Any) -> bool:
+def _is_description(node: object) -> bool:
     """Whether a node of a tree says which tables a state was made for."""
     return isinstance(node, MadeFor)
 
 
-def _name(path: Any) -> str:
+def _name(path: KeyPath) -> str:
     # The key between a Table and the rows of its gradient is not written.
     return jax.tree_util.keystr(tuple(key for key in path if str(key)), simple=True, separator="/")
 

@@ -1,7 +1,8 @@
 """The steps of a directory, as Orbax manages them."""
 
 import os
-from typing import Any
+
+from jaxtyping import PyTree
 
 try:
     import orbax.checkpoint as ocp
@@ -16,7 +17,7 @@ ARRAYS, ABOUT = "arrays", "embax"
 FORMAT = 1
 
 
-def path_of(path: str | os.PathLike[str]) -> Any:
+def path_of(path: str | os.PathLike[str]) -> epath.Path:
     """A path as Orbax wants it: absolute, and perhaps that of a bucket."""
     return epath.Path(path) if "://" in os.fspath(path) else epath.Path(path).absolute()
 
@@ -38,9 +39,9 @@ def manager_of(path: str | os.PathLike[str], keep: int | None, *, writes: bool) 
     return ocp.CheckpointManager(path_of(path), options=options)
 
 
-def nested(values: dict[str, Any]) -> dict[str, Any]:
+def nested(values: dict[str, PyTree]) -> dict[str, PyTree]:
     """Make a tree of what has names of nodes, joined by "/": Orbax keeps the names of a tree."""
-    tree: dict[str, Any] = {}
+    tree: dict[str, PyTree] = {}
     for name, value in values.items():
         *nodes, last = name.split("/")
         inner = tree
@@ -50,7 +51,7 @@ def nested(values: dict[str, Any]) -> dict[str, Any]:
     return tree
 
 
-def taken(tree: dict[str, Any], name: str) -> Any:
+def taken(tree: dict[str, PyTree], name: str) -> PyTree:
     """Take a value out of such a tree."""
     *nodes, last = name.split("/")
     for node in nodes:

@@ -4,12 +4,12 @@ import functools
 import math
 import os
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
+from jaxtyping import PyTree
 
 from .._base import check as _check
 from .._base.axes import laid_out
@@ -28,7 +28,7 @@ from ._orbax import ABOUT, ARRAYS, FORMAT, manager_of, nested, ocp, path_of, tak
 _OF_DAMAGE = (KeyError, TypeError, ValueError, OSError)
 
 
-def restore(path: str | os.PathLike[str], like: Any, *, step: int | None = None, partial: bool = False) -> Any:
+def restore(path: str | os.PathLike[str], like: PyTree, *, step: int | None = None, partial: bool = False) -> PyTree:
     """Read a tree that `save` has written, laid out as another one is.
 
     A table may come back on another number of devices, in another layout, in another Collection, or on no mesh at all.
@@ -86,7 +86,7 @@ def restore(path: str | os.PathLike[str], like: Any, *, step: int | None = None,
         values, made_for = _read(call, manager, path, steps[-1] if step is None else step, entries, partial)
     left = iter(entries)
 
-    def filled(in_collection: bool, node: Any) -> Any:
+    def filled(in_collection: bool, node: PyTree) -> PyTree:
         if isinstance(node, Table) and not has_weight(node):
             return node
         if isinstance(node, Scratch):
@@ -97,7 +97,7 @@ def restore(path: str | os.PathLike[str], like: Any, *, step: int | None = None,
             return held(filled_table(False, table_of(node), entry, value))
         return filled_table(in_collection, node, entry, value) if isinstance(node, Table) else value
 
-    def filled_table(in_collection: bool, table: Table, entry: Entry, value: Any) -> Table:
+    def filled_table(in_collection: bool, table: Table, entry: Entry, value: PyTree) -> Table:
         placement, storage = table.placement, table.storage
         if placement is None:  # rows in the order of their ids, as which a plain storage holds them
             return with_weight(table, value if storage.held(value) is value else storage.from_rows(value))
@@ -118,8 +118,13 @@ def restore(path: str | os.PathLike[str], like: Any, *, step: int | None = None,
 
 
 def _read(
-    call: str, manager: Any, path: str | os.PathLike[str], step: int, entries: Sequence[Entry], partial: bool
-) -> tuple[dict[str, Any], dict[str, str]]:
+    call: str,
+    manager: ocp.CheckpointManager,
+    path: str | os.PathLike[str],
+    step: int,
+    entries: Sequence[Entry],
+    partial: bool,
+) -> tuple[dict[str, PyTree], dict[str, str]]:
     """Read the value of each entry, of a placed table blocks of its rows; and which tables states were made for."""
     if not (path_of(path) / str(step) / ABOUT).exists():
         raise ValueError(
@@ -152,11 +157,13 @@ def _read(
     return values, about.get("made_for", {})
 
 
-def _arrays(manager: Any, step: int, targets: dict[str, Any], of_rows: set[str]) -> dict[str, Any]:
+def _arrays(
+    manager: ocp.CheckpointManager, step: int, targets: dict[str, PyTree], of_rows: set[str]
+) -> dict[str, PyTree]:
     if not targets:
         return {}
 
-    def arguments(name: str, target: Any) -> Any:
+    def arguments(name: str, target: PyTree) -> PyTree:
         if isinstance(target.sharding, NamedSharding):
             # Behind the last row of a table, there may be more or fewer than when it was written.
             return ocp.ArrayRestoreArgs(
@@ -185,7 +192,7 @@ def _target(entry: Entry) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(np.shape(value), dtype, sharding=sharding)
 
 
-def _sharding(value: Any) -> Any:
+def _sharding(value: object) -> jax.sharding.Sharding | None:
     """Where an array is; None where it is not bound to a device, so that it goes with others wherever they are."""
     sharding = getattr(value, "sharding", None)
     loose = isinstance(value, jax.Array) and not value.committed
@@ -193,7 +200,7 @@ def _sharding(value: Any) -> Any:
     return None if loose or abstract else sharding
 
 
-def _check_fits(call: str, entries: Sequence[Entry], found: dict[str, Any], partial: bool) -> None:
+def _check_fits(call: str, entries: Sequence[Entry], found: dict[str, PyTree], partial: bool) -> None:
     missing = [entry.name for entry in entries if entry.name not in found]
     if missing:
         raise ValueError(
@@ -216,7 +223,7 @@ def _check_fits(call: str, entries: Sequence[Entry], found: dict[str, Any], part
             )
 
 
-def _is_table(entry: Entry, found: dict[str, Any]) -> bool:
+def _is_table(entry: Entry, found: dict[str, PyTree]) -> bool:
     """Whether an entry is of a table, or was when it was saved: a layer may hold one, or an array in its place."""
     return entry.rows is not None or found[entry.name].get("table", False)
 
@@ -233,7 +240,7 @@ def _damaged(call: str, path: str | os.PathLike[str], step: int, error: Exceptio
     )
 
 
-def _as_wanted(value: Any, entry: Entry, target: jax.ShapeDtypeStruct, found: dict[str, Any]) -> Any:
+def _as_wanted(value: PyTree, entry: Entry, target: jax.ShapeDtypeStruct, found: dict[str, PyTree]) -> PyTree:
     """Give what was read the kind of what was asked for, and put it in its place."""
     like = entry.value
     if isinstance(value, jax.Array):  # where it belongs already

@@ -3,10 +3,10 @@
 import dataclasses
 import math
 import os
-from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import PyTree
 
 from .._base import check as _check
 from .._mesh import relayout as _moves
@@ -19,7 +19,7 @@ from ._orbax import ABOUT, ARRAYS, FORMAT, manager_of, nested, ocp, path_of
 _PIECE = 32 << 20
 
 
-def save(path: str | os.PathLike[str], tree: Any, *, step: int | None = None, keep: int | None = 1) -> None:
+def save(path: str | os.PathLike[str], tree: PyTree, *, step: int | None = None, keep: int | None = 1) -> None:
     """Write a tree to a directory: parameters, an optimizer's state, whatever training goes on from.
 
     A checkpoint holds the rows of a table in their order and under the table's own name, however they are laid out on a
@@ -72,7 +72,7 @@ def save(path: str | os.PathLike[str], tree: Any, *, step: int | None = None, ke
                 f"`{call}(step=...)` must be above {last}, the last one in {os.fspath(path)!r}, got {step}. Count on, "
                 "or name another directory."
             )
-        items: dict[str, Any] = {
+        items: dict[str, PyTree] = {
             ABOUT: ocp.args.JsonSave(
                 {
                     "format": FORMAT,
@@ -91,13 +91,13 @@ def save(path: str | os.PathLike[str], tree: Any, *, step: int | None = None, ke
         manager.wait_until_finished()
 
 
-def _about(entry: Entry) -> dict[str, Any]:
+def _about(entry: Entry) -> dict[str, PyTree]:
     of_table = {"table": True} if entry.rows is not None else {}  # whose file may have padding behind its last row
     of_key = {"impl": str(jax.random.key_impl(entry.value))} if is_key(entry.value) else {}
     return described(entry) | of_table | of_key
 
 
-def _to_be_written(entry: Entry) -> Any:
+def _to_be_written(entry: Entry) -> PyTree:
     value = entry.value
     if entry.placement is not None:
         blocks = _blocks(entry, entry.placement)
@@ -130,5 +130,5 @@ def _piece(entry: Entry) -> int | None:
     return None if pieces == 1 else rows // pieces * _row_bytes(value)
 
 
-def _row_bytes(value: Any) -> int:
+def _row_bytes(value: PyTree) -> int:
     return math.prod(value.shape[1:]) * value.dtype.itemsize

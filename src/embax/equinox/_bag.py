@@ -1,9 +1,12 @@
 """EmbeddingBag: an Embedding whose rows are pooled as they are read."""
 
+from .._bags.ragged import Ragged
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import equinox as eqx
-from jaxtyping import Array, DTypeLike, Shaped
+from jaxtyping import Array, DTypeLike, Key, Shaped
+from numpy.typing import ArrayLike
 
 from .._bags.pool import Mode
 from .._layers.bag import PoolsBags
@@ -42,7 +45,7 @@ class EmbeddingBag(PoolsBags, Embedding):
     def __init__(
         self,
         num_embeddings: int | None = None,
-        embedding_size: Any = None,
+        embedding_size: int | Sequence[int] | None = None,
         *,
         mode: Mode = "mean",
         include_last_offset: bool = False,
@@ -53,12 +56,12 @@ class EmbeddingBag(PoolsBags, Embedding):
 
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
-        input: Any,
-        offsets: Any = None,
-        per_sample_weights: Any = None,
+        input: ArrayLike | Ragged,
+        offsets: ArrayLike | None = None,
+        per_sample_weights: ArrayLike | None = None,
         *,
         dtype: DTypeLike | None = None,
-        key: Any = None,
+        key: Key[Array, ""] | None = None,
     ) -> Shaped[Array, "*bags_dim"]:
         """Read bags of ids and pool their rows.
 

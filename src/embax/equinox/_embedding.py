@@ -1,10 +1,12 @@
 """Embedding: a module that holds a Table and reads it by the core's lookup."""
 
+from collections.abc import Iterable, Sequence
 from typing import Any, Self
 
 import equinox as eqx
 import jax
 from jaxtyping import Array, DTypeLike, Key, Shaped
+from numpy.typing import ArrayLike
 
 from .._base import check as _check
 from .._core.held import held
@@ -56,8 +58,8 @@ class Embedding(eqx.Module, TableLayer):
     def __init__(
         self,
         num_embeddings: int | None = None,
-        embedding_size: Any = None,
-        weight: Any = None,
+        embedding_size: int | Sequence[int] | None = None,
+        weight: Array | None = None,
         dtype: DTypeLike | None = None,
         *,
         key: Key[Array, ""] | None = None,
@@ -67,7 +69,7 @@ class Embedding(eqx.Module, TableLayer):
         call = f"embax.equinox.{type(self).__name__}"
         shape = None
         if num_embeddings is not None and embedding_size is not None:
-            sizes = embedding_size if hasattr(embedding_size, "__len__") else (embedding_size,)
+            sizes = embedding_size if isinstance(embedding_size, Iterable) else (embedding_size,)
             rows = _check.size(f"{call}(num_embeddings=...)", num_embeddings)
             shape = (rows, *(_check.size(f"{call}(embedding_size=...)", size) for size in sizes))
         if weight is not None:
@@ -104,7 +106,9 @@ class Embedding(eqx.Module, TableLayer):
         """The size of a row, or the sizes of its axes."""
         return self.table.dim[0] if len(self.table.dim) == 1 else self.table.dim
 
-    def __call__(self, x: Any, *, dtype: DTypeLike | None = None, key: Any = None) -> Shaped[Array, "*batch_dim"]:
+    def __call__(
+        self, x: ArrayLike, *, dtype: DTypeLike | None = None, key: Key[Array, ""] | None = None
+    ) -> Shaped[Array, "*batch_dim"]:
         """Read one row for each id.
 
         Args:
@@ -121,7 +125,7 @@ class Embedding(eqx.Module, TableLayer):
         """
         return lookup(self.table, x, dtype)
 
-    def renormalized(self, ids: Any) -> Self:
+    def renormalized(self, ids: ArrayLike) -> Self:
         """Return the module with the rows of these ids stored clipped to `max_norm`, as `embax.renormalize` does.
 
         Args:

@@ -1,16 +1,25 @@
 """Files of leaves, as Equinox writes them, with the rows of tables in the order of their ids."""
 
-from collections.abc import Callable
 from typing import Any
+from typing import TypeAlias
+from pathlib import Path
+from collections.abc import Callable
+from typing import BinaryIO
 
 import equinox as eqx
 import jax
 import numpy as np
+from jaxtyping import PyTree
 
 from .._core.table import Table, has_weight, with_weight
 
+File: TypeAlias = str | Path | BinaryIO
+IsLeaf: TypeAlias = Callable[[PyTree], bool] | None
 
-def tree_serialise_leaves(path_or_file: Any, pytree: Any, is_leaf: Callable[[Any], bool] | None = None) -> None:
+
+def tree_serialise_leaves(
+    path_or_file: File, pytree: PyTree, is_leaf: IsLeaf = None
+) -> None:
     """Write the leaves of a tree to a file, as `equinox.tree_serialise_leaves` does, whatever the layout of its tables.
 
     The rows of a table are in the order of their ids, so that the file of a sharded model is that of the model off the
@@ -35,7 +44,7 @@ def tree_serialise_leaves(path_or_file: Any, pytree: Any, is_leaf: Callable[[Any
       Table(float32[10,3])
     """
 
-    def write(file: Any, node: Any) -> None:
+    def write(file: BinaryIO, node: object) -> None:
         if not isinstance(node, Table):
             eqx.default_serialise_filter_spec(file, node)
         elif has_weight(node):
@@ -44,7 +53,9 @@ def tree_serialise_leaves(path_or_file: Any, pytree: Any, is_leaf: Callable[[Any
     eqx.tree_serialise_leaves(path_or_file, pytree, write, _tables_or(is_leaf))
 
 
-def tree_deserialise_leaves(path_or_file: Any, like: Any, is_leaf: Callable[[Any], bool] | None = None) -> Any:
+def tree_deserialise_leaves(
+    path_or_file: File, like: PyTree, is_leaf: IsLeaf = None
+) -> PyTree:
     """Read what `tree_serialise_leaves` wrote, or Equinox of a model off the mesh, into the layout of another tree.
 
     Args:
@@ -69,7 +80,7 @@ def tree_deserialise_leaves(path_or_file: Any, like: Any, is_leaf: Callable[[Any
       'rows'
     """
 
-    def read(file: Any, node: Any) -> Any:
+    def read(file: BinaryIO, node: object) -> PyTree:
         if not isinstance(node, Table):
             return eqx.default_deserialise_filter_spec(file, node)
         if not has_weight(node):
@@ -86,5 +97,5 @@ def tree_deserialise_leaves(path_or_file: Any, like: Any, is_leaf: Callable[[Any
     return eqx.tree_deserialise_leaves(path_or_file, like, read, _tables_or(is_leaf))
 
 
-def _tables_or(is_leaf: Callable[[Any], bool] | None) -> Callable[[Any], bool]:
+def _tables_or(is_leaf: IsLeaf) -> Callable[[PyTree], bool]:
     return lambda node: isinstance(node, Table) or (is_leaf is not None and is_leaf(node))

@@ -3,7 +3,7 @@
 import os
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Float64
@@ -11,6 +11,11 @@ from numpy.typing import ArrayLike
 
 from ..files import replacing
 from ..vocabulary._vocabulary import printable
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.backend_bases import RendererBase
+    from matplotlib.text import Text
 
 # In inches and dots an inch: 2000 x 1500 dots.
 _SIZE, _DPI = (12.5, 9.375), 160
@@ -94,7 +99,7 @@ def checked(argument: str, tokens: Sequence[str], points: ArrayLike) -> Float64[
     return places / (np.abs(places).max(initial=0) or 1.0)
 
 
-def _frame(axes: Any, places: Float64[np.ndarray, "points 2"]) -> None:
+def _frame(axes: "Axes", places: Float64[np.ndarray, "points 2"]) -> None:
     """Let all points be seen, with the same scale along both axes and some room for labels."""
     low, high = (places.min(axis=0), places.max(axis=0)) if len(places) else (np.zeros(2), np.zeros(2))
     width, height = np.asarray(_SIZE) * axes.get_position().bounds[2:]
@@ -103,7 +108,7 @@ def _frame(axes: Any, places: Float64[np.ndarray, "points 2"]) -> None:
     axes.set(xlim=middle[0] + np.array([-half, half]) * width, ylim=middle[1] + np.array([-half, half]) * height)
 
 
-def _thin(labels: list[Any], axes: Any, renderer: Any, places: Float64[np.ndarray, "points 2"]) -> int:
+def _thin(labels: list["Text"], axes: "Axes", renderer: "RendererBase", places: Float64[np.ndarray, "points 2"]) -> int:
     """Move each label to where it covers no other, and hide those for which there is no such place.
 
     Returns:

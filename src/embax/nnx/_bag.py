@@ -1,8 +1,11 @@
 """EmbeddingBag: an Embedding whose rows are pooled as they are read."""
 
+from .._bags.ragged import Ragged
+from collections.abc import Sequence
 from typing import Any
 
 from jaxtyping import Array, Shaped
+from numpy.typing import ArrayLike
 
 from .._bags.pool import Mode
 from .._layers.bag import PoolsBags, stored_rows_of
@@ -41,7 +44,7 @@ class EmbeddingBag(PoolsBags, Embedding):
     def __init__(
         self,
         num_embeddings: int,
-        features: Any,
+        features: int | Sequence[int],
         *,
         mode: Mode = "mean",
         include_last_offset: bool = False,
@@ -51,7 +54,7 @@ class EmbeddingBag(PoolsBags, Embedding):
         self._set_pooling(mode, include_last_offset)
 
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, input: Any, offsets: Any = None, per_sample_weights: Any = None
+        self, input: ArrayLike | Ragged, offsets: ArrayLike | None = None, per_sample_weights: ArrayLike | None = None
     ) -> Shaped[Array, "*bags_dim"]:
         """Read bags of ids and pool their rows.
 

@@ -1,11 +1,13 @@
 """Call: one call of a function of NNX modules, as a pure function of trees in which Tables stand for Params."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import jax
 from flax import nnx
+from jax.tree_util import KeyPath
+from jaxtyping import PyTree
 
+from .._base.typing import PyTreeDef
 from .._core.table import Table
 from ._params import tables_of, tree_of, with_values
 
@@ -26,7 +28,11 @@ class Call:
     """
 
     def __init__(
-        self, f: Callable[..., Any], filters: Mapping[int, Any], args: Sequence[Any], kwargs: Mapping[str, Any]
+        self,
+        f: Callable[..., PyTree],
+        filters: Mapping[int, PyTree],
+        args: Sequence[PyTree],
+        kwargs: Mapping[str, PyTree],
     ):
         self.f = f
         self.args = [_flatten(arg) for arg in args]
@@ -38,7 +44,7 @@ class Call:
         )
         wanted = {number: nnx.filterlib.to_predicate(filter) for number, filter in filters.items()}
 
-        def is_wanted(path: Any, value: Any) -> bool:
+        def is_wanted(path: KeyPath, value: PyTree) -> bool:
             by_name, argument, _, *inside = path
             # A Variable that is an argument by itself is wanted whatever it is.
             return not by_name and argument in wanted and (not inside or wanted[argument](tuple(inside), value))
@@ -57,7 +63,7 @@ class Call:
             for number, (leaves, structure) in enumerate(self.args)
         ]
 
-    def run(self, *trees: Any) -> tuple[Any, tuple[Any, Any]]:
+    def run(self, *trees: PyTree) -> tuple[PyTree, tuple[PyTree, PyTree]]:
         """Call the function; return its value, and the state of everything afterwards, for `update`."""
         states = {
             number: {
@@ -84,14 +90,14 @@ class Call:
             self.changed, state = context.split((nodes, _nodes(leaves)))
         return value, (state, [None if _is_node(leaf) else leaf for leaf in leaves])
 
-    def update(self, outcome: Any) -> Any:
+    def update(self, outcome: PyTree) -> PyTree:
         """Give the modules what the function has left in them, and return its auxiliary output."""
         state, leaves = outcome
         with nnx.merge_context(CONTEXT, inner=False) as context:
             _, nodes = context.merge(self.changed, state)
         return self.structure.unflatten([nodes.get(place, leaf) for place, leaf in enumerate(leaves)])
 
-    def gradient(self, number: int, tree: Any) -> Any:
+    def gradient(self, number: int, tree: PyTree) -> PyTree:
         """Give the gradient of an argument the form of the argument, with a State for each module."""
         leaves, structure = self.args[number]
         parts = enumerate(self._parts(number, tree))
@@ -102,20 +108,20 @@ class Call:
             ]
         )
 
-    def _parts(self, number: int, tree: Any) -> list[Any]:
+    def _parts(self, number: int, tree: PyTree) -> list[PyTree]:
         return self.args[number][1].flatten_up_to(tree)
 
-    def _state(self, number: int, place: int) -> Any:
+    def _state(self, number: int, place: int) -> PyTree:
         return self.states.get(number, {}).get(place, nnx.State({}))
 
 
-def _flatten(tree: Any) -> tuple[list[Any], Any]:
+def _flatten(tree: PyTree) -> tuple[list[PyTree], PyTreeDef]:
     return jax.tree.flatten(tree, is_leaf=lambda node: _is_node(node) or isinstance(node, Table))
 
 
-def _is_node(leaf: Any) -> bool:
+def _is_node(leaf: PyTree) -> bool:
     return isinstance(leaf, nnx.Pytree | nnx.Variable)
 
 
-def _nodes(leaves: Sequence[Any]) -> dict[int, Any]:
+def _nodes(leaves: Sequence[PyTree]) -> dict[int, PyTree]:
     return {place: leaf for place, leaf in enumerate(leaves) if _is_node(leaf)}

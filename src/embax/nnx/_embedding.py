@@ -1,5 +1,7 @@
 """Embedding: an `nnx.Param` read by the core's lookup."""
 
+from collections.abc import Iterable
+from collections.abc import Sequence
 import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, Self
@@ -9,7 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from flax.errors import TraceContextError
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, DTypeLike, Float, Key, Shaped
+from numpy.typing import ArrayLike
 
 from .._base import check as _check
 from .._base.axes import laid_out
@@ -23,6 +27,7 @@ from .._heads.attend import attend
 from .._layers.layer import TableLayer
 
 # That of `nnx.Embed`, so that the same seed gives the same weights.
+OutSharding = PartitionSpec | NamedSharding | None
 _INIT = jax.nn.initializers.variance_scaling(1.0, "fan_in", "normal", out_axis=0)
 
 
@@ -74,12 +79,12 @@ class Embedding(nnx.Module, TableLayer):
     def __init__(
         self,
         num_embeddings: int,
-        features: Any,
+        features: int | Sequence[int],
         *,
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
-        embedding_init: Callable[..., Any] = _INIT,
-        promote_dtype: Callable[..., Any] | None = None,
+        embedding_init: Callable[..., Array] = _INIT,
+        promote_dtype: Callable[..., tuple[Array, ...]] | None = None,
         rngs: nnx.Rngs,
         embedding_metadata: Mapping[str, Any] | None = None,
         padding_idx: PaddingRows = None,
@@ -92,7 +97,7 @@ class Embedding(nnx.Module, TableLayer):
     ):
         call = f"embax.nnx.{type(self).__name__}"
         self.num_embeddings = _check.size(f"{call}(num_embeddings=...)", num_embeddings)
-        sizes = tuple(features) if hasattr(features, "__len__") else (features,)
+        sizes = tuple(features) if isinstance(features, Iterable) else (features,)
         sizes = tuple(_check.size(f"{call}(features=...)", size) for size in sizes)
         self.features = sizes[0] if len(sizes) == 1 else sizes
         weight = embedding_init(rngs.params(), (self.num_embeddings, *sizes), param_dtype)
@@ -117,7 +122,7 @@ class Embedding(nnx.Module, TableLayer):
         """The weight and the rules by which it is read."""
         return table_of(self.embedding.get_value(), **{name: getattr(self, name) for name in RULES})
 
-    def __call__(self, inputs: Any, out_sharding: Any = None) -> Shaped[Array, "*batch_dim"]:
+    def __call__(self, inputs: ArrayLike, out_sharding: OutSharding = None) -> Shaped[Array, "*batch_dim"]:
         """Read one row for each id.
 
         Args:
@@ -138,7 +143,7 @@ class Embedding(nnx.Module, TableLayer):
         return rows if out_sharding is None else laid_out(rows, out_sharding)
 
     def attend(  # pyright: ignore[reportIncompatibleMethodOverride] (NNX's names)
-        self, query: Any, out_sharding: Any = None, *, mask_padding: bool = False
+        self, query: ArrayLike, out_sharding: OutSharding = None, *, mask_padding: bool = False
     ) -> Float[Array, "*batch rows"]:
         """Multiply vectors by every row: the logits of a head that is tied to this layer, as `embax.attend`.
 
@@ -193,7 +198,7 @@ class Embedding(nnx.Module, TableLayer):
         (none,) = self.promote_dtype((jnp.zeros(0, table.dtype),), dtype=self.dtype, inexact=False)
         return none.dtype
 
-    def _store(self, table: Table, ids: Any) -> None:
+    def _store(self, table: Table, ids: _ids.Ids) -> None:
         if not self.write_back or table.max_norm is None or table.freeze:
             return
         try:

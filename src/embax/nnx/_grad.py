@@ -1,10 +1,11 @@
 """value_and_grad and grad: of NNX modules, in which the gradient of an Embedding is the rows that were read."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from flax import nnx
+from jaxtyping import PyTree
 
 from .._base import check as _check
 from .._gradients.chosen import Chooser, checked
@@ -16,7 +17,7 @@ Argnums = int | nnx.DiffState | Sequence[int | nnx.DiffState]
 
 
 def value_and_grad(
-    f: Callable[..., Any] | None = None,
+    f: Callable[..., PyTree] | None = None,
     *,
     argnums: Argnums = 0,
     has_aux: bool = False,
@@ -24,7 +25,7 @@ def value_and_grad(
     allow_int: bool = False,
     on_dense: OnDense = "warn",
     tables: Chooser | None = None,
-) -> Callable[..., Any]:
+) -> Callable[..., PyTree]:
     """Differentiate a function of NNX modules; the gradient of an Embedding's Param holds the rows that were read.
 
     As `nnx.value_and_grad`, but that the Param of an `embax.nnx.Embedding` gets a `RowGrad`, in which an id occurs as
@@ -71,7 +72,7 @@ def value_and_grad(
     differentiated = _differentiated("embax.nnx.value_and_grad", f, argnums, has_aux, **options)
 
     @functools.wraps(f)
-    def value_and_gradient(*args: Any, **kwargs: Any) -> Any:
+    def value_and_gradient(*args: PyTree, **kwargs: PyTree) -> PyTree:
         value, aux, gradient = differentiated(args, kwargs)
         return (value, aux) if has_aux else value, gradient
 
@@ -79,7 +80,7 @@ def value_and_grad(
 
 
 def grad(
-    f: Callable[..., Any] | None = None,
+    f: Callable[..., PyTree] | None = None,
     *,
     argnums: Argnums = 0,
     has_aux: bool = False,
@@ -87,7 +88,7 @@ def grad(
     allow_int: bool = False,
     on_dense: OnDense = "warn",
     tables: Chooser | None = None,
-) -> Callable[..., Any]:
+) -> Callable[..., PyTree]:
     """Differentiate a function of NNX modules as `embax.nnx.value_and_grad` does, and return the gradient only.
 
     Args:
@@ -119,7 +120,7 @@ def grad(
     differentiated = _differentiated("embax.nnx.grad", f, argnums, has_aux, **options)
 
     @functools.wraps(f)
-    def gradient(*args: Any, **kwargs: Any) -> Any:
+    def gradient(*args: PyTree, **kwargs: PyTree) -> PyTree:
         _, aux, gradient = differentiated(args, kwargs)
         return (gradient, aux) if has_aux else gradient
 
@@ -128,13 +129,13 @@ def grad(
 
 def _differentiated(
     call: str,
-    f: Callable[..., Any],
+    f: Callable[..., PyTree],
     argnums: Argnums,
     has_aux: bool,
     on_dense: OnDense,
     tables: Chooser | None,
     **options: Any,
-) -> Callable[[Any, Any], tuple[Any, Any, Any]]:
+) -> Callable[[Sequence[PyTree], Mapping[str, PyTree]], tuple[PyTree, PyTree, PyTree]]:
     """Make the function that returns the value, the auxiliary output and the gradient."""
     on_dense = _check.choice(f"{call}(on_dense=...)", on_dense, OnDense)
     tables = checked(call, tables)
@@ -145,7 +146,7 @@ def _differentiated(
     ]
     asked = [(_check.integer(f"{call}(argnums=...)", number), filter) for number, filter in asked]
 
-    def differentiated(args: Any, kwargs: Any) -> tuple[Any, Any, Any]:
+    def differentiated(args: PyTree, kwargs: PyTree) -> tuple[PyTree, PyTree, PyTree]:
         filters = {_position(call, number, len(args)): filter for number, filter in asked}
         if len(filters) < len(asked):
             raise ValueError(

@@ -1,11 +1,13 @@
 """Optimizer: that of NNX, with tables trained by the rows that were read."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jaxtyping import PyTree
 
 from .._core import modules as _modules
 from .._core.held import as_table, held
@@ -67,7 +69,7 @@ class Optimizer(nnx.Optimizer):
 
     __module__ = "embax.nnx"
 
-    def __init__(self, model: Any, tx: optax.GradientTransformation, *, wrt: Any = nnx.Param):
+    def __init__(self, model: nnx.Pytree, tx: optax.GradientTransformation, *, wrt: Any = nnx.Param):
         if not isinstance(tx, optax.GradientTransformation):
             raise TypeError(
                 f"`{_CALL}(tx=...)` must be an optax.GradientTransformation, got {type(tx).__name__}. "
@@ -80,7 +82,7 @@ class Optimizer(nnx.Optimizer):
         self.tx, self.wrt, self.graph = tx, wrt, None
         self._start(params, opt_state, chosen)
 
-    def _start(self, params: Any, opt_state: Any, chosen: frozenset[str]) -> None:
+    def _start(self, params: PyTree, opt_state: PyTree, chosen: frozenset[str]) -> None:
         """Keep a state, and note for which tables it was made."""
         self.opt_state = nnx.data(_as_variables(opt_state))
         self._chosen = chosen
@@ -90,7 +92,7 @@ class Optimizer(nnx.Optimizer):
         stored = {name: (table.weight.shape, str(table.dtype), table.storage) for name, table in tables.items()}
         self._stored = nnx.static(stored)
 
-    def update(self, model: Any, grads: Any, /, **kwargs: Any) -> Any:
+    def update(self, model: nnx.Pytree, grads: PyTree, /, **kwargs: PyTree) -> PyTree:
         """Make a step: write the new weights into the model.
 
         Args:
@@ -129,7 +131,7 @@ class Optimizer(nnx.Optimizer):
         self.step[...] += 1
         return updates
 
-    def carry_over(self, model: Any) -> None:
+    def carry_over(self, model: nnx.Pytree) -> None:
         """Bring the state to the model as it is now, whose tables have other rows or rules than before.
 
         As `embax.optim.carry_over`: rows that were there before keep their state, new ones begin as in a new optimizer,
@@ -154,7 +156,7 @@ class Optimizer(nnx.Optimizer):
         before = structure.unflatten([self._before(jax.tree_util.keystr(path), node) for path, node in nodes])
         self._start(params, carry_over(self._pure_state(), before, params, self.tx), chosen)
 
-    def _before(self, name: str, param: Any) -> Any:
+    def _before(self, name: str, param: PyTree) -> PyTree:
         """What a parameter was when the state was made; a table that was not there, as a frozen one, which has none."""
         if not isinstance(param, Table):
             return param
@@ -165,13 +167,13 @@ class Optimizer(nnx.Optimizer):
         rules = {"padding_idx": padding_idx, "freeze": freeze, "storage": storage}
         return with_weight(param, jax.ShapeDtypeStruct(*stored), **rules)
 
-    def _variables(self) -> list[Any]:
+    def _variables(self) -> list[PyTree]:
         return jax.tree.leaves(self.opt_state, is_leaf=_is_variable)
 
-    def _pure_state(self) -> Any:
+    def _pure_state(self) -> PyTree:
         return jax.tree.map(_without_variables, self.opt_state, is_leaf=_is_node)
 
-    def _at_start(self, call: str, name: str, param: Any) -> Any:
+    def _at_start(self, call: str, name: str, param: PyTree) -> PyTree:
         """Give a table the rules that it had when the optimizer was made."""
         if not isinstance(param, Table) or name not in self._rules:
             return param
@@ -184,11 +186,11 @@ class Optimizer(nnx.Optimizer):
         return Table(param.weight, padding_idx=padding_idx, freeze=freeze, storage=param.storage)
 
 
-def _flatten(params: Any) -> Any:
+def _flatten(params: PyTree) -> PyTree:
     return jax.tree.flatten_with_path(params, is_leaf=is_table)
 
 
-def _refused(call: str, optimizer: nnx.Optimizer, function: Any) -> nnx.Optimizer:
+def _refused(call: str, optimizer: nnx.Optimizer, function: Callable[..., PyTree]) -> nnx.Optimizer:
     raise TypeError(
         f"`{call}(tree=...)` must not have an optimizer, whose state is that of a model, got a "
         f"{type(optimizer).__name__}. Call {call} for the model, and then optimizer.carry_over(model)."
@@ -198,22 +200,22 @@ def _refused(call: str, optimizer: nnx.Optimizer, function: Any) -> nnx.Optimize
 _modules.register(Optimizer, _refused)
 
 
-def _is_variable(node: Any) -> bool:
+def _is_variable(node: object) -> bool:
     return isinstance(node, nnx.Variable)
 
 
-def _is_node(node: Any) -> bool:
+def _is_node(node: object) -> bool:
     return isinstance(node, Table | nnx.Variable)
 
 
-def _is_scratch(node: Any) -> bool:
+def _is_scratch(node: object) -> bool:
     return isinstance(node, SCRATCH)
 
 
-def _as_variables(opt_state: Any) -> Any:
+def _as_variables(opt_state: PyTree) -> PyTree:
     """Put each array of a state into a Variable, those of the rows of a table with their storage."""
 
-    def variable(node: Any) -> Any:
+    def variable(node: PyTree) -> PyTree:
         if _is_scratch(node):
             rest = node._replace(slots=())
             rest = jax.tree.map(variable, rest, is_leaf=lambda x: x is not rest and (_is_node(x) or _is_scratch(x)))
@@ -225,13 +227,13 @@ def _as_variables(opt_state: Any) -> Any:
     return jax.tree.map(variable, opt_state, is_leaf=lambda x: _is_node(x) or _is_scratch(x))
 
 
-def _values(opt_state: Any) -> list[Any]:
+def _values(opt_state: PyTree) -> list[PyTree]:
     """List what the Variables of a state hold."""
     nodes = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, Table) and has_weight(node))
     return [held(node) if isinstance(node, Table) else node for node in nodes]
 
 
-def _without_variables(node: Any) -> Any:
+def _without_variables(node: PyTree) -> PyTree:
     """Take a value out of its Variable; of a table, as the table is stored, and not as the Variable says."""
     if isinstance(node, nnx.Variable):
         return node.get_value()

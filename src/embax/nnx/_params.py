@@ -1,9 +1,9 @@
 """The Params of NNX modules as trees in which a Table stands wherever an Embedding holds one."""
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
 
 from flax import nnx
+from jaxtyping import PyTree
 
 from .._core import modules as _modules
 from .._core.held import as_table, held
@@ -12,7 +12,7 @@ from .._core.table import Table, shared_rules
 from ._embedding import Embedding
 
 
-def tables_of(nodes: Any) -> dict[int, Table]:
+def tables_of(nodes: PyTree) -> dict[int, Table]:
     """Find the Params that Embeddings hold.
 
     Args:
@@ -28,7 +28,7 @@ def tables_of(nodes: Any) -> dict[int, Table]:
     return {param: shared_rules(tables) for param, tables in found.items()}
 
 
-def tree_of(state: Any, tables: Mapping[int, Table]) -> Any:
+def tree_of(state: PyTree, tables: Mapping[int, Table]) -> PyTree:
     """Take the values out of a state: Tables where they are known to be tables.
 
     Args:
@@ -39,7 +39,7 @@ def tree_of(state: Any, tables: Mapping[int, Table]) -> Any:
       A nested dict of arrays and Tables.
     """
 
-    def value(variable: Any) -> Any:
+    def value(variable: PyTree) -> PyTree:
         if not isinstance(variable, nnx.Variable):
             return variable
         value = variable.get_value()
@@ -48,10 +48,10 @@ def tree_of(state: Any, tables: Mapping[int, Table]) -> Any:
     return _mapped(state, value)
 
 
-def with_values(state: Any, tree: Any) -> Any:
+def with_values(state: PyTree, tree: PyTree) -> PyTree:
     """Put values into the Variables of a state, in new ones; of a layer's Table its weight."""
 
-    def replaced(variable: Any, value: Any) -> Any:
+    def replaced(variable: PyTree, value: PyTree) -> PyTree:
         if not isinstance(variable, nnx.Variable):
             return value
         of_layer = isinstance(value, Table) and not isinstance(variable.get_value(), Table)
@@ -61,7 +61,7 @@ def with_values(state: Any, tree: Any) -> Any:
     return nnx.State(mapped) if isinstance(state, Mapping) else mapped
 
 
-def _mapped(state: Any, function: Any, *trees: Any) -> Any:
+def _mapped(state: PyTree, function: Callable[..., PyTree], *trees: PyTree) -> PyTree:
     if not isinstance(state, Mapping):
         return function(state, *trees)
     return {key: _mapped(child, function, *(tree[key] for tree in trees)) for key, child in state.items()}

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +9,8 @@ import numpy as np
 import optax
 from jax.core import Tracer
 from jax.sharding import NamedSharding
+from jax.tree_util import KeyPath
+from jaxtyping import ArrayLike, PyTree
 
 from .._core.dense import DENSE
 from .._core.storage import Storage
@@ -23,7 +24,7 @@ from ._states import SCRATCH, chosen_at_start, with_scratch, without_scratch
 _CALL = "embax.optim.carry_over"
 
 
-def carry_over(state: Any, old_params: Any, new_params: Any, tx: optax.GradientTransformation) -> Any:
+def carry_over(state: PyTree, old_params: PyTree, new_params: PyTree, tx: optax.GradientTransformation) -> PyTree:
     """Return the state of a transformation for tables that have changed since it was made.
 
     For a vocabulary that grows in mid-training, a table that is put on a mesh or laid out in another way, one that is
@@ -79,7 +80,7 @@ def carry_over(state: Any, old_params: Any, new_params: Any, tx: optax.GradientT
     old = _Old(without_scratch(state), _storages(old_params))
     storages = _storages(new_params)
 
-    def carried(path: Any, node: Any) -> Any:
+    def carried(path: KeyPath, node: PyTree) -> PyTree:
         name = jax.tree_util.keystr(path)
         if isinstance(node, Collection):
             return _carried_collection(name, node, owners, old)
@@ -99,7 +100,7 @@ def carry_over(state: Any, old_params: Any, new_params: Any, tx: optax.GradientT
 class _Old:
     """The state that is carried over: its arrays and its tables by their paths."""
 
-    def __init__(self, state: Any, storages: dict[str, Storage]):
+    def __init__(self, state: PyTree, storages: dict[str, Storage]):
         self.storages = storages  # of the tables of the parameters
         self.arrays = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree.flatten_with_path(state)[0]}
         self.tables: dict[str, Table] = {}
@@ -110,7 +111,7 @@ class _Old:
             elif isinstance(node, Table) and has_weight(node):
                 self.tables[name] = node
 
-    def array(self, name: str, fresh: Any) -> Any:
+    def array(self, name: str, fresh: PyTree) -> PyTree:
         """The array of this name, which has no rows of a table; the fresh one where there was none."""
         if name not in self.arrays:
             return fresh
@@ -123,7 +124,7 @@ class _Old:
         return _where(array, fresh)
 
 
-def _check_belongs(state: Any, expected: Any) -> None:
+def _check_belongs(state: PyTree, expected: PyTree) -> None:
     """Refuse a state that is not of the old parameters."""
     lifted = [
         [node for node in jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, SCRATCH)) if isinstance(node, SCRATCH)]
@@ -182,7 +183,7 @@ def _carried_rows(fresh: Table, before: Table | None) -> Table:
     return with_weight(fresh, fresh.storage.overwritten(fresh.weight, before.storage, before.weight))
 
 
-def _where(array: Any, fresh: Any) -> Any:
+def _where(array: PyTree, fresh: PyTree) -> PyTree:
     """Put an array on the devices of a fresh one, if it is on others; on these, it stays laid out as it is."""
     if not all(isinstance(x, jax.Array) and not isinstance(x, Tracer) for x in (array, fresh)):
         return array
@@ -206,7 +207,7 @@ def _members(collection: Collection) -> dict[str, Table]:
     }
 
 
-def _owners(params: Any, tx: optax.GradientTransformation) -> dict[str, str]:
+def _owners(params: PyTree, tx: optax.GradientTransformation) -> dict[str, str]:
     """Find the arrays of a state that have an entry a row, by giving each table another number of rows more.
 
     Returns:
@@ -232,16 +233,16 @@ def _owners(params: Any, tx: optax.GradientTransformation) -> dict[str, str]:
     return {name: names[(many[name][0] - few[name][0]) // step - 1] for name in few if few[name] != many[name]}
 
 
-def _storages(params: Any) -> dict[str, Storage]:
+def _storages(params: PyTree) -> dict[str, Storage]:
     nodes, _ = jax.tree.flatten_with_path(params, is_leaf=is_table)
     return {jax.tree_util.keystr(path): node.storage for path, node in nodes if isinstance(node, Table)}
 
 
-def _table(weight: Any, storage: Storage) -> Table:
+def _table(weight: ArrayLike, storage: Storage) -> Table:
     return with_weight(Table(jnp.zeros(0)), weight, storage=storage)
 
 
-def _shape(leaf: Any) -> jax.ShapeDtypeStruct:
+def _shape(leaf: PyTree) -> jax.ShapeDtypeStruct:
     dtype = leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
     sharding = leaf.sharding if isinstance(leaf, jax.Array) and not isinstance(leaf, Tracer) else None
     return jax.ShapeDtypeStruct(

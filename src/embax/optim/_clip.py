@@ -1,12 +1,13 @@
 """Clipping by the norm of all gradients, those of tables among them."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.tree_util import keystr
+from jax.tree_util import KeyPath, keystr
+from jaxtyping import PyTree
 
 from .._base import check as _check
 from .._base import distinct as _dedupe
@@ -48,20 +49,20 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
     """
     max_norm = _check.positive("embax.optim.clip_by_global_norm(max_norm=...)", max_norm)
 
-    def init(params: Any) -> Any:
+    def init(params: PyTree) -> PyTree:
         leaves = jax.tree.leaves(params, is_leaf=is_table)
         tables = [leaf for leaf in leaves if isinstance(leaf, Table)]
         slots = tuple(_dedupe.scratch(t.rows) if is_trained(t) else None for t in tables)
         return ClipByGlobalNormState(slots, made_for(params))
 
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+    def update(updates: PyTree, state: PyTree, params: PyTree = None) -> tuple[PyTree, PyTree]:
         call, of_gradients = "embax.optim.clip_by_global_norm(...).update", params is None
         now = made_for(updates if of_gradients else params)
         check_made_for(call, state.made_for, now, of_gradients=of_gradients)
         nodes, structure = jax.tree.flatten_with_path(updates, is_leaf=lambda node: isinstance(node, RowGrad | Table))
         as_given = [leaf for _, leaf in nodes]
         leaves = [bare(leaf) for leaf in as_given]
-        slots: list[Any] = [*jax.tree.map(jnp.asarray, state.slots)]  # NumPy's, out of a file
+        slots: list[_dedupe.Slots] = [*jax.tree.map(jnp.asarray, state.slots)]  # NumPy's, out of a file
         numbers = _numbers(nodes, params, len(slots))
         distinct = []
         for leaf, number in zip(leaves, numbers, strict=True):
@@ -90,7 +91,7 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
     return optax.GradientTransformation(init, update)
 
 
-def _numbers(nodes: Sequence[tuple[Any, Any]], params: Any, slots: int) -> list[int | None]:
+def _numbers(nodes: Sequence[tuple[KeyPath, PyTree]], params: PyTree, slots: int) -> list[int | None]:
     """Say for each gradient in which slots its table has; None where it has none, as an array that is read as one."""
     if params is None:
         is_of_table = [isinstance(leaf, RowGrad | Table) for _, leaf in nodes]

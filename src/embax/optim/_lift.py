@@ -1,12 +1,12 @@
 """lift: any row-separable optax transformation as one whose cost follows the rows that were read."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array
+from jaxtyping import Array, PyTree
 
 from .._base import distinct as _dedupe
 from .._core import ids as _ids
@@ -25,7 +25,7 @@ _UPDATE = "embax.optim.lift(tx).update"
 class LiftState(NamedTuple):
     """The state of a lifted transformation."""
 
-    inner: Any  # of the transformation itself; where it has an entry a row, along the first axis
+    inner: PyTree  # of the transformation itself; where it has an entry a row, along the first axis
     slots: tuple[_dedupe.Slots, ...]  # int32 (rows,) for each table whose duplicates are summed by slots, else None
     dealt_out: jax.Array  # () int32, how often rows of a placed table crowded on one device; see `embax.shard`
     made_for: MadeFor | None = None  # the tables that it belongs to; None from a version that did not note them
@@ -101,7 +101,7 @@ def lift(tx: optax.GradientTransformation, *, tables: Chooser | None = None) -> 
 
     tables = checked("embax.optim.lift", tables)
 
-    def init(params: Any) -> Any:
+    def init(params: PyTree) -> PyTree:
         params = with_tables("embax.optim.lift", tables, params)
         leaves, structure = jax.tree.flatten(params, is_leaf=is_table)
         without = structure.unflatten([_untrained(leaf) for leaf in leaves])
@@ -125,7 +125,7 @@ def lift(tx: optax.GradientTransformation, *, tables: Chooser | None = None) -> 
         state = LiftState(inner, tuple(slots), jnp.zeros((), jnp.int32), made_for(params))
         return laid_out_state(state, of_tx.owners, trained)
 
-    def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
+    def update(updates: PyTree, state: PyTree, params: PyTree = None, **extra_args: object) -> tuple[PyTree, PyTree]:
         if params is None:
             raise ValueError(f"`{_UPDATE}(params=...)` must be given, got None. Pass the parameters.")
         if not isinstance(state, LiftState):
@@ -140,7 +140,7 @@ def lift(tx: optax.GradientTransformation, *, tables: Chooser | None = None) -> 
         leaves, structure = jax.tree.flatten(params, is_leaf=is_table)
         as_given = structure.flatten_up_to(updates)
         _refuse_rows_of_no_table(params, as_given)
-        gradients: list[Any] = [
+        gradients: list[PyTree] = [
             checked_update(_UPDATE, leaf, gradient) if is_table(leaf) else gradient
             for leaf, gradient in zip(leaves, as_given, strict=True)
         ]
@@ -200,7 +200,7 @@ def _summed_by_row(
     return tuple(slots), together, alone, crowded
 
 
-def _with_rules_of(tx: optax.GradientTransformationExtraArgs, params: Any, inner: Any) -> Any:
+def _with_rules_of(tx: optax.GradientTransformationExtraArgs, params: PyTree, inner: PyTree) -> PyTree:
     """Give the Tables in a state the rules that those of the parameters have now, as `tx` compares them."""
     structure, expected = state_of(tx, params)
     leaves, given = jax.tree.flatten_with_path(inner)
@@ -212,7 +212,7 @@ def _with_rules_of(tx: optax.GradientTransformationExtraArgs, params: Any, inner
     return structure.unflatten([leaf for _, leaf in leaves])
 
 
-def _refuse_rows_of_no_table(params: Any, gradients: Any) -> None:
+def _refuse_rows_of_no_table(params: PyTree, gradients: Sequence[PyTree]) -> None:
     """Raise a ValueError for a RowGrad where the parameters have no table."""
     leaves, _ = jax.tree.flatten_with_path(params, is_leaf=is_table)
     for (path, leaf), gradient in zip(leaves, gradients, strict=True):
@@ -231,7 +231,7 @@ def _of_another(seen: str) -> ValueError:
     )
 
 
-def _untrained(leaf: Any) -> Any:
+def _untrained(leaf: PyTree) -> PyTree:
     """Take away the weight of a table that is not trained, so that `tx` has nothing to do with it."""
     return leaf if not is_table(leaf) or is_trained(leaf) else with_weight(leaf, None)
 

@@ -1,12 +1,12 @@
 """Row-wise Adagrad and Adam: one second moment for each row of a table."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Float32, Int32
+from jaxtyping import Array, Float, Int32, PyTree
 
 from .._base import check as _check
 from .._base.distinct import accumulator
@@ -18,15 +18,15 @@ from ._lift import lift
 class RowwiseAdagradState(NamedTuple):
     """What row-wise Adagrad remembers."""
 
-    sum_of_squares: Any  # float32; for a Table one whose weight is (rows,), else as the parameter
+    sum_of_squares: PyTree  # float32; for a Table one whose weight is (rows,), else as the parameter
 
 
 class RowwiseAdamState(NamedTuple):
     """What row-wise Adam remembers."""
 
     steps: Int32[Array, ""]  # so far
-    mean: Any  # as the parameters
-    mean_square: Any  # float32; for a Table one whose weight is (rows,), else as the parameter
+    mean: PyTree  # as the parameters
+    mean_square: PyTree  # float32; for a Table one whose weight is (rows,), else as the parameter
 
 
 def rowwise_adagrad(
@@ -72,13 +72,14 @@ def rowwise_adagrad(
     start = _not_negative(f"{call}(initial_accumulator=...)", initial_accumulator)
     eps = _not_negative(f"{call}(eps=...)", eps)
 
-    def init(params: Any) -> Any:
+    def init(params: PyTree) -> PyTree:
         return RowwiseAdagradState(_map(lambda leaf: _second_moment(leaf, start), params))
 
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+    def update(updates: PyTree, state: PyTree, params: PyTree = None) -> tuple[PyTree, PyTree]:
         sums = _map(lambda g, a: _with_values(a, _values(a) + _square(g)), updates, state.sum_of_squares)
 
-        def inverse_root(a: Any) -> Any:  # without any gradient so far there is nothing to divide by
+        # Without any gradient so far there is nothing to divide by.
+        def inverse_root(a: Float[Array, "..."]) -> Float[Array, "..."]:
             return jnp.where(a > 0, 1 / (jnp.sqrt(jnp.where(a > 0, a, 1)) + eps), 0)
 
         scaled = _map(lambda g, a: _scale(g, inverse_root(_values(a))), updates, sums)
@@ -134,18 +135,18 @@ def rowwise_adam(
         if _not_negative(f"{call}({name}=...)", value) >= 1:
             raise ValueError(f"`{call}({name}=...)` must be in [0, 1), got {value}. Pass a number below 1.")
 
-    def init(params: Any) -> Any:
+    def init(params: PyTree) -> PyTree:
         mean_square = _map(lambda leaf: _second_moment(leaf, 0.0), params)
         return RowwiseAdamState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.zeros_like, params), mean_square)
 
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        steps: Any = optax.safe_increment(state.steps)
+    def update(updates: PyTree, state: PyTree, params: PyTree = None) -> tuple[PyTree, PyTree]:
+        steps = jnp.asarray(optax.safe_increment(state.steps))
         mean = jax.tree.map(lambda g, m: b1 * m + (1 - b1) * g, updates, state.mean)
         mean_square = _map(
             lambda g, v: _with_values(v, b2 * _values(v) + (1 - b2) * _square(g)), updates, state.mean_square
         )
 
-        def corrected(m: Any, v: Any) -> Any:
+        def corrected(m: PyTree, v: PyTree) -> PyTree:
             first, second = (1 - decay ** steps.astype(v.dtype) for decay in (b1, b2))
             return _scale(m, 1 / (first * (jnp.sqrt(_values(v) / second) + eps)))
 
@@ -158,38 +159,38 @@ def rowwise_adam(
     )
 
 
-def _map(function: Callable[..., Any], tree: Any, *others: Any) -> Any:
+def _map(function: Callable[..., PyTree], tree: PyTree, *others: PyTree) -> PyTree:
     """Map over a tree with Tables for leaves, of which those without a weight have nothing in the other trees."""
 
-    def of_leaf(leaf: Any, *rest: Any) -> Any:
+    def of_leaf(leaf: PyTree, *rest: PyTree) -> PyTree:
         return None if isinstance(leaf, Table) and not has_weight(leaf) else function(leaf, *rest)
 
     return jax.tree.map(of_leaf, tree, *others, is_leaf=is_table)
 
 
-def _second_moment(leaf: Any, start: float) -> Any:
+def _second_moment(leaf: PyTree, start: float) -> PyTree:
     """What a second moment is before the first step; of a table, a Table with one number a row."""
     values = _values(leaf)
     shape = values.shape[:1] if isinstance(leaf, Table) else values.shape
     return _with_values(leaf, jnp.full(shape, start, accumulator(values.dtype)))
 
 
-def _values(leaf: Any) -> Any:
+def _values(leaf: PyTree) -> Array:
     return leaf.weight if isinstance(leaf, Table) else leaf
 
 
-def _with_values(leaf: Any, values: Any) -> Any:
+def _with_values(leaf: PyTree, values: Array) -> PyTree:
     return with_weight(leaf, values) if isinstance(leaf, Table) else values
 
 
-def _square(gradient: Any) -> Float32[Array, "..."]:
+def _square(gradient: PyTree) -> Float[Array, "..."]:
     """The square of a gradient; of a table's, the mean over each row."""
     values = _values(gradient)
     squares = jnp.square(jnp.abs(values.astype(accumulator(values.dtype))))
     return squares.mean(axis=tuple(range(1, squares.ndim))) if isinstance(gradient, Table) else squares
 
 
-def _scale(leaf: Any, factor: Float32[Array, "..."]) -> Any:
+def _scale(leaf: PyTree, factor: Float[Array, "..."]) -> PyTree:
     """Multiply a leaf by a factor for each number, a table by one for each row."""
     if not isinstance(leaf, Table):
         return (leaf.astype(factor.dtype) * factor).astype(leaf.dtype)
@@ -197,5 +198,5 @@ def _scale(leaf: Any, factor: Float32[Array, "..."]) -> Any:
     return with_weight(leaf, (leaf.weight.astype(factor.dtype) * factor).astype(leaf.dtype))
 
 
-def _not_negative(argument: str, value: Float) -> float:
+def _not_negative(argument: str, value: object) -> float:
     return 0.0 if value == 0 else _check.positive(argument, value)

@@ -1,14 +1,15 @@
 """What lift has to know of a transformation: where its state holds rows, and whether and how it keeps rows apart."""
 
+from .._base.typing import PyTreeDef
 import functools
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array
+from jaxtyping import Array, PyTree
 
 from .._base.distinct import accumulator
 from .._core.table import Table, has_weight, is_table, with_weight
@@ -45,13 +46,13 @@ def plan(tx: optax.GradientTransformationExtraArgs, params: Any) -> RowPlan:
     return _plan(tx.init, tx.update, *_abstract(params))
 
 
-def state_of(tx: optax.GradientTransformationExtraArgs, params: Any) -> tuple[Any, tuple[tuple[int, ...], ...]]:
+def state_of(tx: optax.GradientTransformationExtraArgs, params: PyTree) -> tuple[PyTreeDef, Shapes]:
     """Return the structure of the state that a transformation makes for parameters, and the shapes of its leaves."""
     return _state_of(tx.init, *_abstract(params))
 
 
 @functools.lru_cache(maxsize=256)
-def _state_of(init: Callable[..., Any], structure: Any, leaves: tuple[Any, ...]) -> Any:
+def _state_of(init: Init, structure: PyTreeDef, leaves: Leaves) -> tuple[PyTreeDef, Shapes]:
     state, of_state = jax.tree.flatten(jax.eval_shape(init, structure.unflatten(leaves)))
     return of_state, tuple(leaf.shape for leaf in state)
 
@@ -68,7 +69,7 @@ def _plan(init: Callable[..., Any], update: Callable[..., Any], structure: Any, 
     return RowPlan(owners, kinds)
 
 
-def _owners(init: Callable[..., Any], structure: Any, leaves: tuple[Any, ...]) -> tuple[int | None, ...]:
+def _owners(init: Init, structure: PyTreeDef, leaves: Leaves) -> tuple[int | None, ...]:
     """Find the leaves of the state that have an entry for each row of a table, by giving it one row more."""
     params = structure.unflatten(leaves)
     before_structure, before = _state_of(init, structure, leaves)
@@ -88,13 +89,13 @@ def _owners(init: Callable[..., Any], structure: Any, leaves: tuple[Any, ...]) -
     return tuple(owners)
 
 
-def _kind(init: Any, update: Any, params: Any, number: int, owners: tuple[int | None, ...]) -> Kind:
+def _kind(init: Init, update: Update, params: PyTree, number: int, owners: tuple[int | None, ...]) -> Kind:
     """Read from the jaxpr of a step what the transformation does to the rows of one table."""
     table = _tables(params)[number]
     params = _with_weights(params, {number: jax.ShapeDtypeStruct((_PRIME, *table.dim), table.dtype)})
     state, state_structure = jax.tree.flatten(jax.eval_shape(init, params))
 
-    def step(weight: Array, gradient: Array, rest: Any, state: list[Any]) -> Any:
+    def step(weight: Array, gradient: Array, rest: PyTree, state: list[Array]) -> tuple[Array, PyTree, list[Array]]:
         updates, new = update(
             _with_weights(rest, {number: gradient}),
             state_structure.unflatten(state),
@@ -122,7 +123,7 @@ def _kind(init: Any, update: Any, params: Any, number: int, owners: tuple[int | 
 
 @functools.lru_cache(maxsize=256)
 def _difference(
-    init: Any, update: Any, structure: Any, leaves: tuple[Any, ...], owners: tuple[int | None, ...]
+    init: Init, update: Update, structure: PyTreeDef, leaves: Leaves, owners: tuple[int | None, ...]
 ) -> float:
     """Compare what a transformation does to some rows alone and among others, as a part of the largest.
 
@@ -130,7 +131,7 @@ def _difference(
     may change what it does to a row, whatever its state and however large the gradient.
     """
 
-    def step(gradients: Any, state: Any, params: Any, value: Array) -> Any:
+    def step(gradients: PyTree, state: PyTree, params: PyTree, value: Array) -> tuple[PyTree, PyTree]:
         return update(gradients, state, params, value=value)
 
     params = structure.unflatten(leaves)
@@ -142,11 +143,13 @@ def _difference(
         return float(np.max([_case(*compiled, params, owners, *case) for case in [(1.0, None), (1e4, 10_000)]]))
 
 
-def _case(init: Any, step: Any, params: Any, owners: tuple[int | None, ...], scale: float, count: int | None) -> float:
+def _case(
+    init: Init, step: Update, params: PyTree, owners: tuple[int | None, ...], scale: float, count: int | None
+) -> float:
     tables, value = _tables(params), np.ones((), np.float32)
     rng = np.random.default_rng(0)
 
-    def tree(rows: list[np.ndarray]) -> Any:
+    def tree(rows: list[np.ndarray]) -> PyTree:
         rest = jax.tree.map(lambda leaf: np.full(leaf.shape, 0.5).astype(leaf.dtype), params)
         return _with_weights(rest, dict(enumerate(rows)))
 
@@ -167,7 +170,9 @@ def _case(init: Any, step: Any, params: Any, owners: tuple[int | None, ...], sca
         state = [late.astype(x.dtype) if x.ndim == 0 and jnp.issubdtype(x.dtype, jnp.integer) else x for x in state]
     gradients = [np.concatenate([np.zeros_like(g[:_ROWS]), g[_ROWS:]]) for g in draw(scale)]
 
-    def step_with(choose: Callable[[np.ndarray], np.ndarray], back: Callable[[np.ndarray], np.ndarray]) -> Any:
+    def step_with(
+        choose: Callable[[np.ndarray], np.ndarray], back: Callable[[np.ndarray], np.ndarray]
+    ) -> list[np.ndarray]:
         chosen = [x if owner is None else choose(np.asarray(x)) for x, owner in zip(state, owners, strict=True)]
         updates, new = step(
             tree([choose(g) for g in gradients]),
@@ -191,18 +196,18 @@ def _case(init: Any, step: Any, params: Any, owners: tuple[int | None, ...], sca
     return float(np.max(off))
 
 
-def _abstract(params: Any) -> tuple[Any, tuple[Any, ...]]:
+def _abstract(params: PyTree) -> tuple[PyTreeDef, Leaves]:
     """What the shapes of parameters are, in a form that can be hashed."""
     leaves, structure = jax.tree.flatten(params)
     return structure, tuple(jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves)
 
 
-def _tables(params: Any) -> list[Table]:
+def _tables(params: PyTree) -> list[Table]:
     leaves = jax.tree.leaves(params, is_leaf=is_table)
     return [leaf for leaf in leaves if isinstance(leaf, Table) and has_weight(leaf)]
 
 
-def _with_weights(params: Any, weights: dict[int, Any]) -> Any:
+def _with_weights(params: PyTree, weights: Mapping[int, PyTree]) -> PyTree:
     """Give other weights to some of the tables, by their number."""
     leaves, structure = jax.tree.flatten(params, is_leaf=is_table)
     number = -1
@@ -213,7 +218,7 @@ def _with_weights(params: Any, weights: dict[int, Any]) -> Any:
     return structure.unflatten(leaves)
 
 
-def _with_rows(params: Any, rows: int) -> Any:
+def _with_rows(params: PyTree, rows: int) -> PyTree:
     """Give all tables so many rows, as shapes."""
     shapes = [jax.ShapeDtypeStruct((rows, *table.dim), table.dtype) for table in _tables(params)]
     return _with_weights(params, dict(enumerate(shapes)))

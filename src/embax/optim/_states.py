@@ -1,10 +1,9 @@
 """What the optimizers of the frameworks share: gradients as transformations take them, and whether one takes them."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import PyTree
 
 from .._core.held import as_table
 from .._core.held_rows import bare
@@ -17,7 +16,7 @@ from ._lift import LiftState
 SCRATCH = LiftState, ClipByGlobalNormState  # whose `slots` are scratch memory
 
 
-def prepared_gradient(call: str, name: Any, param: Any, gradient: Any) -> Any:
+def prepared_gradient(call: str, name: object, param: PyTree, gradient: PyTree) -> PyTree:
     """Put the gradient of a parameter into the form in which transformations take it.
 
     Args:
@@ -55,7 +54,7 @@ def prepared_gradient(call: str, name: Any, param: Any, gradient: Any) -> Any:
     return of_gradient
 
 
-def with_chosen(tx: optax.GradientTransformation, params: Any) -> tuple[Any, frozenset[str]]:
+def with_chosen(tx: optax.GradientTransformation, params: PyTree) -> tuple[PyTree, frozenset[str]]:
     """Put a Table in the place of each array that a transformation is told to take for one.
 
     Labels and masks in it see the same tree then when its state is made and in each step.
@@ -71,7 +70,7 @@ def with_chosen(tx: optax.GradientTransformation, params: Any) -> tuple[Any, fro
     return tables_at(chosen, params), chosen
 
 
-def chosen_at_start(opt_state: Any, params: Any) -> frozenset[str]:
+def chosen_at_start(opt_state: PyTree, params: PyTree) -> frozenset[str]:
     """Find the arrays that a transformation was told to take for tables, by the state that it made for them.
 
     Args:
@@ -88,7 +87,7 @@ def chosen_at_start(opt_state: Any, params: Any) -> frozenset[str]:
     return frozenset(arrays).intersection(table.path for tables in of_tables for table in tables)
 
 
-def check_takes_tables(call: str, tx: optax.GradientTransformation, opt_state: Any, params: Any) -> None:
+def check_takes_tables(call: str, tx: optax.GradientTransformation, opt_state: PyTree, params: PyTree) -> None:
     """Try a transformation on gradients as it will get them, since optax does not say what is wrong with one.
 
     Args:
@@ -116,19 +115,19 @@ def check_takes_tables(call: str, tx: optax.GradientTransformation, opt_state: A
         raise _takes_no_tables(call, names, "updates of another kind")
 
 
-def without_scratch(tree: Any, kinds: tuple[type, ...] = SCRATCH) -> Any:
+def without_scratch(tree: PyTree, kinds: tuple[type, ...] = SCRATCH) -> PyTree:
     """Leave out what states of these kinds keep from step to step and do not look at."""
 
-    def of_kind(node: Any) -> bool:
+    def of_kind(node: object) -> bool:
         return isinstance(node, kinds)
 
     return jax.tree.map(lambda node: node._replace(slots=()) if of_kind(node) else node, tree, is_leaf=of_kind)
 
 
-def with_scratch(tree: Any, like: Any, kinds: tuple[type, ...] = SCRATCH) -> Any:
+def with_scratch(tree: PyTree, like: PyTree, kinds: tuple[type, ...] = SCRATCH) -> PyTree:
     """Put it back, as another tree has it."""
 
-    def put_back(node: Any, of_like: Any) -> Any:
+    def put_back(node: PyTree, of_like: PyTree) -> PyTree:
         if not isinstance(node, kinds):
             return node
         return node._replace(slots=tuple(None if x is None else jnp.zeros(x.shape, x.dtype) for x in of_like.slots))

@@ -1,9 +1,9 @@
 """One step of a transformation, run on any rows of the tables in its tree."""
 
+from .._base.typing import PyTreeDef
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,12 +27,12 @@ Parts = Mapping[int, Distinct | None]
 class Leaf:
     """A parameter and its gradient."""
 
-    param: Any  # an array or a Table
-    gradient: Any
+    param: PyTree  # an array or a Table
+    gradient: PyTree
     number: int | None  # the place of a trained table among those; None for all else
     kind: Kind | None  # what the transformation does to the rows of a trained table
 
-    def seen(self, parts: Parts) -> tuple[Any, Any]:
+    def seen(self, parts: Parts) -> tuple[PyTree, PyTree]:
         """The parameter and the gradient that the transformation sees in a run."""
         table = self.param
         if not isinstance(table, Table):
@@ -47,7 +47,7 @@ class Leaf:
         weight = jnp.zeros_like(rows.values) if scaled else _gather(table, table.weight, rows.ids)
         return with_weight(table, weight), with_weight(table, rows.values)
 
-    def updated(self, update: Any, parts: Parts) -> Any:
+    def updated(self, update: PyTree, parts: Parts) -> PyTree:
         """The update of the parameter, given that of what was seen; None for a table that is not in the parts."""
         table = self.param
         if not isinstance(table, Table):
@@ -95,10 +95,10 @@ class Step:
 
     tx: optax.GradientTransformationExtraArgs
     leaves: Sequence[Leaf]
-    structure: Any  # that of the parameters, with Tables for leaves
+    structure: PyTreeDef  # that of the parameters, with Tables for leaves
     state: Sequence[StateLeaf]
-    state_structure: Any
-    extra_args: Mapping[str, Any]
+    state_structure: PyTreeDef
+    extra_args: Mapping[str, object]
 
     @classmethod
     def of(
@@ -106,9 +106,9 @@ class Step:
         tx: optax.GradientTransformationExtraArgs,
         plan: RowPlan,
         params: PyTree,
-        gradients: Sequence[Any],
+        gradients: Sequence[PyTree],
         inner: PyTree,
-        extra_args: Mapping[str, Any],
+        extra_args: Mapping[str, object],
     ) -> "Step":
         """Put each parameter beside its gradient, and each array of the state beside its table.
 
@@ -139,7 +139,7 @@ class Step:
         ]
         return cls(tx, leaves, structure, state, state_structure, extra_args)
 
-    def run(self, parts: Parts) -> tuple[list[Any], PyTree]:
+    def run(self, parts: Parts) -> tuple[list[PyTree], PyTree]:
         """Run the step on ordinary leaves and on some rows of some tables, as though there were no others.
 
         Args:
@@ -211,7 +211,7 @@ class Step:
             return row_grad(rows.ids, update, table.rows), written
         return _update(table, rows.ids, update), written
 
-    def _call(self, parts: Parts, state: Sequence[StateLeaf]) -> tuple[list[Any], list[Array]]:
+    def _call(self, parts: Parts, state: Sequence[StateLeaf]) -> tuple[list[PyTree], list[Array]]:
         """Gather the rows of the parts and call the transformation on them."""
         pairs = [leaf.seen(parts) for leaf in self.leaves]
         updates, new = self.tx.update(
@@ -233,7 +233,7 @@ def _no_rows(table: Table) -> Distinct:
     return Distinct(jnp.zeros(0, jnp.int32), jnp.zeros((0, *table.dim), table.dtype), jnp.int32(0))
 
 
-def laid_out_state(state: Any, owners: Sequence[int | None], tables: Sequence[Table]) -> Any:
+def laid_out_state(state: PyTree, owners: Sequence[int | None], tables: Sequence[Table]) -> PyTree:
     """Lay out the state of a transformation as the rows that it belongs to, and its counters on all devices.
 
     Args:

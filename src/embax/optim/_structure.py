@@ -1,11 +1,13 @@
 """What the jaxpr of an update proves of a transformation: it treats rows one by one, or only scales their gradient."""
 
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal
 
 import jax
-from jax.extend.core import ClosedJaxpr, Jaxpr
+from jax.core import ShapedArray
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Var
 from jax.extend.core import Literal as Constant
+from jaxtyping import PyTree
 
 # `scaled`: the update of a row is its gradient times a number that has nothing to do with tables.
 # `rowwise`: the update of a row, and its state, follow from that row's gradient, weight and state and from numbers that
@@ -75,11 +77,11 @@ def _by_row(jaxpr: Jaxpr, inputs: Sequence[bool], rows: int) -> list[str | None]
     Returns:
       For each output, which of the two, or None; None instead of a list where rows mix.
     """
-    kinds: dict[Any, str | None] = {}
+    kinds: dict[Var, str | None] = {}
     for variable, has_rows in zip(jaxpr.invars, inputs, strict=True):
         kinds[variable] = "row" if has_rows else None
 
-    def kind(variable: Any) -> str | None:
+    def kind(variable: Var | Constant) -> str | None:
         return None if isinstance(variable, Constant) else kinds.get(variable)
 
     for eqn in jaxpr.eqns:
@@ -105,7 +107,7 @@ def _by_row(jaxpr: Jaxpr, inputs: Sequence[bool], rows: int) -> list[str | None]
     return [kind(x) for x in jaxpr.outvars]
 
 
-def _keeps_rows(eqn: Any, of_inputs: Sequence[str | None], rows: int) -> bool:
+def _keeps_rows(eqn: JaxprEqn, of_inputs: Sequence[str | None], rows: int) -> bool:
     """Say whether an operation makes each row of its result from the same row of its operands."""
     name, params, out = eqn.primitive.name, eqn.params, _shape(eqn.outvars[0])
     if name in _ELEMENTWISE:
@@ -122,8 +124,9 @@ def _keeps_rows(eqn: Any, of_inputs: Sequence[str | None], rows: int) -> bool:
     return name in ("reshape", "squeeze", "expand_dims")
 
 
-def _shape(variable: Any) -> tuple[int, ...]:
-    return variable.aval.shape
+def _shape(variable: Var | Constant) -> tuple[int, ...]:
+    aval = variable.aval
+    return aval.shape if isinstance(aval, ShapedArray) else ()
 
 
 def follows(jaxpr: Jaxpr, inputs: Sequence[bool]) -> list[bool]:
@@ -151,17 +154,17 @@ def follows(jaxpr: Jaxpr, inputs: Sequence[bool]) -> list[bool]:
     return [_is_in(x, reached) for x in jaxpr.outvars]
 
 
-def _inner(params: dict[str, Any]) -> Jaxpr | None:
+def _inner(params: Mapping[str, object]) -> Jaxpr | None:
     for name in ("jaxpr", "call_jaxpr"):
-        if isinstance(params.get(name), ClosedJaxpr):
-            return params[name].jaxpr
+        if isinstance(program := params.get(name), ClosedJaxpr):
+            return program.jaxpr
     return None
 
 
-def _is_in(variable: Any, variables: set[Any]) -> bool:
+def _is_in(variable: Var | Constant, variables: set[Var]) -> bool:
     return not isinstance(variable, Constant) and variable in variables
 
 
-def step_jaxpr(update: Any, *args: Any) -> Jaxpr:
+def step_jaxpr(update: Callable[..., PyTree], *args: PyTree) -> Jaxpr:
     """Trace a step of abstract arrays."""
     return jax.make_jaxpr(update)(*args).jaxpr

@@ -72,7 +72,7 @@ class Parts(NamedTuple):
 WHOLE = Parts(None, 1, (0,))
 
 
-def parts_of(call: str, mesh: Any) -> Parts:
+def parts_of(call: str, mesh: Mesh | None) -> Parts:
     """Check a mesh, and see which of its devices are those of this process.
 
     Args:

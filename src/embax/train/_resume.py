@@ -4,11 +4,11 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import UInt32
+from jaxtyping import PyTree, UInt32
 
 from ._corpus import Corpus
 from ._parts import Parts
@@ -44,7 +44,7 @@ class Checkpoints:
         os.makedirs(path, exist_ok=True)
         self._orbax, self._path, self._every, self._of_run, self._parts = checkpoint, path, every, of_run, parts
 
-    def restore(self, state: Any) -> tuple[Any, int]:
+    def restore(self, state: PyTree) -> tuple[PyTree, int]:
         """Read the last checkpoint, if there is one.
 
         Args:
@@ -81,7 +81,7 @@ class Checkpoints:
             state = self._orbax.restore(self._path, {"state": state}, step=calls, partial=True)["state"]
         return state, calls
 
-    def save(self, state: Any, calls: int) -> None:
+    def save(self, state: PyTree, calls: int) -> None:
         """Write a checkpoint, if it is time to."""
         if calls % self._every == 0:
             self._orbax.save(self._path, {"state": state, "run": self._of_run, "calls": calls}, step=calls)
@@ -92,7 +92,7 @@ def _rule_of(error: ValueError) -> str:
     return re.sub(r"^`embax\.[^`]*` ", "", str(error)).rstrip(".")
 
 
-def fingerprint(corpora: Sequence[Corpus], parts: Parts, options: dict[str, Any]) -> UInt32[np.ndarray, " words"]:
+def fingerprint(corpora: Sequence[Corpus], parts: Parts, options: Mapping[str, object]) -> UInt32[np.ndarray, " words"]:
     """Sum up a corpus and the options of a run in a few numbers, which are other ones for another run."""
     digests = np.zeros((parts.number, 4), np.int64)
     for number, corpus in zip(parts.own, corpora, strict=True):

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float32, Int32, Int64, Key, Shaped, UInt32
+from jaxtyping import Array, Bool, DTypeLike, Float32, Int32, Int64, Key, Shaped, UInt32
 
 from .._base import check as _check
 from .._base import distinct as _dedupe
@@ -260,7 +260,7 @@ def _start(key: Key[Array, ""], rows: int, dim: int, parts: Parts = WHOLE) -> St
     """Start as word2vec does: small random inputs, outputs of zero."""
     key_inputs, key = jax.random.split(key)
 
-    def small(key: Key[Array, ""], shape: tuple[int, ...], dtype: Any) -> Array:
+    def small(key: Key[Array, ""], shape: tuple[int, ...], dtype: DTypeLike) -> Array:
         return jax.random.uniform(key, shape, dtype, -0.5 / dim, 0.5 / dim)
 
     # An id without a row reads zero and trains nothing, so that padding needs no mask but in the loss.
@@ -285,14 +285,14 @@ def _noise(counts: Int64[np.ndarray, " rows"]) -> UInt32[Array, " rows"]:
     return jnp.asarray(pieces(counts**0.75))
 
 
-def _at_least_one(argument: str, value: Any) -> int:
+def _at_least_one(argument: str, value: object) -> int:
     number = _check.integer(argument, value)
     if not 1 <= number < 2**31:
         raise ValueError(f"`{argument}` must be at least 1 and below 2**31, got {number}. Pass a number between them.")
     return number
 
 
-def _at_most_one(argument: str, value: Any) -> float:
+def _at_most_one(argument: str, value: object) -> float:
     number = _check.positive(argument, value)
     if number > 1:
         raise ValueError(f"`{argument}` must be at most 1, got {number}. Pass a number in (0, 1].")

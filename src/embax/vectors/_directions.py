@@ -4,7 +4,7 @@ import mmap
 import warnings
 from collections.abc import Iterable, Sequence
 from numbers import Real
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Float, Float32, Int64
@@ -12,6 +12,9 @@ from numpy.typing import ArrayLike, DTypeLike
 
 from ..vocabulary._vocabulary import UnknownTokenError, quoted
 from . import _nearest as _queries
+
+if TYPE_CHECKING:
+    from ._vectors import Vectors
 
 # Rows that are looked at at a time, so that temporary memory stays small.
 _BLOCK = 1 << 14
@@ -24,7 +27,7 @@ class NotFiniteWarning(UserWarning):
     """Some vectors hold NaN or infinity: queries leave them out."""
 
 
-def as_list(items: Any) -> list[Any]:
+def as_list(items: Query) -> list[Query]:
     """Make a list of one token or vector, or of several."""
     if isinstance(items, str) or is_vector(items):
         return [items]
@@ -54,7 +57,7 @@ def is_vector(item: Any) -> bool:
 
 
 def directions_of(
-    call: str, vectors: Any, unit: Float32[np.ndarray, "rows dim"], queries: Sequence[Query]
+    call: str, vectors: "Vectors", unit: Float32[np.ndarray, "rows dim"], queries: Sequence[Query]
 ) -> tuple[Float32[np.ndarray, "queries dim"], Int64[np.ndarray, "queries most"]]:
     """Add the directions of each query up.
 
@@ -102,7 +105,7 @@ def directions_of(
     return _queries.unit_rows(total), asked
 
 
-def of_subwords(vectors: Any, tokens: Sequence[str]) -> Float32[np.ndarray, "tokens dim"]:
+def of_subwords(vectors: "Vectors", tokens: Sequence[str]) -> Float32[np.ndarray, "tokens dim"]:
     """Return the vectors of tokens that are not in the vocabulary, which fastText's n-grams may give.
 
     Raises:
@@ -138,7 +141,7 @@ def warn_of_not_finite(name: str, weight: Float[np.ndarray, "rows dim"]) -> None
         )
 
 
-def is_mapped(array: Any) -> bool:
+def is_mapped(array: object) -> bool:
     """Tell whether an array lies in a file that is mapped into memory."""
     while array is not None and not isinstance(array, np.memmap | mmap.mmap):
         array = getattr(array, "base", None)
@@ -152,7 +155,7 @@ def read_only(values: ArrayLike, dtype: DTypeLike) -> np.ndarray:
     return array
 
 
-def float_dtype(values: Any) -> np.dtype:
+def float_dtype(values: object) -> np.dtype:
     """The dtype of an array of floats, float32 for all else."""
     dtype = np.dtype(getattr(values, "dtype", object))
     if dtype.kind == "f":
@@ -161,7 +164,7 @@ def float_dtype(values: Any) -> np.dtype:
     return dtype if "float" in dtype.name else np.dtype(np.float32)
 
 
-def _parts(call: str, query: Query) -> list[tuple[Any, float]]:
+def _parts(call: str, query: Query) -> list[tuple[Query, float]]:
     """The tokens and vectors of a query, with the sign of each."""
     is_pair = isinstance(query, tuple) and len(query) == 2 and not is_vector(query)
     if is_pair and not any(isinstance(part, str) for part in query):
@@ -174,7 +177,7 @@ def _parts(call: str, query: Query) -> list[tuple[Any, float]]:
     return parts
 
 
-def _direction(call: str, vector: Any, dim: int) -> Float32[np.ndarray, " dim"]:
+def _direction(call: str, vector: object, dim: int) -> Float32[np.ndarray, " dim"]:
     vector = np.asarray(vector)
     # The floats of ml_dtypes, such as bfloat16, are of no kind of NumPy's.
     if vector.shape != (dim,) or not (vector.dtype.kind in "iuf" or "float" in vector.dtype.name):

@@ -2,13 +2,16 @@
 
 import warnings
 from collections.abc import Iterable
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Float64
 
 from .._base import check as _check
 from ..vocabulary._vocabulary import UnknownTokenError, Vocabulary, quoted
+
+if TYPE_CHECKING:
+    from ._vectors import Vectors
 
 # Rows that are added up at a time, so that temporary memory stays small.
 _BLOCK = 1 << 14
@@ -28,7 +31,7 @@ class Filled(NamedTuple):
     found: int  # how many have one
 
 
-def filled(vectors: Any, tokens: Vocabulary | Iterable[str], missing: Missing, seed: int) -> Filled:
+def filled(vectors: "Vectors", tokens: Vocabulary | Iterable[str], missing: Missing, seed: int) -> Filled:
     """`Vectors.fill`."""
     missing = _check.choice("embax.Vectors.fill(missing=...)", missing, Missing)
     vocabulary = tokens if isinstance(tokens, Vocabulary) else Vocabulary(tokens)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Float32, Float64, Int64
+from jaxtyping import Float, Float32, Float64, Int64, PyTree
 
 from .._base.unit_rows import ENTRIES, blocks
 from .._base.unit_rows import unit_rows as unit_rows
@@ -105,7 +105,7 @@ def block_rows(dim: int) -> int:
 def fill_maxima(
     greatest_of_block: Callable[[Any, jax.Array], jax.Array],
     unit: Float32[np.ndarray, "rows dim"],
-    queries: Any,
+    queries: PyTree,
     length: int,
     maxima: Float32[np.ndarray, "queries segments"],
 ) -> None:
@@ -208,7 +208,7 @@ def _best(
 
 
 def products_of(
-    unit: Float32[np.ndarray, "rows dim"], rows: Int64[np.ndarray, " some"], query: np.ndarray, dtype: Any
+    unit: Float32[np.ndarray, "rows dim"], rows: Int64[np.ndarray, " some"], query: np.ndarray, dtype: type[np.floating]
 ) -> Float[np.ndarray, " some"]:
     """Multiply some rows with a query, in float64 such that equal rows have equal products."""
     products = np.empty(rows.shape[0], dtype)

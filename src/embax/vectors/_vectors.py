@@ -3,7 +3,7 @@
 import functools
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Literal, final, overload
+from typing import TYPE_CHECKING, Any, Literal, final, overload
 
 import numpy as np
 from jaxtyping import Float, Float32, Int64
@@ -32,6 +32,10 @@ from ._directions import (
 from ._fill import Filled as Filled
 from ._fill import Missing, filled
 from ._fill import MissingTokensWarning as MissingTokensWarning
+
+if TYPE_CHECKING:
+    from ..files._formats.fasttext.subwords import Subwords
+    from ._approximate import Approximate
 
 
 @final
@@ -69,7 +73,7 @@ class Vectors:
         tokens: Vocabulary | Iterable[str],
         weight: ArrayLike,
         counts: ArrayLike | None = None,
-        subwords: Any = None,
+        subwords: "Subwords | None" = None,
     ):
         self.vocabulary = tokens if isinstance(tokens, Vocabulary) else Vocabulary(tokens)
         rows = len(self.vocabulary)
@@ -453,7 +457,7 @@ class Vectors:
     def __repr__(self) -> str:
         return f"Vectors({len(self)} tokens, dim={self.weight.shape[1]})"
 
-    def _at_most_all(self, argument: str, k: Any) -> int:
+    def _at_most_all(self, argument: str, k: object) -> int:
         """Check how many tokens are asked for: where there are fewer, all, since memory is taken for each."""
         return min(_check.size(argument, k), len(self))
 
@@ -464,7 +468,7 @@ class Vectors:
             for found, of_found in zip(rows, scores, strict=True)
         ]
 
-    def _directions(self, call: str, queries: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
+    def _directions(self, call: str, queries: Sequence[Query]) -> tuple[np.ndarray, np.ndarray]:
         return directions_of(call, self, self._unit, queries)
 
     def _say_what_is_not_finite(self, name: str) -> None:
@@ -478,7 +482,7 @@ class Vectors:
         return _queries.unit_rows(self.weight)
 
     @functools.cached_property
-    def _approximate(self) -> Any:
+    def _approximate(self) -> "Approximate":
         from ._approximate import Approximate
 
         return Approximate.beside(self._path, self._unit, self.weight)

@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, Literal, final, overload
+from typing import Literal, final, overload
 
 import numpy as np
 from jaxtyping import Bool, Int64, UInt8
@@ -103,7 +103,7 @@ class Vocabulary:
     @classmethod
     def from_utf8(
         cls,
-        text: Any,
+        text: "bytes | UInt8[np.ndarray, ' bytes']",
         offsets: ArrayLike,
         *,
         special: Mapping[str, int] | None = None,
@@ -174,7 +174,7 @@ class Vocabulary:
     def ids(self, tokens: str, unknown: Unknown = "error") -> int: ...  # pyright: ignore[reportOverlappingOverload]
     @overload
     def ids(self, tokens: Iterable[str], unknown: Unknown = "error") -> Int64[np.ndarray, " tokens"]: ...
-    def ids(self, tokens: Any, unknown: Unknown = "error") -> Any:
+    def ids(self, tokens: str | Iterable[str], unknown: Unknown = "error") -> int | np.ndarray:
         """Return the ids of tokens.
 
         Args:
@@ -209,7 +209,7 @@ class Vocabulary:
     def tokens(self, ids: int) -> str: ...  # pyright: ignore[reportOverlappingOverload]
     @overload
     def tokens(self, ids: ArrayLike | None = None) -> list[str]: ...
-    def tokens(self, ids: Any = None) -> Any:
+    def tokens(self, ids: ArrayLike | None = None) -> str | list[str]:
         """Return the tokens of ids.
 
         Args:
