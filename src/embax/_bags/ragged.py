@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, Bool, Int, Int32
+from jaxtyping import Array, Bool, Int, Int32, Integer
 
 from .._base import check as _check
 
-_Numbers = Int[Array, "*shape"] | Int[np.ndarray, "*shape"]
+_Numbers = Integer[Array, "*shape"] | Integer[np.ndarray, "*shape"]
 
 
 class Ragged:

@@ -7,6 +7,7 @@ from jax.custom_batching import custom_vmap
 from jaxtyping import Array
 
 from .._base.tangents import straight_through
+from .ids import Ids
 from .lookup import constant, renormalize
 from .table import Table
 

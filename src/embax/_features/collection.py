@@ -188,7 +188,7 @@ class Collection:
             out.update(zip([part.feature.name for part in parts], _read_together(table, parts), strict=True))
         return {name: out[name] for name in names}
 
-    def _input(self, feature: Feature, ids: ArrayLike | Ragged, weights: ArrayLike | None) -> _Input:
+    def _input(self, feature: Feature, ids: object, weights: object) -> _Input:
         """Check the ids of a feature and turn them into rows of its stack."""
         member = next(member for member in self._members if member.name == feature.table)
         stack = self.stacks[member.stack]
@@ -365,7 +365,7 @@ def _joined(layouts: Sequence[_pool.BagLayout], shapes: Sequence[tuple[int, ...]
     return _pool.BagLayout((offsets.shape[0] - 1,), offsets), sizes
 
 
-def _flat(table: Table, arrays: Sequence[Any], layout: _pool.BagLayout, fill_value: Any) -> Any:
+def _flat(table: Table, arrays: Sequence[PyTree], layout: _pool.BagLayout, fill_value: float) -> PyTree:
     if arrays[0] is None:
         return None
     if layout.offsets is not None:

@@ -6,7 +6,7 @@ from types import ModuleType
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int32, Integer, Shaped, UInt32
+from jaxtyping import Array, Int32, Integer, PyTree, Shaped, UInt32
 from numpy.typing import ArrayLike
 
 from .._base import check as _check
@@ -74,7 +74,7 @@ def hash_ids(values: ArrayLike, rows: int, seed: int = 0) -> Int32[Array, "*batc
     raise TypeError(f"`embax.hash_ids(values=...)` must be integers or strings, got {array.dtype}. Cast them.")
 
 
-def _of_integers(values: _Integers, rows: int, seed: int, xp: ModuleType) -> _Rows:
+def _of_integers(values: PyTree, rows: int, seed: int, xp: ModuleType) -> _Rows:
     if not jnp.issubdtype(values.dtype, jnp.integer):
         raise TypeError(f"`embax.hash_ids(values=...)` must be integers or strings, got {values.dtype}. Cast them.")
     flat = values.reshape(-1)  # of NumPy's integers, only arrays wrap around without a warning

@@ -181,7 +181,7 @@ def rounds(placement: Placement, ids: Int[Array, "*batch"]) -> Int32[Array, ""]:
 
 
 def joined(
-    placement: Placement | None, arrays: Sequence[Shaped[Array, "length ..."]], fill_value: Any
+    placement: Placement | None, arrays: Sequence[Shaped[Array, "_ ..."]], fill_value: float
 ) -> Shaped[Array, "total ..."]:
     """Put arrays one behind the other; on a mesh, those that are split over all devices on each device for itself.
 
@@ -273,7 +273,7 @@ def _joined_back(
     return laid_out_as(ids, rows, ids.ndim, placement.mesh)
 
 
-def padded(placement: Placement, array: Shaped[Array, "length ..."], fill_value: Any) -> Shaped[Array, "more ..."]:
+def padded(placement: Placement, array: Shaped[Array, "length ..."], fill_value: float) -> Shaped[Array, "more ..."]:
     """Fill an array up so that it can be split over all devices."""
     missing = -array.shape[0] % placement.devices
     if not missing:

@@ -16,6 +16,7 @@ from .._base.distinct import Distinct, Slots, accumulator
 from .._base.dtypes import index_dtype
 from .._core.own_rows import OwnRows
 from .._core.storage import Storage, WriteMode
+from .._core.table import Table
 from . import bags as _bags
 from . import placing as _placing
 from . import relayout as _relayout

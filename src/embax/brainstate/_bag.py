@@ -1,8 +1,6 @@
 """EmbeddingBag: the layer whose rows are pooled as they are read."""
 
-from .._bags.ragged import Ragged
-from collections.abc import Callable
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import brainstate
@@ -11,6 +9,7 @@ from jaxtyping import Array, DTypeLike, PyTree, Shaped
 from numpy.typing import ArrayLike
 
 from .._bags.pool import Mode
+from .._bags.ragged import Ragged
 from .._core.table import OutOfRange
 from .._layers.bag import PoolsBags, stored_rows_of
 from ._embedding import Embedding

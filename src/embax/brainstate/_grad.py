@@ -1,6 +1,5 @@
 """grad: gradients of brainstate states, in which those of an Embedding's weight are the rows that were read."""
 
-from .._base.typing import PyTreeDef
 import functools
 from collections.abc import Callable, Mapping, Sequence
 
@@ -13,6 +12,7 @@ from jax.tree_util import KeyPath
 from jaxtyping import PyTree
 
 from .._base import check as _check
+from .._base.typing import PyTreeDef
 from .._core.held import as_table
 from .._core.table import Table, is_table
 from .._gradients.chosen import Chooser, checked, with_tables, without_tables

@@ -1,6 +1,5 @@
 """Conversion of the layer to other frameworks, by brainstate.interop; a rule that the target lacks is an error."""
 
-from jaxtyping import PyTree
 import brainstate
 from jaxtyping import PyTree
 

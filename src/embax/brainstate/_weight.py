@@ -1,6 +1,5 @@
 """Initial weights as brainstate knows them: initialisers of two kinds, arrays, quantities with a unit."""
 
-from numpy.typing import ArrayLike
 import inspect
 from collections.abc import Callable
 from typing import TypeAlias
@@ -11,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
+from numpy.typing import ArrayLike
 
 from .._core.held import held, table_of
 from .._core.stored_rows import StoredRows

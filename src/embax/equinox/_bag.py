@@ -1,6 +1,5 @@
 """EmbeddingBag: an Embedding whose rows are pooled as they are read."""
 
-from .._bags.ragged import Ragged
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -9,6 +8,7 @@ from jaxtyping import Array, DTypeLike, Key, Shaped
 from numpy.typing import ArrayLike
 
 from .._bags.pool import Mode
+from .._bags.ragged import Ragged
 from .._layers.bag import PoolsBags
 from ._embedding import Embedding
 

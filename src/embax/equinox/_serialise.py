@@ -1,10 +1,8 @@
 """Files of leaves, as Equinox writes them, with the rows of tables in the order of their ids."""
 
-from typing import Any
-from typing import TypeAlias
-from pathlib import Path
 from collections.abc import Callable
-from typing import BinaryIO
+from pathlib import Path
+from typing import Any, BinaryIO, TypeAlias
 
 import equinox as eqx
 import jax
@@ -17,9 +15,7 @@ File: TypeAlias = str | Path | BinaryIO
 IsLeaf: TypeAlias = Callable[[PyTree], bool] | None
 
 
-def tree_serialise_leaves(
-    path_or_file: File, pytree: PyTree, is_leaf: IsLeaf = None
-) -> None:
+def tree_serialise_leaves(path_or_file: File, pytree: PyTree, is_leaf: IsLeaf = None) -> None:
     """Write the leaves of a tree to a file, as `equinox.tree_serialise_leaves` does, whatever the layout of its tables.
 
     The rows of a table are in the order of their ids, so that the file of a sharded model is that of the model off the
@@ -53,9 +49,7 @@ def tree_serialise_leaves(
     eqx.tree_serialise_leaves(path_or_file, pytree, write, _tables_or(is_leaf))
 
 
-def tree_deserialise_leaves(
-    path_or_file: File, like: PyTree, is_leaf: IsLeaf = None
-) -> PyTree:
+def tree_deserialise_leaves(path_or_file: File, like: PyTree, is_leaf: IsLeaf = None) -> PyTree:
     """Read what `tree_serialise_leaves` wrote, or Equinox of a model off the mesh, into the layout of another tree.
 
     Args:

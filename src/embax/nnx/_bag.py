@@ -1,6 +1,5 @@
 """EmbeddingBag: an Embedding whose rows are pooled as they are read."""
 
-from .._bags.ragged import Ragged
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,6 +7,7 @@ from jaxtyping import Array, Shaped
 from numpy.typing import ArrayLike
 
 from .._bags.pool import Mode
+from .._bags.ragged import Ragged
 from .._layers.bag import PoolsBags, stored_rows_of
 from ._embedding import Embedding
 

@@ -1,9 +1,7 @@
 """Embedding: an `nnx.Param` read by the core's lookup."""
 
-from collections.abc import Iterable
-from collections.abc import Sequence
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Self
 
 import jax

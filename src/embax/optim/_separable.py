@@ -1,6 +1,5 @@
 """What lift has to know of a transformation: where its state holds rows, and whether and how it keeps rows apart."""
 
-from .._base.typing import PyTreeDef
 import functools
 from collections.abc import Callable, Mapping
 from typing import NamedTuple, TypeAlias
@@ -12,6 +11,7 @@ import optax
 from jaxtyping import Array, PyTree
 
 from .._base.distinct import accumulator
+from .._base.typing import PyTreeDef
 from .._core.table import Table, has_weight, is_table, with_weight
 from ._structure import Kind, follows, is_rowwise, is_scaled, step_jaxpr
 
@@ -22,6 +22,13 @@ _TOLERANCE = 1e-3
 # Rows of an abstract table: a prime that no other axis is likely to have.
 _PRIME = 1_000_003
 
+# Of a transformation. The parameters come as their structure and the shapes of their leaves, which can be hashed.
+Init: TypeAlias = Callable[[PyTree], PyTree]
+Update: TypeAlias = Callable[..., tuple[PyTree, PyTree]]
+Leaves: TypeAlias = tuple[jax.ShapeDtypeStruct, ...]
+Shapes: TypeAlias = tuple[tuple[int, ...], ...]
+Choose: TypeAlias = Callable[[np.ndarray], np.ndarray]  # rows
+
 
 class RowPlan(NamedTuple):
     """How the state of a transformation is laid out, and what it does to the tables."""
@@ -30,7 +37,7 @@ class RowPlan(NamedTuple):
     kinds: tuple[Kind, ...]  # for each table
 
 
-def plan(tx: optax.GradientTransformationExtraArgs, params: Any) -> RowPlan:
+def plan(tx: optax.GradientTransformationExtraArgs, params: PyTree) -> RowPlan:
     """Find out what `lift` has to know.
 
     Args:
@@ -58,7 +65,7 @@ def _state_of(init: Init, structure: PyTreeDef, leaves: Leaves) -> tuple[PyTreeD
 
 
 @functools.lru_cache(maxsize=256)
-def _plan(init: Callable[..., Any], update: Callable[..., Any], structure: Any, leaves: tuple[Any, ...]) -> RowPlan:
+def _plan(init: Init, update: Update, structure: PyTreeDef, leaves: Leaves) -> RowPlan:
     owners = _owners(init, structure, leaves)
     params = structure.unflatten(leaves)
     kinds: tuple[Kind, ...] = tuple(_kind(init, update, params, k, owners) for k in range(len(_tables(params))))

@@ -1,6 +1,5 @@
 """One step of a transformation, run on any rows of the tables in its tree."""
 
-from .._base.typing import PyTreeDef
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
@@ -11,6 +10,7 @@ import optax
 from jaxtyping import Array, Int, PyTree, Shaped
 
 from .._base.distinct import Distinct
+from .._base.typing import PyTreeDef
 from .._core.table import Table, is_table, with_weight, without_padding
 from .._gradients.row_grad import RowGrad, is_trained, row_grad
 from ._separable import RowPlan
