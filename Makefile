@@ -76,7 +76,7 @@ fuzz: $(VENV)/dev
 PROGRAMS ?= 1000
 
 fuzz-programs: $(VENV)/dev
-	PROGRAMS=$(PROGRAMS) $(BIN)/python -m pytest tests/gradients/test_grad_fuzz.py
+	PROGRAMS=$(PROGRAMS) $(BIN)/python -m pytest -o faulthandler_timeout=14400 tests/gradients/test_grad_fuzz.py
 
 clean:
 	rm -rf build dist .venv .venv-*

@@ -1,9 +1,9 @@
-"""The areas that mutants are drawn from: which sources belong to each, and which folder of tests looks after it."""
+"""The areas that mutants are drawn from: which sources belong to each, and which tests look after it."""
 
 from pathlib import Path
 
 PACKAGE = Path("src/embax")
-# Patterns under the package. The tests of an area are in the folder of tests of its name.
+# Patterns under the package.
 SOURCES = {
     "core": (
         "_base/axes.py",
@@ -29,6 +29,17 @@ SOURCES = {
     "heads": ("_heads/*.py",),
     "sharding": ("_mesh/*.py", "checkpoint/*.py", "sharding/*.py"),
     "files": ("_base/strings.py", "files/**/*.py", "vectors/_vectors.py", "vocabulary/*.py"),
+}
+
+# Folders and files under tests.
+TESTS = {
+    "core": ("base", "core", "layers/test_write_back.py"),
+    "gradients": ("base", "gradients", "nnx/test_grad.py", "brainstate/test_grad.py"),
+    "bags": ("bags", "features"),
+    "optimizers": ("optim", "nnx/test_optimizer.py", "brainstate/test_optimizer.py"),
+    "heads": ("heads",),
+    "sharding": ("sharding", "mesh", "checkpoint"),
+    "files": ("files", "vocabulary", "vectors/test_vectors.py", "layers/test_from_vectors.py"),
 }
 
 

@@ -19,7 +19,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from areas import SOURCES
+from areas import SOURCES, TESTS
 from draw import functions
 
 ROOT = Path(__file__).parents[1]
@@ -64,7 +64,7 @@ def outcome(number, mutant):
         "--tb=no",
         "-p",
         "no:cacheprovider",
-        f"tests/{mutant['area']}",
+        *(f"tests/{name}" for name in TESTS[mutant["area"]]),
     ]
     # The copy comes before the package that is installed.
     environment = os.environ | {"PYTHONPATH": str(copy / "src"), "PYTHONDONTWRITEBYTECODE": "1"}

@@ -189,13 +189,12 @@ def derivatives(mode, bags_of):
     return {"dense": dense, "by rows": by_rows, "forward": forward}
 
 
-# The ways through the code: sums by places, in a loop (of clipped rows) or not, and of pieces; the largest.
+# The ways through the code: sums by places, in a loop (of clipped rows) or not, and of pieces;
+# the largest.
 MAIN_WAYS = {
     ("sum", "matrix", "none"): ["dense"],
-    ("sqrtn", "matrix", "all"): ["by rows"],
     ("max", "matrix", "clipped"): ["dense"],
-    ("mean", "room", "clipped"): ["by rows"],
-    ("max", "room", "all"): ["by rows"],
+    ("mean", "room", "all"): ["by rows"],
     ("sqrtn", "long", "clipped"): ["dense"],
 }
 ALL_WAYS = [(mode, layout, rules) for mode in MODES for layout in CHECKED for rules in ("none", "all")]

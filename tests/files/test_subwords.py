@@ -62,7 +62,7 @@ def test_hashed_is_as_in_gensim(token, minimum, maximum):
     assert counts.tolist() == [hashes.size]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     st.lists(st.one_of(st.binary(max_size=12), st.text(max_size=8).map(lambda t: t.encode(errors="replace")))),
     st.integers(-1, 4),

@@ -134,6 +134,13 @@ def stored(table, ids):
     return dataclasses.replace(table, weight=clipped_table(table, ids))
 
 
+FACTORS = np.array([0.5, 1.0, 2.0], np.float32)
+
+
+def scaled(table, factor):
+    return jax.tree.map(lambda weight: factor * weight, table)
+
+
 # Name: a loss; and how many ids its gradient has.
 FOLLOWED = {
     "scan_carry": (lambda t: jax.lax.scan(step, (t, 0.0), IDS)[0][1], 12),
@@ -183,7 +190,7 @@ FOLLOWED = {
     "shard_map_unchecked": (lambda t: of_shards(False)(t, IDS[:2, :2]), 6),
     "scale": (lambda t: energy(halved(t)), 12),
     "scale_in_scan": (scanned(lambda t, ids: energy(halved(t), ids)), 12),
-    "slice": (lambda t: energy(Table(t.weight[:5]), [4, 1]), 5),
+    "slice": (lambda t: energy(Table(t.weight[:5]), [4, 1]), 2),
     "index": (lambda t: t.weight[2].sum(), 1),
     "vmap_index": (lambda t: jax.vmap(jax.vmap(lambda i: jnp.sin(t.weight[i]).sum()))(IDS).sum(), 12),
     "take": (lambda t: jnp.sin(jnp.take(t.weight, IDS, axis=0, mode="clip")).sum(), 12),
@@ -191,6 +198,17 @@ FOLLOWED = {
     "renormalized_in_jit": (lambda t: energy(jax.jit(renormalize)(t, [1, 2])), 12),
     "renormalized_in_vmap": (lambda t: jax.vmap(lambda ids: energy(renormalize(t, ids), ids))(IDS).sum(), 12),
     "renormalized_in_inner_grad": (lambda t: jax.grad(lambda x: energy(renormalize(t, IDS)) * x**3)(2.0), 12),
+    "renormalized_in_jit_in_vmap": (
+        lambda t: jax.vmap(lambda ids: energy(jax.jit(renormalize)(t, ids), ids))(IDS).sum(), 12,
+    ),
+    "scaled_in_vmap": (lambda t: jax.vmap(lambda ids, x: energy(scaled(t, x), ids))(IDS, FACTORS).sum(), 12),
+    "scaled_in_jit_in_vmap": (
+        lambda t: jax.vmap(lambda ids, x: energy(jax.jit(scaled)(t, x), ids))(IDS, FACTORS).sum(), 12,
+    ),
+    "scaled_in_checkpoint_in_scan": (
+        scanned(lambda t, ids: jax.vmap(lambda k, x: energy(jax.checkpoint(scaled)(t, x), k))(ids[:3], FACTORS).sum()),
+        9,
+    ),
     "stored_in_vmap": (lambda t: jax.vmap(lambda ids: energy(stored(t, ids), ids))(IDS).sum(), 12),
     "renormalized_in_scan": (scanned(lambda t, ids: energy(renormalize(t, ids), ids)), 12),
     "lookup_and_jit": (lambda t: energy(t, [1, 2]) * jitted(t), 14),

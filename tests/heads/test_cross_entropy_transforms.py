@@ -68,6 +68,7 @@ def test_the_second_derivative_forward_over_reverse(cases):
         assert_equal_trees(one, other, f"{name} {dtype}", **tolerance)
 
 
+@pytest.mark.exhaustive  # of fewer terms than that with ignored tokens
 def test_hessian():
     arguments = Table(WEIGHT, padding_idx=2, max_norm=1.5), jnp.asarray(X)
     functions = {"ours": energy, "optax": energy_of_logits}

@@ -118,21 +118,21 @@ TRANSFORMED = {  # in such an order that every second one has each transformatio
 
 
 @functools.cache
-def read_transformed(framework):
-    """By one program, the rows that a transformed read gives by each of the rules, and the weight that it stores."""
-    layers = {name: framework.make(WEIGHT, **rules) for name, (_, rules) in TRANSFORMED.items()}
+def read_transformed(framework, turn):
+    """By one program, the rows that each transformed read of a share gives, and the weight that it stores."""
+    names = share(framework, TRANSFORMED, turn)
+    layers = {name: framework.make(WEIGHT, **TRANSFORMED[name][1]) for name in names}
 
     def rows(transform):
         return lambda layer: getattr(framework, transform)(framework.read)(layer, LANES)
 
-    read = framework.call_each({name: rows(transform) for name, (transform, _) in TRANSFORMED.items()}, layers)
-    return {name: (read[name], framework.table(layers[name]).weight) for name in TRANSFORMED}
+    read = framework.call_each({name: rows(TRANSFORMED[name][0]) for name in names}, layers)
+    return {name: (read[name], framework.table(layers[name]).weight) for name in names}
 
 
-@pytest.mark.parametrize("name", TRANSFORMED)
-@with_all
-def test_transformed_reads(framework, name):
-    (transform, rules), (rows, weight) = TRANSFORMED[name], read_transformed(framework)[name]
+@with_shares(TRANSFORMED)
+def test_transformed_reads(framework, name, turn):
+    (transform, rules), (rows, weight) = TRANSFORMED[name], read_transformed(framework, turn)[name]
     # Of a scan, each step reads what the one before has stored.
     calls = list(LANES) if transform == "scan" else [LANES]
     stored, expected = Table(WEIGHT, **rules), []
@@ -216,10 +216,9 @@ def read_bags(framework, layer, mode):
     return framework.read_bags(layer, mode, bags, weights)
 
 
-@pytest.mark.parametrize("mode", BAGS_OF_MODES)
-@with_all
-def test_bags(framework, mode):
-    _, lists, factors = BAGS_OF_MODES[mode]
+@with_shares(BAGS_OF_MODES)
+def test_bags(framework, name, turn):
+    mode, (_, lists, factors) = name, BAGS_OF_MODES[name]
     table, layer = Table(WEIGHT, **BAG_RULES), framework.make_bag(WEIGHT, mode, **BAG_RULES)
     pooled = read_bags(framework, layer, mode)
     assert_same(pooled, read_bags(FUNCTIONAL, table, mode))
@@ -284,7 +283,7 @@ TRAINING = [
     ("rowwise_adagrad", "all", False),
     ("rowwise_adagrad", "all", True),
 ]
-USUAL_TRAINING = [(framework, way) for n, framework in enumerate(ALL) for way in TRAINING[n % 2 :: 2]]
+USUAL_TRAINING = [(framework, way) for n, framework in enumerate(ALL) for way in TRAINING[n::4]]
 
 
 @pytest.mark.parametrize(("framework", "way"), usual_and_rest(USUAL_TRAINING, itertools.product(ALL, TRAINING)))

@@ -63,3 +63,10 @@ def test_each_page_with_code_cells_is_run():
     cells = {page for page, text in PAGES.items() if "```{code-cell}" in text}
     assert cells
     assert [page for page in cells if not PAGES[page].startswith("---\njupytext:")] == []
+
+
+def test_each_file_that_contributing_names_is_there():
+    text = (DOCS.parent / "CONTRIBUTING.md").read_text("utf-8")
+    files = re.findall(r"^\|[^|]*\| `([\w/]+\.py)` \|$", text, re.MULTILINE)
+    assert len(files) == 10
+    assert [name for name in files if not (PACKAGE / name).exists()] == []

@@ -10,19 +10,28 @@ import embax
 FOREIGN = "optax brainstate brainunit flax equinox safetensors rich typer pyarrow matplotlib usearch gensim".split()
 
 
-def modules_after(code):
-    """The foreign libraries that a fresh interpreter has loaded after this code."""
-    script = f"{code}\nimport sys\nprint(*(name for name in {['jax', *FOREIGN]} if name in sys.modules))"
-    return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()
+STEPS = {
+    "import": "import embax",
+    "lookup": "import jax; embax.lookup(embax.Table(jax.numpy.ones((2, 2))), [0])",
+    "layer": "embax.Embedding",
+}
 
 
-def test_import_loads_neither_a_framework_nor_optax():
-    code = "import embax, jax; embax.lookup(embax.Table(jax.numpy.ones((2, 2))), [0])"
-    assert modules_after(code) == ["jax"]
+@pytest.fixture(scope="module")
+def loaded():
+    """The foreign libraries that a fresh interpreter has loaded after each step, taken one after the other."""
+    seen = f"print(*(name for name in {['jax', *FOREIGN]} if name in sys.modules))"
+    script = "import sys\n" + "\n".join(f"{step}\n{seen}" for step in STEPS.values())
+    out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    return dict(zip(STEPS, map(str.split, out.splitlines()), strict=True))
 
 
-def test_import_alone_loads_nothing():
-    assert modules_after("import embax") == []
+def test_import_alone_loads_nothing(loaded):
+    assert loaded["import"] == []
+
+
+def test_a_lookup_loads_neither_a_framework_nor_optax(loaded):
+    assert loaded["lookup"] == ["jax"]
 
 
 def test_every_lazy_name_is_there():
@@ -30,10 +39,9 @@ def test_every_lazy_name_is_there():
         assert getattr(embax, name) is not None
 
 
-def test_lazy_names_load_their_library_and_no_other_framework():
-    loaded = modules_after("import embax; embax.Embedding")
-    assert "brainstate" in loaded
-    assert {"flax", "equinox"}.isdisjoint(loaded)  # though the layer can be converted to theirs
+def test_lazy_names_load_their_library_and_no_other_framework(loaded):
+    assert "brainstate" in loaded["layer"]
+    assert {"flax", "equinox"}.isdisjoint(loaded["layer"])  # though the layer can be converted to theirs
 
 
 def test_unknown_names_are_an_attribute_error():

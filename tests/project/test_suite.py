@@ -1,5 +1,6 @@
 """The suite itself: it ends when a process dies or a test hangs, and what it keeps compiled reports the same."""
 
+import ast
 import os
 import re
 import shlex
@@ -92,3 +93,21 @@ def test_every_entry_of_the_tests_for_a_second_python_names_some(pytestconfig):
         path, _, name = start.partition("::")
         assert (ROOT / path).exists()
         assert f"def {name}" in (ROOT / path).read_text() if name else True
+
+
+def test_no_test_imports_another():
+    support = {path.stem for path in (ROOT / "tests/support").glob("*.py")}
+    tests = {path.stem for path in (ROOT / "tests").rglob("test_*.py")}
+    assert len(tests) > 100
+    assert not support & tests
+    for path in (ROOT / "tests").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not [name for name in names if name.split(".")[0] in tests | {"tests"}], path
+
+
+def test_each_folder_of_tests_is_that_of_a_package():
+    packages = {path.name.lstrip("_") for path in (ROOT / "src/embax").iterdir() if path.is_dir()}
+    folders = {path.name for path in (ROOT / "tests").iterdir() if any(path.glob("test_*.py"))}
+    assert folders - packages == {"project"}

@@ -19,7 +19,7 @@ DATA = real.GENSIM
 
 @functools.cache
 def glove():
-    vectors = real.glove_of(50_000)
+    vectors = real.glove_of(20_000)
     return both(vectors.vocabulary.tokens(), vectors.weight)
 
 
@@ -57,10 +57,10 @@ def assert_same_pairs(ours, theirs, path, restrict):
 def test_analogies_of_glove_are_those_of_gensim(tmp_path):
     lines = (DATA / "questions-words.txt").read_text().splitlines()
     path = tmp_path / "some.txt"
-    path.write_text("\n".join(line for place, line in enumerate(lines) if line[0] == ":" or not place % 100))
-    report = assert_same_analogies(*glove(), path, 30_000)
+    path.write_text("\n".join(line for place, line in enumerate(lines) if line[0] == ":" or not place % 200))
+    report = assert_same_analogies(*glove(), path, 15_000)
     assert len(report.sections) == 14
-    assert report.total > 100
+    assert report.total > 50
 
 
 @pytest.mark.slow  # gensim takes a minute
@@ -306,7 +306,7 @@ def test_multiplied_of_no_rows():
 def test_nearest_of_glove_is_that_of_gensim():
     ours, theirs = glove()
     unit = ours.normalized().weight
-    asked = np.arange(0, 40_000, 1000)
+    asked = np.arange(0, 20_000, 1000)
     rows, products = _queries.nearest(unit, unit[asked], 10, asked[:, None])
     for place, row in enumerate(asked):
         wanted = theirs.most_similar(theirs.index_to_key[row], topn=10)

@@ -51,7 +51,7 @@ class Ragged:
         _check_offsets("embax.Ragged(offsets=...)", offsets, values.shape[0])
         if not isinstance(offsets, Tracer):
             with jax.ensure_compile_time_eval():  # so that they are concrete inside of `jit`, too
-                offsets = jnp.asarray(np.asarray(offsets).astype(np.int32))
+                offsets = jnp.asarray(np.asarray(offsets).astype(np.int32), np.int32)
         _fill(self, values, offsets.astype(jnp.int32) if isinstance(offsets, Tracer) else offsets)
 
     @classmethod

@@ -24,6 +24,8 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array, PyTree, Shaped
 
+from .loops import varying_alike
+
 
 def with_tangent(
     function: Callable[..., Shaped[Array, "*shape"]],
@@ -60,7 +62,8 @@ def _jvp(primals: PyTree, tangents: PyTree, *, function: Callable[..., Array], s
     of_sources = of_operands[:sources]
     if all(isinstance(x, ad.Zero) for x in of_sources):
         return out, tangent
-    more = function(*map(ad.instantiate_zeros, of_sources), *operands[sources:])
+    # A source may be the same on all devices of a `shard_map` where the value is not: the clipped rows of other ids.
+    more, _ = varying_alike(function(*map(ad.instantiate_zeros, of_sources), *operands[sources:]), out)
     return out, more if isinstance(tangent, ad.Zero) else ad.add_tangents(tangent, more)
 
 

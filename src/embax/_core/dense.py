@@ -239,7 +239,8 @@ DENSE = Dense()
 @functools.partial(jax.jit, static_argnums=0, inline=True)
 def _gathered(storage: Dense, leaf: Array, ids: Array) -> Array:
     places = leaf.at[storage.positions(ids, leaf.shape[0])]
-    return places.get(mode="fill", fill_value=0, wrap_negative_indices=False)
+    sharding = explicit_sharding(ids, trailing=leaf.ndim - 1)
+    return places.get(mode="fill", fill_value=0, wrap_negative_indices=False, out_sharding=sharding)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4), inline=True)
@@ -247,11 +248,13 @@ def _scattered(storage: Dense, leaf: Array, ids: Array, values: Array, mode: Wri
     places = leaf.at[storage.positions(ids, leaf.shape[0])]
     # Ids without a row lie outside and are dropped. They are equal, though, so that the ids are not called unique.
     write = places.set if mode == "set" else places.add
-    return write(values.astype(leaf.dtype), mode="drop", wrap_negative_indices=False)
+    sharding = explicit_sharding(leaf)
+    return write(values.astype(leaf.dtype), mode="drop", wrap_negative_indices=False, out_sharding=sharding)
 
 
 @functools.partial(jax.jit, static_argnums=0, inline=True)
 def _added(storage: Dense, leaf: Array, ids: Array, values: Array) -> Array:
     if jnp.finfo(leaf.dtype).bits < 32:  # else the sum would be rounded after each duplicate
         _, (ids, values, _) = _distinct.combine(None, ids, values.astype(jnp.float32), leaf.shape[0])
-    return leaf.at[storage.positions(ids, leaf.shape[0])].add(values.astype(leaf.dtype), mode="drop")
+    places, sharding = leaf.at[storage.positions(ids, leaf.shape[0])], explicit_sharding(leaf)
+    return places.add(values.astype(leaf.dtype), mode="drop", out_sharding=sharding)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, Self
 
 import jax
 import numpy as np
@@ -59,6 +59,14 @@ class StoredRows:
     def dtype(self) -> PyTree:
         """The dtype of the weight."""
         return self.weight.dtype
+
+    def __getitem__(self, index: Any) -> Self:
+        if index is Ellipsis:  # as Flax reads a Variable
+            return self
+        raise TypeError(
+            f"`embax.sharding.StoredRows[...]` must have no index, as its rows are in stored order, got {index!r}. "
+            "Read rows by the layer or embax.lookup, or all of them by numpy.asarray."
+        )
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return np.array(self.storage.to_rows(self.weight), dtype)

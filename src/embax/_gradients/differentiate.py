@@ -20,9 +20,9 @@ from .._core import ids as _ids
 from .._core.table import Table, is_table, with_weight
 from ._analysis.equations import without_constants
 from ._analysis.forms import Memo
-from ._analysis.linear import Kind
+from ._analysis.opening import Kind
 from ._analysis.program import evaluate as evaluate_program
-from ._analysis.terms import Rows, Term
+from ._analysis.rows import Rows, Term
 from .apply import apply_updates
 from .chosen import Chooser, is_chosen
 from .modules import fixed_leaves

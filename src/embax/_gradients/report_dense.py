@@ -21,6 +21,7 @@ class DenseGradientWarning(UserWarning):
 _ROWS = "Compute with rows that embax.lookup reads"
 _WHOLE = "computes with all rows of its weight", _ROWS
 NOT_BY_LOOKUP = "reads rows of a sharded table by their place in its array", "Read rows with embax.lookup"
+_PARTS = "scatter-add scatter pad slice rev dynamic_update_slice concatenate gather select_n reshape".split()
 # By the primitive in the gradient's program: what it is the gradient of, and what to do instead.
 _USES = {
     "add_any": NOT_BY_LOOKUP,
@@ -32,7 +33,7 @@ _USES = {
     "cond": ("changes its weight in a branch", "Leave the table as it is in the branches"),
     "shard_map": ("reads it in a shard_map that does not add up rows of its devices", "Give it the table whole"),
     **dict.fromkeys(
-        ("scatter-add", "scatter", "pad", "dynamic_update_slice", "concatenate", "gather", "select_n", "reshape"),
+        _PARTS,
         ("takes a part of its weight that is no list of rows", "Read rows with embax.lookup"),
     ),
 }
@@ -80,6 +81,8 @@ def why_dense(form: Form) -> tuple[str, str] | None:
     unexpected = [reason for reason in form.dense if not reason.is_expected]
     if form.inputs:  # an array that was known before the gradient was computed
         unexpected.append(Reason(None))
+    # Rows of lanes are no rows of a table: columns, for all that can be seen, or parts of copies.
+    unexpected += form.laned
     if not unexpected:
         return None
     found = sorted({(*_use(reason), _line(reason)) for reason in unexpected})

@@ -9,6 +9,7 @@ from jaxtyping import Array, DTypeLike, Key, Shaped
 from numpy.typing import ArrayLike
 
 from .._base import check as _check
+from .._core.held import held
 from .._core.lookup import lookup, renormalize
 from .._core.resize import resize
 from .._core.table import Initializer, Table, rules_of, with_zero_padding
@@ -91,9 +92,9 @@ class Embedding(eqx.Module, TableLayer):
         return cls(weight=table.weight, storage=table.storage, **{**rules_of(table), **options})
 
     @property
-    def weight(self) -> Shaped[Array, "rows *dim"]:
-        """The weight of the table, `(num_embeddings, *embedding_size)`; of a sharded one, its stored rows."""
-        return self.table.weight
+    def weight(self) -> Any:
+        """The weight of the table, `(num_embeddings, *embedding_size)`; of a sharded one, a `StoredRows`."""
+        return held(self.table)
 
     @property
     def num_embeddings(self) -> int:

@@ -14,7 +14,7 @@ from ..vocabulary._vocabulary import UnknownTokenError, quoted
 from . import _nearest as _queries
 
 if TYPE_CHECKING:
-    from ._vectors import Vectors
+    from ._queries import Queries
 
 # Rows that are looked at at a time, so that temporary memory stays small.
 _BLOCK = 1 << 14
@@ -57,7 +57,7 @@ def is_vector(item: Any) -> bool:
 
 
 def directions_of(
-    call: str, vectors: "Vectors", unit: Float32[np.ndarray, "rows dim"], queries: Sequence[Query]
+    call: str, vectors: "Queries", unit: Float32[np.ndarray, "rows dim"], queries: Sequence[Query]
 ) -> tuple[Float32[np.ndarray, "queries dim"], Int64[np.ndarray, "queries most"]]:
     """Add the directions of each query up.
 
@@ -105,7 +105,7 @@ def directions_of(
     return _queries.unit_rows(total), asked
 
 
-def of_subwords(vectors: "Vectors", tokens: Sequence[str]) -> Float32[np.ndarray, "tokens dim"]:
+def of_subwords(vectors: "Queries", tokens: Sequence[str]) -> Float32[np.ndarray, "tokens dim"]:
     """Return the vectors of tokens that are not in the vocabulary, which fastText's n-grams may give.
 
     Raises:

@@ -23,8 +23,8 @@ from jaxtyping import PyTree
 
 from ..._base.dtypes import index_dtype
 from .equations import CALLS, NO_AXES, ScanSizes, before_sum, inner, programs_of, without_constants
-from .forms import Memo
-from .terms import Rows, Term
+from .forms import AllKnown, Memo
+from .rows import Rows, Term, replicated
 
 Evaluate = Callable[..., tuple[list[PyTree], list[list[Term]]]]
 Results = tuple[list[PyTree], list[list[Term]]]
@@ -33,6 +33,7 @@ Results = tuple[list[PyTree], list[list[Term]]]
 def run_equation(
     evaluate: Evaluate,
     eqn: JaxprEqn,
+    known: AllKnown,
     arrays: tuple[int, ...],
     terms: tuple[int, ...],
     given: Sequence[PyTree],
@@ -41,8 +42,9 @@ def run_equation(
     """Run an equation that holds programs.
 
     Args:
-      evaluate: Runs a program, as `_program.evaluate`.
+      evaluate: Runs a program, as `_program.evaluate`, given what is known of its inputs.
       eqn: The equation.
+      known: What is known of its operands, where it calls a program.
       arrays: Outputs that are wanted as arrays.
       terms: Outputs that are wanted as terms.
       given: The operands; None for one that is not needed as an array.
@@ -54,11 +56,12 @@ def run_equation(
     programs = programs_of(eqn)
     held = _Held.of(eqn)
     runners = _RUNNERS.setdefault(programs[0], {})
-    if (held, arrays, terms) not in runners:
+    key = held, known, arrays, terms
+    if key not in runners:
         run = functools.partial(RUNNERS[eqn.primitive.name], evaluate, held, arrays, terms)
         run = functools.wraps(_named(held))(run)
-        runners[held, arrays, terms] = jax.jit(run, inline=eqn.params.get("inline", True))
-    return runners[held, arrays, terms]([inner(program)[1] for program in programs], given, taken)
+        runners[key] = jax.jit(run, inline=eqn.params.get("inline", True))
+    return runners[key]([inner(program)[1] for program in programs], given, taken)
 
 
 # By the first of an equation's programs. They are held weakly by the functions, too.
@@ -215,7 +218,8 @@ def _filled(terms: Sequence[PyTree], length: int, type_: Any, axes: frozenset[st
     return Rows(_varying(ids, varying), _varying(values, varying), axes)
 
 
-def _joined(terms: Sequence[PyTree], type_: Any, axes: frozenset[str]) -> Rows:
+def _joined(terms: Sequence[Any], type_: Any, axes: frozenset[str]) -> Rows:
+    terms = [replicated(x) for x in terms]
     index, dim = index_dtype(type_.shape[0]), type_.shape[1:]
     ids = [jnp.zeros(0, index), *(jnp.ravel(x.ids).astype(index) for x in terms)]
     values = [jnp.zeros((0, *dim), type_.dtype), *(jnp.reshape(x.values, (x.ids.size, *dim)) for x in terms)]

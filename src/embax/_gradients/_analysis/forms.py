@@ -23,7 +23,8 @@ from jaxtyping import PyTree
 from ..._base.dtypes import index_dtype
 from ..._core.dense import DENSE
 from .equations import CALLS, NO_AXES, ScanSizes, before_sum, inner, programs_of
-from .linear import ALL_ROWS, Kind, Opening, opening_of
+from .linear import ALL_ROWS, opening_of
+from .opening import Kind, Opening
 
 
 class Reason:
@@ -49,6 +50,19 @@ class Form(NamedTuple):
     kinds: frozenset[Kind] = frozenset()  # of the rows
     dense: frozenset[Reason] = frozenset()  # why there are terms of all rows
     needs: int = 0  # inputs, as bits, that are needed as arrays to compute the terms
+    laned: frozenset[Reason] = frozenset()  # why there are rows that have lanes
+
+
+class Known(NamedTuple):
+    """What is known of an input of a program that is a sum of rows and of nothing else."""
+
+    ids: int
+    axes: frozenset[frozenset[str]]
+    kinds: frozenset[Kind]
+
+
+# What is known of each input; empty where there is nothing.
+AllKnown = tuple[Known | None, ...]
 
 
 class Forms:
@@ -62,17 +76,33 @@ class Forms:
       effects: Inputs, as bits, that the effects of the program need.
     """
 
-    def __init__(self, jaxpr: Jaxpr, memo: "Memo"):
+    def __init__(self, jaxpr: Jaxpr, memo: "Memo", known: AllKnown = ()):
         self.jaxpr = jaxpr
+        self.known = dict(enumerate(known))
         constant = Form(dense=frozenset({Reason(None)}))
         self.of: dict[Var, Form] = dict.fromkeys(jaxpr.constvars, constant)
-        self.of.update((v, Form({k: True}, needs=0)) for k, v in enumerate(jaxpr.invars))
+        self.of.update((v, self._of_input(k)) for k, v in enumerate(jaxpr.invars))
         self.depends: dict[Var, int] = dict.fromkeys(jaxpr.constvars, 0)
         self.depends.update((v, 1 << k) for k, v in enumerate(jaxpr.invars))
         self.openings: dict[Var, Opening] = {}
         self.effects = 0
         for eqn in jaxpr.eqns:
             self._add(eqn, memo)
+
+    def _of_input(self, k: int) -> Form:
+        known = self.known.get(k)
+        if known is None:
+            return Form({k: True})
+        return Form({k: True}, *known) if known.ids else Form()  # which is zeros
+
+    def known_of(self, eqn: JaxprEqn) -> AllKnown:
+        """What is known of the operands of an equation that calls a program."""
+        known = tuple(self._known(v) for v in eqn.invars)
+        return known if any(x is not None for x in known) else ()
+
+    def _known(self, v: Any) -> Known | None:
+        form = self.form(v)
+        return None if self.lanes(v) is None else Known(form.ids, form.axes, form.kinds)
 
     def form(self, v: Any) -> Form:
         """The form of a variable or a literal."""
@@ -85,28 +115,35 @@ class Forms:
         form = self.of[v]
         return None if form.dense and not form.ids and not form.inputs else self.openings.get(v)
 
-    def is_sum(self, v: Any) -> bool:
-        """Tell whether a variable is a sum of rows and nothing else, zeros at least."""
+    def lanes(self, v: Any) -> int | None:
+        """The number of lanes of a sum of rows and of nothing else, which may be zeros; None for others."""
         form = self.form(v)
-        return not form.dense and not form.inputs
+        unknown = form.dense or any(self.known.get(place) is None for place in form.inputs)
+        return None if unknown else max((kind.lanes for kind in form.kinds), default=0)
 
     def _add(self, eqn: JaxprEqn, memo: "Memo") -> None:
         openings, operands = _outputs(eqn, self, memo)
         whole = self._bits(eqn, range(len(eqn.invars)))
         for v, opening, used in zip(eqn.outvars, openings, operands, strict=True):
             self.depends[v] = whole if used is None else self._bits(eqn, used)
-            if isinstance(opening, Opening) and (form := self._opened(eqn, opening)) is not None:
-                self.of[v], self.openings[v] = form, opening
+            if not isinstance(opening, Opening):
+                reasons = opening
+            elif isinstance(found := self._opened(eqn, opening), Form):
+                self.of[v], self.openings[v] = found, opening
+                continue
             else:
-                reasons = opening if isinstance(opening, frozenset) else frozenset({Reason(eqn)})
-                self.of[v] = Form(dense=reasons, needs=self.depends[v])
+                reasons = found
+            self.of[v] = Form(dense=reasons or frozenset({Reason(eqn)}), needs=self.depends[v])
         if eqn.effects:
-            self.effects |= self._bits(eqn, _needed_by_effects(eqn, openings, memo))
+            self.effects |= self._bits(eqn, _needed_by_effects(eqn, self.known_of(eqn), openings, memo))
 
-    def _opened(self, eqn: JaxprEqn, opening: Opening) -> Form | None:
-        """Combine the forms of the operands that an output sums."""
+    def _opened(self, eqn: JaxprEqn, opening: Opening) -> Form | frozenset[Reason] | None:
+        """Combine the forms of the operands that an output sums; or say why that cannot be done, if it is known."""
         inputs: dict[int, bool] = {}
         ids, axes, kinds, dense = opening.ids, opening.axes, opening.kinds, opening.dense
+        laned = opening.laned
+        if any(kind.lanes for kind in kinds):
+            laned = laned or frozenset({Reason(eqn)})
         needs = self._bits(eqn, opening.arrays)
         for k, as_it_is in opening.terms.items():
             form = self.form(eqn.invars[k])
@@ -116,22 +153,29 @@ class Forms:
                 inputs[place] = as_it_is and once and place not in inputs
             if any(opening.summed_over & of_rows for of_rows in form.axes):  # twice over the same devices
                 return None
-            ids += form.ids
+            needs |= form.needs
+            if k in opening.told:
+                continue
+            ids += opening.times * form.ids
+            laned |= form.laned
             axes |= {of_rows | opening.summed_over for of_rows in form.axes}
             if any(kind.lanes < opening.lanes for kind in form.kinds):
                 return None
             kinds |= {Kind(lanes - opening.joined, storage) for lanes, storage in form.kinds}
             dense |= form.dense
-            needs |= form.needs
+        if len({kind.lanes for kind in kinds}) > 1:
+            return laned
         if len(kinds) > 1 or (opening.by_place and any(kind.storage != DENSE for kind in kinds)):
             return None
-        # An input may stand for rows of which these things are not known here.
-        if inputs and (opening.joined or opening.summed_over or opening.by_place):
+        # An input may stand for rows of which these things are not known.
+        unknown = any(self.known.get(place) is None for place in inputs)
+        if unknown and (opening.joined or opening.summed_over or opening.by_place):
             return None
         # Where nothing but arrays comes in, this is the equation to name.
         if opening.arrays and not (inputs or ids) and not all(reason.is_expected for reason in dense):
             return None
-        return Form(inputs, ids, axes, kinds, dense, needs)
+        laned = laned if any(kind.lanes for kind in kinds) else frozenset()
+        return Form(inputs, ids, axes, kinds, dense, needs, laned)
 
     def _bits(self, eqn: JaxprEqn, operands: Any) -> int:
         bits = 0
@@ -146,13 +190,14 @@ class Memo:
     """The forms of programs that were looked at already, for as long as one program is taken apart."""
 
     def __init__(self):
-        self._known: dict[int, Forms] = {}
+        self._forms: dict[tuple[int, AllKnown], Forms] = {}
 
-    def forms(self, jaxpr: Jaxpr) -> Forms:
-        """The forms of a program."""
-        if id(jaxpr) not in self._known:
-            self._known[id(jaxpr)] = Forms(jaxpr, self)
-        return self._known[id(jaxpr)]
+    def forms(self, jaxpr: Jaxpr, known: AllKnown = ()) -> Forms:
+        """The forms of a program, given what is known of its inputs."""
+        key = id(jaxpr), known
+        if key not in self._forms:
+            self._forms[key] = Forms(jaxpr, self, known)
+        return self._forms[key]
 
 
 # ---- The outputs of an equation: how each is a sum, or the reasons why it is none that is known here; and the operands
@@ -165,7 +210,7 @@ _Operands = list[Sequence[int] | None]
 def _outputs(eqn: JaxprEqn, forms: Forms, memo: Memo) -> tuple[_Openings, _Operands]:
     name, number = eqn.primitive.name, len(eqn.outvars)
     if name in CALLS:
-        return _of_call(eqn, memo)
+        return _of_call(eqn, forms.known_of(eqn), memo)
     if name == "scan":
         return _of_scan(eqn, memo)
     if name == "cond":
@@ -174,12 +219,12 @@ def _outputs(eqn: JaxprEqn, forms: Forms, memo: Memo) -> tuple[_Openings, _Opera
         return [_of_shards(eqn, j, memo) for j in range(number)], [None] * number
     if name == ALL_ROWS:
         return [frozenset({Reason(eqn, is_expected=True)})], [None]
-    return [opening_of(eqn, forms.is_sum)] * number, [None] * number
+    return [opening_of(eqn, forms.lanes)] * number, [None] * number
 
 
-def _needed_by_effects(eqn: JaxprEqn, openings: Sequence[PyTree], memo: Memo) -> Sequence[int]:
+def _needed_by_effects(eqn: JaxprEqn, known: AllKnown, openings: Sequence[Any], memo: Memo) -> Sequence[int]:
     if eqn.primitive.name in CALLS:
-        return _positions(memo.forms(inner(programs_of(eqn)[0])[0]).effects)
+        return _positions(memo.forms(inner(programs_of(eqn)[0])[0], known).effects)
     summed = {k for x in openings if isinstance(x, Opening) for k in x.terms} if eqn.primitive.name == "scan" else ()
     return [k for k in range(len(eqn.invars)) if k not in summed]
 
@@ -188,13 +233,14 @@ def _positions(bits: int) -> list[int]:
     return [k for k in range(bits.bit_length()) if bits >> k & 1]
 
 
-def _of_call(eqn: JaxprEqn, memo: Memo) -> tuple[_Openings, _Operands]:
-    forms = memo.forms(inner(programs_of(eqn)[0])[0])
+def _of_call(eqn: JaxprEqn, known: AllKnown, memo: Memo) -> tuple[_Openings, _Operands]:
+    forms, told = memo.forms(inner(programs_of(eqn)[0])[0], known), frozenset(k for k, x in enumerate(known) if x)
     openings: _Openings = []
     operands: _Operands = []
     for v in forms.jaxpr.outvars:
         form = forms.form(v)
-        openings.append(Opening(form.inputs, _positions(form.needs), form.ids, form.axes, form.kinds, form.dense))
+        of_rows = form.ids, form.axes, form.kinds, form.dense
+        openings.append(Opening(form.inputs, _positions(form.needs), *of_rows, laned=form.laned, told=told))
         if form.dense and not form.ids and not form.inputs:
             openings[-1] = form.dense
         operands.append([] if isinstance(v, Literal) else _positions(forms.depends[v]))
@@ -215,7 +261,9 @@ def _of_scan(eqn: JaxprEqn, memo: Memo) -> tuple[_Openings, _Operands]:
                 openings[j] = frozenset({Reason(eqn, is_expected=True)})
             else:
                 # Which operands it needs cannot be said by their places in the body, where it may be through the carry.
-                openings[j] = Opening({sizes.consts + j: True}, (), length * form.ids, form.axes, form.kinds)
+                openings[j] = Opening(
+                    {sizes.consts + j: True}, (), length * form.ids, form.axes, form.kinds, laned=form.laned
+                )
     while used := _used_otherwise(forms, sizes, [j for j, x in enumerate(openings) if isinstance(x, Opening)]):
         for j in used:
             openings[j] = None

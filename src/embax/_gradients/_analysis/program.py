@@ -14,6 +14,7 @@ A call, a scan or a cond that gives both arrays and terms runs once for both (`_
 a KeyError: none is ever made up.
 """
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -23,9 +24,10 @@ from jaxtyping import PyTree
 
 from .calls import RUNNERS, run_equation
 from .equations import CALLS, ScanSizes, inner, programs_of, without_constants
-from .forms import Forms, Memo
-from .linear import Opening
-from .terms import Term, terms_of
+from .forms import AllKnown, Forms, Memo
+from .opening import Opening
+from .rows import Term
+from .terms import terms_of
 
 
 class Segment(NamedTuple):
@@ -45,6 +47,7 @@ class Opened(NamedTuple):
     given: frozenset[int]  # operands that it needs as arrays
     taken: frozenset[int]  # operands that it needs as terms
     opening: Opening  # how its first such output is a sum
+    known: AllKnown  # of its operands, where it calls a program
 
 
 class Plan(NamedTuple):
@@ -63,7 +66,8 @@ def evaluate(
     arrays_out: Sequence[int],
     terms_out: Sequence[int],
     memo: Memo | None = None,
-) -> tuple[list[PyTree], list[list[Term]]]:
+    known: AllKnown = (),
+) -> tuple[list[Any], list[list[Term]]]:
     """Run a program.
 
     Args:
@@ -73,12 +77,13 @@ def evaluate(
       terms: Inputs that are given as terms.
       arrays_out: Outputs that are wanted as arrays.
       terms_out: Outputs that are wanted as terms.
-      memo: What is known of its forms already.
+      memo: Forms of programs that are made already.
+      known: What is known of its inputs.
 
     Returns:
       Both.
     """
-    plan = plan_of(jaxpr, tuple(arrays_out), tuple(terms_out), memo or Memo())
+    plan = plan_of(jaxpr, tuple(arrays_out), tuple(terms_out), memo or Memo(), known)
     arrays: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
     arrays.update((v, x) for v, x in zip(jaxpr.invars, args, strict=True) if x is not None)
     sums: dict[Any, list[Term]] = {jaxpr.invars[k]: list(x) for k, x in terms.items()}
@@ -96,19 +101,23 @@ def evaluate(
         eqn = step.eqn
         with jax.named_scope(str(eqn.source_info.name_stack) or "gradient"), eqn.ctx.manager:
             if eqn.primitive.name not in RUNNERS:
-                sums[eqn.outvars[0]] = terms_of(eqn, step.opening, read, read_terms)
+                for j in step.terms:
+                    sums[eqn.outvars[j]] = terms_of(eqn, j, step.opening, read, read_terms)
                 continue
             given = [read(v) if k in step.given else None for k, v in enumerate(eqn.invars)]
             taken = {k: read_terms(eqn.invars[k]) for k in sorted(step.taken)}
-            values, found = run_equation(evaluate, eqn, step.arrays, step.terms, given, taken)
+            run = functools.partial(evaluate, known=step.known) if step.known else evaluate
+            values, found = run_equation(run, eqn, step.known, step.arrays, step.terms, given, taken)
         arrays.update(zip((eqn.outvars[j] for j in step.arrays), values, strict=True))
         sums.update(zip((eqn.outvars[j] for j in step.terms), found, strict=True))
     return [read(jaxpr.outvars[j]) for j in arrays_out], [read_terms(jaxpr.outvars[j]) for j in terms_out]
 
 
-def plan_of(jaxpr: Jaxpr, arrays_out: tuple[int, ...], terms_out: tuple[int, ...], memo: Memo) -> Plan:
+def plan_of(
+    jaxpr: Jaxpr, arrays_out: tuple[int, ...], terms_out: tuple[int, ...], memo: Memo, known: AllKnown = ()
+) -> Plan:
     """Decide what is to be run."""
-    return _Planner(jaxpr, memo.forms(jaxpr), memo).plan(arrays_out, terms_out)
+    return _Planner(jaxpr, memo.forms(jaxpr, known), memo).plan(arrays_out, terms_out)
 
 
 class _Planner:
@@ -153,24 +162,25 @@ class _Planner:
             if arrays or eqn.effects:
                 self._run_as_it_is(eqn)
             return
-        given, taken = self._operands(eqn, arrays, terms)
+        known = self.forms.known_of(eqn) if eqn.primitive.name in CALLS else ()
+        given, taken = self._operands(eqn, arrays, terms, known)
         holds_programs = eqn.primitive.name in RUNNERS
         if arrays and not holds_programs:  # it is wanted in both ways
             self._run_as_it_is(eqn)
         self._close()
         opening = self.forms.openings[eqn.outvars[terms[0]]]
-        self.steps.append(Opened(eqn, arrays if holds_programs else (), terms, given, taken, opening))
+        self.steps.append(Opened(eqn, arrays if holds_programs else (), terms, given, taken, opening, known))
         for k in given:
             self._need(eqn.invars[k])
         for k in taken:
             self._need_terms(eqn.invars[k])
 
     def _operands(
-        self, eqn: JaxprEqn, arrays: tuple[int, ...], terms: tuple[int, ...]
+        self, eqn: JaxprEqn, arrays: tuple[int, ...], terms: tuple[int, ...], known: AllKnown
     ) -> tuple[frozenset[int], frozenset[int]]:
         """Which operands an equation needs as arrays, and which as terms."""
         if eqn.primitive.name in CALLS:
-            plan = plan_of(inner(programs_of(eqn)[0])[0], arrays, terms, self.memo)
+            plan = plan_of(inner(programs_of(eqn)[0])[0], arrays, terms, self.memo, known)
             return plan.arrays, plan.terms
         openings = [self.forms.openings[eqn.outvars[j]] for j in terms]
         taken = frozenset(k for opening in openings for k in opening.terms)

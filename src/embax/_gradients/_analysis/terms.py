@@ -9,42 +9,31 @@ A term is an array of all rows, or `Rows`. Continuing the example of `_linear`, 
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.extend.core import JaxprEqn, Literal
-from jax.lax import GatherScatterMode
-from jaxtyping import Array, PyTree
+from jax.sharding import NamedSharding, PartitionSpec, reshard
+from jaxtyping import Array
 
-from ..._core import ids as _ids
+from ..._base.axes import explicit_sharding, is_explicit
 from ..._core.read_rows import add_rows_p
 from .equations import shape_of
-from .linear import Opening
-
-
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["ids", "values"], meta_fields=["axes"])
-@dataclasses.dataclass(frozen=True)
-class Rows:
-    """Rows that are added into zeros; an id outside of the rows stands for none."""
-
-    ids: Any  # (*lanes, *batch)
-    values: PyTree  # (*lanes, *batch, *dim)
-    axes: frozenset[str] = frozenset()  # axes of a `shard_map` over which devices have rows of their own, to be added
-
-
-Term = Any  # Rows, or an array of all rows
+from .opening import Opening
+from .parts import PARTS
+from .rows import Rows, Term
 
 
 def terms_of(
-    eqn: JaxprEqn, opening: Opening, read: Callable[[Any], Any], terms: Callable[[Any], list[Term]]
+    eqn: JaxprEqn, j: int, opening: Opening, read: Callable[[Any], Any], terms: Callable[[Any], list[Term]]
 ) -> list[Term]:
     """Compute the terms of an output that `opening_of` has opened.
 
     Args:
       eqn: The equation.
+      j: The number of the output.
       opening: How the output is a sum.
       read: Gives the value of a variable.
       terms: Gives the terms of a variable.
@@ -52,6 +41,8 @@ def terms_of(
     Returns:
       The terms.
     """
+    if eqn.primitive.name in PARTS:
+        return PARTS[eqn.primitive.name].terms(eqn, j, opening, read, terms)
     if eqn.primitive.name in ("mul", "div"):
         return _terms_of_scaled(eqn, read, terms, *opening.terms)
     return _TERMS[eqn.primitive.name](eqn, read, terms)
@@ -94,7 +85,9 @@ def _at_rows(array: Any, eqn: JaxprEqn, rows: Rows) -> PyTree:
     array = jnp.broadcast_to(array, shape_of(eqn.outvars[0]))
 
     def of_lane(array: Array, ids: Array) -> Array:
-        return array.at[ids].get(mode="fill", fill_value=1, wrap_negative_indices=False)
+        # Where axes are explicit, as the ids; a row is whole.
+        sharding = explicit_sharding(ids, array.ndim - 1)
+        return array.at[ids].get(mode="fill", fill_value=1, wrap_negative_indices=False, out_sharding=sharding)
 
     for _ in range(array.ndim - 1 - (rows.values.ndim - rows.ids.ndim)):
         of_lane = jax.vmap(of_lane)
@@ -113,34 +106,7 @@ def _terms_of_selected(eqn: JaxprEqn, read: Any, terms: PyTree) -> list[Term]:
     return found
 
 
-def _terms_of_scatter(eqn: JaxprEqn, read: Any, terms: PyTree) -> list[Term]:
-    operand, indices, updates = eqn.invars
-    numbers, values = eqn.params["dimension_numbers"], read(updates)
-    lanes = len(numbers.operand_batching_dims)
-    rows, dim = shape_of(operand)[lanes], shape_of(operand)[lanes + 1 :]
-    ids = _ids.narrow(read(indices)[..., 0], rows, jnp)
-    if eqn.params["mode"] == GatherScatterMode.CLIP:
-        ids = jnp.clip(ids, 0, rows - 1)
-    window = numbers.update_window_dims
-    values = jnp.moveaxis(values, window, range(values.ndim - len(window), values.ndim))
-    return [*terms(operand), Rows(ids, jnp.reshape(values, (*ids.shape, *dim)))]
-
-
-def _terms_of_padded(eqn: JaxprEqn, read: Any, terms: PyTree) -> list[Term]:
-    values = read(eqn.invars[0])
-    index = _ids.index_dtype(shape_of(eqn.outvars[0])[0])
-    return [Rows(eqn.params["padding_config"][0][0] + jnp.arange(values.shape[0], dtype=index), values)]
-
-
-def _terms_of_updated(eqn: JaxprEqn, read: Any, terms: PyTree) -> list[Term]:
-    _, update, start, *_ = eqn.invars
-    values, total = read(update), shape_of(eqn.outvars[0])[0]
-    first = _ids.narrow(jnp.asarray(read(start)), total, jnp)
-    first = jnp.clip(first, 0, total - values.shape[0])  # as it is where the slice would reach beyond the end
-    return [Rows(first + jnp.arange(values.shape[0], dtype=first.dtype), values)]
-
-
-def _terms_of_repeated(eqn: JaxprEqn, read: Any, terms: PyTree) -> list[Term]:
+def _terms_of_repeated(eqn: JaxprEqn, read: Any, terms: Any) -> list[Term]:
     if isinstance(eqn.invars[0], Literal):
         return []
     added = tuple(range(len(shape_of(eqn.outvars[0])) - len(shape_of(eqn.invars[0]))))
@@ -181,20 +147,36 @@ def _terms_of_operand(eqn: JaxprEqn, read: Any, terms: PyTree) -> list[Term]:
     return terms(eqn.invars[0])
 
 
+def _terms_of_resharded(eqn: JaxprEqn, read: Any, terms: Any) -> list[Term]:
+    """Lay arrays out as JAX does; rows are copied to all devices where they leave or enter explicit axes."""
+    output: Any = eqn.outvars[0].aval
+    whole = output.sharding
+
+    def resharded(x: Any, sharding: NamedSharding) -> Any:
+        return x if jax.typeof(x).sharding == sharding else reshard(x, sharding)
+
+    def on_mesh(x: Any) -> Any:
+        return x if is_explicit(jax.typeof(x).sharding.mesh) == is_explicit(whole.mesh) else reshard(x, everywhere)
+
+    everywhere = NamedSharding(whole.mesh, PartitionSpec())
+    return [
+        Rows(on_mesh(x.ids), on_mesh(x.values), x.axes) if isinstance(x, Rows) else resharded(x, whole)
+        for x in terms(eqn.invars[0])
+    ]
+
+
 _TERMS: dict[str, Callable[..., list[Term]]] = {
     "add_any": _terms_of_sum,
     "add": _terms_of_sum,
     "sub": _terms_of_sum,
     "broadcast_in_dim": _terms_of_repeated,
-    **dict.fromkeys(("pvary", "reshape", "squeeze", "transpose"), lambda eqn, read, terms: []),
-    "dynamic_update_slice": _terms_of_updated,
-    **dict.fromkeys(("copy", "copy_p", "reshard", "sharding_constraint"), _terms_of_operand),
+    **dict.fromkeys(("pvary", "squeeze", "transpose"), lambda eqn, read, terms: []),
+    **dict.fromkeys(("copy", "copy_p", "sharding_constraint"), _terms_of_operand),
+    "reshard": _terms_of_resharded,
     "convert_element_type": _terms_of_map,
     "neg": _terms_of_map,
     "select_n": _terms_of_selected,
-    "scatter-add": _terms_of_scatter,
     add_rows_p.name: lambda eqn, read, terms: [Rows(read(eqn.invars[1]), read(eqn.invars[0]))],
-    "pad": _terms_of_padded,
     "reduce_sum": _terms_of_joined,
     "psum_invariant": _terms_of_devices,
 }
