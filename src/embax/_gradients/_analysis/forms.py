@@ -18,7 +18,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
-from jaxtyping import PyTree
 
 from ..._base.dtypes import index_dtype
 from ..._core.dense import DENSE

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import JaxprEqn, Literal
 from jax.sharding import NamedSharding, PartitionSpec, reshard
-from jaxtyping import Array
+from jaxtyping import Array, PyTree
 
 from ..._base.axes import explicit_sharding, is_explicit
 from ..._core.read_rows import add_rows_p
