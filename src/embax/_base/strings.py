@@ -51,7 +51,7 @@ def offsets_of(encoded: list[bytes]) -> Int64[np.ndarray, " number_and_1"]:
     return offsets
 
 
-def padded(text: UInt8[np.ndarray, " bytes"]) -> UInt8[np.ndarray, " bytes"]:
+def padded(text: UInt8[np.ndarray, " bytes"]) -> UInt8[np.ndarray, " padded"]:
     """Copy a buffer and put the zero bytes behind it."""
     return np.concatenate([text, np.zeros(_PAD, np.uint8)])
 

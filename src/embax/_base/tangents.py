@@ -89,5 +89,5 @@ def straight_through(value: Shaped[Array, "*shape"], source: Shaped[Array, "*sha
     return with_tangent(_itself, value, [source])
 
 
-def _itself(tangent: Array) -> Array:
+def _itself(tangent: PyTree) -> PyTree:
     return tangent

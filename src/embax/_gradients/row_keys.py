@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.extend.random import define_prng_impl
-from jaxtyping import Array, Int, Key, PyTree
+from jaxtyping import Array, Int, Integer, Key, PyTree
 
 from .._core import ids as _ids
 
@@ -36,7 +36,7 @@ KEYS = define_prng_impl(
 
 
 @functools.partial(jax.jit, static_argnums=1, inline=True)
-def encode(ids: Int[Array, "*length"], rows: int) -> Key[Array, "*length"]:
+def encode(ids: Integer[Array, "*length"], rows: int) -> Key[Array, "*length"]:
     """Hold ids as keys: their number from 1, and 0 for none."""
     ids = _ids.narrow(ids, rows, jnp)
     valid = (ids >= 0) & (ids < rows)
