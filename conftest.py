@@ -6,7 +6,6 @@ import os
 from pathlib import Path
 
 import jax
-import jaxtyping
 import pytest
 from sybil import Sybil
 from sybil.document import PythonDocStringDocument
@@ -22,13 +21,6 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 jax.config.update("jax_compilation_cache_dir", _CACHE)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-
-# The packages and modules whose annotations are checked at each call: those that compute with arrays. Files, the
-# command line and the layers of the frameworks have few shapes to check. A warning of a dense gradient names the
-# caller's line by the number of frames above it, so the modules between the two stay as they are.
-_CHECKED = "_base _core _mesh _bags _features _heads optim".split()
-_CHECKED += [f"_gradients.{name}" for name in ("apply", "chosen", "modules", "row_grad", "row_keys")]
-jaxtyping.install_import_hook([f"embax.{name}" for name in _CHECKED], "annotations.checked")
 
 # A test runs most programs once, so optimising their machine code costs more than it saves. By `XLA_FLAGS= make test`,
 # the tests run the machine code that users have.
