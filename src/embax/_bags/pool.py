@@ -187,9 +187,7 @@ def _held_sum(
 
 
 def _terms(
-    rows: Shaped[Array | np.ndarray, "*batch_dim"],
-    counted: Bool[Array | np.ndarray, "*batch"] | None,
-    weights: Float[Array | np.ndarray, "*batch"] | None,
+    rows: Shaped[Array, "*batch_dim"], counted: Bool[Array, "*batch"] | None, weights: Float[Array, "*batch"] | None
 ) -> Float[Array, "*batch_dim"]:
     """What each id adds to its bag; all of them count where `counted` is None."""
     rows = rows.astype(accumulator(rows.dtype))

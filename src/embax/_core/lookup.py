@@ -126,7 +126,7 @@ def _gather(
 
 def rows_of_tangent(
     rules: Table,
-    tangent: Shaped[Array | np.ndarray, "rows *dim"],
+    tangent: Shaped[Array, "rows *dim"],
     ids: Int[Array, "*batch"],
     counted: Bool[Array, "*batch"] | None = None,
 ) -> Shaped[Array, "*batch_dim"]:

@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array, Int, PyTree, Shaped
@@ -41,7 +40,7 @@ class Spec(NamedTuple):
 
 
 def read_rows(
-    tangent: Shaped[Array | np.ndarray, "rows *dim"], ids: Int[Array, "*batch"], storage: Storage
+    tangent: Shaped[Array, "rows *dim"], ids: Int[Array, "*batch"], storage: Storage
 ) -> Shaped[Array, "*batch_dim"]:
     """Read the rows of a tangent.
 
