@@ -33,6 +33,10 @@ KNOWN = {
     "_base/axes.py": {"sharding.mesh": "of an array of JAX"},
     "_base/loops.py": {"sharding.mesh": "of an array of JAX"},
     "_gradients/_analysis/forms.py": {"kind.storage != DENSE": "whether rows are those of an array, by their places"},
+    "_gradients/_analysis/terms.py": {
+        "jax.typeof(x).sharding.mesh": "of an array of JAX",
+        "whole.mesh": "of the sharding of an array of JAX",
+    },
     "optim/_carry_over.py": {"getattr(x.sharding, 'mesh', None)": "of an array of JAX"},
     "_heads/sampled_softmax.py": {"sharding.mesh": "of an array of JAX"},
     "train/_parts.py": {"self.mesh": "that over which `embax train` makes its tables"},
