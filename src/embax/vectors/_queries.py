@@ -11,8 +11,7 @@ from jaxtyping import Float, Float32
 from .. import files
 from .._base import check as _check
 from ..vocabulary._vocabulary import Vocabulary
-from . import _cosmul as _multiplied
-from . import _nearest as _queries
+from . import _cosmul, _nearest
 from ._directions import Query, as_list, directions_of, warn_of_not_finite
 
 if TYPE_CHECKING:
@@ -91,7 +90,7 @@ class Queries:
         if approx:
             rows, cosines = self._approximate.search(self._unit, directions, k, asked)
         else:
-            rows, cosines = _queries.nearest(self._unit, directions, k, asked)
+            rows, cosines = _nearest.nearest(self._unit, directions, k, asked)
         return self._named(rows, cosines)
 
     def save_index(self, path: str | os.PathLike[str] | None = None) -> str:
@@ -156,10 +155,10 @@ class Queries:
         k = self._at_most_all("embax.Vectors.analogy(k=...)", k)
         if method == "add":
             directions, asked = self._directions(call, [([b, c], [a])])
-            return self._named(*_queries.nearest(self._unit, directions, k, asked))[0]
+            return self._named(*_nearest.nearest(self._unit, directions, k, asked))[0]
         directions, asked = self._directions(call, [a, b, c])
         of_a, of_b, of_c = directions[:, None]
-        return self._named(*_multiplied.best(self._unit, (of_b, of_c), of_a, k, asked.reshape(1, 3)))[0]
+        return self._named(*_cosmul.best(self._unit, (of_b, of_c), of_a, k, asked.reshape(1, 3)))[0]
 
     def similarity(self, a: Query, b: Query) -> float:
         """Return the cosine of two tokens, or of two sums of tokens.
@@ -206,7 +205,7 @@ class Queries:
         if not tokens:
             raise ValueError("`embax.Vectors.doesnt_match(tokens=...)` must name tokens, got none. Pass some.")
         directions, _ = self._directions("embax.Vectors.doesnt_match(tokens=...)", tokens)
-        mean = _queries.unit_rows(directions.mean(axis=0, keepdims=True))[0]
+        mean = _nearest.unit_rows(directions.mean(axis=0, keepdims=True))[0]
         return tokens[int(np.argmin(directions @ mean))]
 
     def _at_most_all(self, argument: str, k: object) -> int:
@@ -231,7 +230,7 @@ class Queries:
     @functools.cached_property
     def _unit(self) -> Float32[np.ndarray, "rows dim"]:
         self._say_what_is_not_finite("embax.Vectors")
-        return _queries.unit_rows(self.weight)
+        return _nearest.unit_rows(self.weight)
 
     @functools.cached_property
     def _approximate(self) -> "Approximate":
