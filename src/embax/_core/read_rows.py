@@ -23,6 +23,7 @@ from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array, Int, PyTree, Shaped
 
 from .._base.axes import is_explicit
+from .._base.loops import varying_alike, zeros_as
 from .storage import Storage
 
 
@@ -53,14 +54,8 @@ def read_rows(
       The rows.
     """
     # JAX does so for its own operations: the transpose of this cast sums over the devices of a `shard_map`.
-    tangent = _varying_as(ids, tangent)
-    ids = _varying_as(tangent, ids)
+    tangent, ids = varying_alike(tangent, ids)
     return read_rows_p.bind(tangent, ids, spec=Spec(jax.typeof(tangent), 0, storage))
-
-
-def _varying_as(like: Array, array: Array) -> Array:
-    axes = jax.typeof(like).manual_axis_type.varying - jax.typeof(array).manual_axis_type.varying
-    return jax.lax.pcast(array, tuple(axes), to="varying") if axes else array
 
 
 read_rows_p, add_rows_p = Primitive("embax_read_rows"), Primitive("embax_add_rows")
@@ -79,9 +74,8 @@ def _add(values: Array, ids: Array, *, spec: Spec) -> Array:
     weight = spec.weight
 
     def lane(values: Array, ids: Array) -> Array:
-        zeros = jnp.zeros(weight.shape[spec.lanes :], values.dtype)
-        # Else JAX would cast them by itself, and sum over devices in the transpose of that.
-        zeros = _varying_as(values, zeros)
+        # Else JAX would cast the zeros by itself, and sum over devices in the transpose of that.
+        zeros = zeros_as(values, weight.shape[spec.lanes :], values.dtype)
         values = jnp.reshape(values, (*ids.shape, *spec.dim))
         return spec.storage.put(zeros, ids, values, "add")
 
