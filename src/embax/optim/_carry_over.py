@@ -226,7 +226,7 @@ def _owners(params: PyTree, tx: optax.GradientTransformation) -> dict[str, str]:
                 longer.append(with_weight(node, jax.ShapeDtypeStruct((rows, *node.dim), node.dtype)))
             else:
                 longer.append(jax.tree.map(_shape, node))
-        state = without_scratch(jax.eval_shape(tx.init, structure.unflatten(longer)), SCRATCH)
+        state = without_scratch(jax.eval_shape(tx.init, structure.unflatten(longer)))
         return {jax.tree_util.keystr(path): leaf.shape for path, leaf in jax.tree.flatten_with_path(state)[0]}
 
     few, many = shapes(False), shapes(True)

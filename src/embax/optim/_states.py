@@ -115,24 +115,24 @@ def check_takes_tables(call: str, tx: optax.GradientTransformation, opt_state: P
         raise _takes_no_tables(call, names, "updates of another kind")
 
 
-def without_scratch(tree: PyTree, kinds: tuple[type, ...] = SCRATCH) -> PyTree:
-    """Leave out what states of these kinds keep from step to step and do not look at."""
+def without_scratch(tree: PyTree) -> PyTree:
+    """Leave out the scratch memory that states keep from step to step and do not look at."""
 
     def of_kind(node: object) -> bool:
-        return isinstance(node, kinds)
+        return isinstance(node, SCRATCH)
 
     return jax.tree.map(lambda node: node._replace(slots=()) if of_kind(node) else node, tree, is_leaf=of_kind)
 
 
-def with_scratch(tree: PyTree, like: PyTree, kinds: tuple[type, ...] = SCRATCH) -> PyTree:
+def with_scratch(tree: PyTree, like: PyTree) -> PyTree:
     """Put it back, as another tree has it."""
 
     def put_back(node: PyTree, of_like: PyTree) -> PyTree:
-        if not isinstance(node, kinds):
+        if not isinstance(node, SCRATCH):
             return node
         return node._replace(slots=tuple(None if x is None else jnp.zeros(x.shape, x.dtype) for x in of_like.slots))
 
-    return jax.tree.map(put_back, tree, like, is_leaf=lambda node: isinstance(node, kinds))
+    return jax.tree.map(put_back, tree, like, is_leaf=lambda node: isinstance(node, SCRATCH))
 
 
 def _takes_no_tables(call: str, names: list[str], seen: str) -> TypeError:
