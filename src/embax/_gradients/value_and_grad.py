@@ -1,4 +1,8 @@
-"""value_and_grad and grad: gradients of a loss in which the tables' are held as the rows that were read."""
+"""value_and_grad and grad: gradients of a loss in which the tables' are held as the rows that were read.
+
+For instance, of `lookup(table, [4, 1, 4]).sum()` the value is a number, and the gradient three ids and three rows of
+ones, of a table of any number of rows.
+"""
 
 import functools
 from collections.abc import Callable, Sequence
