@@ -3,6 +3,7 @@
 #include <cstring>
 #include <limits>
 #include <sstream>
+#include <vector>
 
 namespace embax {
 namespace {
@@ -42,11 +43,12 @@ void expect_shape(const Named& named, std::initializer_list<int64_t> shape) {
 }
 
 void expect_rows(const Named& named, const Named& table, int64_t number) {
-  if (table.rank() == 1) {
-    expect_shape(named, {number});
-  } else {
-    expect_shape(named, {number, table.axis(1)});
-  }
+  bool same = named.rank() == table.rank() && named.axis(0) == number;
+  for (int64_t k = 1; same && k < table.rank(); ++k) same = named.axis(k) == table.axis(k);
+  if (same) return;
+  std::vector<int64_t> shape(table.buffer.dimensions().begin(), table.buffer.dimensions().end());
+  shape[0] = number;
+  refuse(named, "of shape " + shape_text(shape));
 }
 
 void expect_in_place(const Named& in, const Named& out) {
@@ -55,8 +57,12 @@ void expect_in_place(const Named& in, const Named& out) {
   if (in.size() > 0 && in.data() != out.data()) refuse(out, std::string("the same buffer as `") + in.name + "`");
 }
 
-static void expect_table(const Named& named) {
-  if (named.rank() != 1 && named.rank() != 2) refuse(named, "of one or two axes");
+// Numbers in a row.
+static int64_t width_of(const Named& named) {
+  if (named.rank() < 1) refuse(named, "of one axis or more");
+  int64_t width = 1;
+  for (int64_t k = 1; k < named.rank(); ++k) width *= named.axis(k);
+  return width;
 }
 
 int64_t item_bytes(const Named& table) {
@@ -66,13 +72,12 @@ int64_t item_bytes(const Named& table) {
 }
 
 int64_t row_bytes_of(const Named& named) {
-  expect_table(named);
-  return item_bytes(named) * (named.rank() == 2 ? named.axis(1) : 1);
+  return item_bytes(named) * width_of(named);
 }
 
 Table table_of(const Named& named) {
-  expect_table(named);
-  Table table{named.data(), named.axis(0), named.rank() == 2 ? named.axis(1) : 1, Dtype::float32};
+  const int64_t width = width_of(named);
+  Table table{named.data(), named.axis(0), width, Dtype::float32};
   switch (named.buffer.element_type()) {
     case ffi::F32: table.dtype = Dtype::float32; break;
     case ffi::F64: table.dtype = Dtype::float64; break;

@@ -7,6 +7,7 @@
 #include <string>
 
 #include "kernels.h"
+#include "pages.h"
 #include "threads.h"
 #include "xla/ffi/api/ffi.h"
 
@@ -34,14 +35,14 @@ struct Named {
 
 void expect_dtype(const Named& named, ffi::DataType dtype);
 void expect_shape(const Named& named, std::initializer_list<int64_t> shape);
-// A buffer that holds one row for each of `number`, as a table of this rank does.
+// A buffer that holds `number` rows of the shape of a table's.
 void expect_rows(const Named& named, const Named& table, int64_t number);
 // The same memory: XLA copies what must stay, and then passes the copy.
 void expect_in_place(const Named& in, const Named& out);
 
 // Bytes of a number of a dtype that may stand in a table.
 int64_t item_bytes(const Named& table);
-// A table of the dtypes that can be added up.
+// A table of the dtypes that can be added up. A row is all axes but the first.
 Table table_of(const Named& named);
 // A table of any dtype: its rows and the bytes of one.
 int64_t row_bytes_of(const Named& named);
@@ -54,6 +55,10 @@ Gradients gradients_of(const Named& values, const Named& bag_of, const Named& fa
 
 // One row of zeros, or of NaN, in the dtype of a table.
 std::string fill_row(const Named& table, bool nan);
+
+inline void request_large_pages(const ffi::AnyBuffer& table) {
+  request_large_pages(table.untyped_data(), table.size_bytes());
+}
 
 template <typename F>
 ffi::Error guarded(F&& body) {

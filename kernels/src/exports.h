@@ -21,3 +21,8 @@ EMBAX_EXPORT XLA_FFI_Error* EmbaxTake(XLA_FFI_CallFrame*);
 EMBAX_EXPORT XLA_FFI_Error* EmbaxPut(XLA_FFI_CallFrame*);
 EMBAX_EXPORT XLA_FFI_Error* EmbaxCombine(XLA_FFI_CallFrame*);
 EMBAX_EXPORT XLA_FFI_Error* EmbaxPool(XLA_FFI_CallFrame*);
+EMBAX_EXPORT XLA_FFI_Error* EmbaxStepSgd(XLA_FFI_CallFrame*);
+EMBAX_EXPORT XLA_FFI_Error* EmbaxStepAdagrad(XLA_FFI_CallFrame*);
+EMBAX_EXPORT XLA_FFI_Error* EmbaxStepRowwiseAdagrad(XLA_FFI_CallFrame*);
+EMBAX_EXPORT XLA_FFI_Error* EmbaxStepAdam(XLA_FFI_CallFrame*);
+EMBAX_EXPORT XLA_FFI_Error* EmbaxStepRowwiseAdam(XLA_FFI_CallFrame*);

@@ -6,10 +6,9 @@
 namespace embax::EMBAX_ISA {
 
 // Distinct ids in the order in which they first occur, and the positions of each in rising order.
-template <typename Id>
 struct Groups {
   int64_t number = 0;
-  Id* distinct = nullptr;       // (number,)
+  int64_t* distinct = nullptr;  // (number,)
   uint32_t* starts = nullptr;   // (number + 1,) into order
   uint32_t* order = nullptr;    // positions
   const uint32_t* begin(int64_t group) const { return order + starts[group]; }
@@ -17,7 +16,7 @@ struct Groups {
 
   // For so many positions.
   void carve(Carver& carver, int64_t size) {
-    distinct = carver.array<Id>(size);
+    distinct = carver.array<int64_t>(size);
     starts = carver.array<uint32_t>(size + 2);
     order = carver.array<uint32_t>(size);
   }
@@ -39,10 +38,9 @@ struct GroupMemory {
 };
 
 template <typename Id>
-void group(const Partition<Id>& partition, int64_t part, const GroupMemory& memory, Groups<Id>& groups) {
+void group_ids(const Partition& partition, int64_t part, const Id* ids, const GroupMemory& memory, Groups& groups) {
   constexpr uint32_t kFree = 0xffffffff;
   constexpr int64_t kAhead = 16;
-  const Id* ids = partition.ids();
   const int64_t size = partition.size(part);
   // The bits behind those that chose the part.
   const int shift = 64 - partition.part_bits() - memory.bits;
@@ -54,7 +52,7 @@ void group(const Partition<Id>& partition, int64_t part, const GroupMemory& memo
   uint32_t number = 0;
   for (int64_t k = 0; k < size; ++k) {
     if (k + kAhead < size) __builtin_prefetch(slots + (mixed(ids[positions[k + kAhead]]) >> shift & mask), 1, 3);
-    const Id id = ids[positions[k]];
+    const int64_t id = ids[positions[k]];
     uint64_t at = mixed(id) >> shift & mask;
     while (slots[at] != kFree && groups.distinct[slots[at]] != id) at = (at + 1) & mask;
     if (slots[at] == kFree) {
@@ -68,6 +66,12 @@ void group(const Partition<Id>& partition, int64_t part, const GroupMemory& memo
   for (uint32_t d = 2; d <= number; ++d) starts[d] += starts[d - 1];
   for (int64_t k = 0; k < size; ++k) groups.order[starts[memory.owners[k] + 1]++] = positions[k];
   groups.number = number;
+}
+
+// Not inlined: each kind of sum would have its own copy.
+__attribute__((noinline)) inline void group(const Partition& partition, int64_t part, const GroupMemory& memory,
+                                            Groups& groups) {
+  with_ids(partition.ids(), [&](auto* ids) { group_ids(partition, part, ids, memory, groups); });
 }
 
 }  // namespace embax::EMBAX_ISA

@@ -17,6 +17,7 @@ ffi::Error take(ffi::ThreadPool threads, ffi::AnyBuffer table, ffi::AnyBuffer id
     expect_rows(of_out, of_table, which.number);
     const std::string fill = fill_row(of_table, nan);
     Threads on(threads);
+    request_large_pages(table);
     kernels().take(on.pool(), of_table.data(), of_table.axis(0), row_bytes, which, fill.data(), of_out.data());
   });
 }
@@ -31,6 +32,7 @@ ffi::Error put(ffi::ThreadPool threads, ffi::AnyBuffer table, ffi::AnyBuffer ids
     expect_rows(of_values, of_table, which.number);
     expect_in_place(of_table, {"out", *out});
     Threads on(threads);
+    request_large_pages(table);
     if (add) {
       kernels().add(on.pool(), table_of(of_table), which, of_values.data());
     } else {
@@ -69,7 +71,7 @@ ffi::Error pool(ffi::ThreadPool threads, ffi::AnyBuffer table, ffi::AnyBuffer id
     const Named of_table{"table", table}, of_ids{"ids", ids}, of_offsets{"offsets", offsets}, of_out{"out", *out};
     const Table rows = table_of(of_table);
     const Ids which = ids_of(of_ids);
-    if (of_out.rank() != of_table.rank()) refuse(of_out, "of as many axes as `table`");
+    if (of_out.rank() < 1) refuse(of_out, "of one axis or more");
     Bags bags{of_out.axis(0), nullptr, factors_of({"factors", factors}, which.number)};
     expect_dtype(of_out, accumulator_of(of_table));
     expect_rows(of_out, of_table, bags.number);
@@ -82,6 +84,7 @@ ffi::Error pool(ffi::ThreadPool threads, ffi::AnyBuffer table, ffi::AnyBuffer id
     }
     const std::string fill = fill_row(of_table, nan);
     Threads on(threads);
+    request_large_pages(table);
     kernels().pool(on.pool(), rows, which, bags, fill.data(), of_out.data());
   });
 }

@@ -6,6 +6,7 @@
 #include "combine.h"
 #include "pool.h"
 #include "put.h"
+#include "step.h"
 #include "take.h"
 
 #define EMBAX_JOINED(a, b) a##b
@@ -18,6 +19,7 @@ namespace embax {
 extern const Kernels EMBAX_NAMED(kernels_, EMBAX_ISA);
 const Kernels EMBAX_NAMED(kernels_, EMBAX_ISA) = {
     EMBAX_TEXT(EMBAX_ISA), EMBAX_ISA::take, EMBAX_ISA::set, EMBAX_ISA::add, EMBAX_ISA::combine, EMBAX_ISA::pool,
+    EMBAX_ISA::step,
 };
 
 }  // namespace embax

@@ -23,6 +23,9 @@ struct Ids {
   const void* data;
   int64_t number;
   bool wide;  // int64; else int32
+  int64_t operator[](int64_t i) const {
+    return wide ? static_cast<const int64_t*>(data)[i] : static_cast<const int32_t*>(data)[i];
+  }
 };
 
 // Rows of one width behind one another.
@@ -58,6 +61,29 @@ struct Bags {
   Factors factors;
 };
 
+enum class Optimizer : int { sgd, adagrad, rowwise_adagrad, adam, rowwise_adam };
+
+// Weight decay: none, added to the gradient before all else, or to the update before the learning rate.
+enum class Decay : int { none, gradient, update };
+
+// The numbers of an optimizer's step. What it does not use is 0.
+struct Step {
+  Optimizer optimizer;
+  Decay decay;
+  bool nesterov;
+  double rate, decay_by, eps, eps_root;
+  double b1, rest1, b2, rest2;  // decays of the moments, and 1 minus them
+  double mean_by, square_by, gradient_by;  // corrections of the bias
+};
+
+// The state of an optimizer. The mean may have another dtype than the table; `squares` has one number a row, in
+// accumulators, where the optimizer is row-wise, else as many as the table, in its dtype.
+struct State {
+  void* mean;
+  Dtype mean_dtype;
+  void* squares;
+};
+
 struct Kernels {
   const char* name;
 
@@ -75,6 +101,9 @@ struct Kernels {
 
   // out[b] = the sum of the rows of bag b times their factors. The smallest id counts not at all; `fill` is one row.
   void (*pool)(const Pool&, Table, Ids, const Bags&, const void* fill, void* out);
+
+  // One step of an optimizer on the rows with an id, in place.
+  void (*step)(const Pool&, const Step&, Table, State, Ids, const Gradients&);
 };
 
 extern const Kernels kernels_base;

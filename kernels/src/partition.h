@@ -23,12 +23,11 @@ struct Counted {
   bool operator()(int64_t id, int64_t i) const { return has_row(id, rows) && (!bag_of || has_row(bag_of[i], bags)); }
 };
 
-template <typename Id>
 class Partition {
  public:
   // `row_bytes`: what moves for an id.
-  Partition(const Id* ids, int64_t number, int64_t row_bytes) : ids_(ids), number_(number) {
-    const int64_t bytes = number * larger(row_bytes, 1);
+  Partition(Ids ids, int64_t row_bytes) : ids_(ids) {
+    const int64_t number = ids.number, bytes = number * larger(row_bytes, 1);
     const int64_t wanted = smaller(kMost, smaller(number / 16, larger(bytes / kAlone, number / 2048)));
     while ((int64_t{2} << bits_) <= wanted) ++bits_;
     block_ = bits_ ? larger(2048, (number + kMost - 1) / kMost) : larger(1, number);
@@ -37,15 +36,23 @@ class Partition {
 
   int64_t parts() const { return int64_t{1} << bits_; }
 
-  // Lays out the memory of this object, in the order of `Carver`.
+  // Lays out the memory of this object.
   void carve(Carver& carver) {
-    positions_ = carver.array<uint32_t>(number_);
+    positions_ = carver.array<uint32_t>(ids_.number);
     starts_ = carver.array<uint32_t>(blocks_ * (parts() + 1));
     firsts_ = carver.array<int64_t>(parts() + 1);
   }
 
   void split(const Pool& pool, const Counted& counts) {
-    in_parallel(pool, blocks_, [&](int64_t block) { bits_ ? split_block(block, counts) : filter_block(block, counts); });
+    with_ids(ids_, [&](auto* ids) {
+      in_parallel(pool, blocks_, [&](int64_t block) {
+        if (bits_) {
+          split_block(block, ids, counts);
+        } else {
+          filter_block(block, ids, counts);
+        }
+      });
+    });
     firsts_[0] = 0;
     for (int64_t part = 0; part < parts(); ++part) {
       int64_t size = 0;
@@ -63,12 +70,13 @@ class Partition {
   void collect(int64_t part, uint32_t* out) const {
     for (int64_t block = 0; block < blocks_; ++block) {
       const int64_t size = segment_size(block, part);
-      std::memcpy(out, positions_ + block * block_ + starts_[block * (parts() + 1) + part], size * sizeof(uint32_t));
+      const uint32_t* from = positions_ + block * block_ + starts_[block * (parts() + 1) + part];
+      if (size) std::memcpy(out, from, static_cast<size_t>(size) * sizeof(uint32_t));
       out += size;
     }
   }
 
-  const Id* ids() const { return ids_; }
+  const Ids& ids() const { return ids_; }
   int part_bits() const { return bits_; }
 
  private:
@@ -80,13 +88,14 @@ class Partition {
   }
 
   // A counting sort by part; ids that do not count go behind.
-  void split_block(int64_t block, const Counted& counts) {
-    const int64_t from = block * block_, to = smaller(from + block_, number_), parts = this->parts();
+  template <typename Id>
+  void split_block(int64_t block, const Id* ids, const Counted& counts) {
+    const int64_t from = block * block_, to = smaller(from + block_, ids_.number), parts = this->parts();
     const int shift = 64 - bits_;
     uint32_t sizes[kMost + 1] = {};
     uint32_t* starts = starts_ + block * (parts + 1);
     const auto part_of = [&](int64_t i) {
-      const int64_t id = ids_[i];
+      const int64_t id = ids[i];
       return counts(id, i) ? static_cast<int64_t>(mixed(id) >> shift) : parts;
     };
     for (int64_t i = from; i < to; ++i) ++sizes[part_of(i)];
@@ -99,23 +108,36 @@ class Partition {
     for (int64_t i = from; i < to; ++i) positions_[from + sizes[part_of(i)]++] = static_cast<uint32_t>(i);
   }
 
-  void filter_block(int64_t block, const Counted& counts) {
-    const int64_t from = block * block_, to = smaller(from + block_, number_);
+  template <typename Id>
+  void filter_block(int64_t block, const Id* ids, const Counted& counts) {
+    const int64_t from = block * block_, to = smaller(from + block_, ids_.number);
     uint32_t size = 0;
     for (int64_t i = from; i < to; ++i) {
       positions_[from + size] = static_cast<uint32_t>(i);
-      size += counts(ids_[i], i);
+      size += counts(ids[i], i);
     }
     starts_[2 * block] = 0;
     starts_[2 * block + 1] = size;
   }
 
-  const Id* ids_;
-  int64_t number_, block_ = 1, blocks_ = 0;
+  Ids ids_;
+  int64_t block_ = 1, blocks_ = 0;
   int bits_ = 0;  // of the number of a part
   uint32_t* positions_ = nullptr;
   uint32_t* starts_ = nullptr;  // of the segments, from the start of their block
   int64_t* firsts_ = nullptr;
 };
+
+// Calls body(partition, part) for each part of the ids, on any thread.
+template <typename F>
+inline void for_each_part(const Pool& pool, Ids ids, const Counted& counts, int64_t row_bytes, F&& body) {
+  Partition partition(ids, row_bytes);
+  Carver carver;
+  partition.carve(carver);
+  carver.start(scratch(Holder::call, carver.used()));
+  partition.carve(carver);
+  partition.split(pool, counts);
+  in_parallel(pool, partition.parts(), [&](int64_t part) { body(partition, part); });
+}
 
 }  // namespace embax::EMBAX_ISA

@@ -10,26 +10,26 @@ namespace embax::EMBAX_ISA {
 // The rows of up to so many ids are added up one after the other, as XLA does; these sums in twice the precision.
 constexpr int64_t kChunk = 64;
 
-template <typename T, typename Id>
+template <typename T>
 class BagSum {
  public:
   using A = Accumulator<T>;
 
-  BagSum(const Table& table, const Id* ids, int64_t number, const Bags& bags, const void* fill)
+  BagSum(const Table& table, Ids ids, const Bags& bags, const void* fill)
       : table_(static_cast<const T*>(table.data)),
         rows_(table.rows),
         width_(table.width),
         ids_(ids),
-        number_(number),
+        skip_(ids.wide ? std::numeric_limits<int64_t>::min() : std::numeric_limits<int32_t>::min()),
         bags_(bags),
-        length_(bags.number ? number / bags.number : 0),
+        length_(bags.number ? ids.number / bags.number : 0),
         fill_(static_cast<const T*>(fill)) {}
 
   static int64_t memory(int64_t width) { return GradientSum<T>::memory(width); }
 
   // Where the ids of a bag begin, inside of all ids whatever the offsets say.
   int64_t start(int64_t bag) const {
-    return bags_.offsets ? larger(0, smaller(bags_.offsets[bag], number_)) : bag * length_;
+    return bags_.offsets ? larger(0, smaller(bags_.offsets[bag], ids_.number)) : bag * length_;
   }
 
   void some(int64_t from, int64_t to, A* out, A* memory) const {
@@ -64,7 +64,7 @@ class BagSum {
     int64_t count = 0;
     for (int64_t i = begin; i < end; ++i) {
       if (i + ahead < last) fetch_to_read(row(ids_[i + ahead]), row_bytes);
-      if (ids_[i] == std::numeric_limits<Id>::min()) continue;
+      if (ids_[i] == skip_) continue;
       rows[count] = row(ids_[i]);
       if (scaled) factors[count] = factor_of<A>(bags_.factors, i);
       ++count;
@@ -74,27 +74,24 @@ class BagSum {
 
   const T* table_;
   int64_t rows_, width_;
-  const Id* ids_;
-  int64_t number_;
+  Ids ids_;
+  int64_t skip_;
   Bags bags_;
   int64_t length_;
   const T* fill_;
 };
 
 inline void pool(const Pool& threads, Table table, Ids ids, const Bags& bags, const void* fill, void* out) {
-  with_ids(ids, [&](auto* id) {
-    using Id = std::remove_const_t<std::remove_pointer_t<decltype(id)>>;
-    with_dtype(table.dtype, [&](auto* type) {
-      using T = std::remove_pointer_t<decltype(type)>;
-      using A = Accumulator<T>;
-      const BagSum<T, Id> sum(table, id, ids.number, bags, fill);
-      const int64_t ids_each = bags.number ? ids.number / bags.number + 1 : 1;
-      in_pieces(threads, bags.number, ids_each * table.width * static_cast<int64_t>(sizeof(T)),
-                [&](int64_t from, int64_t to) {
-                  auto* memory = reinterpret_cast<A*>(scratch(Holder::part, sum.memory(table.width) * sizeof(A)));
-                  sum.some(from, to, static_cast<A*>(out), memory);
-                });
-    });
+  with_dtype(table.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    using A = Accumulator<T>;
+    const BagSum<T> sum(table, ids, bags, fill);
+    const int64_t ids_each = bags.number ? ids.number / bags.number + 1 : 1;
+    in_pieces(threads, bags.number, ids_each * table.width * static_cast<int64_t>(sizeof(T)),
+              [&](int64_t from, int64_t to) {
+                auto* memory = reinterpret_cast<A*>(scratch(Holder::part, sum.memory(table.width) * sizeof(A)));
+                sum.some(from, to, static_cast<A*>(out), memory);
+              });
   });
 }
 

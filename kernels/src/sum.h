@@ -14,8 +14,8 @@
 namespace embax::EMBAX_ISA {
 
 // Columns of kVectors vectors, in registers: out = the sum of rows[k] * factors[k], from zero on.
-template <int kVectors, bool kScaled, typename T, typename A, typename Out>
-inline void add_up_columns(const T* const* rows, const A* factors, int64_t count, int64_t at, Out* out) {
+template <int kVectors, bool kScaled, typename T, typename A>
+inline void add_up_columns(const T* const* rows, const A* factors, int64_t count, int64_t at, A* out) {
   Vector<A> sums[kVectors] = {};
   for (int64_t k = 0; k < count; ++k) {
     const T* row = rows[k] + at;
@@ -27,8 +27,8 @@ inline void add_up_columns(const T* const* rows, const A* factors, int64_t count
   for (int v = 0; v < kVectors; ++v) store(out + at + v * kLanes<A>, sums[v]);
 }
 
-template <bool kScaled, typename T, typename A, typename Out>
-inline void add_up_rows(const T* const* rows, const A* factors, int64_t count, int64_t width, Out* out) {
+template <bool kScaled, typename T, typename A>
+inline void add_up_rows(const T* const* rows, const A* factors, int64_t count, int64_t width, A* out) {
   constexpr int64_t lanes = kLanes<A>;
   int64_t at = 0;
   for (; at + 8 * lanes <= width; at += 8 * lanes) add_up_columns<8, kScaled>(rows, factors, count, at, out);
@@ -54,9 +54,9 @@ inline void add_up_rows(const T* const* rows, const A* factors, int64_t count, i
   }
 }
 
-// `factors` may be null.
-template <typename T, typename A, typename Out>
-inline void add_up(const T* const* rows, const A* factors, int64_t count, int64_t width, Out* out) {
+// `factors` may be null. Not inlined: each kind of work would have its own copy.
+template <typename T, typename A>
+__attribute__((noinline)) void add_up(const T* const* rows, const A* factors, int64_t count, int64_t width, A* out) {
   if (factors) {
     add_up_rows<true>(rows, factors, count, width, out);
   } else {
@@ -142,6 +142,12 @@ class GradientSum {
     if constexpr (sizeof(T) == sizeof(A)) {
       if (count == 1 && !scaled) return row(positions[0]);
     }
+    return sum_of_several(positions, count, memory);
+  }
+
+ private:
+  __attribute__((noinline)) const A* sum_of_several(const uint32_t* positions, int64_t count, A* memory) const {
+    const bool scaled = gradients_.factors.data;
     const T* rows[kFew];
     A factors[kFew];
     const auto gather = [&](int64_t from, int64_t number) {
@@ -169,7 +175,6 @@ class GradientSum {
     return out;
   }
 
- private:
   const T* data_;
   Gradients gradients_;
   int64_t width_;

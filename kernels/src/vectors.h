@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #if defined(__SSE2__)
 #include <immintrin.h>
 #elif defined(__aarch64__)
@@ -190,7 +191,36 @@ inline V root(V x) {
 }
 #endif
 
+// ---- Columns of rows: body(j, kind) for vectors, then for single numbers; `kind` is a zero of either.
+
+template <typename A, typename F>
+inline void for_columns(int64_t width, F&& body) {
+  int64_t j = 0;
+  for (; j + kLanes<A> <= width; j += kLanes<A>) body(j, Vector<A>{});
+  for (; j < width; ++j) body(j, A{0});
+}
+
+template <typename X, typename T>
+inline X get(const T* p) {
+  if constexpr (std::is_arithmetic_v<X>) {
+    return load_one(p);
+  } else {
+    return load(p);
+  }
+}
+
+template <typename T, typename X>
+inline void put(T* p, X x) {
+  if constexpr (std::is_arithmetic_v<X>) {
+    store_one(p, x);
+  } else {
+    store(p, x);
+  }
+}
+
 // ---- Calls with the type that an argument names.
+
+inline int64_t bytes_of(Dtype dtype) { return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2; }
 
 template <typename F>
 inline auto with_dtype(Dtype dtype, F&& call) {
