@@ -93,8 +93,13 @@ class Storage(abc.ABC):
     # ---- Rows in and out.
 
     @abc.abstractmethod
-    def take(self, leaf: Weight, ids: Int[Array, "*batch"], fill_value: float) -> Shaped[Array, "*batch_dim"]:
-        """Read a row for each id, laid out as the ids; `fill_value` where an id has none."""
+    def take(
+        self, leaf: Weight, ids: Int[Array, "*batch"], fill_value: float, *, linear: bool = False
+    ) -> Shaped[Array, "*batch_dim"]:
+        """Read a row for each id, laid out as the ids; `fill_value` where an id has none.
+
+        `linear` says that the leaf is a tangent: the read is transposed, or fused into what makes the tangent.
+        """
 
     @abc.abstractmethod
     def put(self, leaf: Weight, ids: Int[Array, " ids"], values: Shaped[Array, "ids *dim"], mode: WriteMode) -> Weight:
@@ -216,6 +221,18 @@ class Storage(abc.ABC):
     ) -> Float[Array, "*bags dim"]:
         """Sum the rows of bags; `pool(table, ids, counted, weights)` does so of a dense table."""
         raise NotImplementedError
+
+    def bags_by_kernel(
+        self,
+        plain: Float[Array, "*bags_dim"],
+        table: Any,
+        ids: Int[Array, "*batch"],
+        counted: Bool[Array, "*batch"],
+        weights: Float[Array, "*batch"] | None,
+        offsets: Int32[Array, " bags_and_1"] | None,
+    ) -> Float[Array, "*bags_dim"]:
+        """Sum the rows of bags by a kernel, where there is one; else return the plain sums."""
+        return plain
 
     @abc.abstractmethod
     def summed_by(
