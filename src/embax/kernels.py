@@ -19,9 +19,7 @@ class Kernels(NamedTuple):
     def __str__(self) -> str:
         if not self.in_use:
             off = os.environ.get("EMBAX_KERNELS") == "0"
-            why = (
-                "switched off by EMBAX_KERNELS=0" if off else "not installed, see `pip install ./kernels`"
-            )
+            why = "switched off by EMBAX_KERNELS=0" if off else "not installed, see `pip install ./kernels`"
             return f"Native kernels: {why}. XLA does all the work."
         return (
             f"Native kernels {self.version} for the CPU: {', '.join(self.primitives)}.\n"

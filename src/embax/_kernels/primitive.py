@@ -17,6 +17,7 @@ and whenever that cannot be told, the result is XLA's:
     automatic or explicit sharding, export, GPU, TPU       XLA
 """
 
+import math
 from collections.abc import Callable, Hashable, Sequence
 from typing import Protocol
 
@@ -130,7 +131,7 @@ def fits(*arrays: Array, ids: Array) -> bool:
         of_known_size = all(isinstance(n, int) and n > 0 for n in array.shape)  # in an export it may be a symbol
         if not of_known_size or is_explicit(jax.typeof(array).sharding.mesh):
             return False
-    return True
+    return math.prod(ids.shape) <= np.iinfo(np.int32).max
 
 
 def _is_whole(context: mlir.LoweringRuleContext) -> bool:
@@ -140,7 +141,7 @@ def _is_whole(context: mlir.LoweringRuleContext) -> bool:
     """
     try:
         module = context.module_context
-        if module.lowering_parameters.for_export or tuple(context.platforms or module.platforms) != ("cpu",):
+        if module.lowering_parameters.for_export or tuple(module.platforms) != ("cpu",):
             return False
         axes = module.axis_context
         if isinstance(axes, mlir.SPMDAxisContext):
