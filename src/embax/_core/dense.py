@@ -18,6 +18,7 @@ from .._base.loops import varying_alike, with_auto_axes
 from .._kernels import combine as _combine
 from .._kernels import pool as _pool
 from .._kernels import put as _put
+from .._kernels import step as _step
 from .._kernels import take as _take
 from .own_rows import OwnRows
 from .storage import Storage, WriteMode
@@ -170,6 +171,12 @@ class Dense(Storage):
     def add(self, leaf: Array, ids: Array, values: Array, distinct: bool) -> Array:
         """Scatter-add."""
         return _added(self, leaf, ids, values)
+
+    def step_by_kernel(
+        self, plain: Sequence[Array], arrays: Sequence[Array], ids: Array, values: Array, how: _step.Step
+    ) -> list[Array]:
+        """There is one on a CPU."""
+        return _step.step(plain, arrays, self.positions(ids, arrays[0].shape[0]), values, how)
 
     def laid_out(self, leaf: Array, dim: tuple[int, ...]) -> Array:
         """As it is."""

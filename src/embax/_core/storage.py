@@ -197,6 +197,20 @@ class Storage(abc.ABC):
     def add(self, leaf: Weight, ids: Int[Array, " ids"], values: Float[Array, "ids *dim"], distinct: bool) -> Weight:
         """Add to rows, in float32 or wider; `distinct` says that the ids are laid out as `combine` gives them."""
 
+    def step_by_kernel(
+        self,
+        plain: Sequence[Array],
+        arrays: Sequence[Array],
+        ids: Int[Array, " ids"],
+        values: Float[Array, "ids *dim"],
+        how: Any,
+    ) -> list[Array]:
+        """Run a step of an optimizer by a kernel, where there is one; else return the plain result of it.
+
+        The arrays are the weight and the state of a table, and `how` is a `_kernels.step.Step`.
+        """
+        return list(plain)
+
     @abc.abstractmethod
     def laid_out(self, leaf: Shaped[Array, "stored ..."], dim: tuple[int, ...]) -> Shaped[Array, "stored ..."]:
         """Lay an array with an entry for each stored row out as the weight."""

@@ -16,7 +16,17 @@ import jax
 import embax
 
 # The handlers that a library may have, by the primitive that calls them.
-HANDLERS = {"take": "EmbaxTake", "put": "EmbaxPut", "combine": "EmbaxCombine", "pool": "EmbaxPool"}
+HANDLERS = {
+    "take": "EmbaxTake",
+    "put": "EmbaxPut",
+    "combine": "EmbaxCombine",
+    "pool": "EmbaxPool",
+    "step_sgd": "EmbaxStepSgd",
+    "step_adagrad": "EmbaxStepAdagrad",
+    "step_rowwise_adagrad": "EmbaxStepRowwiseAdagrad",
+    "step_adam": "EmbaxStepAdam",
+    "step_rowwise_adam": "EmbaxStepRowwiseAdam",
+}
 
 
 class Library(NamedTuple):
