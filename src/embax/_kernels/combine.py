@@ -1,7 +1,5 @@
 """combine: sum the values of each row, in some order of rows."""
 
-import math
-
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int, PyTree
@@ -34,11 +32,10 @@ def combine(slots: Slots, ids: Int[Array, " ids"], values: PyTree, rows: int) ->
         wide = jnp.concatenate([jnp.reshape(numbers, (ids.size, -1)), column[:, None]], axis=1)
         slots, (ids, sums, number) = combine(slots, ids, wide, rows)
         return slots, Distinct(ids, (jnp.reshape(sums[:, :-1], numbers.shape), sums[:, -1]), number)
-    flat = jnp.reshape(values, (ids.size, math.prod(values.shape[1:])))
-    new, plain = _distinct.combine(slots, ids, flat, rows)
+    new, plain = _distinct.combine(slots, ids, values, rows)
     # The slots are scratch that nothing reads, so that they may stay as they were.
-    slots, ids, sums, number = combine_p.bind(new, *plain, slots, ids, flat, rows=rows)
-    return slots, Distinct(ids, jnp.reshape(sums, values.shape), number)
+    slots, ids, sums, number = combine_p.bind(new, *plain, slots, ids, values, rows=rows)
+    return slots, Distinct(ids, sums, number)
 
 
 def _has_kernel(ids: Array, values: PyTree) -> bool:

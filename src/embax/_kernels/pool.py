@@ -1,6 +1,5 @@
 """pool: sum the rows of bags, without the rows in between."""
 
-import math
 from collections.abc import Hashable, Sequence
 
 import jax.numpy as jnp
@@ -39,8 +38,7 @@ def pool(
         return plain
     skip = jnp.asarray(np.iinfo(ids.dtype).min, ids.dtype)
     marked = jnp.where(counted, jnp.maximum(ids, skip + 1), skip)  # an id that is this number has no row, but counts
-    size = math.prod(table.shape[1:])
-    flat = jnp.reshape(plain, (-1, size)), jnp.reshape(table, (-1, size)), jnp.ravel(marked)
+    flat = jnp.reshape(plain, (-1, *table.shape[1:])), table, jnp.ravel(marked)
     others = [x for x in (offsets, None if weights is None else jnp.ravel(weights)) if x is not None]
     (sums,) = pool_p.bind(*flat, *others, ragged=offsets is not None, weighted=weights is not None, nan=nan)
     return jnp.reshape(sums, plain.shape)
@@ -71,7 +69,7 @@ def _batched(
         jnp.broadcast_to(x, (lanes, *x.shape)) if axis is None else jnp.moveaxis(x, axis, 0)
         for x, axis in zip(of_bags, axes[1:], strict=True)
     )
-    flat = jnp.reshape(plain, (-1, plain.shape[-1])), table, *map(jnp.ravel, front)
+    flat = jnp.reshape(plain, (-1, *table.shape[1:])), table, *map(jnp.ravel, front)
     (sums,) = pool_p.bind(*flat, ragged=ragged, **params)
     return jnp.reshape(sums, plain.shape)
 

@@ -1,6 +1,5 @@
 """put: set rows of a table or add to them, in place where the table is not needed any more."""
 
-import math
 from typing import Literal
 
 import jax.numpy as jnp
@@ -37,11 +36,10 @@ def put(
     plain = _scattered(table, ids, values, mode, out_sharding)
     if not _has_kernel(table, ids, values, mode):
         return plain
-    # Numbers, one a row, keep their one axis: XLA would copy them in a loop to give them a second one.
-    shape = (math.prod(table.shape[1:]),) if table.ndim > 1 else ()
-    plain, flat = (jnp.reshape(x, (table.shape[0], *shape)) for x in (plain, table))
-    (out,) = put_p.bind(plain, flat, jnp.ravel(ids), jnp.reshape(values, (ids.size, *shape)), mode=mode)
-    return jnp.reshape(out, table.shape)
+    # The table goes as it is: XLA would copy it in a loop to give it another shape.
+    flat = jnp.ravel(ids), jnp.reshape(values, (ids.size, *table.shape[1:]))
+    (out,) = put_p.bind(plain, table, *flat, mode=mode)
+    return out
 
 
 def _has_kernel(table: Array, ids: Array, values: Array, mode: Mode) -> bool:

@@ -1,6 +1,5 @@
 """take: read rows of a table."""
 
-import math
 from collections.abc import Hashable, Sequence
 
 import jax.numpy as jnp
@@ -36,9 +35,9 @@ def take(
     rows = places.get(mode="fill", fill_value=fill_value, wrap_negative_indices=False, out_sharding=out_sharding)
     if linear or not _has_kernel(table, ids, fill_value):
         return rows
-    shape = (math.prod(table.shape[1:]),) if table.ndim > 1 else ()
-    flat = jnp.reshape(rows, (ids.size, *shape)), jnp.reshape(table, (table.shape[0], *shape)), jnp.ravel(ids)
-    (taken,) = take_p.bind(*flat, nan=fill_value != 0)
+    # The table goes as it is: XLA would copy it in a loop to give it another shape.
+    plain = jnp.reshape(rows, (ids.size, *table.shape[1:]))
+    (taken,) = take_p.bind(plain, table, jnp.ravel(ids), nan=fill_value != 0)
     return jnp.reshape(taken, rows.shape)
 
 
