@@ -48,8 +48,8 @@ def _has_kernel(ids: Array, values: PyTree) -> bool:
 
 def _by_kernel(outs: Outs, slots: Array, ids: Array, values: Array, *, rows: int) -> list[Array]:
     no_bags, no_factors = jnp.zeros(0, jnp.int32), jnp.zeros(0, jnp.float32)
-    attributes = {"rows": np.int64(rows), "length": np.int64(1)}
-    return [slots, *call("combine", outs[1:], ids, values, no_bags, no_factors, **attributes)]
+    args = ids, values, no_bags, no_factors
+    return [slots, *call("combine", outs[1:], *args, rows=np.int64(rows), length=np.int64(1))]
 
 
 # XLA's order is another one, so a value and its derivative have to come from the same of the two.

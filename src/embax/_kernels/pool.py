@@ -58,11 +58,9 @@ def _by_kernel(
     return call("pool", outs, table, ids, offsets, weights, nan=np.int32(nan))
 
 
-def _batched(
-    plain: Array, args: Sequence[Array], axes: Sequence[int | None], *, ragged: bool, **params: Hashable
-) -> Array | None:
+def _batched(plain: Array, args: Sequence[Array], axes: Sequence[int | None], **params: Hashable) -> Array | None:
     table, *of_bags = args
-    if axes[0] is not None or ragged:  # a table a lane, or bags of different lengths
+    if axes[0] is not None or params["ragged"]:  # a table a lane, or bags of different lengths
         return None
     lanes = plain.shape[0]
     front = (
@@ -70,7 +68,7 @@ def _batched(
         for x, axis in zip(of_bags, axes[1:], strict=True)
     )
     flat = jnp.reshape(plain, (-1, *table.shape[1:])), table, *map(jnp.ravel, front)
-    (sums,) = pool_p.bind(*flat, ragged=ragged, **params)
+    (sums,) = pool_p.bind(*flat, **params)
     return jnp.reshape(sums, plain.shape)
 
 

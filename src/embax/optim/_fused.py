@@ -111,26 +111,51 @@ def step(
       >>> table = embax.Table(jnp.ones((1_000, 4)))
       >>> table, state = train(table, tx.init(table), jnp.array([3, 5, 3]))
     """
+    _, new, after = stepped(tx, gradients, state, params, params, **extra_args)
+    return new, after
+
+
+def stepped(
+    tx: optax.GradientTransformation,
+    gradients: PyTree,
+    state: PyTree,
+    params: PyTree,
+    held: PyTree,
+    **extra_args: object,
+) -> tuple[PyTree, PyTree, PyTree]:
+    """Take a step for parameters that the optimizer of a framework sees, and apply it to those that a model holds.
+
+    Args:
+      tx: The transformation.
+      gradients: As for `step`.
+      state: As for `step`.
+      params: The parameters by the rules that they had when the state was made.
+      held: The same parameters by the rules that they have.
+      extra_args: As for `step`.
+
+    Returns:
+      The updates, the new parameters, and the new state.
+    """
     updates, after = optax.with_extra_args_support(tx).update(gradients, state, params, **extra_args)
-    new = apply_updates(params, updates)
-    if not isinstance(tx, Fusable) or not isinstance(state, LiftState):
-        return new, after
-    return _by_kernels(tx.form, gradients, (params, state), (new, after))
+    new = apply_updates(held, updates)
+    if isinstance(tx, Fusable) and isinstance(state, LiftState):
+        new, after = _by_kernels(tx.form, gradients, (params, state), (held, new, after))
+    return updates, new, after
 
 
 def _by_kernels(
-    form: Form, gradients: PyTree, before: tuple[PyTree, LiftState], after: tuple[PyTree, LiftState]
+    form: Form, gradients: PyTree, before: tuple[PyTree, LiftState], after: tuple[PyTree, PyTree, PyTree]
 ) -> tuple[PyTree, PyTree]:
-    """Give the rows of tables to the kernel; `after` is what they are without one."""
-    (params, state), (new, new_state) = before, after
+    """Give the rows of tables to the kernel; `after` has what they are without one."""
+    (params, state), (held, new, new_state) = before, after
     leaves, structure = jax.tree.flatten(params, is_leaf=is_table)
-    of_leaves, updated = (structure.flatten_up_to(tree) for tree in (gradients, new))
+    of_leaves, as_held, updated = (structure.flatten_up_to(tree) for tree in (gradients, held, new))
     old_rows, new_rows = (
         [structure.flatten_up_to(getattr(x.inner[0], name)) for name in form.states] for x in (state, new_state)
     )
     how = form.step_of(jax.tree.map(jnp.asarray, state.inner))
     for i, (table, gradient) in enumerate(zip(leaves, map(bare, of_leaves), strict=True)):
-        if not (isinstance(table, Table) and is_trained(table) and isinstance(gradient, RowGrad)):
+        if not _is_of_rows(table, gradient, as_held[i]):
             continue
         plain = [updated[i].weight, *(rows[i].weight for rows in new_rows)]
         arrays = [table.weight, *(jnp.asarray(rows[i].weight) for rows in old_rows)]
@@ -142,3 +167,10 @@ def _by_kernels(
     replaced = {name: structure.unflatten(rows) for name, rows in zip(form.states, new_rows, strict=True)}
     first = new_state.inner[0]._replace(**replaced) if replaced else new_state.inner[0]
     return structure.unflatten(updated), new_state._replace(inner=(first, *new_state.inner[1:]))
+
+
+def _is_of_rows(table: PyTree, gradient: PyTree, held: PyTree) -> bool:
+    """Say whether a table that is held as it was when the state was made has a gradient of its rows."""
+    if not (isinstance(table, Table) and isinstance(held, Table) and isinstance(gradient, RowGrad)):
+        return False
+    return is_trained(table) and (table.padding_idx, table.freeze) == (held.padding_idx, held.freeze)
