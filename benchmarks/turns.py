@@ -14,6 +14,8 @@ from workload import Case, Tables
 RUNS = 4
 WARM_UP = 6  # turns, in which tables move to large pages
 FEWEST = 12
+# After a turn of these, their threads still look for work for some milliseconds.
+SPINNING, PAUSE = "peers", 0.01
 
 
 class Way(NamedTuple):
@@ -82,6 +84,8 @@ def measure(
         shift = turn % len(ways)  # so that none comes after the same one all the time
         for way in (*ways[shift:], *ways[:shift]):
             answer = used[way.process].ask(do="run", way=way.name, runs=runs)
+            if way.process == SPINNING:
+                time.sleep(PAUSE)
             if turn >= 0:
                 times[way.name].append(statistics.median(answer["seconds"][min(1, runs - 1) :]))
                 if programs.setdefault(way.process, answer["programs"]) != answer["programs"]:
