@@ -116,7 +116,7 @@ def _step_of_tables(case: Tables, stacked: bool) -> Way:
 
     def of_each(
         _: Any, gradient: Any, state: Any, params: Any
-    ) -> tuple[Any, Any]:  # to trace one for all takes minutes
+    ) -> tuple[Any, Any]:  # one for all takes minutes to trace
         stepped = {name: embax.optim.step(tx, gradient[name], state[name], params[name]) for name in names}
         return {name: new for name, (new, _) in stepped.items()}, {name: after for name, (_, after) in stepped.items()}
 
