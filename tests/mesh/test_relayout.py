@@ -88,7 +88,7 @@ def test_what_a_resized_table_on_a_mesh_refuses():
     with pytest.raises(TypeError, match=r"`embax.resize\(key=...\)` must be a JAX random key where the table grows"):
         embax.resize(table, 12)
     huge = np.iinfo(np.int32).max - 1
-    with pytest.raises(ValueError, match=r"`embax.resize` must have rows that are numbered in 32 bits"):
+    with pytest.raises(ValueError, match=r"`embax.resize` must have rows that fit in 32 bits"):
         embax.resize(table, huge, KEY)
 
 

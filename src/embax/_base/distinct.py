@@ -1,8 +1,8 @@
 """Distinct ids: sum the values of equal ids, by slots or by a sort.
 
-For instance, ids `[7, 2, 7, 9]` of a table of 9 rows, with values `[a, b, c, d]`: the distinct ids are `[7, 2, 9, 9]`
-and the sums `[a + c, b, 0, 0]`, with `number` 2. The id 9 is the sentinel for no row; its value is dropped. Shapes are
-static, so the unused places at the end hold the sentinel, too. By a sort, the order is `[2, 7, 9, 9]`.
+For instance, ids `[7, 2, 7, 9]` of a table of 9 rows, with values `[a, b, c, d]`: the distinct ids are `[2, 7, 9, 9]`
+and the sums `[b, a + c, 0, 0]`, with `number` 2. The id 9 is the sentinel for no row; its value is dropped. Shapes are
+static, so the unused places at the end hold the sentinel, too.
 """
 
 import functools

@@ -45,7 +45,7 @@ class OwnRows:
         return self.storage.positions(labels, self.rows)
 
     def read(self, weight: Float[Array, "stored *part"], start: Int[Array, ""], size: int) -> Block:
-        """Read `size` stored rows from position `start` on; this device's share of them if rows are split by columns."""
+        """Read `size` stored rows from position `start` on; its share of them where rows are split by columns."""
         index = index_dtype(self.rows)
         start, rows = start.astype(index), read_block(weight, start, size)
         places = start + jnp.arange(size, dtype=index)
