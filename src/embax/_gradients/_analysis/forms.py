@@ -1,16 +1,16 @@
-"""Forms: for each variable of a gradient's program, what it is a sum of.
+"""Forms: for each variable of a gradient's program, the terms that it is a sum of.
 
-One pass over the equations, from the first to the last, says of every variable: which inputs of the program it adds,
-and whether each as it is; how many rows it adds; and why some of its terms are arrays of all rows. An example, of the
-program of a gradient whose loss looks up in the body of a scan, with the body's carry `a`:
+One pass from the first equation to the last finds for every variable: the inputs of the program that it adds, and
+whether each is unchanged; how many rows it adds; and the reasons for terms that are arrays of all rows. An example: a
+loss that looks up 4 ids in each step of a scan. The body of the gradient's scan has the carry `a`:
 
     scan body:  b = add_rows values ids       b: 4 ids
-                c = add_any a b               c: input a, as it is, and 4 ids
+                c = add_any a b               c: input a, unchanged, and 4 ids
     program:    z = broadcast_in_dim 0.0      z: nothing
-                g = scan[10 steps] z ...      g: nothing (of z), and 40 ids, which the scan can stack
+                g = scan[10 steps] z ...      g: nothing (from z), and 40 ids, which the scan can stack
 
-A variable that no rule understands is one term, the array itself, so that a gap in the rules costs speed and never a
-value. `_program` runs a program by its forms.
+If no rule knows an equation, its output is one term: the array itself. So a missing rule costs speed, but never gives a
+wrong value. `program` runs a program by its forms.
 """
 
 import math
@@ -27,11 +27,11 @@ from .opening import Kind, Opening
 
 
 class Reason:
-    """Why a term is of all rows.
+    """Why a term is an array of all rows.
 
     Attributes:
-      eqn: The equation that computes it; None for a constant.
-      is_expected: Whether that is by design, and no surprise.
+      eqn: The equation that computes the term; None for a constant.
+      is_expected: Whether it is dense by design, so that no warning is due.
     """
 
     __slots__ = ("eqn", "is_expected")
@@ -41,26 +41,26 @@ class Reason:
 
 
 class Form(NamedTuple):
-    """What a variable is a sum of."""
+    """The terms that a variable is a sum of."""
 
-    inputs: Mapping[int, bool] = {}  # inputs of the program; whether each is added once, as it is
-    ids: int = 0  # number of ids that are added
-    axes: frozenset[frozenset[str]] = frozenset()  # of the rows, as in `Rows`
-    kinds: frozenset[Kind] = frozenset()  # of the rows
-    dense: frozenset[Reason] = frozenset()  # why there are terms of all rows
-    needs: int = 0  # inputs, as bits, that are needed as arrays to compute the terms
-    laned: frozenset[Reason] = frozenset()  # why there are rows that have lanes
+    inputs: Mapping[int, bool] = {}  # inputs of the program; True if added once and unchanged
+    ids: int = 0  # number of ids of all rows
+    axes: frozenset[frozenset[str]] = frozenset()  # the `axes` of the rows, see `Rows`
+    kinds: frozenset[Kind] = frozenset()  # the kinds of the rows
+    dense: frozenset[Reason] = frozenset()  # why there are terms that are arrays of all rows
+    needs: int = 0  # a bit for each input that is needed as an array to compute the terms
+    laned: frozenset[Reason] = frozenset()  # why there are rows with lanes
 
 
 class Known(NamedTuple):
-    """What is known of an input of a program that is a sum of rows and of nothing else."""
+    """What the caller knows of an input of a program: that it is a sum of rows only, and of how many."""
 
     ids: int
     axes: frozenset[frozenset[str]]
     kinds: frozenset[Kind]
 
 
-# What is known of each input; empty where there is nothing.
+# One entry for each input; empty if nothing is known of any.
 AllKnown = tuple[Known | None, ...]
 
 
@@ -68,11 +68,11 @@ class Forms:
     """The forms of a program's variables.
 
     Attributes:
-      jaxpr: The program, which these keep alive.
+      jaxpr: The program, kept alive.
       of: The form of each variable.
-      openings: How each variable that can be taken apart is taken apart.
-      depends: Inputs, as bits, that are needed to compute each variable as an array.
-      effects: Inputs, as bits, that the effects of the program need.
+      openings: The opening of each variable that an equation makes as a sum.
+      depends: For each variable, a bit for each input that is needed to compute it as an array.
+      effects: A bit for each input that the program's effects need.
     """
 
     def __init__(self, jaxpr: Jaxpr, memo: "Memo", known: AllKnown = ()):
@@ -95,7 +95,7 @@ class Forms:
         return Form({k: True}, *known) if known.ids else Form()  # which is zeros
 
     def known_of(self, eqn: JaxprEqn) -> AllKnown:
-        """What is known of the operands of an equation that calls a program."""
+        """What is known of the operands of a call."""
         known = tuple(self._known(v) for v in eqn.invars)
         return known if any(x is not None for x in known) else ()
 
@@ -108,14 +108,14 @@ class Forms:
         return Form(dense=frozenset({Reason(None)})) if isinstance(v, Literal) else self.of[v]
 
     def opening(self, v: Any) -> Opening | None:
-        """How a variable is to be taken apart; None where it is one array, or an input."""
+        """How a variable is a sum; None if it is one array, or an input."""
         if isinstance(v, Literal):
             return None
         form = self.of[v]
         return None if form.dense and not form.ids and not form.inputs else self.openings.get(v)
 
     def lanes(self, v: Any) -> int | None:
-        """The number of lanes of a sum of rows and of nothing else, which may be zeros; None for others."""
+        """The number of lanes of a variable that is a sum of rows only, or zeros; None for any other variable."""
         form = self.form(v)
         unknown = form.dense or any(self.known.get(place) is None for place in form.inputs)
         return None if unknown else max((kind.lanes for kind in form.kinds), default=0)
@@ -137,7 +137,7 @@ class Forms:
             self.effects |= self._bits(eqn, _needed_by_effects(eqn, self.known_of(eqn), openings, memo))
 
     def _opened(self, eqn: JaxprEqn, opening: Opening) -> Form | frozenset[Reason] | None:
-        """Combine the forms of the operands that an output sums; or say why that cannot be done, if it is known."""
+        """Combine the forms of the operands that an output sums; else return the reasons, or None if there are none."""
         inputs: dict[int, bool] = {}
         ids, axes, kinds, dense = opening.ids, opening.axes, opening.kinds, opening.dense
         laned = opening.laned
@@ -150,7 +150,7 @@ class Forms:
                 return None
             for place, once in form.inputs.items():
                 inputs[place] = as_it_is and once and place not in inputs
-            if any(opening.summed_over & of_rows for of_rows in form.axes):  # twice over the same devices
+            if any(opening.summed_over & of_rows for of_rows in form.axes):  # rows may be summed over devices once only
                 return None
             needs |= form.needs
             if k in opening.told:
@@ -166,11 +166,11 @@ class Forms:
             return laned
         if len(kinds) > 1 or (opening.by_place and any(kind.storage != DENSE for kind in kinds)):
             return None
-        # An input may stand for rows of which these things are not known.
+        # An input of the program may be rows of any kind, so nothing that depends on the kind is allowed.
         unknown = any(self.known.get(place) is None for place in inputs)
         if unknown and (opening.joined or opening.summed_over or opening.by_place):
             return None
-        # Where nothing but arrays comes in, this is the equation to name.
+        # If all operands are arrays of all rows, the warning shall name this equation.
         if opening.arrays and not (inputs or ids) and not all(reason.is_expected for reason in dense):
             return None
         laned = laned if any(kind.lanes for kind in kinds) else frozenset()
@@ -186,21 +186,21 @@ class Forms:
 
 
 class Memo:
-    """The forms of programs that were looked at already, for as long as one program is taken apart."""
+    """A cache of the forms of programs, for the analysis of one gradient."""
 
     def __init__(self):
         self._forms: dict[tuple[int, AllKnown], Forms] = {}
 
     def forms(self, jaxpr: Jaxpr, known: AllKnown = ()) -> Forms:
-        """The forms of a program, given what is known of its inputs."""
+        """The forms of a program whose inputs are known as `known` says."""
         key = id(jaxpr), known
         if key not in self._forms:
             self._forms[key] = Forms(jaxpr, self, known)
         return self._forms[key]
 
 
-# ---- The outputs of an equation: how each is a sum, or the reasons why it is none that is known here; and the operands
-# that each needs as an array, None for all of them.
+# ---- For each output of an equation: its opening, or the reasons why it is one array, or None; and the operands that
+# it needs as arrays, None for all.
 
 _Openings = list[Opening | frozenset[Reason] | None]
 _Operands = list[Sequence[int] | None]
@@ -247,7 +247,7 @@ def _of_call(eqn: JaxprEqn, known: AllKnown, memo: Memo) -> tuple[_Openings, _Op
 
 
 def _of_scan(eqn: JaxprEqn, memo: Memo) -> tuple[_Openings, _Operands]:
-    """A sum that is carried, and used for nothing but to be added to, gives the rows of each step."""
+    """A carry that the body only adds to is a sum of the rows of each step."""
     forms, sizes = memo.forms(inner(programs_of(eqn)[0])[0]), ScanSizes.of(eqn)
     outvars = forms.jaxpr.outvars
     openings: _Openings = [None] * len(outvars)
@@ -259,7 +259,7 @@ def _of_scan(eqn: JaxprEqn, memo: Memo) -> tuple[_Openings, _Operands]:
             if _outgrow(length * form.ids, form, eqn.outvars[j].aval):
                 openings[j] = frozenset({Reason(eqn, is_expected=True)})
             else:
-                # Which operands it needs cannot be said by their places in the body, where it may be through the carry.
+                # The needed operands are set below: the body may need one by way of another carry.
                 openings[j] = Opening(
                     {sizes.consts + j: True}, (), length * form.ids, form.axes, form.kinds, laned=form.laned
                 )
@@ -273,7 +273,7 @@ def _of_scan(eqn: JaxprEqn, memo: Memo) -> tuple[_Openings, _Operands]:
 
 
 def _used_otherwise(forms: Forms, sizes: ScanSizes, candidates: Sequence[int]) -> list[int]:
-    """Which of the sums that a scan carries are used in its body, besides to be added to."""
+    """Which of the carried sums a body also uses in another way than adding to them."""
     bits = forms.effects
     for j, v in enumerate(forms.jaxpr.outvars):
         if j in candidates:
@@ -284,7 +284,7 @@ def _used_otherwise(forms: Forms, sizes: ScanSizes, candidates: Sequence[int]) -
 
 
 def _outgrow(ids: int, form: Form, aval: Any) -> bool:
-    """Tell whether rows that a scan stacks take more memory than an array of all rows."""
+    """Whether the rows that a scan stacks take more memory than an array of all rows."""
     if not ids:
         return False
     lanes = max(kind.lanes for kind in form.kinds)
@@ -293,7 +293,7 @@ def _outgrow(ids: int, form: Form, aval: Any) -> bool:
 
 
 def _of_cond(eqn: JaxprEqn, memo: Memo) -> _Openings:
-    """Rows of whichever branch runs, filled up to the length of the longest."""
+    """The rows of the branch that runs, padded to the largest number of ids of any branch."""
     branches = [memo.forms(inner(branch)[0]) for branch in programs_of(eqn)]
     openings: _Openings = []
     for j in range(len(eqn.outvars)):
@@ -317,7 +317,7 @@ def _of_cond(eqn: JaxprEqn, memo: Memo) -> _Openings:
 
 
 def _of_one_kind(kinds: frozenset[Kind]) -> bool:
-    """Tell whether rows can be put one behind the other: of one kind, without lanes."""
+    """Whether rows can be concatenated: they are of one kind, without lanes."""
     return len(kinds) <= 1 and not any(kind.lanes for kind in kinds)
 
 
@@ -326,7 +326,7 @@ def _union(sets: Any) -> frozenset[Any]:
 
 
 def _of_shards(eqn: JaxprEqn, j: int, memo: Memo) -> Opening | frozenset[Reason] | None:
-    """Rows that each device has of its own, where the output is their sum over devices."""
+    """An output that is summed over devices is the rows of all devices."""
     if any(part is not None for part in eqn.params["out_specs"][j]):
         return None
     forms = memo.forms(inner(programs_of(eqn)[0])[0])
