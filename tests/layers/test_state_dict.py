@@ -153,7 +153,7 @@ def test_errors_of_names():
         from_state_dict({"a.weight": Tensor(WEIGHT)}, "x")
     with pytest.raises(KeyError, match=r"got None, and it has no matrices. Pass its name"):
         from_state_dict({})
-    match = r"must be given where there are several tables of tokens, got None and 'shared.weight', 'x.embed_tokens.we"
+    match = r"must be given if there are several token embeddings, got None and 'shared.weight', 'x.embed_tokens.we"
     with pytest.raises(KeyError, match=match):
         from_state_dict({"shared.weight": WEIGHT, "x.embed_tokens.weight": WEIGHT})
 

@@ -257,7 +257,7 @@ def test_rows_of_a_state_outside_of_its_tables():
 def test_what_cannot_be_carried_over_is_refused():
     tx, params = TXS["adamw"], params_of(ROWS)
     state = jax.jit(tx.init)(params)
-    call = r"`embax.optim.carry_over\(old_params=...\)` must be the parameters that the state was made for by `tx`"
+    call = r"`embax.optim.carry_over\(old_params=...\)` must be the parameters that `tx` made the state for"
     with pytest.raises(ValueError, match=call + r", got other ones: params\['words'\] had 5 rows, and has 8 now"):
         carry_over(state, params_of(GROWN), params_of(GROWN), tx)
     with pytest.raises(ValueError, match=call + r".*\(2,\) for `state.inner\[0\].mu\['bias'\]`, which would be \(3,\)"):
