@@ -270,11 +270,11 @@ def test_what_cannot_be_carried_over_is_refused():
     ):
         carry_over(state, params, params | {"bias": np.ones(3, np.float32)}, tx)
     with pytest.raises(
-        ValueError, match=call + r"tables whose rows .* got \(2,\) instead of \(3,\) for params\['words'\]"
+        ValueError, match=call + r"tables with rows .* got \(2,\) instead of \(3,\) for params\['words'\]"
     ):
         carry_over(state, params, params | {"words": Table(np.ones((5, 2), np.float32))}, tx)
     tx = TXS["rowwise_adagrad"]  # whose state does not show it
     with pytest.raises(
-        ValueError, match=call + r"tables whose rows .* got \(2,\) instead of \(3,\) for params\['words'\]"
+        ValueError, match=call + r"tables with rows .* got \(2,\) instead of \(3,\) for params\['words'\]"
     ):
         carry_over(tx.init(params), params, params | {"words": Table(np.ones((5, 2), np.float32))}, tx)

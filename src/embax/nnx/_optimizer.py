@@ -156,7 +156,7 @@ class Optimizer(nnx.Optimizer):
         self._start(params, carry_over(self._pure_state(), before, params, self.tx), chosen)
 
     def _before(self, name: str, param: PyTree) -> PyTree:
-        """A parameter as it was when the state was made. A table that is new since counts as frozen, without a state."""
+        """A parameter as it was when the state was made; a new table counts as one that was frozen, without a state."""
         if not isinstance(param, Table):
             return param
         if name not in self._rules:
