@@ -375,4 +375,4 @@ def test_train_names_checkpoints_of_another_run(text, tmp_path):
     checkpoint = pytest.importorskip("embax.checkpoint")
     checkpoint.save(tmp_path / "saved", {"other": jnp.zeros(3)})
     result = run("train", text, "-o", tmp_path / "v", "--checkpoint", tmp_path / "saved")
-    assert_one_line(*result, f"{tmp_path / 'saved'}: what is saved there is damaged or of something else")
+    assert_one_line(*result, f"{tmp_path / 'saved'}: it is damaged, or not a checkpoint of training")
