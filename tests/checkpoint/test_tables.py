@@ -85,7 +85,7 @@ def test_a_state_of_another_layout_is_that_of_the_new_one(tmp_path):
     checkpoint.save(tmp_path, before["state"])
     back = checkpoint.restore(tmp_path, without_scratch(TX.init(after["params"])))
     assert_same(back, after["state"])
-    with pytest.raises(ValueError, match=r"params\['words'\] was laid out as .*'rows-cyclic' .* is as .*'rows' over 4"):
+    with pytest.raises(ValueError, match=r"params\['words'\] was laid out as .*'rows-cyclic' .* is .*'rows' over 4"):
         jax.eval_shape(update, before["params"], back)
 
 
