@@ -181,7 +181,7 @@ def test_skipgram_goes_on_from_a_checkpoint(tmp_path):
 def test_skipgram_refuses_checkpoints_of_something_else(tmp_path):
     checkpoint = pytest.importorskip("embax.checkpoint")
     checkpoint.save(tmp_path, {"other": jnp.zeros(3)})
-    with pytest.raises(train.CheckpointError, match=r"must fit the run, got .*of something else .*'other'"):
+    with pytest.raises(train.CheckpointError, match=r"must fit the run, got .*not a checkpoint of training .*'other'"):
         train.skipgram([["a"] * 9], checkpoint=tmp_path)
     with pytest.raises(ValueError, match=r"checkpoint_every=\.\.\.\)` must be at least 1"):
         train.skipgram([["a"] * 9], checkpoint=tmp_path, checkpoint_every=0)
