@@ -59,7 +59,11 @@ class OwnRows:
         size: int,
     ) -> Float[Array, "stored *part"]:
         """Write rows back to where `read` with the same `start` and `size` read them."""
-        return write_block(weight, values, start)
+        return write_block(weight, self.part_of(values, size), start)
+
+    def part_of(self, values: Float[Array, "share *dim"], size: int) -> Float[Array, "size *part"]:
+        """Return this device's columns of `size` rows, given its share of the rows."""
+        return values
 
     def exist(self, ids: Int[Array, " block"]) -> Bool[Array, " block"]:
         """Which ids are rows of the table, not padding that sharding adds."""

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from jaxtyping import Array, Bool, Float, Int, Int32, PyTree, Shaped
 
 from .._base.distinct import Distinct, Slots
+from .layout import Split
 from .stored_rows import StoredRows
 
 if TYPE_CHECKING:
@@ -289,9 +290,9 @@ class Storage(abc.ABC):
         """The logits of all rows in row order; `of_rows(ids, rows, x)` computes the logits of some rows."""
 
 
-def storage_on_mesh(call: str, *on_mesh: Any) -> Storage:
-    """Make the storage that the arguments of `embax.shard` describe; the last argument is the shape `(rows, *dim)`.
+def storage_on_mesh(call: str, split: Split, shape: Sequence[int]) -> Storage:
+    """Check how a table of the shape `(rows, *dim)` is to be split, and make its storage.
 
     Imported by name, since the core must not import `_mesh`.
     """
-    return importlib.import_module("embax._mesh.storage").storage_of(call, *on_mesh)
+    return importlib.import_module("embax._mesh.storage").storage_of(call, split, shape)

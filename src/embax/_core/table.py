@@ -14,6 +14,7 @@ from .._base import check as _check
 from . import flax_state as _flax
 from .dense import DENSE
 from .held_rows import HeldRows, OfRows, is_label
+from .layout import Layout, Split
 from .storage import Storage, storage_on_mesh
 
 PaddingRows = int | tuple[int, ...] | None
@@ -119,7 +120,7 @@ class Table(OfRows):
         dtype: DTypeLike = jnp.float32,
         mesh: Any = None,
         axis: str | Sequence[str] = (),
-        layout: Any = "rows",
+        layout: Layout = "rows",
         columns: str | None = None,
         skew: float = 2.0,
         pool_at_owners: bool = False,
@@ -137,11 +138,11 @@ class Table(OfRows):
             standard deviation `1 / sqrt(dim)`, so that rows have a norm near 1.
           dtype: The dtype of the weight.
           mesh: The mesh over which the table is split, as by `embax.shard`. Default: none.
-          axis: As in `embax.shard`.
-          layout: As in `embax.shard`.
-          columns: As in `embax.shard`.
-          skew: As in `embax.shard`.
-          pool_at_owners: As in `embax.shard`.
+          axis: The mesh axis, or axes, over which rows are split; for the layout `"columns"`, the axis for columns.
+          layout: How rows are split: `"rows"`, `"rows-cyclic"`, `"columns"` or `"replicated"`; see `embax.shard`.
+          columns: With a layout of rows, a mesh axis over which columns are split as well.
+          skew: The room for rows in one round, as a multiple of the mean number for an owner; 1 or more, dimensionless.
+          pool_at_owners: Whether owners may sum the rows of a bag and send the sum instead of rows, if that is less.
           **rules: The rules of `Table`, by name.
 
         Returns:
@@ -167,8 +168,8 @@ class Table(OfRows):
 
         storage = DENSE
         if mesh is not None:
-            on_mesh = mesh, axis, layout, columns, skew, pool_at_owners
-            storage = storage_on_mesh("embax.Table.create", *on_mesh, (rows, *axes))
+            split = Split(mesh, axis, layout, columns, skew, pool_at_owners)
+            storage = storage_on_mesh("embax.Table.create", split, (rows, *axes))
         return cls(storage.created(fresh), storage=storage, **rules)
 
     @property

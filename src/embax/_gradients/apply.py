@@ -1,4 +1,8 @@
-"""apply_updates and global_norm: optax's functions for trees that hold Tables and RowGrads besides arrays."""
+"""apply_updates and global_norm: optax's functions for trees that hold Tables and RowGrads besides arrays.
+
+For instance, the update `RowGrad([4, 1, 4], values)` of a table of a million rows adds to rows 1 and 4, and to row 4
+twice. No other row is read or written.
+"""
 
 import dataclasses
 import functools

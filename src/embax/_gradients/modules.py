@@ -1,4 +1,8 @@
-"""Leaves of Equinox modules that are not differentiated: functions, flags and settings."""
+"""Leaves of Equinox modules that are not differentiated: functions, flags and settings.
+
+For instance, in a module with a table, a bias and `jax.nn.relu`, the function is left out. The dict `{"step": 3}` is no
+module: nothing in it is left out, and JAX itself raises an error for the integer.
+"""
 
 import sys
 

@@ -16,7 +16,7 @@ from typing import TypeVar
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Int, Int32, PyTree, Shaped
+from jaxtyping import Array, DTypeLike, Int, Int32, PyTree, Shaped
 
 from .._base import distinct as _dedupe
 from .._base.axes import is_explicit, laid_out_as, on_every_device, resharded
@@ -99,7 +99,11 @@ def put(
 
 
 def combine(
-    placement: Placement, ids: Int[Array, " length"], values: Shaped[Array, "length *dim"], dim: tuple[int, ...]
+    placement: Placement,
+    ids: Int[Array, " length"],
+    values: Shaped[Array, "length *dim"],
+    dim: tuple[int, ...],
+    dtype: DTypeLike | None = None,
 ) -> tuple[Distinct, Int32[Array, ""]]:
     """Sum the values of equal ids at the owner of their row. The ids are split over all devices.
 
@@ -108,6 +112,7 @@ def combine(
       ids: Row numbers; a number outside of `[0, rows)` stands for no row.
       values: A row for each id.
       dim: The shape of a row.
+      dtype: The dtype of the sums. Default: the dtype of the values, in which parts of rows are sent.
 
     Returns:
       The distinct rows on their owners; and 1 if an owner was overloaded, so that rows were dealt out, else 0.
@@ -116,6 +121,7 @@ def combine(
 
     def local(ids: Array, values: Array) -> tuple[Array, Array, Array]:
         positions, values = group_of(placement, placement.positions(ids)), _own_columns(placement, values)
+        values = values if dtype is None else values.astype(dtype)
         held, sums, crowded = _exchange.summed_at_owners(placement, positions, values, placement.copy_axes)
         return placement.ids(held), sums, crowded.astype(jnp.int32)
 

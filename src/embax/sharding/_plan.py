@@ -9,10 +9,10 @@ import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
 from .._base import check as _check
+from .._core.layout import Layout, Split
 from .._core.table import Table, with_weight
 from .._gradients.row_grad import is_trained
-from .._mesh.placement import Layout, placement_of
-from .._mesh.storage import Sharded
+from .._mesh.storage import storage_of
 from ._frequencies import CALL, Frequencies, law_of
 from ._results import Optimizer, Plan
 from ._traffic import TableStep
@@ -48,11 +48,11 @@ def plan(
       mesh: The sizes of the mesh's axes by name, the major one first; or a mesh.
       ids: The number of ids that a step looks up in a table, on all devices together: one number for all tables, or a
         number by table, or several numbers for several lookups in one table.
-      axis: As in `embax.shard`.
-      layout: As in `embax.shard`.
-      columns: As in `embax.shard`.
-      skew: As in `embax.shard`.
-      pool_at_owners: As in `embax.shard`.
+      axis: The mesh axis, or axes, over which rows are split; for the layout `"columns"`, the axis for columns.
+      layout: How rows are split: `"rows"`, `"rows-cyclic"`, `"columns"` or `"replicated"`; see `embax.shard`.
+      columns: With a layout of rows, a mesh axis over which columns are split as well.
+      skew: The room for rows in one round, as a multiple of the mean number for an owner; 1 or more, dimensionless.
+      pool_at_owners: Whether owners may sum the rows of a bag and send the sum instead of rows, if that is less.
       bag_length: The number of ids of a bag, if `embax.embedding_bag` reads the table in bags of one length, summed or
         averaged without weights; by table, or one for all. Default: none, ids are looked up.
       frequencies: How often each row is read. `"uniform"`; the exponent `s` of Zipf's law, where row `r` is read in
@@ -76,7 +76,7 @@ def plan(
       (5263200, 1.05)
     """
     sizes = _axis_sizes(mesh)
-    abstract: Any = AbstractMesh(tuple(sizes.values()), tuple(sizes))
+    split = Split(AbstractMesh(tuple(sizes.values()), tuple(sizes)), axis, layout, columns, skew, pool_at_owners)
     if not isinstance(tables, Mapping) or not all(isinstance(x, Table | jax.ShapeDtypeStruct) for x in tables.values()):
         raise TypeError(
             f"`{CALL}(tables=...)` must be Tables or jax.ShapeDtypeStructs by name, got {tables!r}. Pass "
@@ -86,14 +86,14 @@ def plan(
     plans = {}
     for name, table in tables.items():
         shape, dtype, trained = _shape(name, table)
-        placement = placement_of(CALL, abstract, axis, layout, columns, skew, pool_at_owners, shape)
+        storage = storage_of(CALL, split, shape)
         numbers = _of_table("ids", ids, name)
         numbers = numbers if isinstance(numbers, Sequence) and not isinstance(numbers, str) else (numbers,)
         lookups = tuple(_check.size(f"{CALL}(ids=...)", number) for number in numbers)
-        law = law_of(placement, name, _of_table("frequencies", frequencies, name))
-        of_bag = _bag_length(_of_table("bag_length", bag_length, name), lookups, name)
+        law = law_of(storage.placement, name, _of_table("frequencies", frequencies, name))
+        of_bag = _bag_length(_of_table("bag_length", bag_length, name), lookups, name, dtype)
         rules = table if isinstance(table, Table) else Table(jnp.zeros(0))
-        placed = with_weight(rules, jax.ShapeDtypeStruct(shape, dtype), storage=Sharded(placement))
+        placed = with_weight(rules, jax.ShapeDtypeStruct(shape, dtype), storage=storage)
         plans[name] = TableStep(placed, law, lookups, of_bag, optimizer if trained else None).planned(name)
     return Plan(plans)
 
@@ -120,9 +120,14 @@ def _shape(name: str, table: Table | jax.ShapeDtypeStruct) -> tuple[tuple[int, .
     return tuple(table.shape), np.dtype(table.dtype), bool(jnp.issubdtype(table.dtype, jnp.inexact))
 
 
-def _bag_length(length: Any, lookups: Sequence[int], name: str) -> int | None:
+def _bag_length(length: Any, lookups: Sequence[int], name: str, dtype: np.dtype) -> int | None:
     if length is None:
         return None
+    if not jnp.issubdtype(dtype, jnp.inexact):
+        raise TypeError(
+            f"`{CALL}(bag_length=...)` must be None for {name!r}, which is of {dtype}, got {length!r}. Bags are of "
+            "floats: leave it out, or cast the table."
+        )
     length = _check.size(f"{CALL}(bag_length=...)", length)
     if length == 0 or any(ids % length for ids in lookups):
         raise ValueError(

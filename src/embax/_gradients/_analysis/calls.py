@@ -23,7 +23,8 @@ from jaxtyping import PyTree
 
 from ..._base.dtypes import index_dtype
 from .equations import CALLS, NO_AXES, ScanSizes, before_sum, inner, programs_of, without_constants
-from .forms import AllKnown, Memo
+from .form import AllKnown
+from .forms import Memo
 from .rows import Rows, Term, replicated
 
 Evaluate = Callable[..., tuple[list[PyTree], list[list[Term]]]]

@@ -1,4 +1,7 @@
-"""Rows: a term of a gradient that is zero except for some rows."""
+"""Rows: a term of a gradient that is zero except for some rows.
+
+For instance, `Rows(ids=[1, 3, 9], values=[u, v, w])` of an array of 4 rows is `[0, u, 0, v]`: there is no row 9.
+"""
 
 import dataclasses
 import functools

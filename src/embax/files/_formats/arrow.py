@@ -39,18 +39,7 @@ def _read(source: Source, options: Options) -> Contents:
 
 
 def write_arrow(path: str | os.PathLike[str], contents: Contents) -> None:
-    """Write vectors as an Arrow IPC file: columns `token`, `vector` and, where there are counts, `count`.
-
-    The roles of special tokens are not saved. Arrow has no bfloat16; such vectors are saved as float32.
-
-    Args:
-      path: The destination.
-      contents: The contents to write.
-
-    Raises:
-      ValueError: If the vectors have no numbers.
-      OSError: If the file cannot be written.
-    """
+    """Write an Arrow IPC file with the columns of `write_batches`."""
     write_batches(path, contents, arrow().ipc.new_file)
 
 

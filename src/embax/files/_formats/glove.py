@@ -23,18 +23,7 @@ def recognises(source: Source) -> bool:
 
 
 def read(source: Source, options: Options) -> Contents:
-    """Read a GloVe file.
-
-    Args:
-      source: The file.
-      options: The options of the caller.
-
-    Returns:
-      The contents.
-
-    Raises:
-      FormatError: If it is not in this format.
-    """
+    """Read a GloVe file."""
     if options.mmap:
         raise source.error("text cannot be mapped into memory. Leave mmap=True out.")
     blocks = whole_lines(source)
@@ -50,16 +39,7 @@ def read(source: Source, options: Options) -> Contents:
 
 
 def write(path: str | os.PathLike[str], contents: Contents) -> None:
-    """Write a GloVe file.
-
-    Args:
-      path: The destination; an existing file is replaced.
-      contents: The contents to write; numbers are written as float32.
-
-    Raises:
-      ValueError: If there are no rows (the size of a row would be lost), or a token has a space, tab or newline in it.
-      OSError: If the file cannot be written.
-    """
+    """Write a GloVe file. There must be a row: without a header, the size of a row would be lost."""
     check_tokens(contents, NAME)
     if not len(contents.weight):
         raise ValueError(

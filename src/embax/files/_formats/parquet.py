@@ -117,18 +117,7 @@ def _sizes(source: Source, file: Any, columns: Columns) -> tuple[int, int]:
 
 
 def write_parquet(path: str | os.PathLike[str], contents: Contents) -> None:
-    """Write vectors as a parquet file: columns `token`, `vector` and, where there are counts, `count`.
-
-    The roles of special tokens are not saved. Arrow has no bfloat16; such vectors are saved as float32.
-
-    Args:
-      path: The destination.
-      contents: The contents to write.
-
-    Raises:
-      ValueError: If the vectors have no numbers.
-      OSError: If the file cannot be written.
-    """
+    """Write a parquet file with the columns of `write_batches`."""
     arrow()
     from pyarrow.parquet import ParquetWriter
 

@@ -62,18 +62,7 @@ def recognises_text(source: Source) -> bool:
 
 
 def read_text(source: Source, options: Options) -> Contents:
-    """Read a text file of word2vec's or fastText's.
-
-    Args:
-      source: The file.
-      options: The options of the caller.
-
-    Returns:
-      The contents.
-
-    Raises:
-      FormatError: If it is not in this format, or has more or fewer rows than the header says.
-    """
+    """Read a text file of word2vec's or fastText's; it must have as many rows as its header says."""
     blocks = whole_lines(source)
     block = next(blocks, b"")
     header = _checked(source, options, _header(block))
@@ -93,18 +82,7 @@ def read_text(source: Source, options: Options) -> Contents:
 
 
 def read_binary(source: Source, options: Options) -> Contents:
-    """Read a binary file of word2vec's, with or without a line feed after each row.
-
-    Args:
-      source: The file.
-      options: The options of the caller.
-
-    Returns:
-      The contents.
-
-    Raises:
-      FormatError: If it is not in this format, is truncated, or has more rows than the header says.
-    """
+    """Read a binary file of word2vec's, with or without a line feed after each row."""
     header = _checked(source, options, _header(source.start))
     source.read(header.size)
     rows = _Rows(source, options, header, 4 * header.dim + 1)
@@ -132,31 +110,13 @@ def read_binary(source: Source, options: Options) -> Contents:
 
 
 def write_text(path: str | os.PathLike[str], contents: Contents) -> None:
-    """Write a text file of word2vec's.
-
-    Args:
-      path: The destination; an existing file is replaced.
-      contents: The contents to write; numbers are written as float32.
-
-    Raises:
-      ValueError: If a token has a space, tab or newline in it.
-      OSError: If the file cannot be written.
-    """
+    """Write a text file of word2vec's, in float32; no token may have a space, tab or newline."""
     check_tokens(contents, _TEXT)
     _write(path, contents, lines_of(contents))
 
 
 def write_binary(path: str | os.PathLike[str], contents: Contents) -> None:
-    """Write a binary file of word2vec's, without line feeds after the rows.
-
-    Args:
-      path: The destination; an existing file is replaced.
-      contents: The contents to write; numbers are written as float32.
-
-    Raises:
-      ValueError: If a token has a space or newline in it.
-      OSError: If the file cannot be written.
-    """
+    """Write a binary file of word2vec's, in float32, without line feeds; no token may have a space or newline."""
     check_tokens(contents, _BINARY, b" \n")
     blocks = (
         b"".join(part for token, row in zip(tokens, rows, strict=True) for part in (token, b" ", row.data))
