@@ -175,7 +175,7 @@ class Dense(Storage):
     def step_by_kernel(
         self, plain: Sequence[Array], arrays: Sequence[Array], ids: Array, values: Array, how: _step.Step
     ) -> list[Array]:
-        """There is one on a CPU."""
+        """Run the kernel of the optimizer, on a CPU."""
         return _step.step(plain, arrays, self.positions(ids, arrays[0].shape[0]), values, how)
 
     def laid_out(self, leaf: Array, dim: tuple[int, ...]) -> Array:
@@ -191,7 +191,7 @@ class Dense(Storage):
     def bags_by_kernel(
         self, plain: Array, table: Any, ids: Array, counted: Array, weights: Array | None, offsets: Array | None
     ) -> Array:
-        """There is one on a CPU, which knows nothing of norms."""
+        """Sum by a kernel, on a CPU; tables with `max_norm` have no kernel."""
         if table.max_norm is not None:
             return plain
         places, nan = self.positions(ids, table.weight.shape[0]), table.out_of_range != "zero"

@@ -207,7 +207,7 @@ class Storage(abc.ABC):
         values: Float[Array, "ids *dim"],
         how: Any,
     ) -> list[Array]:
-        """Run a step of an optimizer by a kernel, where there is one; else return the plain result of it.
+        """Run a step of an optimizer by a kernel; return the plain result if there is no kernel.
 
         The arrays are the weight and the state of a table, and `how` is a `_kernels.step.Step`.
         """
@@ -247,7 +247,7 @@ class Storage(abc.ABC):
         weights: Float[Array, "*batch"] | None,
         offsets: Int32[Array, " bags_and_1"] | None,
     ) -> Float[Array, "*bags_dim"]:
-        """Sum the rows of bags by a kernel, where there is one; else return the plain sums."""
+        """Sum the rows of bags by a kernel; return the plain sums if there is no kernel."""
         return plain
 
     @abc.abstractmethod

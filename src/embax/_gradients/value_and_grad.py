@@ -138,12 +138,12 @@ def _differentiated(
     options: Options,
     result: Callable[[PyTree, PyTree], PyTree],
 ) -> Callable[..., PyTree]:
-    """Make the function that a caller gets; `result(out, gradient)` is what it returns."""
+    """Make the function that is returned to the caller. It returns `result(out, gradient)`."""
 
     @functools.wraps(fun)
     def differentiated(*args: PyTree, **kwargs: PyTree) -> PyTree:
         if not options.fit(args):
-            return plain(*args, **kwargs)  # which says what is wrong
+            return plain(*args, **kwargs)  # raises JAX's own error
         return result(*evaluate(fun, options, args, kwargs))
 
     return differentiated

@@ -61,7 +61,7 @@ def _add(forms: Forms, eqn: JaxprEqn, memo: Memo) -> None:
 
 
 def _outputs(eqn: JaxprEqn, known: AllKnown, forms: Forms, memo: Memo) -> tuple[Openings, Operands]:
-    """How each output is a sum, or the reasons why it is none; and the operands that each needs as an array."""
+    """Return the opening of each output, or the reasons why it is dense; and the operands that each needs as arrays."""
     name = eqn.primitive.name
     if name in NESTED:
         return NESTED[name](eqn, known, memo.forms)
@@ -72,7 +72,7 @@ def _outputs(eqn: JaxprEqn, known: AllKnown, forms: Forms, memo: Memo) -> tuple[
 
 
 def _opened(forms: Forms, eqn: JaxprEqn, opening: Opening) -> Form | frozenset[Reason] | None:
-    """Combine the forms of the operands that an output sums; or say why that cannot be done, if it is known."""
+    """Combine the forms of the operands that an output sums; else return the reasons, or None if there are none."""
     inputs: dict[int, bool] = {}
     ids, axes, kinds, dense = opening.ids, opening.axes, opening.kinds, opening.dense
     laned = opening.laned
@@ -85,7 +85,7 @@ def _opened(forms: Forms, eqn: JaxprEqn, opening: Opening) -> Form | frozenset[R
             return None
         for place, once in form.inputs.items():
             inputs[place] = as_it_is and once and place not in inputs
-        if any(opening.summed_over & of_rows for of_rows in form.axes):  # twice over the same devices
+        if any(opening.summed_over & of_rows for of_rows in form.axes):  # rows may be summed over devices once only
             return None
         needs |= form.needs
         if k in opening.told:
@@ -101,11 +101,11 @@ def _opened(forms: Forms, eqn: JaxprEqn, opening: Opening) -> Form | frozenset[R
         return laned
     if len(kinds) > 1 or (opening.by_place and any(kind.storage != DENSE for kind in kinds)):
         return None
-    # An input may stand for rows of which these things are not known.
+    # An input of the program may be rows of any kind, so nothing that depends on the kind is allowed.
     unknown = any(forms.known.get(place) is None for place in inputs)
     if unknown and (opening.joined or opening.summed_over or opening.by_place):
         return None
-    # Where nothing but arrays comes in, this is the equation to name.
+    # If all operands are arrays of all rows, the warning shall name this equation.
     if opening.arrays and not (inputs or ids) and not all(reason.is_expected for reason in dense):
         return None
     laned = laned if any(kind.lanes for kind in kinds) else frozenset()
