@@ -85,7 +85,7 @@ def test_a_table_that_has_grown_has_the_state_that_it_would_always_have_had(txs)
     for name in txs.txs:
         assert_same(grown[name], many[name], name)
         assert jax.tree.structure(grown[name]) == jax.tree.structure(fresh[name]), name
-    # So the next step, in which ids repeat, is that of the table that has always been large.
+    # So the next step, in which ids repeat, equals the step of a table that was large from the start.
     ids, values = np.resize([7, 0, 7, 6], 16), np.resize(WEIGHT[:4], (16, DIM))
     last = txs.of_all(lambda: {"words": RowGrad(ids, values, rows=GROWN), "bias": np.ones(2, np.float32)})
     ours = txs.step(jax.tree.map(np.copy, params), grown, last)
@@ -232,7 +232,7 @@ def test_tables_that_a_tree_gains_and_loses():
 
 
 def keeps_rows_by_itself():
-    """A transformation whose state has entries a row in arrays that stand in no Table."""
+    """A transformation whose state has an entry for each row in plain arrays, not in Tables."""
 
     def init(params):
         leaves = jax.tree.leaves(params)
