@@ -1,7 +1,7 @@
 """Which layers hold a state as their weight, and so by which rules it is trained: a state alone does not say."""
 
 import weakref
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import brainstate
 
@@ -10,6 +10,7 @@ from .._core.table import Table, shared_rules
 from ._weight import split_unit
 
 
+@runtime_checkable
 class _Layer(Protocol):
     weight: brainstate.State
     padding_idx: int | None
