@@ -87,8 +87,7 @@ def _training(params: Any, loss: Callable[..., Any], batch: Sequence[Any], gradi
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     def step(params: Any, state: Any, ids: Any, gradient: jax.Array) -> tuple[Any, Any, Any]:
         (_, out), of_params = embax.value_and_grad(loss, has_aux=True)(params, ids, gradient)
-        updates, state = tx.update(of_params, state, params)
-        return embax.apply_updates(params, updates), state, out
+        return *embax.optim.step(tx, of_params, state, params), out
 
     held = [params, tx.init(params)]
 

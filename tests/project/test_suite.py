@@ -88,9 +88,10 @@ def test_a_program_from_the_cache_reports_what_a_new_one_does(devices, own_cache
     assert bool(new[1]) == (devices > 1)
 
 
-def test_every_entry_of_the_tests_for_a_second_python_names_some(pytestconfig):
+@pytest.mark.parametrize("entries", ["_VERSIONS", "_XLA"])
+def test_every_entry_of_the_tests_that_run_twice_names_some(entries, pytestconfig):
     conftest = next(plugin for plugin in pytestconfig.pluginmanager.get_plugins() if hasattr(plugin, "_VERSIONS"))
-    for start in conftest._VERSIONS:
+    for start in getattr(conftest, entries):
         path, _, name = start.partition("::")
         assert (ROOT / path).exists()
         assert f"def {name}" in (ROOT / path).read_text() if name else True

@@ -182,8 +182,10 @@ def _held_sum(
     converts = jax.default_backend() == "cpu" and table.dtype not in (np.float16, start.dtype)
     add = _at_once if converts else functools.partial(_by_places, unroll=table.max_norm is None)
     if offsets is None:
-        return add(terms, start, inputs, counted, weights)
-    return _by_pieces(add, terms, start, inputs, counted, weights, offsets)
+        total = add(terms, start, inputs, counted, weights)
+    else:
+        total = _by_pieces(add, terms, start, inputs, counted, weights, offsets)
+    return table.storage.bags_by_kernel(total, table, ids, counted, weights, offsets)
 
 
 def _terms(

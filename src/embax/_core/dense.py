@@ -15,6 +15,11 @@ from .._base import distinct as _distinct
 from .._base.axes import explicit_sharding, on_every_device
 from .._base.distinct import Distinct, Slots
 from .._base.loops import varying_alike, with_auto_axes
+from .._kernels import combine as _combine
+from .._kernels import pool as _pool
+from .._kernels import put as _put
+from .._kernels import step as _step
+from .._kernels import take as _take
 from .own_rows import OwnRows
 from .storage import Storage, WriteMode
 
@@ -71,21 +76,16 @@ class Dense(Storage):
 
     # ---- Rows in and out.
 
-    def take(self, leaf: Array, ids: Array, fill_value: float) -> Array:
+    def take(self, leaf: Array, ids: Array, fill_value: float, *, linear: bool = False) -> Array:
         """Gather them."""
         if leaf.shape[0] == 0:  # XLA has no gather from nothing
             return jnp.full((*ids.shape, *leaf.shape[1:]), fill_value, leaf.dtype)
         sharding = explicit_sharding(ids, trailing=leaf.ndim - 1)
-        places = leaf.at[self.positions(ids, leaf.shape[0])]
-        return places.get(mode="fill", fill_value=fill_value, wrap_negative_indices=False, out_sharding=sharding)
+        return _take.take(leaf, self.positions(ids, leaf.shape[0]), fill_value, sharding, linear=linear)
 
     def put(self, leaf: Array, ids: Array, values: Array, mode: WriteMode) -> Array:
         """Scatter them."""
-        places = leaf.at[self.positions(ids, leaf.shape[0])]
-        # Ids without a row lie outside and are dropped. They are equal, though, so that the ids are not called unique.
-        write = places.set if mode == "set" else places.add
-        sharding = explicit_sharding(leaf)
-        return write(values, mode="drop", wrap_negative_indices=False, out_sharding=sharding)
+        return _put.put(leaf, self.positions(ids, leaf.shape[0]), values, mode, explicit_sharding(leaf))
 
     def replace(self, leaf: Array, ids: Array, function: Callable[[Array, Array], Array]) -> Array:
         """Gather and scatter them."""
@@ -158,7 +158,7 @@ class Dense(Storage):
         self, slots: Slots, ids: Array, values: PyTree, rows: int, dim: tuple[int, ...]
     ) -> tuple[Slots, Distinct, Any]:
         """Sum by slots or by a sort."""
-        return *_distinct.combine(slots, ids, values, rows), 0
+        return *_combined(slots, ids, values, rows), 0
 
     def gather(self, leaf: Array, ids: Array, dim: tuple[int, ...]) -> Array:
         """Gather them."""
@@ -166,11 +166,17 @@ class Dense(Storage):
 
     def store(self, leaf: Array, ids: Array, values: Array, dim: tuple[int, ...], mode: WriteMode = "set") -> Array:
         """Scatter them."""
-        return _scattered(self, leaf, ids, values, mode)
+        return _stored(self, leaf, ids, values, mode)
 
     def add(self, leaf: Array, ids: Array, values: Array, distinct: bool) -> Array:
         """Scatter-add."""
         return _added(self, leaf, ids, values)
+
+    def step_by_kernel(
+        self, plain: Sequence[Array], arrays: Sequence[Array], ids: Array, values: Array, how: _step.Step
+    ) -> list[Array]:
+        """There is one on a CPU."""
+        return _step.step(plain, arrays, self.positions(ids, arrays[0].shape[0]), values, how)
 
     def laid_out(self, leaf: Array, dim: tuple[int, ...]) -> Array:
         """As it is."""
@@ -181,6 +187,15 @@ class Dense(Storage):
         return array
 
     # ---- Bags.
+
+    def bags_by_kernel(
+        self, plain: Array, table: Any, ids: Array, counted: Array, weights: Array | None, offsets: Array | None
+    ) -> Array:
+        """There is one on a CPU, which knows nothing of norms."""
+        if table.max_norm is not None:
+            return plain
+        places, nan = self.positions(ids, table.weight.shape[0]), table.out_of_range != "zero"
+        return _pool.pool(plain, table.weight, places, counted, weights, offsets, nan=nan)
 
     def summed_by(self, bags: Array, terms: Array, number: int) -> Array:
         """Scatter-add into zeros."""
@@ -238,23 +253,19 @@ DENSE = Dense()
 
 @functools.partial(jax.jit, static_argnums=0, inline=True)
 def _gathered(storage: Dense, leaf: Array, ids: Array) -> Array:
-    places = leaf.at[storage.positions(ids, leaf.shape[0])]
-    sharding = explicit_sharding(ids, trailing=leaf.ndim - 1)
-    return places.get(mode="fill", fill_value=0, wrap_negative_indices=False, out_sharding=sharding)
+    return storage.take(leaf, ids, 0)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4), inline=True)
-def _scattered(storage: Dense, leaf: Array, ids: Array, values: Array, mode: WriteMode) -> Array:
-    places = leaf.at[storage.positions(ids, leaf.shape[0])]
-    # Ids without a row lie outside and are dropped. They are equal, though, so that the ids are not called unique.
-    write = places.set if mode == "set" else places.add
-    sharding = explicit_sharding(leaf)
-    return write(values.astype(leaf.dtype), mode="drop", wrap_negative_indices=False, out_sharding=sharding)
+def _stored(storage: Dense, leaf: Array, ids: Array, values: Array, mode: WriteMode) -> Array:
+    return storage.put(leaf, ids, values.astype(leaf.dtype), mode)
+
+
+@functools.partial(jax.jit, static_argnums=3, inline=True)
+def _combined(slots: Slots, ids: Array, values: PyTree, rows: int) -> tuple[Slots, Distinct]:
+    return _combine.combine(slots, ids, values, rows)
 
 
 @functools.partial(jax.jit, static_argnums=0, inline=True)
 def _added(storage: Dense, leaf: Array, ids: Array, values: Array) -> Array:
-    if jnp.finfo(leaf.dtype).bits < 32:  # else the sum would be rounded after each duplicate
-        _, (ids, values, _) = _distinct.combine(None, ids, values.astype(jnp.float32), leaf.shape[0])
-    places, sharding = leaf.at[storage.positions(ids, leaf.shape[0])], explicit_sharding(leaf)
-    return places.add(values.astype(leaf.dtype), mode="drop", out_sharding=sharding)
+    return storage.put(leaf, ids, values, "add")

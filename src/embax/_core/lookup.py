@@ -189,7 +189,7 @@ def _divided_by_frequency(
     first = jnp.reshape(first, ids.shape)
     if (sharding := _ids.explicit_sharding(ids)) is not None:
         first = reshard(first, sharding)
-    return _take(Table(flat), first, 0)
+    return Table(flat).storage.take(flat, first, 0, linear=True)
 
 
 def clipped_rows(

@@ -65,7 +65,7 @@ read_rows_p, add_rows_p = Primitive("embax_read_rows"), Primitive("embax_add_row
 
 def _read(tangent: Array, ids: Array, *, spec: Spec) -> Array:
     def lane(tangent: Array, ids: Array) -> Array:
-        return spec.storage.take(tangent, ids, 0)
+        return spec.storage.take(tangent, ids, 0, linear=True)
 
     return _of_lanes(lane, spec)(tangent, ids)
 

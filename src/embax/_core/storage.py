@@ -94,8 +94,13 @@ class Storage(abc.ABC):
     # ---- Rows in and out.
 
     @abc.abstractmethod
-    def take(self, leaf: Weight, ids: Int[Array, "*batch"], fill_value: float) -> Shaped[Array, "*batch_dim"]:
-        """Read a row for each id, laid out as the ids; `fill_value` where an id has none."""
+    def take(
+        self, leaf: Weight, ids: Int[Array, "*batch"], fill_value: float, *, linear: bool = False
+    ) -> Shaped[Array, "*batch_dim"]:
+        """Read a row for each id, laid out as the ids; `fill_value` where an id has none.
+
+        `linear` says that the leaf is a tangent: the read is transposed, or fused into what makes the tangent.
+        """
 
     @abc.abstractmethod
     def put(self, leaf: Weight, ids: Int[Array, " ids"], values: Shaped[Array, "ids *dim"], mode: WriteMode) -> Weight:
@@ -193,6 +198,20 @@ class Storage(abc.ABC):
     def add(self, leaf: Weight, ids: Int[Array, " ids"], values: Float[Array, "ids *dim"], distinct: bool) -> Weight:
         """Add to rows, in float32 or wider; `distinct` says that the ids are laid out as `combine` gives them."""
 
+    def step_by_kernel(
+        self,
+        plain: Sequence[Array],
+        arrays: Sequence[Array],
+        ids: Int[Array, " ids"],
+        values: Float[Array, "ids *dim"],
+        how: Any,
+    ) -> list[Array]:
+        """Run a step of an optimizer by a kernel, where there is one; else return the plain result of it.
+
+        The arrays are the weight and the state of a table, and `how` is a `_kernels.step.Step`.
+        """
+        return list(plain)
+
     @abc.abstractmethod
     def laid_out(self, leaf: Shaped[Array, "stored ..."], dim: tuple[int, ...]) -> Shaped[Array, "stored ..."]:
         """Lay an array with an entry for each stored row out as the weight."""
@@ -217,6 +236,18 @@ class Storage(abc.ABC):
     ) -> Float[Array, "*bags dim"]:
         """Sum the rows of bags; `pool(table, ids, counted, weights)` does so of a dense table."""
         raise NotImplementedError
+
+    def bags_by_kernel(
+        self,
+        plain: Float[Array, "*bags_dim"],
+        table: Any,
+        ids: Int[Array, "*batch"],
+        counted: Bool[Array, "*batch"],
+        weights: Float[Array, "*batch"] | None,
+        offsets: Int32[Array, " bags_and_1"] | None,
+    ) -> Float[Array, "*bags_dim"]:
+        """Sum the rows of bags by a kernel, where there is one; else return the plain sums."""
+        return plain
 
     @abc.abstractmethod
     def summed_by(

@@ -96,7 +96,7 @@ class Sharded(Storage):
 
     # ---- Rows in and out.
 
-    def take(self, leaf: Array, ids: Array, fill_value: float) -> Array:
+    def take(self, leaf: Array, ids: Array, fill_value: float, *, linear: bool = False) -> Array:
         """By an exchange with their owners."""
         return _sharded.take(self.placement, leaf, ids, fill_value)
 

@@ -12,9 +12,9 @@ from jaxtyping import PyTree
 
 from .._core.held import as_table, held
 from .._core.table import Table, is_table, with_weight
-from .._gradients.apply import apply_updates
 from .._gradients.chosen import tables_at, without_tables
 from ..optim import carry_over
+from ..optim._fused import stepped
 from ..optim._states import check_takes_tables, prepared_gradient, with_chosen
 from ._layers import has_unit, table_of
 from ._weight import split_unit, with_unit
@@ -256,11 +256,11 @@ class Optimizer(brainstate.nn.Module):
             is_leaf=lambda node: isinstance(node, Table | brainunit.Quantity),
         )
         opt_state = jax.tree.map(jnp.asarray, self.opt_state.value)  # NumPy arrays, where it was restored from a file
-        updates, opt_state = self.tx.update(gradients, opt_state, params)
         as_held: PyTree = {key: _param(state, now[key]) for key, state in self._states.items()}
         current = tables_at(self._chosen, as_held)
-        for key, new in without_tables(as_held, current, apply_updates(current, updates)).items():
-            _store(self._states[key], now[key], new)
+        _, new, opt_state = stepped(self.tx, gradients, opt_state, params, current)
+        for key, value in without_tables(as_held, current, new).items():
+            _store(self._states[key], now[key], value)
         self.opt_state.value = opt_state
 
 

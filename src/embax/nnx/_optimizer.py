@@ -13,9 +13,9 @@ from .._core import modules as _modules
 from .._core.held import as_table, held
 from .._core.scratch import Scratch
 from .._core.table import Table, has_weight, is_table, with_weight
-from .._gradients.apply import apply_updates
 from .._gradients.chosen import tables_at
 from ..optim import carry_over
+from ..optim._fused import stepped
 from ..optim._states import SCRATCH, check_takes_tables, prepared_gradient, with_chosen
 from ._params import tables_of, tree_of, with_values
 
@@ -124,8 +124,9 @@ class Optimizer(nnx.Optimizer):
             ) from error
         gradients = [prepared_gradient(call, *parts) for parts in zip(names, params, given, strict=True)]
         params = structure.unflatten(params)
-        updates, opt_state = self.tx.update(structure.unflatten(gradients), self._pure_state(), params, **kwargs)
-        nnx.update(model, with_values(state, apply_updates(now, updates)))
+        gradients = structure.unflatten(gradients)
+        updates, new, opt_state = stepped(self.tx, gradients, self._pure_state(), params, now, **kwargs)
+        nnx.update(model, with_values(state, new))
         for variable, value in zip(self._variables(), _values(opt_state), strict=True):
             variable.set_value(value)
         self.step[...] += 1

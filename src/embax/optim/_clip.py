@@ -16,6 +16,7 @@ from .._core.table import Table, is_table
 from .._features.made_for import MadeFor, check_made_for, made_for
 from .._gradients.apply import norm_of_distinct, refuse_lanes
 from .._gradients.row_grad import RowGrad, is_trained
+from .._kernels.combine import combine
 
 
 class ClipByGlobalNormState(NamedTuple):
@@ -69,9 +70,7 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
             if isinstance(leaf, RowGrad):
                 refuse_lanes(call, leaf)
             if isinstance(leaf, RowGrad) and leaf.values.shape[0]:
-                kept, summed = _dedupe.combine(
-                    None if number is None else slots[number], leaf.ids, leaf.values, leaf.rows
-                )
+                kept, summed = combine(None if number is None else slots[number], leaf.ids, leaf.values, leaf.rows)
                 if number is not None:
                     slots[number] = kept
                 distinct.append(summed.values)

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int32, PyTree
 
-from .._base import check as _check
 from .._base.distinct import accumulator
 from .._core.table import Table, has_weight, is_table, with_weight
 from .._gradients.chosen import Chooser
-from ._lift import lift
+from ._fused import fusable
+from ._moments import Numbers, check_decays, not_negative, of_moments
 
 
 class RowwiseAdagradState(NamedTuple):
@@ -34,6 +34,7 @@ def rowwise_adagrad(
     initial_accumulator: float = 0.0,
     eps: float = 1e-8,
     *,
+    weight_decay: float = 0.0,
     tables: Chooser | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Adagrad with one accumulator for each row of a table, already lifted.
@@ -46,6 +47,7 @@ def rowwise_adagrad(
       learning_rate: The step size, or a schedule of it.
       initial_accumulator: Where the accumulators start, 0 or more.
       eps: What is added to the root, 0 or more.
+      weight_decay: What part of a weight is added to its scaled gradient; of a table, that of the rows that were read.
       tables: As in `lift`.
 
     Returns:
@@ -69,8 +71,9 @@ def rowwise_adagrad(
       https://jmlr.org/papers/v15/gupta14a.html, section 5.2. FBGEMM's EXACT_ROWWISE_ADAGRAD is the same.
     """
     call = "embax.optim.rowwise_adagrad"
-    start = _not_negative(f"{call}(initial_accumulator=...)", initial_accumulator)
-    eps = _not_negative(f"{call}(eps=...)", eps)
+    start = not_negative(f"{call}(initial_accumulator=...)", initial_accumulator)
+    eps = not_negative(f"{call}(eps=...)", eps)
+    decay = not_negative(f"{call}(weight_decay=...)", weight_decay)
 
     def init(params: PyTree) -> PyTree:
         return RowwiseAdagradState(_map(lambda leaf: _second_moment(leaf, start), params))
@@ -85,10 +88,9 @@ def rowwise_adagrad(
         scaled = _map(lambda g, a: _scale(g, inverse_root(_values(a))), updates, sums)
         return scaled, RowwiseAdagradState(sums)
 
-    return lift(
-        optax.chain(optax.GradientTransformation(init, update), optax.scale_by_learning_rate(learning_rate)),
-        tables=tables,
-    )
+    scaling = optax.GradientTransformation(init, update)
+    states = ("sum_of_squares",)
+    return fusable(scaling, "step_rowwise_adagrad", states, lambda _: (eps,), learning_rate, decay, tables)
 
 
 def rowwise_adam(
@@ -97,6 +99,7 @@ def rowwise_adam(
     b2: float = 0.999,
     eps: float = 1e-8,
     *,
+    weight_decay: float = 0.0,
     tables: Chooser | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Adam with one second moment for each row of a table, already lifted.
@@ -112,6 +115,7 @@ def rowwise_adam(
       b1: The decay of the first moment, in [0, 1).
       b2: The decay of the second moment, in [0, 1).
       eps: What is added to the root, 0 or more.
+      weight_decay: What part of a weight is added to its scaled gradient; of a table, that of the rows that were read.
       tables: As in `lift`.
 
     Returns:
@@ -130,10 +134,9 @@ def rowwise_adam(
       The mean over a row stands in FBGEMM's PARTIAL_ROWWISE_ADAM, too.
     """
     call = "embax.optim.rowwise_adam"
-    eps = _not_negative(f"{call}(eps=...)", eps)
-    for name, value in {"b1": b1, "b2": b2}.items():
-        if _not_negative(f"{call}({name}=...)", value) >= 1:
-            raise ValueError(f"`{call}({name}=...)` must be in [0, 1), got {value}. Pass a number below 1.")
+    eps = not_negative(f"{call}(eps=...)", eps)
+    decay = not_negative(f"{call}(weight_decay=...)", weight_decay)
+    check_decays(call, b1, b2)
 
     def init(params: PyTree) -> PyTree:
         mean_square = _map(lambda leaf: _second_moment(leaf, 0.0), params)
@@ -153,10 +156,11 @@ def rowwise_adam(
         scaled = _map(corrected, mean, mean_square)
         return scaled, RowwiseAdamState(steps, mean, mean_square)
 
-    return lift(
-        optax.chain(optax.GradientTransformation(init, update), optax.scale_by_learning_rate(learning_rate)),
-        tables=tables,
-    )
+    def scalars(state: PyTree) -> Numbers:
+        return eps, *of_moments(b1, b2, state.steps)
+
+    scaling = optax.GradientTransformation(init, update)
+    return fusable(scaling, "step_rowwise_adam", ("mean", "mean_square"), scalars, learning_rate, decay, tables)
 
 
 def _map(function: Callable[..., PyTree], tree: PyTree, *others: PyTree) -> PyTree:
@@ -196,7 +200,3 @@ def _scale(leaf: PyTree, factor: Float[Array, "..."]) -> PyTree:
         return (leaf.astype(factor.dtype) * factor).astype(leaf.dtype)
     factor = jnp.expand_dims(factor, tuple(range(1, leaf.weight.ndim)))
     return with_weight(leaf, (leaf.weight.astype(factor.dtype) * factor).astype(leaf.dtype))
-
-
-def _not_negative(argument: str, value: object) -> float:
-    return 0.0 if value == 0 else _check.positive(argument, value)
