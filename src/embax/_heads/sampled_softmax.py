@@ -153,7 +153,7 @@ def _left_out(
     drawn: Int[Array, " samples"],
     is_first: Bool[Array, " samples"],
     remove_hits: bool,
-) -> Bool[Array, "*batch samples"]:
+) -> Bool[Array, "*#batch #samples"]:
     """Tell which candidates do not count: padding, all but one of equals, and labels."""
     of_all = _ids.is_padding(drawn, table.padding_idx) | ~is_first
     of_all = over_last(of_all, labels.ndim + 1)

@@ -19,7 +19,7 @@ and whenever that cannot be told, the result is XLA's:
 
 import math
 from collections.abc import Callable, Hashable, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +39,7 @@ INTEGERS = tuple(np.dtype(f"{kind}{bits}") for kind in ("int", "uint") for bits 
 Outs = Sequence[jax.ShapeDtypeStruct]
 
 
+@runtime_checkable
 class Batched(Protocol):
     """How a primitive of one result takes lanes of vmap in one call.
 
