@@ -234,7 +234,7 @@ class Storage(abc.ABC):
         ids: Int[Array, "*bags length"],
         counted: Bool[Array, "*bags length"],
         weights: Float[Array, "*bags length"] | None,
-    ) -> Float[Array, "*bags dim"]:
+    ) -> Float[Array, "*bags_dim"]:
         """Sum the rows of bags; `pool(table, ids, counted, weights)` does it for a dense table."""
         raise NotImplementedError
 
