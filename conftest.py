@@ -67,7 +67,7 @@ gc.set_threshold(100_000, 50, 100)
 
 # How much memory a process may hold, in bytes, before it lets go of the programs that it has compiled. Those of the
 # whole suite would add up to many GB.
-_MOST = 3 << 29
+_MOST = 1 << 31
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -79,6 +79,12 @@ def _let_go_of_programs():
         gc.collect()
         if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # of glibc, which keeps what is freed
             trim(0)
+
+
+def pytest_unconfigure():
+    # pytest then collects garbage five times over, to find errors in finalizers; once is enough for what still lives.
+    gc.collect()
+    gc.freeze()
 
 
 _strict()

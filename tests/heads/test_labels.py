@@ -231,8 +231,7 @@ MOST = ("whole, all", "sampled, z-loss")
 # Policies, the heads under them, their reductions, and whether second derivatives are taken.
 MET = [
     ("error", MOST[1:], ("none",), True),
-    ("clip", MOST[:1], ("sum",), True),
-    ("zero", ("whole",), ("none", "mean"), False),
+    ("clip", ("whole",), ("none", "mean"), False),
 ]
 EACH = [(policy, tuple(HEADS), REDUCTIONS, True) for policy in POLICIES]
 

@@ -180,6 +180,7 @@ def test_no_rows():
         assert np.isnan(loss).all(), name
 
 
+@pytest.mark.exhaustive
 def test_rows_of_any_axes():
     arrays, calls = {}, {}
     for dim, batch in ((), (4,)), ((2, 3), (2, 2)), ((3,), ()), ((3,), (0, 2)):
@@ -325,7 +326,8 @@ def test_memory_follows_tokens_and_samples():
     assert not re.findall(rf"\[{rows}[^ ]* (?!parameter|slice)[\w-]+\(", text[text.index("\nENTRY ") :])
 
 
-@pytest.mark.parametrize("axes", ["explicit", pytest.param("auto", marks=pytest.mark.exhaustive)])
+@pytest.mark.exhaustive  # beside the sampled loss of tests/mesh
+@pytest.mark.parametrize("axes", ["explicit", "auto"])
 def test_on_a_mesh(axes):
     rng = np.random.default_rng(11)
     x, labels = rng.normal(size=(4, 2, 3)).astype(np.float32), rng.integers(0, ROWS, (4, 2))

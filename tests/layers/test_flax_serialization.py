@@ -150,9 +150,9 @@ CODE = """
 """
 ORDERS = {
     "embax first": "import sys, embax; embax.Table; embax.optim.lift; assert 'flax' not in sys.modules; import flax",
-    "flax first": "import sys, flax.serialization, embax",
 }
-MORE = {  # which take the same ways through the code
+MORE = {
+    "flax first": "import sys, flax.serialization, embax",
     "the module alone": "import sys, embax; embax.Table; import flax.serialization",
     "all of flax first": "import sys; from flax import nnx, linen; import embax; embax.Table",
     "a table before flax": "import sys, embax, numpy as np; table = embax.Table(np.ones((2, 2))); import flax.linen",

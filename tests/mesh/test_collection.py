@@ -55,7 +55,6 @@ def step(collection, state, batch):
 @pytest.mark.parametrize(
     ("layout", "axes", "features"),
     [
-        ("rows-cyclic", "explicit", ("film", "tag")),
         *(
             pytest.param(*case, tuple(BATCH), marks=pytest.mark.exhaustive)
             for case in [("rows-cyclic", "explicit"), ("rows", "auto"), ("columns", "auto"), ("replicated", "explicit")]

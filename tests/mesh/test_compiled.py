@@ -60,7 +60,6 @@ def whole_case(*names):
 @pytest.mark.parametrize(
     ("layout", "axes", "optimizer", "programs"),
     [
-        case("rows", "explicit", "rowwise_adagrad", [(4, FEW), (8, MANY)]),
         case("rows-cyclic", "auto", "sgd", [(4, FEW), (4, MANY)]),
         case("columns", "auto", "adam", [(2, FEW), (4, MANY)]),
         whole_case("rows", "explicit", "adam"),

@@ -83,7 +83,6 @@ ALL = "in blocks", "at once", "sampled", "logits"
     ("layout", "axes", "batch", "names"),
     [
         ("rows", "explicit", "split", ("in blocks",)),
-        ("rows-cyclic", "auto", "everywhere", ONCE),
         ("columns", "explicit", "split", ("at once",)),
         ("replicated", "auto", "split", ("in blocks",)),
         ("rows and copies", "explicit", "last", BLOCKS),
@@ -133,6 +132,7 @@ def of_batch(table, x, labels):
     return attend(table, x), losses, pull_back(jnp.ones_like(losses))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("axes", ["explicit", rest("auto")])
 def test_batches_of_any_shape(axes):
     table, off = embax.shard(Table(WEIGHT, **RULES), mesh_of({"x": 4, "y": 2}, axes), "x"), Table(WEIGHT, **RULES)
@@ -192,7 +192,7 @@ def test_labels_without_a_row_and_frozen_tables():
         assert bool(np.any(of_off.weight)) != rules[name].get("freeze", False), name
 
 
-@pytest.mark.parametrize(("layout", "axes"), [("rows and copies", "explicit"), ("rows and columns", "auto")])
+@pytest.mark.parametrize(("layout", "axes"), [("rows and copies", "explicit"), rest("rows and columns", "auto")])
 def test_bfloat16_is_summed_in_float32(layout, axes):
     sizes, how = LAYOUTS[layout]
     mesh = mesh_of(sizes, axes)

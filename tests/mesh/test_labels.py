@@ -58,7 +58,6 @@ of_cases = pytest.mark.parametrize(
     ("layout", "axes", "put", "names"),
     [
         ("rows and columns", "explicit", split, ("sampled",)),
-        ("rows and copies", "explicit", split, ("mean",)),
         ("rows-cyclic", "auto", split, ("mean, masked",)),
         *[rest(layout, axes, split, ALL) for layout in LAYOUTS for axes in ("auto", "explicit")],
         rest("rows and copies", "explicit", everywhere, ALL),
@@ -126,7 +125,6 @@ def test_calls_outside_of_jit():
     ("layout", "axes", "dtype", "heads"),
     [
         ("rows and copies", "explicit", "float8_e4m3fn", ("logits",)),
-        ("rows and columns", "auto", "float8_e5m2", ("losses",)),
         *[
             rest(layout, axes, dtype, ("losses", "logits"))
             for layout in LAYOUTS

@@ -41,7 +41,6 @@ SIZES = (ROWS + 1, 23, ROWS, 7, 3)
 RESIZED = [
     ("rows", "auto", (3,)),
     ("rows-cyclic", "explicit", (23,)),
-    ("rows and columns", "auto", (ROWS + 1,)),
     ("replicated", "explicit", (ROWS, 7)),
 ]
 
@@ -142,7 +141,7 @@ CHANGES = [
     ("columns", "rows", ROWS),
     ("rows", "rows and columns", 14),  # another mesh
 ]
-USUAL = [(*CHANGES[1], ("chain",)), (*CHANGES[2], ("rowwise",))]
+USUAL = [(*CHANGES[2], ("rowwise",))]
 
 
 @pytest.mark.parametrize(

@@ -105,7 +105,6 @@ def off_the_mesh():
         [
             ("columns", "adam", "explicit", "split", ("bags",)),
             ("replicated", "sgd", "auto", "split", ("ids",)),
-            ("rows and copies", "clipped", "explicit", "everywhere", ("ids",)),
             ("rows and columns", "rowwise_adagrad", "auto", "split", ("ids",)),
         ],
         [

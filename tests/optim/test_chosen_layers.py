@@ -180,7 +180,9 @@ def by_name(tree):
 FRAMEWORKS = {"nnx": Nnx, "nnx.State": NnxState, "equinox": Equinox, "brainstate": Brainstate}
 
 
-@pytest.mark.parametrize("framework", FRAMEWORKS)
+@pytest.mark.parametrize(
+    "framework", [pytest.param(x, marks=pytest.mark.exhaustive if x == "nnx.State" else ()) for x in FRAMEWORKS]
+)
 def test_a_step_trains_the_rows_that_were_read_in_place(framework):
     ours = FRAMEWORKS[framework]()
     memory = ours.memory()

@@ -287,6 +287,7 @@ def test_two_processes_go_on_from_one_and_give_what_one_gives(text, tmp_path):
 
 
 # A process that is stopped keeps its connections, like one behind a network that is cut.
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     "cases",
     [

@@ -59,7 +59,11 @@ class OwnRows:
         size: int,
     ) -> Float[Array, "stored *part"]:
         """Write rows where `read` has read them."""
-        return write_block(weight, values, start)
+        return write_block(weight, self.part_of(values, size), start)
+
+    def part_of(self, values: Float[Array, "share *dim"], size: int) -> Float[Array, "size *part"]:
+        """Take this device's part of `size` rows of which it has a share."""
+        return values
 
     def exist(self, ids: Int[Array, " block"]) -> Bool[Array, " block"]:
         """Tell the rows that have a meaning."""

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from jaxtyping import Array, Bool, Float, Int, Int32, PyTree, Shaped
 
 from .._base.distinct import Distinct, Slots
+from .layout import Split
 from .stored_rows import StoredRows
 
 if TYPE_CHECKING:
@@ -315,9 +316,9 @@ class Storage(abc.ABC):
         """The logits of all rows in the order of their ids; `of_rows(ids, rows, x)` gives those of some rows."""
 
 
-def storage_on_mesh(call: str, *on_mesh: Any) -> Storage:
-    """Make the storage that the arguments of `embax.shard` describe; the last one is the shape of the rows.
+def storage_on_mesh(call: str, split: Split, shape: Sequence[int]) -> Storage:
+    """Check how a table of a shape, `(rows, *dim)`, is to be split, and make its storage.
 
     By name, since the core leans on no other package.
     """
-    return importlib.import_module("embax._mesh.storage").storage_of(call, *on_mesh)
+    return importlib.import_module("embax._mesh.storage").storage_of(call, split, shape)

@@ -14,6 +14,7 @@ from .._base import check as _check
 from . import flax_state as _flax
 from .dense import DENSE
 from .held_rows import HeldRows, OfRows, is_label
+from .layout import Layout, Split
 from .storage import Storage, storage_on_mesh
 
 PaddingRows = int | tuple[int, ...] | None
@@ -119,7 +120,7 @@ class Table(OfRows):
         dtype: DTypeLike = jnp.float32,
         mesh: Any = None,
         axis: str | Sequence[str] = (),
-        layout: Any = "rows",
+        layout: Layout = "rows",
         columns: str | None = None,
         skew: float = 2.0,
         pool_at_owners: bool = False,
@@ -137,11 +138,11 @@ class Table(OfRows):
             standard deviation `1 / sqrt(dim)`, so that rows have a norm near 1.
           dtype: The dtype of the weight.
           mesh: The mesh that the table is to be split over, as by `embax.shard`. Default: none.
-          axis: With a mesh, as there.
-          layout: With a mesh, as there.
-          columns: With a mesh, as there.
-          skew: With a mesh, as there.
-          pool_at_owners: With a mesh, as there.
+          axis: The mesh axis, or axes, over which rows are split; of the layout `"columns"`, the columns.
+          layout: How rows are split: `"rows"`, `"rows-cyclic"`, `"columns"` or `"replicated"`.
+          columns: With a layout of rows: the mesh axis over which the columns are split, too.
+          skew: How many times the mean a device may ask another one for in a round, at least 1, dimensionless.
+          pool_at_owners: Whether the owners of rows sum those of a bag, where a sum is less to send than rows.
           **rules: The rules of `Table`, by name.
 
         Returns:
@@ -167,8 +168,8 @@ class Table(OfRows):
 
         storage = DENSE
         if mesh is not None:
-            on_mesh = mesh, axis, layout, columns, skew, pool_at_owners
-            storage = storage_on_mesh("embax.Table.create", *on_mesh, (rows, *axes))
+            split = Split(mesh, axis, layout, columns, skew, pool_at_owners)
+            storage = storage_on_mesh("embax.Table.create", split, (rows, *axes))
         return cls(storage.created(fresh), storage=storage, **rules)
 
     @property

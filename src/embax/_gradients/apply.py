@@ -1,4 +1,8 @@
-"""apply_updates and global_norm: trees of arrays, Tables and RowGrads, and the check of what is given for a table."""
+"""apply_updates and global_norm: trees of arrays, Tables and RowGrads, and the check of what is given for a table.
+
+For instance, the update `RowGrad([4, 1, 4], values)` of a table of a million rows adds to rows 1 and 4, and to row 4
+twice; no other row is read or written.
+"""
 
 import dataclasses
 import functools

@@ -1,4 +1,8 @@
-"""Which leaves of a tree are not differentiated, since they are no parameters of an Equinox module."""
+"""Which leaves of a tree are not differentiated, since they are no parameters of an Equinox module.
+
+For instance, of a module with a table, a bias and `jax.nn.relu`, the function is left out; of the dict `{"step": 3}`,
+which is no module, nothing is left out, and JAX itself refuses the integer.
+"""
 
 import sys
 

@@ -1,4 +1,8 @@
-"""How a gradient that is dense without need is announced: in terms of what the loss does, and where."""
+"""How a gradient that is dense without need is announced: in terms of what the loss does, and where.
+
+For instance, `table.weight.sum()` gives every row a gradient. The program of the gradient ends in `broadcast_in_dim`:
+the message says that the loss sums over all rows of its weight, names the line, and advises `embax.lookup`.
+"""
 
 import functools
 import os
@@ -9,7 +13,7 @@ from jax.extend import source_info_util
 from jaxtyping import PyTree
 
 from .._core.table import Table
-from ._analysis.forms import Form, Reason
+from ._analysis.form import Form, Reason
 
 OnDense = Literal["error", "warn", "allow"]
 

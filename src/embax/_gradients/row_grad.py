@@ -1,21 +1,20 @@
-"""RowGrad: the gradient, or the update, of the rows of a table that were read."""
+"""RowGrad: the gradient, or the update, of the rows of a table that were read.
 
-import functools
-import math
-from collections.abc import Callable
+For instance, a loss that looks up the ids `[4, 1, 4]` of a table of a million rows has a gradient of 3 ids and 3 rows
+of values, in which row 4 occurs twice. `row_keys` holds the ids, and `row_sums` adds rows up.
+"""
+
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 from jaxtyping import Array, Float, Inexact, Int, Key, PyTree, Shaped
 
 from .._base import check as _check
-from .._base import distinct as _dedupe
-from .._core import ids as _ids
 from .._core.held_rows import HeldRows, bare, is_label
 from .._core.table import Table
+from . import row_checks, row_sums
 from .row_keys import HINT, KEYS, decode, encode
 
 
@@ -81,26 +80,7 @@ class RowGrad(HeldRows, metaclass=_KindOfRowGrad):
 
     def __init__(self, ids: Any, values: PyTree, rows: int):
         rows = _check.size("embax.RowGrad(rows=...)", rows)
-        ids = ids if hasattr(ids, "dtype") else np.asarray(ids, np.int32 if len(ids) == 0 else None)
-        values = jnp.asarray(values)
-        if not jnp.issubdtype(ids.dtype, jnp.integer):
-            raise TypeError(f"`embax.RowGrad(ids=...)` must be of an integer dtype, got {ids.dtype}. Cast them.")
-        if not jnp.issubdtype(values.dtype, jnp.inexact):
-            raise TypeError(f"`embax.RowGrad(values=...)` must be of a float dtype, got {values.dtype}. Cast them.")
-        if ids.ndim != 1 or values.shape[:1] != ids.shape:
-            raise ValueError(
-                "`embax.RowGrad(ids=..., values=...)` must be of the shapes (length,) and (length, *dim), got "
-                f"{ids.shape} and {values.shape}. Flatten the ids, and give one value for each."
-            )
-        if not isinstance(ids, Tracer):
-            ids = np.asarray(ids)  # compares small integers with large ones, too
-            bad = (ids < 0) | (ids > rows)
-            if bad.any():
-                position = int(bad.argmax())
-                raise ValueError(
-                    f"`embax.RowGrad(ids=...)` must be in [0, {rows}], {rows} for none, got {int(ids[position])} at "
-                    f"position {position}. Wrap negative ids, and leave out those without a row."
-                )
+        ids, values = row_checks.rows_given(ids, values, rows)
         _fill(self, encode(ids, rows), values, rows)
 
     @property
@@ -125,11 +105,12 @@ class RowGrad(HeldRows, metaclass=_KindOfRowGrad):
 
     def to_dense(self) -> Inexact[Array, "*lanes_rows_dim"]:
         """Return the gradient as an array of all rows; duplicates are summed in float32 or wider."""
-        return _dense(self)
+        return row_sums.dense(self._keys, self.values, self.rows)
 
     def deduplicated(self) -> "RowGrad":
         """Return the same gradient with each id once, in rising order, of the same length; sums as in `to_dense`."""
-        return _deduplicated(self)
+        keys, values = row_sums.distinct(self._keys, self.values, self.rows)
+        return _fill(object.__new__(RowGrad), keys, values, self.rows)
 
     def sum(self, axis: int | tuple[int, ...] | None = None) -> "RowGrad":
         """Return the sum of lanes: a gradient with the rows of all of them.
@@ -161,7 +142,8 @@ class RowGrad(HeldRows, metaclass=_KindOfRowGrad):
                 f"`embax.RowGrad.sum(axis=...)` must name axes of the lanes {self.lanes}, got {axis}. Rows are summed "
                 "by to_dense().sum."
             )
-        return _joined(self, tuple(sorted(axis % lanes for axis in axes)))
+        keys, values = row_sums.joined(self._keys, self.values, tuple(sorted(axis % lanes for axis in axes)))
+        return _fill(object.__new__(RowGrad), keys, values, self.rows, self.at_owners)
 
     def psum(self, axis_name: Any) -> "RowGrad":
         """Return the sum over a mapped axis, as `jax.lax.psum` does for arrays: a gradient with the rows of all.
@@ -190,7 +172,7 @@ class RowGrad(HeldRows, metaclass=_KindOfRowGrad):
             return self
         other = bare(other)
         if not isinstance(other, RowGrad):
-            _refuse_array(other)
+            row_checks.refuse_array(other)
             return NotImplemented
         if (self.rows, self.dim, self.dtype) != (other.rows, other.dim, other.dtype):
             raise ValueError(
@@ -202,14 +184,15 @@ class RowGrad(HeldRows, metaclass=_KindOfRowGrad):
                 f"`RowGrad + RowGrad` must have the same lanes, got {self.lanes} and {other.lanes}. Sum lanes first: "
                 "g.sum(axis=0)."
             )
-        return _together(self, other)
+        keys, values = row_sums.together((self._keys, self.values), (other._keys, other.values))
+        return _fill(object.__new__(RowGrad), keys, values, self.rows)
 
     __radd__ = __add__
 
     def __sub__(self, other: PyTree) -> "RowGrad":
         other = bare(other)
         if not isinstance(other, RowGrad):
-            _refuse_array(other)
+            row_checks.refuse_array(other)
             return NotImplemented
         return self + -other
 
@@ -222,14 +205,14 @@ class RowGrad(HeldRows, metaclass=_KindOfRowGrad):
         return self
 
     def __mul__(self, factor: PyTree) -> "RowGrad":
-        if not _is_factor(factor, "factor * RowGrad"):
+        if isinstance(factor, RowGrad) or not row_checks.is_factor(factor, "factor * RowGrad"):
             return NotImplemented
         return self._with_values(self.values * jnp.asarray(factor, self.dtype))
 
     __rmul__ = __mul__
 
     def __truediv__(self, divisor: PyTree) -> "RowGrad":
-        if not _is_factor(divisor, "RowGrad / divisor"):
+        if isinstance(divisor, RowGrad) or not row_checks.is_factor(divisor, "RowGrad / divisor"):
             return NotImplemented
         return self._with_values(self.values / jnp.asarray(divisor, self.dtype))
 
@@ -251,26 +234,6 @@ class RowGrad(HeldRows, metaclass=_KindOfRowGrad):
         shape = ",".join(map(str, values.shape))
         lanes = f"lanes {self.lanes}, each of " if self.lanes else ""
         return f"RowGrad({lanes}{self._keys.shape[-1]} ids of {self.rows} rows, {values.dtype}[{shape}])"
-
-
-def _refuse_array(other: PyTree) -> None:
-    """Raise a TypeError for an array that is added to a RowGrad, or the other way round, as optax does to apply one."""
-    if hasattr(other, "shape"):
-        raise TypeError(
-            f"`RowGrad + ...` must be of another RowGrad, got an array of the shape {other.shape}. Apply updates with "
-            "embax.apply_updates, put transformations inside of embax.optim.lift, or add to_dense()."
-        )
-
-
-def _is_factor(factor: PyTree, call: str) -> bool:
-    """Tell whether a gradient can be scaled by something, and refuse arrays."""
-    if isinstance(factor, RowGrad) or (not hasattr(factor, "shape") and not isinstance(factor, int | float)):
-        return False
-    if jnp.ndim(factor):
-        raise ValueError(
-            f"`{call}` must have a scalar factor, got shape {jnp.shape(factor)}. Scale `values` for a factor an id."
-        )
-    return True
 
 
 def row_grad(
@@ -311,54 +274,6 @@ jax.tree_util.register_pytree_with_keys(
     lambda static, leaves: _rebuilt(static, *leaves),
     lambda gradient: ((gradient.values, gradient._keys), (gradient.rows, gradient.at_owners)),
 )
-
-
-# What follows is compiled so that an eager call runs one program.
-
-
-@functools.partial(jax.jit, inline=True)
-def _dense(gradient: RowGrad) -> Inexact[Array, "*lanes_rows_dim"]:
-    def dense(ids: Int[Array, " length"], values: Inexact[Array, "length *dim"]) -> Inexact[Array, "rows *dim"]:
-        wide = values.astype(_dedupe.accumulator(values.dtype))
-        zeros = jnp.zeros((gradient.rows, *gradient.dim), wide.dtype)
-        return zeros.at[ids].add(wide, mode="drop").astype(values.dtype)
-
-    return _of_each_lane(gradient, dense)
-
-
-@functools.partial(jax.jit, inline=True)
-def _deduplicated(gradient: RowGrad) -> RowGrad:
-    def distinct(ids: Int[Array, " length"], values: Float[Array, "length *dim"]) -> RowGrad:
-        _, combined = _dedupe.combine(None, ids, values, gradient.rows)
-        return row_grad(combined.ids, combined.values, gradient.rows)
-
-    return _of_each_lane(gradient, distinct)
-
-
-def _of_each_lane(gradient: RowGrad, function: Callable[[Any, Any], Any]) -> PyTree:
-    for _ in gradient.lanes:
-        function = jax.vmap(function)
-    return function(_ids.on_every_device(gradient.ids), _ids.on_every_device(gradient.values))
-
-
-@functools.partial(jax.jit, static_argnums=1, inline=True)
-def _joined(gradient: RowGrad, summed: tuple[int, ...]) -> RowGrad:
-    """The sum of some axes of lanes."""
-    sizes, dim, keys, values = gradient.lanes, gradient.dim, gradient._keys, gradient.values
-    kept = [axis for axis in range(len(sizes)) if axis not in summed]
-    shape = (*(sizes[axis] for axis in kept), math.prod(sizes[axis] for axis in summed) * keys.shape[-1])
-    keys = jnp.transpose(keys, (*kept, *summed, len(sizes))).reshape(shape)
-    values = jnp.transpose(values, (*kept, *summed, *range(len(sizes), values.ndim))).reshape(*shape, *dim)
-    return _fill(object.__new__(RowGrad), keys, values, gradient.rows, gradient.at_owners)
-
-
-@functools.partial(jax.jit, inline=True)
-def _together(one: RowGrad, other: RowGrad) -> RowGrad:
-    """The rows of two gradients."""
-    axis = len(one.lanes)
-    keys = jnp.concatenate([one._keys, other._keys], axis)
-    values = jnp.concatenate([one.values, other.values], axis)
-    return _fill(object.__new__(RowGrad), keys, values, one.rows)
 
 
 def is_trained(table: Table) -> bool:

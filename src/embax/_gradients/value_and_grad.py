@@ -1,4 +1,8 @@
-"""value_and_grad and grad: gradients of a loss in which the tables' are held as the rows that were read."""
+"""value_and_grad and grad: gradients of a loss in which the tables' are held as the rows that were read.
+
+For instance, of `lookup(table, [4, 1, 4]).sum()` the value is a number, and the gradient three ids and three rows of
+ones, of a table of any number of rows.
+"""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -72,25 +76,9 @@ def value_and_grad(
       >>> gradient["scale"].shape
       (4,)
     """
-    on_dense = _check.choice("embax.value_and_grad(on_dense=...)", on_dense, OnDense)
-    options = Options(
-        "embax.value_and_grad",
-        argnums,
-        has_aux,
-        holomorphic,
-        allow_int,
-        on_dense,
-        checked("embax.value_and_grad", tables),
-    )
     plain = jax.value_and_grad(fun, argnums, has_aux, holomorphic, allow_int)  # which checks them
-
-    @functools.wraps(fun)
-    def value_and_gradient(*args: PyTree, **kwargs: PyTree) -> PyTree:
-        if not options.fit(args):
-            return plain(*args, **kwargs)  # which says what is wrong
-        return evaluate(fun, options, args, kwargs)
-
-    return value_and_gradient
+    options = _options("embax.value_and_grad", argnums, has_aux, holomorphic, allow_int, on_dense, tables)
+    return _differentiated(fun, plain, options, lambda out, gradient: (out, gradient))
 
 
 def grad(
@@ -127,15 +115,36 @@ def grad(
       >>> embax.grad(lambda table: embax.lookup(table, [3, 5]).sum())(table)
       RowGrad(2 ids of 1000 rows, float32[2,4])
     """
-    on_dense = _check.choice("embax.grad(on_dense=...)", on_dense, OnDense)
-    options = Options("embax.grad", argnums, has_aux, holomorphic, allow_int, on_dense, checked("embax.grad", tables))
     plain = jax.grad(fun, argnums, has_aux, holomorphic, allow_int)
+    options = _options("embax.grad", argnums, has_aux, holomorphic, allow_int, on_dense, tables)
+    return _differentiated(fun, plain, options, lambda out, gradient: (gradient, out[1]) if has_aux else gradient)
+
+
+def _options(
+    call: str,
+    argnums: int | Sequence[int],
+    has_aux: bool,
+    holomorphic: bool,
+    allow_int: bool,
+    on_dense: OnDense,
+    tables: Chooser | None,
+) -> Options:
+    on_dense = _check.choice(f"{call}(on_dense=...)", on_dense, OnDense)
+    return Options(call, argnums, has_aux, holomorphic, allow_int, on_dense, checked(call, tables))
+
+
+def _differentiated(
+    fun: Callable[..., PyTree],
+    plain: Callable[..., PyTree],
+    options: Options,
+    result: Callable[[PyTree, PyTree], PyTree],
+) -> Callable[..., PyTree]:
+    """Make the function that a caller gets; `result(out, gradient)` is what it returns."""
 
     @functools.wraps(fun)
-    def gradient(*args: PyTree, **kwargs: PyTree) -> PyTree:
+    def differentiated(*args: PyTree, **kwargs: PyTree) -> PyTree:
         if not options.fit(args):
-            return plain(*args, **kwargs)
-        out, gradient = evaluate(fun, options, args, kwargs)
-        return (gradient, out[1]) if has_aux else gradient
+            return plain(*args, **kwargs)  # which says what is wrong
+        return result(*evaluate(fun, options, args, kwargs))
 
-    return gradient
+    return differentiated

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from .._base.axes import laid_out_as, on_every_device, resharded
 from .._base.dtypes import index_dtype
-from .._base.row_blocks import read_block, write_block
+from .._base.row_blocks import read_block
 from .._core.own_rows import Block, OwnRows
 from .exchange import start_of_device
 from .placement import Placement
@@ -64,17 +64,11 @@ class ShardedRows(OwnRows):
         ids = placement.ids(start_of_device(placement, index) + local)
         return Block(start, jnp.where(local < placement.block, ids, self.rows), rows)
 
-    def write(
-        self,
-        weight: Float[Array, "stored *part"],
-        values: Float[Array, "share *dim"],
-        start: Int[Array, ""],
-        size: int,
-    ) -> Float[Array, "stored *part"]:
-        """Write rows where `read` has read them."""
-        if self.placement.columns is not None:
-            values = jax.lax.all_to_all(values, self.placement.columns, 1, 0, tiled=True)[:size]
-        return write_block(weight, values, start)
+    def part_of(self, values: Float[Array, "share *dim"], size: int) -> Float[Array, "size *part"]:
+        """Take this device's part of `size` rows of which it has a share."""
+        if self.placement.columns is None:
+            return values
+        return jax.lax.all_to_all(values, self.placement.columns, 1, 0, tiled=True)[:size]
 
     def highest(self, values: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
         """The largest of all owners' values."""

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -12,8 +12,7 @@ from jaxtyping import Array, Int
 
 from .._base import check as _check
 from .._base.axes import is_explicit
-
-Layout = Literal["rows", "rows-cyclic", "columns", "replicated"]
+from .._core.layout import Layout, Split
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,26 +184,12 @@ class Placement:
         return -(-batch // self.devices) * self.column_shards
 
 
-def placement_of(
-    call: str,
-    mesh: Any,
-    axis: str | Sequence[str],
-    layout: Layout,
-    columns: str | None,
-    skew: float,
-    pool_at_owners: bool,
-    shape: Sequence[int],
-) -> Placement:
-    """Check how a table is to be placed.
+def placement_of(call: str, split: Split, shape: Sequence[int]) -> Placement:
+    """Check how a table is to be split, and say where its rows are then.
 
     Args:
       call: The call for the messages.
-      mesh: The mesh.
-      axis: As in `embax.shard`.
-      layout: As there.
-      columns: As there.
-      skew: As there.
-      pool_at_owners: As there.
+      split: What was asked for.
       shape: The rows and the sizes of a row's axes.
 
     Returns:
@@ -214,9 +199,10 @@ def placement_of(
       TypeError: If the mesh is none.
       ValueError: If an argument is outside of its range, or the columns do not divide.
     """
+    mesh, axis, columns = split.mesh, split.axis, split.columns
     if not isinstance(mesh, Mesh | AbstractMesh):
         raise TypeError(f"`{call}(mesh=...)` must be a jax.sharding.Mesh, got {type(mesh).__name__}. Make one.")
-    layout = _check.choice(f"{call}(layout=...)", layout, Layout)
+    layout = _check.choice(f"{call}(layout=...)", split.layout, Layout)
     axes: tuple[str, ...] = (axis,) if isinstance(axis, str) else tuple(axis or ())
     named: list[str] = [*axes, *([columns] if columns is not None else [])]
     if not axes or len(set(named)) < len(named) or not set(named) <= set(mesh.axis_names):
@@ -231,10 +217,10 @@ def placement_of(
                 f"{columns!r}. For rows and columns, pass layout='rows'."
             )
         axes, columns = (), named[0] if layout == "columns" else None
-    skew = _check.positive(f"{call}(skew=...)", skew)
+    skew = _check.positive(f"{call}(skew=...)", split.skew)
     if not 1 <= skew < math.inf:
         raise ValueError(f"`{call}(skew=...)` must be finite and at least 1, got {skew}. Pass 2.0, say.")
-    pool_at_owners = _check.flag(f"{call}(pool_at_owners=...)", pool_at_owners)
+    pool_at_owners = _check.flag(f"{call}(pool_at_owners=...)", split.pool_at_owners)
     placement = Placement(mesh, axes, columns, layout == "rows-cyclic", 0, skew, pool_at_owners)
     placement = with_rows(call, placement, shape[0])
     if columns is not None and (len(shape) < 2 or shape[1] % placement.column_shards):

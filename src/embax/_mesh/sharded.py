@@ -8,7 +8,7 @@ from typing import TypeVar
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Int, Int32, PyTree, Shaped
+from jaxtyping import Array, DTypeLike, Int, Int32, PyTree, Shaped
 
 from .._base import distinct as _dedupe
 from .._base.axes import is_explicit, laid_out_as, on_every_device, resharded
@@ -91,7 +91,11 @@ def put(
 
 
 def combine(
-    placement: Placement, ids: Int[Array, " length"], values: Shaped[Array, "length *dim"], dim: tuple[int, ...]
+    placement: Placement,
+    ids: Int[Array, " length"],
+    values: Shaped[Array, "length *dim"],
+    dim: tuple[int, ...],
+    dtype: DTypeLike | None = None,
 ) -> tuple[Distinct, Int32[Array, ""]]:
     """Sum the values of each row where it is stored, the ids being split over all devices.
 
@@ -100,6 +104,7 @@ def combine(
       ids: Row numbers; any outside of `[0, rows)` stands for no row.
       values: A row for each.
       dim: The sizes of a row's axes.
+      dtype: The dtype of the sums. Default: that of the values, in which parts of rows are sent.
 
     Returns:
       The distinct rows, laid out as their owners are; and whether rows had to be dealt out to others, 0 or 1.
@@ -108,6 +113,7 @@ def combine(
 
     def local(ids: Array, values: Array) -> tuple[Array, Array, Array]:
         positions, values = group_of(placement, placement.positions(ids)), _own_columns(placement, values)
+        values = values if dtype is None else values.astype(dtype)
         held, sums, crowded = _exchange.summed_at_owners(placement, positions, values, placement.copy_axes)
         return placement.ids(held), sums, crowded.astype(jnp.int32)
 

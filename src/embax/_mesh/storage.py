@@ -14,6 +14,7 @@ from jaxtyping import Array, PyTree
 from .._base.axes import is_explicit, laid_out
 from .._base.distinct import Distinct, Slots, accumulator
 from .._base.dtypes import index_dtype
+from .._core.layout import Split
 from .._core.own_rows import OwnRows
 from .._core.storage import Storage, WriteMode
 from .._core.table import Table
@@ -234,7 +235,7 @@ class Sharded(Storage):
         if not distinct and jnp.finfo(leaf.dtype).bits >= 32:
             return self.put(leaf, ids, values, "add")
         if not distinct:
-            _, (ids, values, _), _ = self.combine(None, ids, values.astype(jnp.float32), self.placement.rows, dim)
+            (ids, values, _), _ = _sharded.combine(self.placement, ids, values, dim, jnp.float32)
         return self.store(leaf, ids, values, dim, "add")
 
     def laid_out(self, leaf: Array, dim: tuple[int, ...]) -> Array:
@@ -323,6 +324,6 @@ class Sharded(Storage):
         return tokens.restored(logits, x)
 
 
-def storage_of(call: str, *on_mesh: PyTree) -> Sharded:
-    """Check the arguments of `embax.shard`, as `placement_of` does, and make the storage."""
-    return Sharded(placement_of(call, *on_mesh))
+def storage_of(call: str, split: Split, shape: Sequence[int]) -> Sharded:
+    """Check how a table of a shape, `(rows, *dim)`, is to be split, and make its storage."""
+    return Sharded(placement_of(call, split, shape))

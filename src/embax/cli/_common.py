@@ -45,13 +45,22 @@ def formats() -> tuple[str, ...]:
     return embax.files.FORMATS
 
 
+def option_of_format(help: str) -> Any:
+    """Make an option that is the name of a format of files."""
+    return typer.Option(callback=one_of_formats, autocompletion=lambda: list(formats()), help=help)
+
+
+def option_of(*names: str, help: str) -> Any:
+    """Make an option that is one of some names."""
+    text = " or ".join(names) if len(names) == 2 else f"one of {', '.join(names)}"
+    return typer.Option(
+        callback=rule(lambda value: value in names, text), autocompletion=lambda: list(names), help=help
+    )
+
+
 To = Annotated[
     str | None,
-    typer.Option(
-        callback=one_of_formats,
-        autocompletion=lambda: list(formats()),
-        help="The format to write. Default: by the suffix of the output; for - and pipes it has to be given.",
-    ),
+    option_of_format("The format to write. Default: by the suffix of the output; for - and pipes it has to be given."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")]
 Number = Annotated[int, typer.Option("-k", callback=at_least_one, help="How many to print.")]

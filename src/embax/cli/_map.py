@@ -13,8 +13,8 @@ from ._common import (
     name_of,
     not_negative,
     note,
+    option_of,
     print_json,
-    rule,
     short_name,
 )
 from ._display import waiting
@@ -38,9 +38,8 @@ def map_(
     ],
     to: Annotated[
         str | None,
-        typer.Option(
-            callback=rule(lambda value: value in _KINDS, "png or html"),
-            autocompletion=lambda: list(_KINDS),
+        option_of(
+            *_KINDS,
             help="What to draw: png or html. Default: by the suffix of the output; for - and pipes it has to be given.",
         ),
     ] = None,
@@ -53,11 +52,7 @@ def map_(
     ] = 300,
     method: Annotated[
         str,
-        typer.Option(
-            callback=rule(lambda value: value in ("pca", "umap"), "pca or umap"),
-            autocompletion=lambda: ["pca", "umap"],
-            help='How directions become points: pca, or umap, which needs "embax[umap]".',
-        ),
+        option_of("pca", "umap", help='How directions become points: pca, or umap, which needs "embax[umap]".'),
     ] = "pca",
     seed: Annotated[int, typer.Option(callback=not_negative, help="Of umap's random numbers.")] = 0,
     json: Json = False,

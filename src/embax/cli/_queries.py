@@ -9,11 +9,11 @@ from ._common import (
     Number,
     UserError,
     in_one_line,
+    option_of,
     plain_table,
     print_json,
     print_table,
     printable,
-    rule,
 )
 from ._display import waiting
 from ._reading import Reading, VectorsFile, load, reads_vectors
@@ -72,11 +72,7 @@ def analogy(
     number: Number = 10,
     method: Annotated[
         str,
-        typer.Option(
-            callback=rule(lambda value: value in ("add", "mul"), "add or mul"),
-            autocompletion=lambda: ["add", "mul"],
-            help="add: the cosine to the sum of directions. mul: the product of cosines, 3CosMul.",
-        ),
+        option_of("add", "mul", help="add: the cosine to the sum of directions. mul: the product of cosines, 3CosMul."),
     ] = "add",
     json: Json = False,
 ) -> None:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
-from ._common import at_least_one, formats, in_one_line, one_of_formats, rule, short_name
+from ._common import at_least_one, in_one_line, option_of, option_of_format, rule, short_name
 from ._display import waiting
 
 if TYPE_CHECKING:
@@ -46,11 +46,7 @@ VectorsFile = Annotated[
 ]
 Format = Annotated[
     str | None,
-    typer.Option(
-        callback=one_of_formats,
-        autocompletion=lambda: list(formats()),
-        help="The format of the file. Default: that of its content.",
-    ),
+    option_of_format("The format of the file. Default: that of its content."),
 ]
 Limit = Annotated[int | None, typer.Option(callback=at_least_one, help="Read the first rows only, as many.")]
 Encoding = Annotated[
@@ -59,9 +55,8 @@ Encoding = Annotated[
 ]
 Errors = Annotated[
     str,
-    typer.Option(
-        callback=rule(lambda value: value in _ERRORS, f"one of {', '.join(_ERRORS)}"),
-        autocompletion=lambda: list(_ERRORS),
+    option_of(
+        *_ERRORS,
         help="What becomes of tokens that are not of the encoding: escape keeps their bytes, replace puts U+FFFD, "
         "strict ends with an error.",
     ),

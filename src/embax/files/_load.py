@@ -2,6 +2,7 @@
 
 import os
 from pathlib import PurePath
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import DTypeLike
@@ -57,16 +58,7 @@ def load(
       >>> embax.files.load(path).weight.shape
       (2, 3)
     """
-    return load_identified(
-        path,
-        format=format,
-        limit=limit,
-        dtype=dtype,
-        mmap=mmap,
-        encoding=encoding,
-        errors=errors,
-        max_expansion=max_expansion,
-    )[1]
+    return read(path, Asked(format, limit, dtype, mmap, encoding, errors, max_expansion))[1]
 
 
 def load_identified(
@@ -108,6 +100,24 @@ def load_identified(
       >>> identity.format, contents.weight.shape
       ('word2vec', (2, 3))
     """
+    return read(path, Asked(format, limit, dtype, mmap, encoding, errors, max_expansion))
+
+
+class Asked(NamedTuple):
+    """The arguments of `load`, unchecked."""
+
+    format: str | None
+    limit: int | None
+    dtype: DTypeLike | None
+    mmap: bool | None
+    encoding: str
+    errors: Errors
+    max_expansion: float
+
+
+def read(path: str | os.PathLike[str], asked: Asked) -> tuple[Identity, Contents]:
+    """Check what a caller asks for, and do what `load_identified` does."""
+    format, limit, dtype, mmap, encoding, errors, max_expansion = asked
     chosen = None if format is None else BY_NAME[_check.choice("embax.files.load(format=...)", format, FORMATS)]
     options = Options(
         None if limit is None else _check.size("embax.files.load(limit=...)", limit),

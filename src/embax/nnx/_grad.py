@@ -1,7 +1,7 @@
 """value_and_grad and grad: of NNX modules, in which the gradient of an Embedding is the rows that were read."""
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from flax import nnx
@@ -69,14 +69,7 @@ def value_and_grad(
     options = {"holomorphic": holomorphic, "allow_int": allow_int, "on_dense": on_dense, "tables": tables}
     if f is None:
         return functools.partial(value_and_grad, argnums=argnums, has_aux=has_aux, **options)  # pyright: ignore
-    differentiated = _differentiated("embax.nnx.value_and_grad", f, argnums, has_aux, **options)
-
-    @functools.wraps(f)
-    def value_and_gradient(*args: PyTree, **kwargs: PyTree) -> PyTree:
-        value, aux, gradient = differentiated(args, kwargs)
-        return (value, aux) if has_aux else value, gradient
-
-    return value_and_gradient
+    return _differentiated("embax.nnx.value_and_grad", f, argnums, has_aux, with_value=True, **options)
 
 
 def grad(
@@ -117,14 +110,7 @@ def grad(
     options = {"holomorphic": holomorphic, "allow_int": allow_int, "on_dense": on_dense, "tables": tables}
     if f is None:
         return functools.partial(grad, argnums=argnums, has_aux=has_aux, **options)  # pyright: ignore
-    differentiated = _differentiated("embax.nnx.grad", f, argnums, has_aux, **options)
-
-    @functools.wraps(f)
-    def gradient(*args: PyTree, **kwargs: PyTree) -> PyTree:
-        _, aux, gradient = differentiated(args, kwargs)
-        return (gradient, aux) if has_aux else gradient
-
-    return gradient
+    return _differentiated("embax.nnx.grad", f, argnums, has_aux, with_value=False, **options)
 
 
 def _differentiated(
@@ -134,9 +120,10 @@ def _differentiated(
     has_aux: bool,
     on_dense: OnDense,
     tables: Chooser | None,
+    with_value: bool,
     **options: Any,
-) -> Callable[[Sequence[PyTree], Mapping[str, PyTree]], tuple[PyTree, PyTree, PyTree]]:
-    """Make the function that returns the value, the auxiliary output and the gradient."""
+) -> Callable[..., PyTree]:
+    """Make the function that returns the gradient, and the value and the auxiliary output where they are asked for."""
     on_dense = _check.choice(f"{call}(on_dense=...)", on_dense, OnDense)
     tables = checked(call, tables)
     several = isinstance(argnums, Sequence)
@@ -146,19 +133,23 @@ def _differentiated(
     ]
     asked = [(_check.integer(f"{call}(argnums=...)", number), filter) for number, filter in asked]
 
-    def differentiated(args: PyTree, kwargs: PyTree) -> tuple[PyTree, PyTree, PyTree]:
+    @functools.wraps(f)
+    def differentiated(*args: PyTree, **kwargs: PyTree) -> PyTree:
         filters = {_position(call, number, len(args)): filter for number, filter in asked}
         if len(filters) < len(asked):
             raise ValueError(
                 f"`{call}(argnums=...)` must name no argument twice, got {argnums} repeated. Leave one out."
             )
-        of_core = Options(call, tuple(filters), True, on_dense=on_dense, tables=tables, stacklevel=7, **options)
+        of_core = Options(call, tuple(filters), True, on_dense=on_dense, tables=tables, stacklevel=6, **options)
         with nnx.update_context(CONTEXT):
             this = Call(lambda *args, **kwargs: checked_pair(call, has_aux, f(*args, **kwargs)), filters, args, kwargs)
             (value, changed), gradients = evaluate(this.run, of_core, this.trees, {})
             aux = this.update(changed)
         gradients = [this.gradient(number, tree) for number, tree in zip(filters, gradients, strict=True)]
-        return value, aux, tuple(gradients) if several else gradients[0]
+        gradient = tuple(gradients) if several else gradients[0]
+        if with_value:
+            return (value, aux) if has_aux else value, gradient
+        return (gradient, aux) if has_aux else gradient
 
     return differentiated
 

@@ -9,10 +9,10 @@ import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
 from .._base import check as _check
+from .._core.layout import Layout, Split
 from .._core.table import Table, with_weight
 from .._gradients.row_grad import is_trained
-from .._mesh.placement import Layout, placement_of
-from .._mesh.storage import Sharded
+from .._mesh.storage import storage_of
 from ._frequencies import CALL, Frequencies, law_of
 from ._results import Optimizer, Plan
 from ._traffic import TableStep
@@ -49,11 +49,11 @@ def plan(
       mesh: The sizes of the mesh's axes by name, the first one being the major one; or a mesh.
       ids: How many ids a step looks up in each table, on all devices together: one number for all tables, or a
         number by table, or the numbers of several lookups in one table.
-      axis: As in `embax.shard`.
-      layout: As there.
-      columns: As there.
-      skew: As there.
-      pool_at_owners: As there.
+      axis: The mesh axis, or axes, over which rows are split; of the layout `"columns"`, the columns.
+      layout: How rows are split: `"rows"`, `"rows-cyclic"`, `"columns"` or `"replicated"`.
+      columns: With a layout of rows: the mesh axis over which the columns are split, too.
+      skew: How many times the mean a device may ask another one for in a round, at least 1, dimensionless.
+      pool_at_owners: Whether the owners of rows sum those of a bag, where a sum is less to send than rows.
       bag_length: How many ids a bag has, if a table is read by `embax.embedding_bag` in bags of one length, which have
         no weights and are summed or averaged; by table, or one for all. Default: none, ids are looked up.
       frequencies: How often each row is read: `"uniform"`; the exponent `s` of Zipf's law, row `r` being read in
@@ -76,7 +76,7 @@ def plan(
       (5263200, 1.05)
     """
     sizes = _axis_sizes(mesh)
-    abstract: Any = AbstractMesh(tuple(sizes.values()), tuple(sizes))
+    split = Split(AbstractMesh(tuple(sizes.values()), tuple(sizes)), axis, layout, columns, skew, pool_at_owners)
     if not isinstance(tables, Mapping) or not all(isinstance(x, Table | jax.ShapeDtypeStruct) for x in tables.values()):
         raise TypeError(
             f"`{CALL}(tables=...)` must be Tables or jax.ShapeDtypeStructs by name, got {tables!r}. Pass "
@@ -86,14 +86,14 @@ def plan(
     plans = {}
     for name, table in tables.items():
         shape, dtype, trained = _shape(name, table)
-        placement = placement_of(CALL, abstract, axis, layout, columns, skew, pool_at_owners, shape)
+        storage = storage_of(CALL, split, shape)
         numbers = _of_table("ids", ids, name)
         numbers = numbers if isinstance(numbers, Sequence) and not isinstance(numbers, str) else (numbers,)
         lookups = tuple(_check.size(f"{CALL}(ids=...)", number) for number in numbers)
-        law = law_of(placement, name, _of_table("frequencies", frequencies, name))
-        of_bag = _bag_length(_of_table("bag_length", bag_length, name), lookups, name)
+        law = law_of(storage.placement, name, _of_table("frequencies", frequencies, name))
+        of_bag = _bag_length(_of_table("bag_length", bag_length, name), lookups, name, dtype)
         rules = table if isinstance(table, Table) else Table(jnp.zeros(0))
-        placed = with_weight(rules, jax.ShapeDtypeStruct(shape, dtype), storage=Sharded(placement))
+        placed = with_weight(rules, jax.ShapeDtypeStruct(shape, dtype), storage=storage)
         plans[name] = TableStep(placed, law, lookups, of_bag, optimizer if trained else None).planned(name)
     return Plan(plans)
 
@@ -120,9 +120,14 @@ def _shape(name: str, table: Table | jax.ShapeDtypeStruct) -> tuple[tuple[int, .
     return tuple(table.shape), np.dtype(table.dtype), bool(jnp.issubdtype(table.dtype, jnp.inexact))
 
 
-def _bag_length(length: Any, lookups: Sequence[int], name: str) -> int | None:
+def _bag_length(length: Any, lookups: Sequence[int], name: str, dtype: np.dtype) -> int | None:
     if length is None:
         return None
+    if not jnp.issubdtype(dtype, jnp.inexact):
+        raise TypeError(
+            f"`{CALL}(bag_length=...)` must be None for {name!r}, which is of {dtype}, got {length!r}. Bags are of "
+            "floats: leave it out, or cast the table."
+        )
     length = _check.size(f"{CALL}(bag_length=...)", length)
     if length == 0 or any(ids % length for ids in lookups):
         raise ValueError(

@@ -1,5 +1,6 @@
 """shard and unshard: tables onto a mesh and back."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,13 +14,13 @@ from .._core import ids as _ids
 from .._core.dense import DENSE
 from .._core.held import held, table_of
 from .._core.held_rows import HeldRows
+from .._core.layout import Layout, Split
 from .._core.modules import is_module, with_tables
 from .._core.stored_rows import StoredRows
 from .._core.table import Table, has_weight, with_weight
 from .._features.made_for import MadeFor
 from .._mesh import sharded as _placed
-from .._mesh.placement import Layout, placement_of
-from .._mesh.storage import Sharded
+from .._mesh.storage import storage_of as storage_on_mesh
 
 
 def shard(
@@ -63,7 +64,7 @@ def shard(
         `weight`, such as Vectors. From it, each device gets its own rows and no others.
       mesh: The mesh.
       axis: The mesh axis, or axes, over which rows are split; of `"columns"`, the columns.
-      layout: How.
+      layout: How rows are split: `"rows"`, `"rows-cyclic"`, `"columns"` or `"replicated"`.
       columns: With a layout of rows: the mesh axis over which the columns are split, too.
       skew: How many times the mean a device may ask another one for in a round, at least 1, dimensionless.
       pool_at_owners: Whether the owners of rows sum, or average, those of a bag, and send a partial sum for each bag
@@ -87,9 +88,8 @@ def shard(
       Array([[0., 1., 0.],
              [0., 0., 0.]], dtype=float32)
     """
-
-    def storage_of(shape: Sequence[int]) -> Sharded:
-        return Sharded(placement_of("embax.shard", mesh, axis, layout, columns, skew, pool_at_owners, shape))
+    split = Split(mesh, axis, layout, columns, skew, pool_at_owners)
+    storage_of = functools.partial(storage_on_mesh, "embax.shard", split)
 
     rows = getattr(tree, "weight", tree)
     if isinstance(rows, np.ndarray) and not isinstance(tree, Table):

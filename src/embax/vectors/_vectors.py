@@ -11,6 +11,7 @@ from numpy.typing import ArrayLike, DTypeLike
 from .. import files
 from .._core.table import Table
 from ..files._io.open import split_path
+from ..files._load import Asked, read
 from ..vocabulary import UnknownTokenError as UnknownTokenError
 from ..vocabulary._vocabulary import Errors, Vocabulary
 from ._directions import NotFiniteWarning as NotFiniteWarning
@@ -124,17 +125,8 @@ class Vectors(Queries):
         Example:
           See `save`.
         """
-        contents = files.load(
-            path,
-            format=format,
-            limit=limit,
-            dtype=dtype,
-            mmap=mmap,
-            encoding=encoding,
-            errors=errors,
-            max_expansion=max_expansion,
-        )
-        vectors = cls(*contents)
+        asked = Asked(format, limit, dtype, mmap, encoding, errors, max_expansion)
+        vectors = cls(*read(path, asked)[1])
         vectors._path = None if files.is_stream(split_path(path)[0]) else os.fspath(path)
         if not is_mapped(vectors.weight):  # of which nothing is read before it is used
             vectors._say_what_is_not_finite(os.fspath(path))

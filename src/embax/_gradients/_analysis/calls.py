@@ -23,7 +23,8 @@ from jaxtyping import PyTree
 
 from ..._base.dtypes import index_dtype
 from .equations import CALLS, NO_AXES, ScanSizes, before_sum, inner, programs_of, without_constants
-from .forms import AllKnown, Memo
+from .form import AllKnown
+from .forms import Memo
 from .rows import Rows, Term, replicated
 
 Evaluate = Callable[..., tuple[list[PyTree], list[list[Term]]]]
@@ -42,7 +43,7 @@ def run_equation(
     """Run an equation that holds programs.
 
     Args:
-      evaluate: Runs a program, as `_program.evaluate`, given what is known of its inputs.
+      evaluate: Runs a program, as `program.evaluate`, given what is known of its inputs.
       eqn: The equation.
       known: What is known of its operands, where it calls a program.
       arrays: Outputs that are wanted as arrays.

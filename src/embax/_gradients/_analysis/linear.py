@@ -1,7 +1,7 @@
 """Linear equations: how one equation of a gradient's program makes a sum of rows from other sums.
 
 The program of a gradient adds, scales and casts arrays of the weight's shape that are zero but for some rows. Each rule
-here says of a primitive how its output is such a sum; `_terms` computes the sum. For instance:
+here says of a primitive how its output is such a sum; `terms` computes the sum. For instance:
 
     a = add_rows values ids    adds rows of its own, and needs both operands
     b = mul a 0.5              is a sum of the terms of a, each times 0.5

@@ -1,4 +1,8 @@
-"""Openings: how one output of an equation is a sum of its operands and of rows."""
+"""Openings: how one output of an equation is a sum of its operands and of rows.
+
+For instance, `d = add_any b c` has `Opening({0: True, 1: True})`: the terms of both operands, as they are. With 4 ids,
+`add_rows values ids` has `Opening(arrays=(0, 1), ids=4)`: it sums no operand, needs both as arrays, and adds 4 rows.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple

@@ -1,7 +1,7 @@
 """Programs run with rows for outputs: what of a gradient's program is still needed, and how it is computed.
 
 A pass over the equations, from the last to the first, decides which variables are needed as arrays and which as terms
-(`_forms` says how each is a sum), and leaves out the rest. An example, of `lookup(table, ids).sum() * 2`, of which the
+(`forms` says how each is a sum), and leaves out the rest. An example, of `lookup(table, ids).sum() * 2`, of which the
 gradient is wanted as terms:
 
     a = broadcast_in_dim 2.0     needed as an array, by b
@@ -10,7 +10,7 @@ gradient is wanted as terms:
     d = add_any c b              needed as terms: those of c and of b
 
 What is needed as it is runs as JAX has made it, in segments as long as possible, with its names, contexts and effects.
-A call, a scan or a cond that gives both arrays and terms runs once for both (`_calls`). A value that is missing raises
+A call, a scan or a cond that gives both arrays and terms runs once for both (`calls`). A value that is missing raises
 a KeyError: none is ever made up.
 """
 
@@ -24,7 +24,8 @@ from jaxtyping import PyTree
 
 from .calls import RUNNERS, run_equation
 from .equations import CALLS, ScanSizes, inner, programs_of, without_constants
-from .forms import AllKnown, Forms, Memo
+from .form import AllKnown, Forms
+from .forms import Memo
 from .opening import Opening
 from .rows import Term
 from .terms import terms_of
@@ -50,7 +51,7 @@ class Opened(NamedTuple):
     known: AllKnown  # of its operands, where it calls a program
 
 
-class Plan(NamedTuple):
+class Schedule(NamedTuple):
     """What is to be run for some outputs."""
 
     steps: list[Segment | Opened]
@@ -83,7 +84,7 @@ def evaluate(
     Returns:
       Both.
     """
-    plan = plan_of(jaxpr, tuple(arrays_out), tuple(terms_out), memo or Memo(), known)
+    schedule = schedule_of(jaxpr, tuple(arrays_out), tuple(terms_out), memo or Memo(), known)
     arrays: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
     arrays.update((v, x) for v, x in zip(jaxpr.invars, args, strict=True) if x is not None)
     sums: dict[Any, list[Term]] = {jaxpr.invars[k]: list(x) for k, x in terms.items()}
@@ -94,7 +95,7 @@ def evaluate(
     def read_terms(v: Any) -> list[Term]:
         return sums[v] if not isinstance(v, Literal) and v in sums else [read(v)]
 
-    for step in plan.steps:
+    for step in schedule.steps:
         if isinstance(step, Segment):
             arrays.update(zip(step.outvars, step.run(*(arrays[v] for v in step.invars)), strict=True))
             continue
@@ -113,14 +114,14 @@ def evaluate(
     return [read(jaxpr.outvars[j]) for j in arrays_out], [read_terms(jaxpr.outvars[j]) for j in terms_out]
 
 
-def plan_of(
+def schedule_of(
     jaxpr: Jaxpr, arrays_out: tuple[int, ...], terms_out: tuple[int, ...], memo: Memo, known: AllKnown = ()
-) -> Plan:
+) -> Schedule:
     """Decide what is to be run."""
-    return _Planner(jaxpr, memo.forms(jaxpr, known), memo).plan(arrays_out, terms_out)
+    return _Scheduler(jaxpr, memo.forms(jaxpr, known), memo).schedule(arrays_out, terms_out)
 
 
-class _Planner:
+class _Scheduler:
     """Goes through a program from its end."""
 
     def __init__(self, jaxpr: Jaxpr, forms: Forms, memo: Memo):
@@ -131,7 +132,7 @@ class _Planner:
         self.plain: list[JaxprEqn] = []  # of the segment at hand, the last one first
         self.after: set[Var] = set()  # arrays that are needed by what comes after it
 
-    def plan(self, arrays_out: tuple[int, ...], terms_out: tuple[int, ...]) -> Plan:
+    def schedule(self, arrays_out: tuple[int, ...], terms_out: tuple[int, ...]) -> Schedule:
         for j in arrays_out:
             self._need(self.jaxpr.outvars[j])
         for j in terms_out:
@@ -141,7 +142,7 @@ class _Planner:
         self._close()
         places = {v: k for k, v in enumerate(self.jaxpr.invars)}
         arrays, terms = (frozenset(places[v] for v in some if v in places) for some in (self.arrays, self.terms))
-        return Plan(self.steps[::-1], arrays, terms)
+        return Schedule(self.steps[::-1], arrays, terms)
 
     def _need(self, v: Any) -> None:
         if not isinstance(v, Literal):
@@ -180,15 +181,15 @@ class _Planner:
     ) -> tuple[frozenset[int], frozenset[int]]:
         """Which operands an equation needs as arrays, and which as terms."""
         if eqn.primitive.name in CALLS:
-            plan = plan_of(inner(programs_of(eqn)[0])[0], arrays, terms, self.memo, known)
-            return plan.arrays, plan.terms
+            schedule = schedule_of(inner(programs_of(eqn)[0])[0], arrays, terms, self.memo, known)
+            return schedule.arrays, schedule.terms
         openings = [self.forms.openings[eqn.outvars[j]] for j in terms]
         taken = frozenset(k for opening in openings for k in opening.terms)
         if eqn.primitive.name not in RUNNERS:
             return frozenset(k for opening in openings for k in opening.arrays), taken
         if eqn.primitive.name == "cond":
-            plans = [plan_of(inner(branch)[0], arrays, terms, self.memo) for branch in programs_of(eqn)]
-            return frozenset({0}).union(*({k + 1 for k in plan.arrays} for plan in plans)), taken
+            schedules = [schedule_of(inner(branch)[0], arrays, terms, self.memo) for branch in programs_of(eqn)]
+            return frozenset({0}).union(*({k + 1 for k in schedule.arrays} for schedule in schedules)), taken
         dropped = set()
         if eqn.primitive.name == "scan":
             consts = ScanSizes.of(eqn).consts

@@ -1,4 +1,7 @@
-"""Rows: some rows of an array of zeros, a term of a gradient."""
+"""Rows: some rows of an array of zeros, a term of a gradient.
+
+For instance, `Rows(ids=[1, 3, 9], values=[u, v, w])` of an array of 4 rows is `[0, u, 0, v]`: there is no row 9.
+"""
 
 import dataclasses
 import functools

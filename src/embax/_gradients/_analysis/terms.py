@@ -1,6 +1,6 @@
 """Terms: the arrays and the rows that a variable of a gradient's program is a sum of, computed without the sum itself.
 
-A term is an array of all rows, or `Rows`. Continuing the example of `_linear`, with the ids `[1, 3]`:
+A term is an array of all rows, or `Rows`. Continuing the example of `linear`, with the ids `[1, 3]`:
 
     terms of a: Rows([1, 3], [u, v])
     terms of b: Rows([1, 3], [u / 2, v / 2])

@@ -39,18 +39,7 @@ def _read(source: Source, options: Options) -> Contents:
 
 
 def write_arrow(path: str | os.PathLike[str], contents: Contents) -> None:
-    """Write vectors as an Arrow IPC file: columns `token`, `vector` and, where there are counts, `count`.
-
-    What special tokens stand for is not kept. bfloat16, which Arrow does not know, becomes float32.
-
-    Args:
-      path: The destination.
-      contents: What to write.
-
-    Raises:
-      ValueError: If the vectors have no number.
-      OSError: If the file cannot be written.
-    """
+    """Write an Arrow IPC file, as `write_batches` lays it out."""
     write_batches(path, contents, arrow().ipc.new_file)
 
 

@@ -159,9 +159,10 @@ def write_batches(
     contents: Contents,
     writer_to: Callable[[BinaryIO, Any], contextlib.AbstractContextManager],
 ) -> None:
-    r"""Write vectors as record batches: columns `token`, `vector` and perhaps `count`.
+    r"""Write vectors as record batches: columns `token`, `vector` and, where there are counts, `count`.
 
-    Bytes of tokens that are not UTF-8 become `\xNN`, as Arrow's strings are text.
+    Bytes of tokens that are not UTF-8 become `\xNN`, as Arrow's strings are text. bfloat16, which Arrow does not know,
+    becomes float32. What special tokens stand for is not kept.
 
     Args:
       path: The destination.

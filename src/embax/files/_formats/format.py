@@ -9,7 +9,12 @@ from .._io.open import Source
 
 
 class Format(NamedTuple):
-    """A format of vector files."""
+    """A format of vector files.
+
+    `read` takes the file, opened at its start, and what the caller wants, and raises a FormatError, which names the
+    place, for a file that is not of the format or damaged. `write` replaces an existing file when the new one is whole,
+    and raises a ValueError for contents that the format cannot hold, and an OSError if the file cannot be written.
+    """
 
     name: str  # what `format=` calls it
     suffixes: tuple[str, ...]  # by which a file to write is taken for it, such as ".bin"

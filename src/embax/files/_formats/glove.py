@@ -23,18 +23,7 @@ def recognises(source: Source) -> bool:
 
 
 def read(source: Source, options: Options) -> Contents:
-    """Read a file of GloVe's.
-
-    Args:
-      source: The file.
-      options: What the caller wants.
-
-    Returns:
-      What it holds.
-
-    Raises:
-      FormatError: If it is not of this format.
-    """
+    """Read a file of GloVe's."""
     if options.mmap:
         raise source.error("text cannot be mapped into memory. Leave mmap=True out.")
     blocks = whole_lines(source)
@@ -50,16 +39,7 @@ def read(source: Source, options: Options) -> Contents:
 
 
 def write(path: str | os.PathLike[str], contents: Contents) -> None:
-    """Write a file of GloVe's.
-
-    Args:
-      path: The destination; an existing file is replaced.
-      contents: What to write, as float32.
-
-    Raises:
-      ValueError: If there are no rows, which the format cannot tell, or a token has a space, tab or newline in it.
-      OSError: If the file cannot be written.
-    """
+    """Write a file of GloVe's, which needs a row: there is no header to tell how many there are."""
     check_tokens(contents, NAME)
     if not len(contents.weight):
         raise ValueError(

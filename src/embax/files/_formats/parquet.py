@@ -116,18 +116,7 @@ def _sizes(source: Source, file: Any, columns: Columns) -> tuple[int, int]:
 
 
 def write_parquet(path: str | os.PathLike[str], contents: Contents) -> None:
-    """Write vectors as a parquet file: columns `token`, `vector` and, where there are counts, `count`.
-
-    What special tokens stand for is not kept. bfloat16, which Arrow does not know, becomes float32.
-
-    Args:
-      path: The destination.
-      contents: What to write.
-
-    Raises:
-      ValueError: If the vectors have no number.
-      OSError: If the file cannot be written.
-    """
+    """Write a parquet file, as `write_batches` lays it out."""
     arrow()
     from pyarrow.parquet import ParquetWriter
 

@@ -61,18 +61,7 @@ def recognises_text(source: Source) -> bool:
 
 
 def read_text(source: Source, options: Options) -> Contents:
-    """Read a text file of word2vec's or fastText's.
-
-    Args:
-      source: The file.
-      options: What the caller wants.
-
-    Returns:
-      What it holds.
-
-    Raises:
-      FormatError: If it is not of this format, or has more or fewer rows than it says.
-    """
+    """Read a text file of word2vec's or fastText's, which has as many rows as it says."""
     blocks = whole_lines(source)
     block = next(blocks, b"")
     header = _checked(source, options, _header(block))
@@ -92,18 +81,7 @@ def read_text(source: Source, options: Options) -> Contents:
 
 
 def read_binary(source: Source, options: Options) -> Contents:
-    """Read a binary file of word2vec's, with or without the end of a line after each row.
-
-    Args:
-      source: The file.
-      options: What the caller wants.
-
-    Returns:
-      What it holds.
-
-    Raises:
-      FormatError: If it is not of this format, truncated, or has more rows than it says.
-    """
+    """Read a binary file of word2vec's, with or without the end of a line after each row."""
     header = _checked(source, options, _header(source.start))
     source.read(header.size)
     rows = _Rows(source, options, header, 4 * header.dim + 1)
@@ -131,31 +109,13 @@ def read_binary(source: Source, options: Options) -> Contents:
 
 
 def write_text(path: str | os.PathLike[str], contents: Contents) -> None:
-    """Write a text file of word2vec's.
-
-    Args:
-      path: The destination; an existing file is replaced.
-      contents: What to write, as float32.
-
-    Raises:
-      ValueError: If a token has a space, tab or newline in it.
-      OSError: If the file cannot be written.
-    """
+    """Write a text file of word2vec's, in float32; no token may have a space, tab or newline."""
     check_tokens(contents, _TEXT)
     _write(path, contents, lines_of(contents))
 
 
 def write_binary(path: str | os.PathLike[str], contents: Contents) -> None:
-    """Write a binary file of word2vec's, without ends of lines.
-
-    Args:
-      path: The destination; an existing file is replaced.
-      contents: What to write, as float32.
-
-    Raises:
-      ValueError: If a token has a space or newline in it.
-      OSError: If the file cannot be written.
-    """
+    """Write a binary file of word2vec's, in float32, without ends of lines; no token may have a space or newline."""
     check_tokens(contents, _BINARY, b" \n")
     blocks = (
         b"".join(part for token, row in zip(tokens, rows, strict=True) for part in (token, b" ", row.data))

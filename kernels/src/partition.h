@@ -1,0 +1,143 @@
+// Positions of ids split into parts by their rows, so that threads work apart and duplicates meet.
+//
+// For example, ids 7 3 7 9 with 2 parts, of which the first has rows 3 and 7: its positions are 0 1 2, those of the
+// second 3. Blocks of ids are split at the same time; a part then has one segment of each block, in rising order.
+// Numbers of parts and blocks depend on the work and never on the threads, and so do the results.
+#pragma once
+
+#include <cstring>
+
+#include "memory.h"
+#include "parallel.h"
+#include "vectors.h"
+
+namespace embax::EMBAX_ISA {
+
+inline uint64_t mixed(int64_t id) { return static_cast<uint64_t>(id) * 0x9E3779B97F4A7C15ull; }
+
+// Which ids count: those with a row and, where bags have the gradients, with a bag.
+struct Counted {
+  int64_t rows;
+  const int32_t* bag_of = nullptr;
+  int64_t bags = 0;
+  bool operator()(int64_t id, int64_t i) const { return has_row(id, rows) && (!bag_of || has_row(bag_of[i], bags)); }
+};
+
+class Partition {
+ public:
+  // `row_bytes`: what moves for an id.
+  Partition(Ids ids, int64_t row_bytes) : ids_(ids) {
+    const int64_t number = ids.number, bytes = number * larger(row_bytes, 1);
+    const int64_t wanted = smaller(kMost, smaller(number / 16, larger(bytes / kAlone, number / 2048)));
+    while ((int64_t{2} << bits_) <= wanted) ++bits_;
+    block_ = bits_ ? larger(2048, (number + kMost - 1) / kMost) : larger(1, number);
+    blocks_ = (number + block_ - 1) / block_;
+  }
+
+  int64_t parts() const { return int64_t{1} << bits_; }
+
+  // Lays out the memory of this object.
+  void carve(Carver& carver) {
+    positions_ = carver.array<uint32_t>(ids_.number);
+    starts_ = carver.array<uint32_t>(blocks_ * (parts() + 1));
+    firsts_ = carver.array<int64_t>(parts() + 1);
+  }
+
+  void split(const Pool& pool, const Counted& counts) {
+    with_ids(ids_, [&](auto* ids) {
+      in_parallel(pool, blocks_, [&](int64_t block) {
+        if (bits_) {
+          split_block(block, ids, counts);
+        } else {
+          filter_block(block, ids, counts);
+        }
+      });
+    });
+    firsts_[0] = 0;
+    for (int64_t part = 0; part < parts(); ++part) {
+      int64_t size = 0;
+      for (int64_t block = 0; block < blocks_; ++block) size += segment_size(block, part);
+      firsts_[part + 1] = firsts_[part] + size;
+    }
+  }
+
+  // Where the ids of a part begin, counted over all parts before it; and how many count in all.
+  int64_t first(int64_t part) const { return firsts_[part]; }
+  int64_t size(int64_t part) const { return firsts_[part + 1] - firsts_[part]; }
+  int64_t total() const { return firsts_[parts()]; }
+
+  // Writes the positions of a part in rising order.
+  void collect(int64_t part, uint32_t* out) const {
+    for (int64_t block = 0; block < blocks_; ++block) {
+      const int64_t size = segment_size(block, part);
+      const uint32_t* from = positions_ + block * block_ + starts_[block * (parts() + 1) + part];
+      if (size) std::memcpy(out, from, static_cast<size_t>(size) * sizeof(uint32_t));
+      out += size;
+    }
+  }
+
+  const Ids& ids() const { return ids_; }
+  int part_bits() const { return bits_; }
+
+ private:
+  static constexpr int64_t kMost = 256;
+
+  int64_t segment_size(int64_t block, int64_t part) const {
+    const uint32_t* starts = starts_ + block * (parts() + 1) + part;
+    return starts[1] - starts[0];
+  }
+
+  // A counting sort by part; ids that do not count go behind.
+  template <typename Id>
+  void split_block(int64_t block, const Id* ids, const Counted& counts) {
+    const int64_t from = block * block_, to = smaller(from + block_, ids_.number), parts = this->parts();
+    const int shift = 64 - bits_;
+    uint32_t sizes[kMost + 1] = {};
+    uint32_t* starts = starts_ + block * (parts + 1);
+    const auto part_of = [&](int64_t i) {
+      const int64_t id = ids[i];
+      return counts(id, i) ? static_cast<int64_t>(mixed(id) >> shift) : parts;
+    };
+    for (int64_t i = from; i < to; ++i) ++sizes[part_of(i)];
+    uint32_t sum = 0;
+    for (int64_t part = 0; part <= parts; ++part) {
+      starts[part] = sum;
+      sum += sizes[part];
+      sizes[part] = starts[part];
+    }
+    for (int64_t i = from; i < to; ++i) positions_[from + sizes[part_of(i)]++] = static_cast<uint32_t>(i);
+  }
+
+  template <typename Id>
+  void filter_block(int64_t block, const Id* ids, const Counted& counts) {
+    const int64_t from = block * block_, to = smaller(from + block_, ids_.number);
+    uint32_t size = 0;
+    for (int64_t i = from; i < to; ++i) {
+      positions_[from + size] = static_cast<uint32_t>(i);
+      size += counts(ids[i], i);
+    }
+    starts_[2 * block] = 0;
+    starts_[2 * block + 1] = size;
+  }
+
+  Ids ids_;
+  int64_t block_ = 1, blocks_ = 0;
+  int bits_ = 0;  // of the number of a part
+  uint32_t* positions_ = nullptr;
+  uint32_t* starts_ = nullptr;  // of the segments, from the start of their block
+  int64_t* firsts_ = nullptr;
+};
+
+// Calls body(partition, part) for each part of the ids, on any thread.
+template <typename F>
+inline void for_each_part(const Pool& pool, Ids ids, const Counted& counts, int64_t row_bytes, F&& body) {
+  Partition partition(ids, row_bytes);
+  Carver carver;
+  partition.carve(carver);
+  carver.start(scratch(Holder::call, carver.used()));
+  partition.carve(carver);
+  partition.split(pool, counts);
+  in_parallel(pool, partition.parts(), [&](int64_t part) { body(partition, part); });
+}
+
+}  // namespace embax::EMBAX_ISA
