@@ -107,8 +107,14 @@ class Storage(abc.ABC):
         """Set rows, to equal values where an id occurs twice, or add to rows; an id without a row goes nowhere."""
 
     @abc.abstractmethod
-    def replace(self, leaf: Weight, ids: Int[Array, "*batch"], function: Callable[[Array, Array], Array]) -> Weight:
-        """Put `function(ids, rows)` in the place of the rows of some ids, in whatever shape suits."""
+    def replace(
+        self,
+        leaf: Weight,
+        ids: Int[Array, "*batch"],
+        function: Callable[[Array, Array], Array],
+        fill_value: float,
+    ) -> Weight:
+        """Put `function(ids, rows)` in the place of the rows of some ids, in whatever shape suits; as `take`, `put`."""
 
     @abc.abstractmethod
     def to_rows(self, leaf: Weight) -> Shaped[Array, "rows *dim"]:
