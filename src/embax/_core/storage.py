@@ -107,7 +107,13 @@ class Storage(abc.ABC):
         """Set rows or add to rows; ids without a row are dropped. To set, values of equal ids must be equal."""
 
     @abc.abstractmethod
-    def replace(self, leaf: Weight, ids: Int[Array, "*batch"], function: Callable[[Array, Array], Array]) -> Weight:
+    def replace(
+        self,
+        leaf: Weight,
+        ids: Int[Array, "*batch"],
+        function: Callable[[Array, Array], Array],
+        fill_value: float,
+    ) -> Weight:
         """Replace the rows of some ids by `function(ids, rows)`; the storage may reshape both for the call."""
 
     @abc.abstractmethod
