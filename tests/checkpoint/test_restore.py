@@ -26,11 +26,7 @@ from embax.checkpoint import _save
 
 WEIGHT = np.random.default_rng(0).normal(size=(101, 8)).astype(np.float32)
 
-
-@pytest.fixture(autouse=True)
-def _promotion():
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # which Orbax and optax rely on
-        yield
+pytestmark = pytest.mark.usefixtures("users_promotion")
 
 
 def made():

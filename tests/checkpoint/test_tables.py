@@ -20,11 +20,7 @@ TX = optax.chain(
     optax.multi_transform({"a": rowwise_adagrad(0.1), "b": lift(optax.adam(0.1))}, {"words": "a", "rows": "b"}),
 )
 
-
-@pytest.fixture(autouse=True)
-def _promotion():
-    with jax.numpy_dtype_promotion("standard"):  # optax needs it
-        yield
+pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 
 def params_of(rows=4, **rules):

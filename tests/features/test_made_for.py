@@ -25,11 +25,7 @@ TXS = {
     "chain": optax.chain(clip_by_global_norm(1.0), lift(optax.adam(0.1))),
 }
 
-
-@pytest.fixture(autouse=True)
-def _promotion():
-    with jax.numpy_dtype_promotion("standard"):  # optax needs it
-        yield
+pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 
 def of(rows=4, dim=3, **rules):

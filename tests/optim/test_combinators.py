@@ -20,11 +20,7 @@ from embax.optim import lift, rowwise_adagrad
 ROWS, DIM = 20, 3
 IDS = np.array([[1, 5, 1], [7, 2, -1]])  # two of them the same, and one the padding row of a table
 
-
-@pytest.fixture(autouse=True)
-def _promotion():
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # optax needs it
-        yield
+pytestmark = pytest.mark.usefixtures("users_promotion")
 
 
 def weight(*shape, seed=0):

@@ -29,11 +29,7 @@ TXS = {
 }
 REFUSED = r"`embax.optim.\S+.update\(state=...\)` must belong to .* had 5 rows, and has 8 now.*optimizer.carry_over"
 
-
-@pytest.fixture(autouse=True)
-def _promotion():
-    with jax.numpy_dtype_promotion("standard"):  # optax needs it
-        yield
+pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 
 def rest(key, shape, dtype):

@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import optim_reference as reference
 import pytest
+from closeness import bits
 from optim_steps import Together, host, take_step
 
 import embax
@@ -67,10 +68,7 @@ def some(*names):
     return Together({name: CASES[name][0] for name in names})
 
 
-@pytest.fixture(autouse=True)
-def _promotion():
-    with jax.numpy_dtype_promotion("standard"):  # optax needs it
-        yield
+pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 
 def weight(dtype="float32", shape=(ROWS, DIM), seed=0):
@@ -87,11 +85,6 @@ def gradient(step, shape=(ROWS, DIM), length=IDS):
     some_rows = np.append(rng.permutation(shape[0])[: shape[0] // 2], [PADDING, shape[0]])
     values = rng.normal(size=(length, *shape[1:])).astype(np.float32)
     return RowGrad(rng.choice(some_rows, length), values, rows=shape[0])
-
-
-def bits(tree):
-    """The bytes of each leaf."""
-    return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(tree)]
 
 
 @jax.tree_util.register_dataclass

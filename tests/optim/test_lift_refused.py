@@ -108,11 +108,7 @@ ACCEPTED_LIKE_ANOTHER = {"sgd", "adagrad", "adamw", "lion", "adabelief", "yogi",
 ACCEPTED_LIKE_ANOTHER |= {"adadelta", "adan", "ademamix", "rmsprop", "optimistic", "ema", "named_chain", "sign_sgd"}
 ACCEPTED_LIKE_ANOTHER |= {"masked_by_axes", "not_negative", "adopt", "radam"}
 
-
-@pytest.fixture(autouse=True)
-def _promotion():
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # optax needs it
-        yield
+pytestmark = pytest.mark.usefixtures("users_promotion")
 
 
 def weight(rows=ROWS, dim=DIM, seed=0):

@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array, PyTree, Shaped
@@ -29,7 +30,7 @@ from .loops import varying_alike
 def with_tangent(
     function: Callable[..., Shaped[Array, "*shape"]],
     value: Shaped[Array, "*shape"],
-    sources: Sequence[Array],
+    sources: Sequence[Array | np.ndarray],
     others: Sequence[Array] = (),
 ) -> Shaped[Array, "*shape"]:
     """Return a value, and add `function(*tangents of the sources, *others)` to its tangent.
@@ -83,7 +84,9 @@ def _batched(
 batching.fancy_primitive_batchers[with_tangent_p] = _batched
 
 
-def straight_through(value: Shaped[Array, "*shape"], source: Shaped[Array, "*shape"]) -> Shaped[Array, "*shape"]:
+def straight_through(
+    value: Shaped[Array, "*shape"], source: Shaped[Array | np.ndarray, "*shape"]
+) -> Shaped[Array, "*shape"]:
     """Return a value with the tangent of `source`, an array of the same type."""
     return with_tangent(_itself, value, [source])
 

@@ -87,10 +87,10 @@ class Dense(Storage):
         """Scatter the rows."""
         return _put.put(leaf, self.positions(ids, leaf.shape[0]), values, mode, explicit_sharding(leaf))
 
-    def replace(self, leaf: Array, ids: Array, function: Callable[[Array, Array], Array]) -> Array:
+    def replace(self, leaf: Array, ids: Array, function: Callable[[Array, Array], Array], fill_value: float) -> Array:
         """Gather the rows, call the function and scatter its result."""
         ids = on_every_device(ids)
-        return self.put(leaf, ids, function(ids, self.take(leaf, ids, 0)), "set")
+        return self.put(leaf, ids, function(ids, self.take(leaf, ids, fill_value)), "set")
 
     def to_rows(self, leaf: PyTree) -> PyTree:
         """The leaf itself, which is in row order."""

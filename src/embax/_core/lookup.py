@@ -113,12 +113,8 @@ def read_resolved(
 def _gather(
     table: Table, ids: Int[Array, "*batch"], counted: Bool[Array, "*batch"] | None
 ) -> Shaped[Array, "*batch_dim"]:
-    if not jnp.issubdtype(table.dtype, jnp.inexact):
-        return _take(table, _or_first(table, ids, counted), 0)
-    # np.nan, not a fresh float("nan"): NaN differs from itself, so a new object would recompile every eager call.
-    fill_value = 0 if table.out_of_range == "zero" else np.nan
-    rows = _take(constant(table), _or_first(table, ids, counted), fill_value)
-    if table.freeze:
+    rows = _take(constant(table), _or_first(table, ids, counted), _fill_value(table))
+    if table.freeze or not jnp.issubdtype(table.dtype, jnp.inexact):
         return rows
     tangent = functools.partial(rows_of_tangent, with_weight(table, None))
     return with_tangent(tangent, rows, [table.weight], [ids] if counted is None else [ids, counted])
@@ -236,8 +232,16 @@ def _clip_norm(rows: Array, axes: tuple[int, ...], max_norm: float, norm_type: f
 @jax.jit
 def _clipped_table(table: Table, ids: _ids.Ids) -> Shaped[Array, "rows *dim"]:
     ids = _ids.resolve(ids, table.rows, table.out_of_range)
-    # Duplicates write equal values; the padding row is written back unchanged.
-    return table.storage.replace(table.weight, ids, functools.partial(clipped_rows, table))
+    # Duplicates write equal values; the padding row is written back unchanged. The rows are read as a lookup reads
+    # them, so that XLA merges both reads, and runs a lookup of a donated table before the write.
+    clipped = functools.partial(clipped_rows, table)
+    return table.storage.replace(table.weight, ids, clipped, _fill_value(table))
+
+
+def _fill_value(table: Table) -> float:
+    """The number that an id without a row reads."""
+    # np.nan, not a fresh float("nan"): NaN differs from itself, so a new object would recompile every eager call.
+    return np.nan if jnp.issubdtype(table.dtype, jnp.inexact) and table.out_of_range != "zero" else 0
 
 
 def constant(table: Table) -> Table:

@@ -107,7 +107,13 @@ class Storage(abc.ABC):
         """Set rows or add to rows; ids without a row are dropped. To set, values of equal ids must be equal."""
 
     @abc.abstractmethod
-    def replace(self, leaf: Weight, ids: Int[Array, "*batch"], function: Callable[[Array, Array], Array]) -> Weight:
+    def replace(
+        self,
+        leaf: Weight,
+        ids: Int[Array, "*batch"],
+        function: Callable[[Array, Array], Array],
+        fill_value: float,
+    ) -> Weight:
         """Replace the rows of some ids by `function(ids, rows)`; the storage may reshape both for the call."""
 
     @abc.abstractmethod
@@ -234,7 +240,7 @@ class Storage(abc.ABC):
         ids: Int[Array, "*bags length"],
         counted: Bool[Array, "*bags length"],
         weights: Float[Array, "*bags length"] | None,
-    ) -> Float[Array, "*bags dim"]:
+    ) -> Float[Array, "*bags_dim"]:
         """Sum the rows of bags; `pool(table, ids, counted, weights)` does it for a dense table."""
         raise NotImplementedError
 

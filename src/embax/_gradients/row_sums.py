@@ -58,7 +58,9 @@ def _of_each_lane(function: Callable[[Any, Any], PyTree], keys: Keys, values: Va
 
 
 @functools.partial(jax.jit, static_argnums=2, inline=True)
-def joined(keys: Keys, values: Values, summed: tuple[int, ...]) -> tuple[Keys, Values]:
+def joined(
+    keys: Keys, values: Values, summed: tuple[int, ...]
+) -> tuple[Key[Array, "*kept total"], Inexact[Array, "*kept_total_dim"]]:
     """Sum some axes of lanes: concatenate their rows."""
     sizes, dim = keys.shape[:-1], values.shape[keys.ndim :]
     kept = [axis for axis in range(len(sizes)) if axis not in summed]
@@ -69,7 +71,10 @@ def joined(keys: Keys, values: Values, summed: tuple[int, ...]) -> tuple[Keys, V
 
 
 @functools.partial(jax.jit, inline=True)
-def together(one: tuple[Keys, Values], other: tuple[Keys, Values]) -> tuple[Keys, Values]:
+def together(
+    one: tuple[Key[Array, "*lanes one"], Inexact[Array, "*lanes_one_dim"]],
+    other: tuple[Key[Array, "*lanes other"], Inexact[Array, "*lanes_other_dim"]],
+) -> tuple[Key[Array, "*lanes total"], Inexact[Array, "*lanes_total_dim"]]:
     """Sum two gradients with the same lanes: concatenate their rows."""
     axis = one[0].ndim - 1
     return jnp.concatenate([one[0], other[0]], axis), jnp.concatenate([one[1], other[1]], axis)

@@ -11,7 +11,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, Key, UInt32
+from jaxtyping import Array, Bool, Float, Int, Integer, Key, UInt32
 from numpy.typing import ArrayLike
 
 from .._base import check as _check
@@ -209,7 +209,7 @@ def _length_of_piece(ends: UInt32[Array, " rows"], ids: Int[Array, "*batch"]) ->
     return (end - begin).astype(jnp.float32) * 2.0**-32
 
 
-def _draw_log_uniform(key: Key[Array, ""], samples: int, rows: int) -> Int[Array, " samples"]:
+def _draw_log_uniform(key: Key[Array, ""], samples: int, rows: int) -> Integer[Array, " samples"]:
     """Draw by the inverse of the distribution function: `r + 1 = floor((rows + 1) ** u)`."""
     real, whole, signed = (
         (jnp.float64, jnp.uint64, jnp.int64) if rows > np.iinfo(np.int32).max else (jnp.float32, jnp.uint32, jnp.int32)

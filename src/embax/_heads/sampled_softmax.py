@@ -159,7 +159,7 @@ def _left_out(
     drawn: Int[Array, " samples"],
     is_first: Bool[Array, " samples"],
     remove_hits: bool,
-) -> Bool[Array, "*batch samples"]:
+) -> Bool[Array, "*#batch #samples"]:
     """Which candidates do not count: padding rows, repeated draws and, for each vector, its own label."""
     of_all = _ids.is_padding(drawn, table.padding_idx) | ~is_first
     of_all = over_last(of_all, labels.ndim + 1)

@@ -20,7 +20,7 @@ is not known, the result is XLA's:
 
 import math
 from collections.abc import Callable, Hashable, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -40,6 +40,7 @@ INTEGERS = tuple(np.dtype(f"{kind}{bits}") for kind in ("int", "uint") for bits 
 Outs = Sequence[jax.ShapeDtypeStruct]
 
 
+@runtime_checkable
 class Batched(Protocol):
     """A function that computes all lanes of vmap in one call, for a primitive with one result.
 

@@ -19,7 +19,7 @@ class PoolsBags:
     include_last_offset: bool
     _CALL: ClassVar[str]  # the name of the class, for error messages
 
-    def _set_pooling(self, mode: Mode, include_last_offset: bool) -> None:
+    def _set_pooling(self, mode: object, include_last_offset: object) -> None:
         self.mode = _check.choice(f"{self._CALL}(mode=...)", mode, Mode)
         self.include_last_offset = _check.flag(f"{self._CALL}(include_last_offset=...)", include_last_offset)
 

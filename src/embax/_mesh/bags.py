@@ -46,7 +46,7 @@ def pooled_where_stored(
     ids: Int[Array, "*bags length"],
     counted: Bool[Array, "*bags length"],
     weights: Float[Array, "*bags length"] | None,
-) -> Float[Array, "*bags dim"]:
+) -> Float[Array, "*bags_dim"]:
     """Sum the rows of bags on their owners, the bags being split over all devices.
 
     Args:
@@ -98,7 +98,7 @@ def _on_bags(
     function: Callable[[Array, Array, Array | None], Array],
     ids: Int[Array, "*bags length"],
     weights: Float[Array, "*bags length"] | None,
-) -> Shaped[Array, "*bags dim"]:
+) -> Shaped[Array, "*bags_dim"]:
     """Call `function(weight, ids, weights)` on each device, with the bags, (bags, length), of its group."""
     placement: Any = table.placement
     bags, length = ids.shape[:-1], ids.shape[-1]

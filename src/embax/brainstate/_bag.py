@@ -133,7 +133,7 @@ class EmbeddingBag(PoolsBags, Embedding):
 
     def update(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, input: ArrayLike | Ragged, offsets: ArrayLike | None = None, per_sample_weights: ArrayLike | None = None
-    ) -> Shaped[Array, "*bags_dim"]:
+    ) -> Shaped[Array, "*bags_dim"] | brainunit.Quantity:
         """Read bags of indices and pool their rows; calling the layer does the same.
 
         Args:

@@ -241,7 +241,7 @@ class Embedding(brainstate.nn.Module, TableLayer):
             logits = logits if part is None else logits * part
         return logits
 
-    def update(self, indices: ArrayLike) -> Shaped[Array, "*batch_dim"]:
+    def update(self, indices: ArrayLike) -> Shaped[Array, "*batch_dim"] | brainunit.Quantity:
         """Read one row for each index; calling the layer does the same.
 
         Args:

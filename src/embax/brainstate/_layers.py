@@ -1,7 +1,7 @@
 """A registry of the layers that hold a state as their weight: the rules for training it are theirs, not the state's."""
 
 import weakref
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import brainstate
 
@@ -10,6 +10,7 @@ from .._core.table import Table, shared_rules
 from ._weight import split_unit
 
 
+@runtime_checkable
 class _Layer(Protocol):
     weight: brainstate.State
     padding_idx: int | None

@@ -41,7 +41,7 @@ class _Scattered(NamedTuple):
         """Describe a scatter-add; None if its operand has no axis of rows."""
         operand, _, updates = eqn.invars
         numbers, shape = eqn.params["dimension_numbers"], shape_of(operand)
-        batching, axes = len(numbers.operand_batching_dims), numbers.scatter_dims_to_operand_dims
+        batching, axes = len(numbers.operand_batching_dims), tuple(map(int, numbers.scatter_dims_to_operand_dims))
         if not numbers.operand_batching_dims == tuple(range(batching)) == numbers.scatter_indices_batching_dims:
             return None
         lanes = min(axes, default=batching)

@@ -7,7 +7,7 @@ import re
 import tarfile
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from typing import BinaryIO, Protocol, cast
+from typing import BinaryIO, Protocol, cast, runtime_checkable
 
 from .error import FormatError
 
@@ -26,6 +26,7 @@ _KINDS = (".safetensors.index.json", ".safetensors", ".npy")
 _SHOWN = 10
 
 
+@runtime_checkable
 class Archive(Protocol):
     """An archive that lists its files and opens them."""
 

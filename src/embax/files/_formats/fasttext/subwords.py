@@ -1,7 +1,7 @@
 """Sub-words: fastText's vectors of n-grams, from which every token gets a vector."""
 
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple, Protocol, final
+from typing import Any, NamedTuple, Protocol, final, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, Float, Float32, Int32, Int64
@@ -12,6 +12,7 @@ from ....vocabulary import Vocabulary
 from . import ngrams as _ngrams
 
 
+@runtime_checkable
 class Rows(Protocol):
     """A matrix of which rows can be taken: an array, or a compressed one."""
 
