@@ -1,4 +1,4 @@
-"""What bags cost on a CPU, beside XLA, torch, FBGEMM and what the memory allows; and many tables of one feature each."""
+"""The time of bags on a CPU, compared with XLA, torch, FBGEMM and the speed of memory; and of many small tables."""
 
 import argparse
 from collections.abc import Iterator, Mapping
