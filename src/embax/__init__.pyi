@@ -5,6 +5,7 @@ from . import checkpoint as checkpoint
 from . import equinox as equinox
 from . import evaluate as evaluate
 from . import files as files
+from . import kernels as kernels
 from . import maps as maps
 from . import nnx as nnx
 from . import optim as optim

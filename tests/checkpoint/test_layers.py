@@ -22,11 +22,7 @@ LONGER = np.random.default_rng(1).normal(size=(11, 4)).astype(np.float32)
 TX = embax.optim.lift(optax.adam(0.1))
 MESH = mesh_of({"x": 2})
 
-
-@pytest.fixture(autouse=True)
-def _promotion():
-    with jax.numpy_dtype_promotion("standard"):  # which optax relies on
-        yield
+pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 
 def table_of(weight, layout):
@@ -91,7 +87,9 @@ class Trained:
         return embax.to_state_dict(self.layer)["weight"]
 
 
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(x, marks=() if x == "equinox" else pytest.mark.exhaustive) for x in LAYERS]
+)
 def test_training_goes_on_in_any_layout(name, tmp_path):
     layouts = None, "rows-cyclic", "columns"
     for layout in layouts[:2]:
@@ -121,7 +119,7 @@ def test_states_of_flax_are_those_off_the_mesh():
         serialization.from_state_dict(nnx.to_pure_dict(nnx.state(layers["columns"])), {"embedding": LONGER})
 
 
-@pytest.mark.parametrize("layout", ["rows-cyclic", "rows"])
+@pytest.mark.parametrize("layout", [pytest.param("rows-cyclic", marks=pytest.mark.exhaustive), "rows"])
 def test_a_state_of_another_layout_brings_it_along(layout):
     """A plain array is taken for what it is: rows in the order of their ids."""
     off, on = (embax.nnx.Embedding.from_table(table_of(w, x)) for w, x in [(WEIGHT, None), (2 * WEIGHT, layout)])

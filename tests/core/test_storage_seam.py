@@ -32,6 +32,10 @@ KNOWN = {
     },
     "_base/axes.py": {"sharding.mesh": "of an array of JAX"},
     "_base/loops.py": {"sharding.mesh": "of an array of JAX"},
+    "_kernels/primitive.py": {
+        "jax.typeof(array).sharding.mesh": "of an array of JAX",
+        "axes.mesh": "of a program that is lowered",
+    },
     "_gradients/_analysis/forms.py": {"kind.storage != DENSE": "whether rows are those of an array, by their places"},
     "_gradients/_analysis/terms.py": {
         "jax.typeof(x).sharding.mesh": "of an array of JAX",

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
-from head_cases import assert_equal_trees, in_one_program
+from closeness import assert_close
+from head_cases import in_one_program
 from meshes import usual_and_rest
 
 import embax
@@ -94,9 +95,7 @@ def test_sums_run_in_float32(dtype):
 
 @pytest.mark.parametrize(
     ("dtype", "head"),
-    usual_and_rest(
-        [("float8_e4m3fn", "sampled"), ("float8_e5m2", "tied")], itertools.product(FLOAT8, ("sampled", "tied"))
-    ),
+    usual_and_rest([("float8_e5m2", "tied")], itertools.product(FLOAT8, ("sampled", "tied"))),
 )
 def test_the_sampled_loss_and_tied_tables(dtype, head):
     ids = np.array([3, 5, 0, 19, 7, 3])
@@ -119,4 +118,4 @@ def test_the_sampled_loss_and_tied_tables(dtype, head):
     (value, gradient), (expected, other) = actual["low"], actual["wide"]
     np.testing.assert_allclose(value, expected, rtol=1e-6 if head == "sampled" else steps(dtype))
     assert gradient.dtype == low.dtype
-    assert_equal_trees(gradient.astype(np.float32), other, rtol=steps(dtype), atol=steps(dtype))
+    assert_close(gradient.astype(np.float32), other, rtol=steps(dtype), atol=steps(dtype))

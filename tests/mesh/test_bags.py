@@ -1,4 +1,4 @@
-"""Bags that are pooled where their rows are stored: what they are off the mesh, and what they send."""
+"""Bags that owners pool: their results equal those on one device; and the bytes that they send."""
 
 import functools
 import itertools
@@ -98,6 +98,7 @@ def test_ids_that_crowd_on_one_device_are_all_summed(layout):
     np.testing.assert_array_equal(out, np.round(8 * WEIGHT)[bags].sum(1))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("axes", ["explicit", rest("auto")])
 def test_bags_of_any_shape_and_number(axes):
     whole = np.round(8 * WEIGHT)

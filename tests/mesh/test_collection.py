@@ -32,11 +32,7 @@ BATCH = {
 }
 TX = embax.optim.lift(optax.adagrad(0.1))
 
-
-@pytest.fixture(autouse=True)
-def _promotion():
-    with jax.numpy_dtype_promotion("standard"):  # optax needs it
-        yield
+pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 
 @waiting
@@ -55,7 +51,6 @@ def step(collection, state, batch):
 @pytest.mark.parametrize(
     ("layout", "axes", "features"),
     [
-        ("rows-cyclic", "explicit", ("film", "tag")),
         *(
             pytest.param(*case, tuple(BATCH), marks=pytest.mark.exhaustive)
             for case in [("rows-cyclic", "explicit"), ("rows", "auto"), ("columns", "auto"), ("replicated", "explicit")]

@@ -63,9 +63,8 @@ def off_the_mesh():
     ("layout", "axes", "names"),
     usual_and_rest(
         [
-            ("rows-cyclic", "explicit", ("scan of checkpoint", "cond", "bags")),
             ("rows and columns", "auto", ("vmap", "jit", "scaled")),
-            ("columns", "auto", ("scan of checkpoint",)),
+            ("columns", "auto", ("scan of checkpoint", "cond")),
         ],
         [(layout, axes, ALL) for layout in LAYOUTS for axes in ("auto", "explicit")],
     ),

@@ -22,11 +22,7 @@ OPTIMIZERS = {
     ),
 }
 
-
-@pytest.fixture(autouse=True)
-def _promotion():
-    with jax.numpy_dtype_promotion("standard"):  # which optax relies on
-        yield
+pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 
 BOTH = ("ids", "bags")  # that a loss may read
@@ -105,7 +101,6 @@ def off_the_mesh():
         [
             ("columns", "adam", "explicit", "split", ("bags",)),
             ("replicated", "sgd", "auto", "split", ("ids",)),
-            ("rows and copies", "clipped", "explicit", "everywhere", ("ids",)),
             ("rows and columns", "rowwise_adagrad", "auto", "split", ("ids",)),
         ],
         [

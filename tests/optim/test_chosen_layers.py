@@ -29,10 +29,7 @@ def adamw(tables=tables):
     return lift(optax.adamw(RATE, weight_decay=DECAY), tables=tables)
 
 
-@pytest.fixture(autouse=True)
-def _promotion():
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # optax and the layers rely on it
-        yield
+pytestmark = pytest.mark.usefixtures("users_promotion")
 
 
 # For each framework: a model, a step in place, how to look at the compiled step, the weights and the moments by name,
@@ -180,7 +177,9 @@ def by_name(tree):
 FRAMEWORKS = {"nnx": Nnx, "nnx.State": NnxState, "equinox": Equinox, "brainstate": Brainstate}
 
 
-@pytest.mark.parametrize("framework", FRAMEWORKS)
+@pytest.mark.parametrize(
+    "framework", [pytest.param(x, marks=pytest.mark.exhaustive if x == "nnx.State" else ()) for x in FRAMEWORKS]
+)
 def test_a_step_trains_the_rows_that_were_read_in_place(framework):
     ours = FRAMEWORKS[framework]()
     memory = ours.memory()

@@ -19,14 +19,15 @@ import embax
 
 ROOT = Path(__file__).parents[2]
 
-# What a test does that never ends well. The second one holds Python's lock, as a library can that waits in C++.
+# Tests that never end well. The second one holds Python's lock, like a library that waits in C++.
 BAD = {"aborts": "import os\n    os.abort()", "hangs": "import ctypes\n    ctypes.PyDLL(None).sleep(600)"}
 
 
 def run_as_make_does(folder, *options):
-    """Run the tests of a folder by the command of `make test`."""
-    lines = subprocess.run(["make", "--dry-run", "test"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    (command,) = re.findall(r"^.*/python (-m pytest .*)$", lines, re.MULTILINE)
+    """Run the tests of a folder by the command of `make test` for one area."""
+    make = ["make", "--dry-run", "test", "AREA=any"]
+    lines = subprocess.run(make, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    (command,) = re.findall(r"^.*/python (-m pytest .*) tests/any$", lines, re.MULTILINE)
     command = [sys.executable, *shlex.split(command), f"--config-file={ROOT / 'pyproject.toml'}", *options, str(folder)]
     # Of the plugins, these tests need the one alone that shares them out.
     command += ["-p", "xdist.plugin"]
@@ -87,9 +88,10 @@ def test_a_program_from_the_cache_reports_what_a_new_one_does(devices, own_cache
     assert bool(new[1]) == (devices > 1)
 
 
-def test_every_entry_of_the_tests_for_a_second_python_names_some(pytestconfig):
+@pytest.mark.parametrize("entries", ["_VERSIONS", "_XLA"])
+def test_every_entry_of_the_tests_that_run_twice_names_some(entries, pytestconfig):
     conftest = next(plugin for plugin in pytestconfig.pluginmanager.get_plugins() if hasattr(plugin, "_VERSIONS"))
-    for start in conftest._VERSIONS:
+    for start in getattr(conftest, entries):
         path, _, name = start.partition("::")
         assert (ROOT / path).exists()
         assert f"def {name}" in (ROOT / path).read_text() if name else True

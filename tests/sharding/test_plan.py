@@ -45,6 +45,7 @@ MORE_STEPS = {
     "rows-float16": ((2,), {"axis": "x", "skew": 1.5}, "sgd", "float16", [2048]),
     "rows-cyclic-adam-two-lookups": ((4,), {"axis": "x", "layout": "rows-cyclic"}, "adam", "float32", [2048, 1020]),
     "rows-and-columns-adagrad": ((2, 2), {"axis": "y", "columns": "x", "skew": 1.25}, "adagrad", "float32", [2048]),
+    "columns-sgd-float16": ((4,), {"axis": "x", "layout": "columns"}, "sgd", "float16", [2048]),
     "copies-rowwise-adagrad": ((2, 2), {"axis": "x", "skew": 1.25}, "rowwise_adagrad", "float32", [2048]),
     "rows-and-columns-adam": ((2, 2), {"axis": "y", "columns": "x", "skew": 1.25}, "adam", "float32", [2048]),
 }
@@ -335,6 +336,11 @@ REFUSED = {
     "pool_at_owners": (dict(pool_at_owners="yes"), TypeError, r"plan\(pool_at_owners=...\)` must be"),
     "bag_length": (dict(bag_length=3), ValueError, r"plan\(bag_length=...\)` must be 1 or more and divide the ids of"),
     "bag_length-zero": (dict(bag_length={"t": 0}), ValueError, r"plan\(bag_length=...\)` must be 1 or more"),
+    "bag_length-integers": (
+        dict(tables={"t": jax.ShapeDtypeStruct((10, 6), np.int8)}, bag_length=4),
+        TypeError,
+        r"plan\(bag_length=...\)` must be None for 't', which is of int8",
+    ),
     "optimizer": (dict(optimizer="lamb"), ValueError, r"plan\(optimizer=...\)` must be one of"),
 }
 

@@ -1,4 +1,9 @@
-"""Argument checks at the public boundary: each error names the call, the rule, the value seen and the fix."""
+"""Argument checks at the public boundary: each error names the call, the rule, the value seen and the fix.
+
+Each takes `argument`, the call and its argument for the message, and `value`, which the caller gave, and returns the
+value in the type that the rest of the package computes with. For instance, `size("embax.f(rows=...)", 3.0)` is 3, and
+`size("embax.f(rows=...)", -1)` raises "`embax.f(rows=...)` must not be negative, got -1. Pass 0 or more."
+"""
 
 import math
 import operator
@@ -8,14 +13,7 @@ import numpy as np
 
 
 def integer(argument: str, value: object) -> int:
-    """Return `value` as a Python int; a float that is a whole number is one too.
-
-    Args:
-      argument: The call and its argument for the message, as in `embax.f(size=...)`.
-      value: What the caller gave.
-
-    Returns:
-      The same number.
+    """Return `value` as a Python int; a float may be given if it is a whole number.
 
     Raises:
       TypeError: If `value` is not a whole number.
@@ -33,13 +31,6 @@ def integer(argument: str, value: object) -> int:
 def size(argument: str, value: object) -> int:
     """Return `value` as a Python int that is not negative.
 
-    Args:
-      argument: The call and its argument for the message.
-      value: What the caller gave.
-
-    Returns:
-      The same number.
-
     Raises:
       TypeError: If `value` is not a whole number.
       ValueError: If it is negative.
@@ -52,13 +43,6 @@ def size(argument: str, value: object) -> int:
 
 def positive(argument: str, value: object) -> float:
     """Return `value` as a Python float above zero (infinity included).
-
-    Args:
-      argument: The call and its argument for the message.
-      value: What the caller gave.
-
-    Returns:
-      The same number.
 
     Raises:
       TypeError: If `value` is not a real number.
@@ -76,7 +60,7 @@ def not_negative(argument: str, value: object, most: float | None = None) -> flo
     Args:
       argument: The call and its argument for the message.
       value: What the caller gave.
-      most: What it may be at most. Default: any finite number.
+      most: The upper limit, included. Default: none.
 
     Returns:
       The same number.
@@ -96,20 +80,13 @@ def _real(argument: str, value: object, rule: str) -> float:
     try:
         if isinstance(value, SupportsFloat | SupportsIndex) and not isinstance(value, bool | np.bool_):
             return float(value)
-        raise TypeError  # of float("3") and float(True), too
+        raise TypeError  # although float("3") and float(True) would work
     except (TypeError, ValueError):
         raise TypeError(f"`{argument}` must be {rule}, got {value!r}. Pass a float.") from None
 
 
 def flag(argument: str, value: object) -> bool:
     """Return `value` as a Python bool.
-
-    Args:
-      argument: The call and its argument for the message.
-      value: What the caller gave.
-
-    Returns:
-      The same truth value.
 
     Raises:
       TypeError: If `value` is not a bool.

@@ -1,7 +1,7 @@
-"""value_and_grad and grad: of NNX modules, in which the gradient of an Embedding is the rows that were read."""
+"""value_and_grad and grad for NNX modules; the gradient of an Embedding's Param is a RowGrad."""
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from flax import nnx
@@ -26,37 +26,37 @@ def value_and_grad(
     on_dense: OnDense = "warn",
     tables: Chooser | None = None,
 ) -> Callable[..., PyTree]:
-    """Differentiate a function of NNX modules; the gradient of an Embedding's Param holds the rows that were read.
+    """Differentiate a function of NNX modules; the gradient of an Embedding's Param holds only the rows that were read.
 
-    As `nnx.value_and_grad`, but that the Param of an `embax.nnx.Embedding` gets a `RowGrad`, in which an id occurs as
-    often as it was looked up. Time and memory follow the number of ids, not of rows. `embax.nnx.Optimizer` takes it.
-    What the function changes in the modules is kept, rows that `max_norm` has clipped among it.
+    Like `nnx.value_and_grad`, except that the Param of an `embax.nnx.Embedding` gets a `RowGrad`, in which an id occurs
+    as often as it was looked up. Time and memory follow the number of ids, not of rows. `embax.nnx.Optimizer` takes it.
+    Changes that the function makes to the modules are kept, such as rows clipped to `max_norm`.
 
-    Reads are followed through `nnx.vmap`, `scan`, `remat`, `cond`, `jit` and JAX's own transformations, as
-    `embax.value_and_grad` says; so does a warning where a gradient is dense. `f` runs once.
+    Reads are followed through `nnx.vmap`, `scan`, `remat`, `cond`, `jit` and JAX's own transformations, and a warning
+    is given for a dense gradient, as in `embax.value_and_grad`. `f` runs once.
 
     Args:
-      f: A function of modules and pytrees that returns a scalar, or `(scalar, aux)` with `has_aux`. Left out, the call
-        is a decorator.
-      argnums: The arguments to differentiate for: numbers, for the Params of modules and all of other arguments, or
-        `nnx.DiffState(number, filter)`.
-      has_aux: Whether `f` returns a pair, of which the second is passed on.
+      f: A function of modules and pytrees; returns a scalar, or `(scalar, aux)` with `has_aux`. Without it, the call
+        returns a decorator.
+      argnums: The arguments to differentiate: numbers, or `nnx.DiffState(number, filter)`. A number means the Params of
+        a module, or all of any other argument.
+      has_aux: Whether `f` returns a pair, whose second element is passed on.
       holomorphic: As in `jax.value_and_grad`.
       allow_int: As in `jax.value_and_grad`.
-      on_dense: What a dense gradient of a table is: an `"error"`, worth a `"warn"`, or no surprise, `"allow"`.
-      tables: A predicate `(path, leaf) -> bool` that chooses Params of other layers which are read as tables, by
-        `nnx.Embed`, `param[ids]` or `jnp.take`. Their gradients are RowGrads, too. The path is that of `jax.tree_util`
-        in the pure State of the module, such as `(DictKey("encoder"), DictKey("embedding"))`; the leaf is the array.
+      on_dense: What to do about a dense gradient of a table: raise an `"error"`, `"warn"`, or `"allow"` it.
+      tables: A predicate `(path, leaf) -> bool` that chooses Params of other layers as tables, read by `nnx.Embed`,
+        `param[ids]` or `jnp.take`. They get RowGrads, too. The path is that of `jax.tree_util` in the pure State of the
+        module, such as `(DictKey("encoder"), DictKey("embedding"))`; the leaf is the array.
 
     Returns:
       A function of the same arguments that returns `(value, gradient)`, or `((value, aux), gradient)` with `has_aux`.
       The gradient of a module is an `nnx.State`.
 
     Raises:
-      TypeError: If `argnums` is neither, or `tables` no function; when called, as `embax.value_and_grad`, and if there
-        is no such argument.
-      ValueError: When called, as `embax.value_and_grad`, if an argument is named twice, and if `tables` chooses what is
-        no array of floats with an axis of rows.
+      TypeError: If `argnums` or `tables` is of another type. When called: as `embax.value_and_grad`, and if an argument
+        does not exist.
+      ValueError: When called: as `embax.value_and_grad`, if an argument is named twice, and if `tables` chooses a leaf
+        that is not a float array with an axis of rows.
 
     Example:
       >>> import embax.nnx
@@ -69,14 +69,7 @@ def value_and_grad(
     options = {"holomorphic": holomorphic, "allow_int": allow_int, "on_dense": on_dense, "tables": tables}
     if f is None:
         return functools.partial(value_and_grad, argnums=argnums, has_aux=has_aux, **options)  # pyright: ignore
-    differentiated = _differentiated("embax.nnx.value_and_grad", f, argnums, has_aux, **options)
-
-    @functools.wraps(f)
-    def value_and_gradient(*args: PyTree, **kwargs: PyTree) -> PyTree:
-        value, aux, gradient = differentiated(args, kwargs)
-        return (value, aux) if has_aux else value, gradient
-
-    return value_and_gradient
+    return _differentiated("embax.nnx.value_and_grad", f, argnums, has_aux, with_value=True, **options)
 
 
 def grad(
@@ -89,23 +82,23 @@ def grad(
     on_dense: OnDense = "warn",
     tables: Chooser | None = None,
 ) -> Callable[..., PyTree]:
-    """Differentiate a function of NNX modules as `embax.nnx.value_and_grad` does, and return the gradient only.
+    """Differentiate a function of NNX modules, like `embax.nnx.value_and_grad`, and return the gradient only.
 
     Args:
-      f: As there.
-      argnums: As there.
-      has_aux: As there.
-      holomorphic: As there.
-      allow_int: As there.
-      on_dense: As there.
-      tables: As there.
+      f: As in `embax.nnx.value_and_grad`.
+      argnums: As in `embax.nnx.value_and_grad`.
+      has_aux: As in `embax.nnx.value_and_grad`.
+      holomorphic: As in `embax.nnx.value_and_grad`.
+      allow_int: As in `embax.nnx.value_and_grad`.
+      on_dense: As in `embax.nnx.value_and_grad`.
+      tables: As in `embax.nnx.value_and_grad`.
 
     Returns:
       A function that returns the gradient, or `(gradient, aux)` with `has_aux`.
 
     Raises:
-      TypeError: As there.
-      ValueError: As there.
+      TypeError: As in `embax.nnx.value_and_grad`.
+      ValueError: As in `embax.nnx.value_and_grad`.
 
     Example:
       >>> import embax.nnx
@@ -117,14 +110,7 @@ def grad(
     options = {"holomorphic": holomorphic, "allow_int": allow_int, "on_dense": on_dense, "tables": tables}
     if f is None:
         return functools.partial(grad, argnums=argnums, has_aux=has_aux, **options)  # pyright: ignore
-    differentiated = _differentiated("embax.nnx.grad", f, argnums, has_aux, **options)
-
-    @functools.wraps(f)
-    def gradient(*args: PyTree, **kwargs: PyTree) -> PyTree:
-        _, aux, gradient = differentiated(args, kwargs)
-        return (gradient, aux) if has_aux else gradient
-
-    return gradient
+    return _differentiated("embax.nnx.grad", f, argnums, has_aux, with_value=False, **options)
 
 
 def _differentiated(
@@ -134,9 +120,10 @@ def _differentiated(
     has_aux: bool,
     on_dense: OnDense,
     tables: Chooser | None,
+    with_value: bool,
     **options: Any,
-) -> Callable[[Sequence[PyTree], Mapping[str, PyTree]], tuple[PyTree, PyTree, PyTree]]:
-    """Make the function that returns the value, the auxiliary output and the gradient."""
+) -> Callable[..., PyTree]:
+    """Make the function that returns the gradient, and the value and the auxiliary output where they are asked for."""
     on_dense = _check.choice(f"{call}(on_dense=...)", on_dense, OnDense)
     tables = checked(call, tables)
     several = isinstance(argnums, Sequence)
@@ -146,19 +133,23 @@ def _differentiated(
     ]
     asked = [(_check.integer(f"{call}(argnums=...)", number), filter) for number, filter in asked]
 
-    def differentiated(args: PyTree, kwargs: PyTree) -> tuple[PyTree, PyTree, PyTree]:
+    @functools.wraps(f)
+    def differentiated(*args: PyTree, **kwargs: PyTree) -> PyTree:
         filters = {_position(call, number, len(args)): filter for number, filter in asked}
         if len(filters) < len(asked):
             raise ValueError(
                 f"`{call}(argnums=...)` must name no argument twice, got {argnums} repeated. Leave one out."
             )
-        of_core = Options(call, tuple(filters), True, on_dense=on_dense, tables=tables, stacklevel=7, **options)
+        of_core = Options(call, tuple(filters), True, on_dense=on_dense, tables=tables, stacklevel=6, **options)
         with nnx.update_context(CONTEXT):
             this = Call(lambda *args, **kwargs: checked_pair(call, has_aux, f(*args, **kwargs)), filters, args, kwargs)
             (value, changed), gradients = evaluate(this.run, of_core, this.trees, {})
             aux = this.update(changed)
         gradients = [this.gradient(number, tree) for number, tree in zip(filters, gradients, strict=True)]
-        return value, aux, tuple(gradients) if several else gradients[0]
+        gradient = tuple(gradients) if several else gradients[0]
+        if with_value:
+            return (value, aux) if has_aux else value, gradient
+        return (gradient, aux) if has_aux else gradient
 
     return differentiated
 
@@ -168,6 +159,6 @@ def _position(call: str, number: int, length: int) -> int:
         least = number + 1 if number >= 0 else -number
         raise TypeError(
             f"`{call}(argnums={number})` requires at least {least} positional arguments, got {length}. "
-            "Pass what is differentiated by its position."
+            "Pass differentiated arguments by position."
         )
     return number % length

@@ -8,25 +8,25 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int32, PyTree
 
-from .._base import check as _check
 from .._base.distinct import accumulator
 from .._core.table import Table, has_weight, is_table, with_weight
 from .._gradients.chosen import Chooser
-from ._lift import lift
+from ._fused import fusable
+from ._moments import Numbers, check_decays, not_negative, of_moments
 
 
 class RowwiseAdagradState(NamedTuple):
-    """What row-wise Adagrad remembers."""
+    """The state of row-wise Adagrad."""
 
-    sum_of_squares: PyTree  # float32; for a Table one whose weight is (rows,), else as the parameter
+    sum_of_squares: PyTree  # float32; for a Table, a Table with the weight (rows,); else like the parameter
 
 
 class RowwiseAdamState(NamedTuple):
-    """What row-wise Adam remembers."""
+    """The state of row-wise Adam."""
 
-    steps: Int32[Array, ""]  # so far
-    mean: PyTree  # as the parameters
-    mean_square: PyTree  # float32; for a Table one whose weight is (rows,), else as the parameter
+    steps: Int32[Array, ""]  # number of steps so far
+    mean: PyTree  # like the parameters
+    mean_square: PyTree  # float32; for a Table, a Table with the weight (rows,); else like the parameter
 
 
 def rowwise_adagrad(
@@ -34,22 +34,24 @@ def rowwise_adagrad(
     initial_accumulator: float = 0.0,
     eps: float = 1e-8,
     *,
+    weight_decay: float = 0.0,
     tables: Chooser | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Adagrad with one accumulator for each row of a table, already lifted.
 
-    `a[r] += mean(g[r]**2); w[r] -= learning_rate * g[r] / (sqrt(a[r]) + eps)`, `g[r]` being the sum of the row's
-    gradients. The state of a table is 4 bytes a row instead of 4 a number. An ordinary leaf has an accumulator for each
-    number: plain Adagrad.
+    `a[r] += mean(g[r]**2); w[r] -= learning_rate * g[r] / (sqrt(a[r]) + eps)`, where `g[r]` is the sum of the row's
+    gradients. The state of a table takes 4 bytes for each row, instead of 4 bytes for each entry. Ordinary leaves get
+    plain Adagrad, with an accumulator for each entry.
 
     Args:
       learning_rate: The step size, or a schedule of it.
-      initial_accumulator: Where the accumulators start, 0 or more.
-      eps: What is added to the root, 0 or more.
+      initial_accumulator: The start value of accumulators, 0 or more.
+      eps: The number added to the root, 0 or more.
+      weight_decay: The part of a weight that is added to its scaled gradient; in a table, for the rows that were read.
       tables: As in `lift`.
 
     Returns:
-      A transformation over mixed trees, as `lift` makes it. It gives the same result as dense training.
+      A transformation over trees with Tables, like that of `lift`. The result equals dense training.
 
     Raises:
       ValueError: If an argument is negative.
@@ -69,8 +71,9 @@ def rowwise_adagrad(
       https://jmlr.org/papers/v15/gupta14a.html, section 5.2. FBGEMM's EXACT_ROWWISE_ADAGRAD is the same.
     """
     call = "embax.optim.rowwise_adagrad"
-    start = _not_negative(f"{call}(initial_accumulator=...)", initial_accumulator)
-    eps = _not_negative(f"{call}(eps=...)", eps)
+    start = not_negative(f"{call}(initial_accumulator=...)", initial_accumulator)
+    eps = not_negative(f"{call}(eps=...)", eps)
+    decay = not_negative(f"{call}(weight_decay=...)", weight_decay)
 
     def init(params: PyTree) -> PyTree:
         return RowwiseAdagradState(_map(lambda leaf: _second_moment(leaf, start), params))
@@ -78,17 +81,16 @@ def rowwise_adagrad(
     def update(updates: PyTree, state: PyTree, params: PyTree = None) -> tuple[PyTree, PyTree]:
         sums = _map(lambda g, a: _with_values(a, _values(a) + _square(g)), updates, state.sum_of_squares)
 
-        # Without any gradient so far there is nothing to divide by.
+        # An accumulator of 0 means that there was no gradient yet: the update is 0, not 0 / 0.
         def inverse_root(a: Float[Array, "..."]) -> Float[Array, "..."]:
             return jnp.where(a > 0, 1 / (jnp.sqrt(jnp.where(a > 0, a, 1)) + eps), 0)
 
         scaled = _map(lambda g, a: _scale(g, inverse_root(_values(a))), updates, sums)
         return scaled, RowwiseAdagradState(sums)
 
-    return lift(
-        optax.chain(optax.GradientTransformation(init, update), optax.scale_by_learning_rate(learning_rate)),
-        tables=tables,
-    )
+    scaling = optax.GradientTransformation(init, update)
+    states = ("sum_of_squares",)
+    return fusable(scaling, "step_rowwise_adagrad", states, lambda _: (eps,), learning_rate, decay, tables)
 
 
 def rowwise_adam(
@@ -97,6 +99,7 @@ def rowwise_adam(
     b2: float = 0.999,
     eps: float = 1e-8,
     *,
+    weight_decay: float = 0.0,
     tables: Chooser | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Adam with one second moment for each row of a table, already lifted.
@@ -104,18 +107,19 @@ def rowwise_adam(
     `m[r] = b1 m[r] + (1 - b1) g[r]; v[r] = b2 v[r] + (1 - b2) mean(g[r]**2);
     w[r] -= learning_rate * m[r] / (1 - b1**t) / (sqrt(v[r] / (1 - b2**t)) + eps)`
 
-    for the rows that were read, `t` counting all steps; see `lift` for how that differs from dense training. An
-    ordinary leaf has a second moment for each number: plain Adam.
+    for the rows that were read, while `t` counts all steps; `lift` describes how this differs from dense training.
+    Ordinary leaves get plain Adam, with a second moment for each entry.
 
     Args:
       learning_rate: The step size, or a schedule of it.
       b1: The decay of the first moment, in [0, 1).
       b2: The decay of the second moment, in [0, 1).
-      eps: What is added to the root, 0 or more.
+      eps: The number added to the root, 0 or more.
+      weight_decay: The part of a weight that is added to its scaled gradient; in a table, for the rows that were read.
       tables: As in `lift`.
 
     Returns:
-      A transformation over mixed trees, as `lift` makes it.
+      A transformation over trees with Tables, like that of `lift`.
 
     Raises:
       ValueError: If an argument is outside of its range.
@@ -127,13 +131,12 @@ def rowwise_adam(
 
     References:
       Kingma, Ba, Adam: a method for stochastic optimization, 2015, https://arxiv.org/abs/1412.6980, algorithm 1.
-      The mean over a row stands in FBGEMM's PARTIAL_ROWWISE_ADAM, too.
+      FBGEMM's PARTIAL_ROWWISE_ADAM takes the mean over a row, too.
     """
     call = "embax.optim.rowwise_adam"
-    eps = _not_negative(f"{call}(eps=...)", eps)
-    for name, value in {"b1": b1, "b2": b2}.items():
-        if _not_negative(f"{call}({name}=...)", value) >= 1:
-            raise ValueError(f"`{call}({name}=...)` must be in [0, 1), got {value}. Pass a number below 1.")
+    eps = not_negative(f"{call}(eps=...)", eps)
+    decay = not_negative(f"{call}(weight_decay=...)", weight_decay)
+    check_decays(call, b1, b2)
 
     def init(params: PyTree) -> PyTree:
         mean_square = _map(lambda leaf: _second_moment(leaf, 0.0), params)
@@ -153,14 +156,15 @@ def rowwise_adam(
         scaled = _map(corrected, mean, mean_square)
         return scaled, RowwiseAdamState(steps, mean, mean_square)
 
-    return lift(
-        optax.chain(optax.GradientTransformation(init, update), optax.scale_by_learning_rate(learning_rate)),
-        tables=tables,
-    )
+    def scalars(state: PyTree) -> Numbers:
+        return eps, *of_moments(b1, b2, state.steps)
+
+    scaling = optax.GradientTransformation(init, update)
+    return fusable(scaling, "step_rowwise_adam", ("mean", "mean_square"), scalars, learning_rate, decay, tables)
 
 
 def _map(function: Callable[..., PyTree], tree: PyTree, *others: PyTree) -> PyTree:
-    """Map over a tree with Tables for leaves, of which those without a weight have nothing in the other trees."""
+    """Map over a tree with Tables for leaves; a Table without a weight (not trained) becomes None."""
 
     def of_leaf(leaf: PyTree, *rest: PyTree) -> PyTree:
         return None if isinstance(leaf, Table) and not has_weight(leaf) else function(leaf, *rest)
@@ -169,7 +173,7 @@ def _map(function: Callable[..., PyTree], tree: PyTree, *others: PyTree) -> PyTr
 
 
 def _second_moment(leaf: PyTree, start: float) -> PyTree:
-    """What a second moment is before the first step; of a table, a Table with one number a row."""
+    """The second moment before the first step; for a Table, a Table with one number for each row."""
     values = _values(leaf)
     shape = values.shape[:1] if isinstance(leaf, Table) else values.shape
     return _with_values(leaf, jnp.full(shape, start, accumulator(values.dtype)))
@@ -184,19 +188,15 @@ def _with_values(leaf: PyTree, values: PyTree) -> PyTree:
 
 
 def _square(gradient: PyTree) -> Float[Array, "..."]:
-    """The square of a gradient; of a table's, the mean over each row."""
+    """The squares of a gradient; for a Table, their mean over each row."""
     values = _values(gradient)
     squares = jnp.square(jnp.abs(values.astype(accumulator(values.dtype))))
     return squares.mean(axis=tuple(range(1, squares.ndim))) if isinstance(gradient, Table) else squares
 
 
 def _scale(leaf: PyTree, factor: Float[Array, "..."]) -> PyTree:
-    """Multiply a leaf by a factor for each number, a table by one for each row."""
+    """Multiply a leaf by one factor for each entry; a Table by one factor for each row."""
     if not isinstance(leaf, Table):
         return (leaf.astype(factor.dtype) * factor).astype(leaf.dtype)
     factor = jnp.expand_dims(factor, tuple(range(1, leaf.weight.ndim)))
     return with_weight(leaf, (leaf.weight.astype(factor.dtype) * factor).astype(leaf.dtype))
-
-
-def _not_negative(argument: str, value: object) -> float:
-    return 0.0 if value == 0 else _check.positive(argument, value)

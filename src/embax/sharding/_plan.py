@@ -1,4 +1,4 @@
-"""plan: what a layout of tables will send, hold and balance, computed before anything is allocated."""
+"""plan: the traffic, memory and balance of sharded tables, computed before anything is allocated."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,10 +9,10 @@ import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
 from .._base import check as _check
+from .._core.layout import Layout, Split
 from .._core.table import Table, with_weight
 from .._gradients.row_grad import is_trained
-from .._mesh.placement import Layout, placement_of
-from .._mesh.storage import Sharded
+from .._mesh.storage import storage_of
 from ._frequencies import CALL, Frequencies, law_of
 from ._results import Optimizer, Plan
 from ._traffic import TableStep
@@ -32,37 +32,37 @@ def plan(
     frequencies: Frequencies | Mapping[str, Frequencies] = "uniform",
     optimizer: Optimizer = "rowwise_adagrad",
 ) -> Plan:
-    """Say what tables on a mesh will send, hold and balance, before anything is allocated.
+    """Compute the traffic, the memory and the balance of tables on a mesh, before anything is allocated.
 
-    No device is needed: the mesh may be far larger than this machine, and the tables are shapes. What is sent follows
-    from the capacity, and so from shapes alone, to the byte: the compiled program sends as much whatever the ids are,
-    as long as they do not crowd. How much of it is useful, and how likely they do, follows from how often each row is
-    read.
+    No device is needed: the mesh may be far larger than this machine, and tables may be shapes. The bytes sent follow
+    from shapes alone, exactly: the compiled program sends as much for any ids, unless some owner is overloaded. The
+    useful part of these bytes, and the probability of an overload, follow from how often each row is read.
 
-    The plan is of a step that looks ids up, which are split evenly over all devices, takes `embax.value_and_grad`, and
-    applies a lifted optimizer, which works where rows are stored and sends nothing but a few flags. Not in it: the
-    model; the counts of `scale_grad_by_freq`; what it takes to bring ids and rows from and to another layout.
+    The plan is for a step that looks ids up, split evenly over all devices, takes `embax.value_and_grad`, and applies a
+    lifted optimizer, which runs on the owners and sends only a few flags. Not included: the model, the counts of
+    `scale_grad_by_freq`, and bringing ids and rows from or to another layout.
 
     Args:
-      tables: Tables by name, or their shapes, `jax.ShapeDtypeStruct((rows, *dim), dtype)`. For a table that is frozen
-        or of integers there is no gradient and no state.
-      mesh: The sizes of the mesh's axes by name, the first one being the major one; or a mesh.
-      ids: How many ids a step looks up in each table, on all devices together: one number for all tables, or a
-        number by table, or the numbers of several lookups in one table.
-      axis: As in `embax.shard`.
-      layout: As there.
-      columns: As there.
-      skew: As there.
-      pool_at_owners: As there.
-      bag_length: How many ids a bag has, if a table is read by `embax.embedding_bag` in bags of one length, which have
-        no weights and are summed or averaged; by table, or one for all. Default: none, ids are looked up.
-      frequencies: How often each row is read: `"uniform"`; the exponent `s` of Zipf's law, row `r` being read in
-        proportion to `1 / (r + 1)**s`, as in a vocabulary in order of frequency; or one count, or probability, a row.
-        By table, or one for all. Ids are taken to be drawn independently of each other.
-      optimizer: Whose state is counted: `"sgd"`, `"adagrad"`, `"rowwise_adagrad"`, `"adam"` or `"rowwise_adam"`.
+      tables: Tables by name, or their shapes, `jax.ShapeDtypeStruct((rows, *dim), dtype)`. A table that is frozen or of
+        integers has no gradient and no state.
+      mesh: The sizes of the mesh's axes by name, the major one first; or a mesh.
+      ids: The number of ids that a step looks up in a table, on all devices together: one number for all tables, or a
+        number by table, or several numbers for several lookups in one table.
+      axis: The mesh axis, or axes, over which rows are split; for the layout `"columns"`, the axis for columns.
+      layout: How rows are split: `"rows"`, `"rows-cyclic"`, `"columns"` or `"replicated"`; see `embax.shard`.
+      columns: With a layout of rows, a mesh axis over which columns are split as well.
+      skew: The room for rows in one round, as a multiple of the mean number for an owner; 1 or more, dimensionless.
+      pool_at_owners: Whether owners may sum the rows of a bag and send the sum instead of rows, if that is less.
+      bag_length: The number of ids of a bag, if `embax.embedding_bag` reads the table in bags of one length, summed or
+        averaged without weights; by table, or one for all. Default: none, ids are looked up.
+      frequencies: How often each row is read. `"uniform"`; the exponent `s` of Zipf's law, where row `r` is read in
+        proportion to `1 / (r + 1)**s`, as in a vocabulary sorted by frequency; or one count or probability for each
+        row. By table, or one for all. Ids are assumed to be drawn independently.
+      optimizer: The optimizer whose state is counted: `"sgd"`, `"adagrad"`, `"rowwise_adagrad"`, `"adam"` or
+        `"rowwise_adam"`.
 
     Returns:
-      The plan of each table, and sums. Bytes are those of one device in one step, devices being alike.
+      The plan of each table, and sums. Bytes are for one device and one step; all devices are alike.
 
     Raises:
       TypeError: If a table, the mesh or a number is of the wrong type.
@@ -76,7 +76,7 @@ def plan(
       (5263200, 1.05)
     """
     sizes = _axis_sizes(mesh)
-    abstract: Any = AbstractMesh(tuple(sizes.values()), tuple(sizes))
+    split = Split(AbstractMesh(tuple(sizes.values()), tuple(sizes)), axis, layout, columns, skew, pool_at_owners)
     if not isinstance(tables, Mapping) or not all(isinstance(x, Table | jax.ShapeDtypeStruct) for x in tables.values()):
         raise TypeError(
             f"`{CALL}(tables=...)` must be Tables or jax.ShapeDtypeStructs by name, got {tables!r}. Pass "
@@ -86,14 +86,14 @@ def plan(
     plans = {}
     for name, table in tables.items():
         shape, dtype, trained = _shape(name, table)
-        placement = placement_of(CALL, abstract, axis, layout, columns, skew, pool_at_owners, shape)
+        storage = storage_of(CALL, split, shape)
         numbers = _of_table("ids", ids, name)
         numbers = numbers if isinstance(numbers, Sequence) and not isinstance(numbers, str) else (numbers,)
         lookups = tuple(_check.size(f"{CALL}(ids=...)", number) for number in numbers)
-        law = law_of(placement, name, _of_table("frequencies", frequencies, name))
-        of_bag = _bag_length(_of_table("bag_length", bag_length, name), lookups, name)
+        law = law_of(storage.placement, name, _of_table("frequencies", frequencies, name))
+        of_bag = _bag_length(_of_table("bag_length", bag_length, name), lookups, name, dtype)
         rules = table if isinstance(table, Table) else Table(jnp.zeros(0))
-        placed = with_weight(rules, jax.ShapeDtypeStruct(shape, dtype), storage=Sharded(placement))
+        placed = with_weight(rules, jax.ShapeDtypeStruct(shape, dtype), storage=storage)
         plans[name] = TableStep(placed, law, lookups, of_bag, optimizer if trained else None).planned(name)
     return Plan(plans)
 
@@ -120,9 +120,14 @@ def _shape(name: str, table: Table | jax.ShapeDtypeStruct) -> tuple[tuple[int, .
     return tuple(table.shape), np.dtype(table.dtype), bool(jnp.issubdtype(table.dtype, jnp.inexact))
 
 
-def _bag_length(length: Any, lookups: Sequence[int], name: str) -> int | None:
+def _bag_length(length: Any, lookups: Sequence[int], name: str, dtype: np.dtype) -> int | None:
     if length is None:
         return None
+    if not jnp.issubdtype(dtype, jnp.inexact):
+        raise TypeError(
+            f"`{CALL}(bag_length=...)` must be None for {name!r}, which is of {dtype}, got {length!r}. Bags are of "
+            "floats: leave it out, or cast the table."
+        )
     length = _check.size(f"{CALL}(bag_length=...)", length)
     if length == 0 or any(ids % length for ids in lookups):
         raise ValueError(

@@ -1,16 +1,25 @@
-"""What a step of one table sends and needs, as the exchange does it."""
+"""The traffic and memory of a step of one sharded table.
+
+`_collectives` counts the bytes of the collectives in the traced programs. This module computes how many of them are
+expected to be useful, and how likely ids exceed the capacity, from how often rows are read. For instance, if 1,024 ids
+of a device are expected to have 600 distinct rows, 450 of them on other devices, then 450 of the 1,296 ids that it
+sends are useful.
+"""
 
 import dataclasses
 import math
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from jaxtyping import Float64
 
 from .._base.distinct import accumulator
-from .._core.table import Table
+from .._core.table import Table, with_weight
 from .._mesh.bags import is_pooled_where_stored
 from .._mesh.placement import Placement
+from ._collectives import Sent, Step, collectives_of_step
 from ._frequencies import Law
 from ._results import Collective, Optimizer, Phase, TablePlan, Transfer
 
@@ -18,21 +27,30 @@ from ._results import Collective, Optimizer, Phase, TablePlan, Transfer
 _NEVER = 1e-12
 
 
+class Useful(NamedTuple):
+    """What a device sends to others in a collective that is no filling."""
+
+    what: str
+    collective: Collective
+    entries: float  # the expected number
+    numbers: int = 1  # of an entry
+
+
 @dataclasses.dataclass(frozen=True)
 class TableStep:
-    """A step of one table, as seen from a device."""
+    """A step of one table, from the view of one device."""
 
-    table: Table  # as it is to be placed; its weight is a shape
+    table: Table  # with its future placement; its weight is a shape
     law: Law
     ids: tuple[int, ...]
-    bag_length: int | None  # None where they are not pooled
+    bag_length: int | None  # None if ids are not pooled
     optimizer: Optimizer | None
 
     def planned(self, name: str) -> TablePlan:
         """The plan of the table."""
         placement, law = self.placement, self.law
         rounds = [self._rounds(number) for number in self.lookups]
-        backward, crowded = self._backward() if self.optimizer and self.lookups else ([], 0.0)
+        step, (backward, crowded) = self._step, self._backward() if self.optimizer and self.lookups else ([], 0.0)
         asked = sum((law.distinct(self.real(number))[0] for number in self.lookups), np.zeros(placement.shards))
         return TablePlan(
             name=name,
@@ -40,7 +58,14 @@ class TableStep:
             dtype=self.dtype,
             placement=placement,
             ids=self.ids,
-            transfers=(*(x for number in self.lookups for x in self._forward(number)), *backward),
+            transfers=(
+                *(
+                    x
+                    for sent, ids in zip(step.forward, self.lookups, strict=True)
+                    for x in self._transfers("forward", sent, self._forward(ids))
+                ),
+                *self._transfers("backward", step.backward, backward),
+            ),
             weight_bytes=placement.block * self.part * self.dtype.itemsize,
             state_bytes=placement.block * self.state_of_row,
             buffer_bytes=self._buffers(),
@@ -55,23 +80,23 @@ class TableStep:
 
     @property
     def placement(self) -> Placement:
-        """Where the rows are to be."""
+        """Where the rows will be."""
         placement: Any = self.table.placement
         return placement
 
     @property
     def dtype(self) -> np.dtype:
-        """That of the rows."""
+        """The dtype of rows."""
         return np.dtype(self.table.dtype)
 
     @property
     def part(self) -> int:
-        """How many numbers of a row a device has."""
+        """The number of entries of a row that a device has."""
         return math.prod(self.table.dim) // self.placement.column_shards
 
     @property
     def lookups(self) -> tuple[int, ...]:
-        """The ids of the lookups that read anything."""
+        """The numbers of ids of lookups that read anything."""
         return tuple(number for number in self.ids if number and self.placement.rows and self.part)
 
     @property
@@ -81,7 +106,7 @@ class TableStep:
 
     @property
     def adds(self) -> bool:
-        """Whether the optimizer only scales gradients, so that they are added to the rows as they come."""
+        """Whether the optimizer only scales gradients, so that they are added to rows without being summed first."""
         return self.optimizer == "sgd" and accumulator(self.dtype) == self.dtype
 
     @property
@@ -93,98 +118,109 @@ class TableStep:
 
     @property
     def _group(self) -> int:
-        """How many ids of all lookups a device has, with columns those of its group: `embax._mesh.sharded.joined`."""
+        """The ids of all lookups on a device or, with columns, in its group: `embax._mesh.sharded.joined`."""
         return sum(map(self.placement.ids_of_device, self.lookups))
 
     def real(self, ids: int) -> float:
-        """How many ids a device sees to, without those that fill them up; with columns, those of its group."""
+        """The number of ids of a device or, with columns, of its group, without padding."""
         return ids / self.placement.devices * self.placement.column_shards
 
-    def _forward(self, ids: int) -> list[Transfer]:
-        """The collectives of a lookup: see `embax._mesh.sharded.take`."""
-        if self._is_pooled(ids):
-            return self._forward_of_bags(ids)
-        columns, shards, row = self.placement.column_shards, self.placement.shards, self.part * self.dtype.itemsize
-        group = self.placement.ids_of_device(ids)
-        of_others = self.real(ids) * (columns - 1) / columns
-        sent = []
-        if columns > 1:
-            sent.append(_transfer("forward", "ids of a group", "all_gather", columns, group, of_others, self.index))
-        if shards > 1:
-            capacity = self.placement.capacity(group)
-            useful = np.minimum(self.law.distinct(self.real(ids))[0], capacity).sum() * (shards - 1) / shards
-            for what, size in ("ids", self.index), ("rows", row):
-                sent.append(_transfer("forward", what, "all_to_all", shards, shards * capacity, useful, size))
-        if columns > 1:
-            sent.append(_transfer("forward", "parts of rows", "all_to_all", columns, group, of_others, row))
-        return sent
+    @property
+    def _step(self) -> Step:
+        weight = jax.ShapeDtypeStruct((self.placement.stored_rows, *self.table.dim), self.dtype)
+        update = None if self.optimizer is None else "add" if self.optimizer == "sgd" else "sum"
+        # The counts of `scale_grad_by_freq` are not planned.
+        table = with_weight(self.table, weight, scale_grad_by_freq=False)
+        return collectives_of_step(table, self.lookups, self.bag_length, update)
+
+    def _transfers(self, phase: Phase, sent: Sequence[Sent], useful: Sequence[Useful]) -> list[Transfer]:
+        """Put the collectives of a program, in their order, beside what is useful of them."""
+        found = []
+        for x, (what, collective, entries, numbers) in zip(sent, useful, strict=True):
+            assert x.collective == collective
+            size = x.dtype.itemsize
+            found.append(
+                Transfer(phase, what, collective, x.devices, x.numbers * size, float(entries * numbers * size))
+            )
+        return found
 
     def _is_pooled(self, ids: int) -> bool:
         length = self.bag_length
         return length is not None and is_pooled_where_stored(self.table, (ids // length,), length, weighted=False)
 
-    def _forward_of_bags(self, ids: int) -> list[Transfer]:
-        """The collectives of bags that are pooled where rows are: see `embax._mesh.bags`."""
+    def _forward(self, ids: int) -> list[Useful]:
+        """The useful part of the collectives of a lookup: see `embax._mesh.sharded.take`."""
+        if self._is_pooled(ids):
+            return self._forward_of_bags(ids)
+        columns, shards = self.placement.column_shards, self.placement.shards
+        of_others = self.real(ids) * (columns - 1) / columns
+        capacity = self.placement.capacity(self.placement.ids_of_device(ids))
+        asked = np.minimum(self.law.distinct(self.real(ids))[0], capacity).sum() * (shards - 1) / shards
+        return [
+            *[Useful("ids of a group", "all_gather", of_others)] * (columns > 1),
+            *[Useful("ids", "all_to_all", asked), Useful("rows", "all_to_all", asked, self.part)] * (shards > 1),
+            *[Useful("parts of rows", "all_to_all", of_others, self.part)] * (columns > 1),
+        ]
+
+    def _forward_of_bags(self, ids: int) -> list[Useful]:
+        """The useful part of the collectives of bags that owners pool: see `embax._mesh.bags`."""
         columns, shards, length = self.placement.column_shards, self.placement.shards, self.bag_length or 1
-        bags, own = self.placement.ids_of_device(ids // length), self.real(ids)
-        total, sent = self.part * accumulator(self.dtype).itemsize, []
-        if columns > 1:
-            group, useful = bags * length, own * (columns - 1) / columns
-            sent.append(_transfer("forward", "ids of a group", "all_gather", columns, group, useful, self.index))
-        if shards > 1:
-            capacity = self.placement.capacity(bags * length)
-            share = self.law.by_owner(self.law.probability)
-            useful = np.minimum(own * share, capacity).sum() * (shards - 1) / shards
-            for name, size in ("ids", self.index), ("bags of ids", 4):
-                sent.append(_transfer("forward", name, "all_to_all", shards, shards * capacity, useful, size))
-            useful = own / length * (1 - (1 - share) ** length).sum() * (shards - 1) / shards
-            sent.append(_transfer("forward", "sums", "all_to_all", shards, shards * bags, useful, total))
-        if columns > 1:
-            useful = own / length * (columns - 1) / columns
-            sent.append(_transfer("forward", "parts of sums", "all_to_all", columns, bags, useful, total))
-        return sent
+        own, share = self.real(ids), self.law.by_owner(self.law.probability)
+        of_others = own * (columns - 1) / columns
+        capacity = self.placement.capacity(self.placement.ids_of_device(ids // length) * length)
+        asked = np.minimum(own * share, capacity).sum() * (shards - 1) / shards
+        sums = own / length * (1 - (1 - share) ** length).sum() * (shards - 1) / shards
+        to_owners = [
+            Useful("ids", "all_to_all", asked),
+            Useful("bags of ids", "all_to_all", asked),
+            Useful("sums", "all_to_all", sums, self.part),
+        ]
+        return [
+            *[Useful("ids of a group", "all_gather", of_others)] * (columns > 1),
+            *to_owners * (shards > 1),
+            *[Useful("parts of sums", "all_to_all", of_others / length, self.part)] * (columns > 1),
+        ]
 
-    def _backward(self) -> tuple[list[Transfer], float]:
-        """The collectives of an optimizer's step, and the probability that rows crowd.
+    def _backward(self) -> tuple[list[Useful], float]:
+        """The useful part of the collectives of a step, and the probability that an owner is overloaded.
 
-        See `embax._mesh.sharded.put`, by which SGD adds gradients to rows, and `embax._mesh.sharded.combine`,
-        which sums them for the other optimizers.
+        SGD adds gradients to rows by `embax._mesh.sharded.put`; other optimizers sum them by
+        `embax._mesh.sharded.combine`.
         """
-        placement, sent = self.placement, []
+        placement, part = self.placement, self.part
         columns, shards, copies = placement.column_shards, placement.shards, placement.copies
         group = self._group
         capacity, own = placement.capacity(group), self.real(sum(self.lookups)) / columns
-        # To add, each device sums what it has, and nobody looks at what is alike in a group.
+        # SGD: each device sums its own duplicates only; the same id on two devices of a group is sent twice.
         draws, times = (own, columns) if self.adds else (own * columns, 1)
         means, variances = (times * x for x in self.law.distinct(draws))
         arriving = float(np.minimum(means, capacity).sum())
-        row = self.part * (self.dtype if self.adds else accumulator(self.dtype)).itemsize
+        useful: list[Useful] = []
 
-        def send(collective: Collective, devices: int, entries: int, useful: float) -> None:
-            if devices > 1:
-                for what, size in ("ids", self.index), ("gradients", row):
-                    sent.append(_transfer("backward", what, collective, devices, entries, useful, size))
+        def send(collective: Collective, entries: float) -> None:
+            useful.extend([Useful("ids", collective, entries), Useful("gradients", collective, entries, part)])
 
         if columns > 1:
-            useful = (columns - 1) * (means.sum() / columns if self.adds else own)
-            sent.append(_transfer("backward", "ids of a group", "all_gather", columns, group, useful, self.index))
-            size = self.part * self.dtype.itemsize
-            sent.append(_transfer("backward", "parts of gradients", "all_to_all", columns, group, useful, size))
+            of_others = (columns - 1) * (means.sum() / columns if self.adds else own)
+            useful.append(Useful("ids of a group", "all_gather", of_others))
+            useful.append(Useful("parts of gradients", "all_to_all", of_others, part))
         if self.adds:
-            send("all_gather", copies, group * copies, (copies - 1) * means.sum() / shards)
-            arriving *= (shards - 1) / shards  # its own rows have been added
-        send("all_to_all", shards, shards * capacity, arriving if self.adds else arriving * (shards - 1) / shards)
-        if shards > 1 or not self.adds:
-            send("all_gather", copies, shards * capacity * copies, (copies - 1) * arriving)
+            if copies > 1:
+                send("all_gather", (copies - 1) * means.sum() / shards)
+            arriving *= (shards - 1) / shards  # a device adds its own rows itself
+        if shards > 1:
+            send("all_to_all", arriving if self.adds else arriving * (shards - 1) / shards)
+        if copies > 1 and (shards > 1 or not self.adds):
+            send("all_gather", (copies - 1) * arriving)
         askers = copies * (shards - 1 if self.adds else shards)
-        return sent, _any_above(means, variances, capacity, askers) if capacity < group else 0.0
+        return useful, _any_above(means, variances, capacity, askers) if capacity < group else 0.0
 
     def _rounds(self, ids: int) -> tuple[float, float]:
         """The expected number of rounds of a lookup, and the probability that it takes more than one."""
         placement, group = self.placement, self.placement.ids_of_device(ids)
         means, variances = self.law.distinct(self.real(ids))
         askers = placement.copies * (placement.shards - 1)
-        if self._is_pooled(ids):  # duplicates and its own ids, too
+        if self._is_pooled(ids):  # duplicates and a device's own rows are sent, too
             share, askers = self.law.by_owner(self.law.probability), placement.copies * placement.shards
             means = self.real(ids) * share
             variances = means * (1 - share)
@@ -198,26 +234,20 @@ class TableStep:
         return expected, further
 
     def _buffers(self) -> int:
-        """About what XLA takes for the rows of a step, counted in the arrays that were seen alive at once on a CPU."""
+        """An estimate of XLA's memory for the rows of a step: the arrays that are alive at once on a CPU."""
         placement, group = self.placement, self._group
         sent = placement.shards * placement.capacity(group) if placement.shards > 1 else 0
         held = (sent or group) * placement.copies
         dtype = accumulator(self.dtype) if self.optimizer else self.dtype
-        entry = self.part * dtype.itemsize + 2 * self.index  # an id, and a place in some order
+        entry = self.part * dtype.itemsize + 2 * self.index  # a row, its id, and its place in a sorted order
         if not self.optimizer:
             return entry * (group + 2 * sent)
-        own = group * (3 if sent else 1)  # gradients; in the order of their rows; summed
+        own = group * (3 if sent else 1)  # gradients, gradients sorted by row, and their sums
         if self.adds:
             return entry * (own + max(2 * sent, held))
-        # What was sent, what came in; in order, summed, the update; and rows of the state.
+        # Sent and received rows; received rows sorted, their sums, the update; and rows of the state.
         states = {"adagrad": 1, "adam": 2, "rowwise_adam": 1}.get(self.optimizer, 0)
         return entry * (own + 2 * sent + (3 + states) * held)
-
-
-def _transfer(
-    phase: Phase, what: str, collective: Collective, devices: int, entries: int, useful: float, size: int
-) -> Transfer:
-    return Transfer(phase, what, collective, devices, entries * size, float(useful * size))
 
 
 def _balance(loads: Float64[np.ndarray, " shards"]) -> float:
@@ -227,16 +257,16 @@ def _balance(loads: Float64[np.ndarray, " shards"]) -> float:
 def _any_above(
     means: Float64[np.ndarray, " shards"], variances: Float64[np.ndarray, " shards"], capacity: int, askers: int
 ) -> float:
-    """The probability that any of some devices asks any owner for more rows than the capacity says.
+    """The probability that any device asks any owner for more rows than the capacity.
 
-    Each number of rows is taken for binomial, of the given mean and variance, and independent of the others.
+    Each number of rows is assumed to be binomial, with the given mean and variance, and independent of the others.
     """
     from scipy import special
 
     chance = np.clip(1 - variances / np.maximum(means, 1e-300), 0, 1)
     number = means / np.maximum(chance, 1e-300)
-    poisson = (chance < 1e-6) | (number > 1e12)  # where the other one loses its digits
-    above = np.where(means > capacity, 1.0, 0.0)  # of a number without variance
+    poisson = (chance < 1e-6) | (number > 1e12)  # where the binomial formula loses precision
+    above = np.where(means > capacity, 1.0, 0.0)  # without variance
     some = ~poisson & (number > capacity) & (chance < 1)
     above[some] = special.betainc(capacity + 1, (number - capacity)[some], chance[some])
     above[some | poisson] = np.where(poisson, special.gammainc(capacity + 1, means), above)[some | poisson]

@@ -1,4 +1,4 @@
-"""What a format is to the rest: how it is recognised, read and written."""
+"""The interface of a format: how it is recognised, read and written."""
 
 import os
 from collections.abc import Callable
@@ -9,12 +9,17 @@ from .._io.open import Source
 
 
 class Format(NamedTuple):
-    """A format of vector files."""
+    """A format of vector files.
 
-    name: str  # what `format=` calls it
-    suffixes: tuple[str, ...]  # by which a file to write is taken for it, such as ".bin"
-    recognises: Callable[[Source], bool]  # by the first bytes, `source.start`, and the size
+    `read` takes the file, opened at its start, and what the caller wants, and raises a FormatError, which names the
+    place, for a file that is not of the format or damaged. `write` replaces an existing file when the new one is whole,
+    and raises a ValueError for contents that the format cannot hold, and an OSError if the file cannot be written.
+    """
+
+    name: str  # its name in `format=`
+    suffixes: tuple[str, ...]  # files with these suffixes, such as ".bin", are written in this format
+    recognises: Callable[[Source], bool]  # whether a file has this format, by `source.start` and the size
     read: Callable[[Source, Options], Contents]
     write: Callable[[str | os.PathLike[str], Contents], None]
-    # Raises a ValueError where nothing can be written to a path, before there is anything to write.
+    # Raises a ValueError if the format cannot be written to a path. Called before long work.
     check: Callable[[str | os.PathLike[str]], None] = lambda path: None

@@ -1,0 +1,56 @@
+"""combine: sum the values of each row; the order of the rows may differ from that of `_base.distinct`."""
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int, PyTree
+
+from .._base import distinct as _distinct
+from .._base.distinct import Distinct, Slots
+from .library import has
+from .primitive import FLOATS, Outs, call, fits, primitive
+
+
+def combine(slots: Slots, ids: Int[Array, " ids"], values: PyTree, rows: int) -> tuple[Slots, Distinct]:
+    """Sum the values of each row, see `_base.distinct.combine`, by a kernel if there is one for the values.
+
+    A kernel needs no slots and does not change them, so that a state with slots has the same structure in both cases.
+    It is not used without slots, because callers then rely on the rising order of a sort.
+
+    Args:
+      slots: See `_base.distinct.combine`.
+      ids: See `_base.distinct.combine`.
+      values: An array `(ids, *dim)`, or a pair of it and an array `(ids,)`.
+      rows: See `_base.distinct.combine`.
+
+    Returns:
+      See `_base.distinct.combine`. The order of the distinct ids does not depend on threads or instruction set.
+    """
+    if slots is None or not _has_kernel(ids, values):
+        return _distinct.combine(slots, ids, values, rows)
+    if isinstance(values, tuple):  # the second array as one more column, so that duplicates are found only once
+        numbers, column = values
+        wide = jnp.concatenate([jnp.reshape(numbers, (ids.size, -1)), column[:, None]], axis=1)
+        slots, (ids, sums, number) = combine(slots, ids, wide, rows)
+        return slots, Distinct(ids, (jnp.reshape(sums[:, :-1], numbers.shape), sums[:, -1]), number)
+    new, plain = _distinct.combine(slots, ids, values, rows)
+    # Slots are scratch memory without a meaning between calls, so the kernel need not change them.
+    slots, ids, sums, number = combine_p.bind(new, *plain, slots, ids, values, rows=rows)
+    return slots, Distinct(ids, sums, number)
+
+
+def _has_kernel(ids: Array, values: PyTree) -> bool:
+    arrays = values if isinstance(values, tuple) else (values,)
+    if not has("combine") or len(arrays) not in (1, 2) or ids.size > np.iinfo(np.int32).max:
+        return False
+    dtypes = {x.dtype for x in arrays}
+    return len(dtypes) == 1 and dtypes <= set(FLOATS) and fits(*arrays, ids=ids)
+
+
+def _by_kernel(outs: Outs, slots: Array, ids: Array, values: Array, *, rows: int) -> list[Array]:
+    no_bags, no_factors = jnp.zeros(0, jnp.int32), jnp.zeros(0, jnp.float32)
+    args = ids, values, no_bags, no_factors
+    return [slots, *call("combine", outs[1:], *args, rows=np.int64(rows), length=np.int64(1))]
+
+
+# XLA's order of rows differs, so a value and its derivative must both come from XLA.
+combine_p = primitive("combine", _by_kernel, results=4, plain_derivative=True)

@@ -1,0 +1,76 @@
+"""pool: sum the rows of bags without an array of all the rows."""
+
+from collections.abc import Hashable, Sequence
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Int32
+
+from .library import has
+from .primitive import FLOATS, Outs, call, fits, primitive
+
+
+def pool(
+    plain: Float[Array, "*bags_dim"],
+    table: Float[Array, "rows *dim"],
+    ids: Int[Array, "*batch"],
+    counted: Bool[Array, "*batch"],
+    weights: Float[Array, "*batch"] | None,
+    offsets: Int32[Array, " bags_and_1"] | None,
+    *,
+    nan: bool,
+) -> Float[Array, "*bags_dim"]:
+    """Sum the rows of bags.
+
+    Args:
+      plain: The sums by plain JAX.
+      table: The table.
+      ids: Row numbers, `(*bags, length)`; flat if there are offsets.
+      counted: Which ids count.
+      weights: A factor for each id, in the dtype of the sums.
+      offsets: The place where each bag begins, and the end of the last one.
+      nan: Whether an id that counts and has no row adds NaN; else it adds nothing.
+
+    Returns:
+      A sum for each bag, in the dtype of `plain`.
+    """
+    if not (has("pool") and table.dtype in FLOATS and fits(plain, table, ids=ids)):
+        return plain
+    skip = jnp.asarray(np.iinfo(ids.dtype).min, ids.dtype)
+    # Ids that do not count are marked by `skip`. An id that is this number itself has no row either, but counts.
+    marked = jnp.where(counted, jnp.maximum(ids, skip + 1), skip)
+    flat = jnp.reshape(plain, (-1, *table.shape[1:])), table, jnp.ravel(marked)
+    others = [x for x in (offsets, None if weights is None else jnp.ravel(weights)) if x is not None]
+    (sums,) = pool_p.bind(*flat, *others, ragged=offsets is not None, weighted=weights is not None, nan=nan)
+    return jnp.reshape(sums, plain.shape)
+
+
+def _apart(others: Sequence[Array], ragged: bool, weighted: bool) -> tuple[Array | None, Array | None]:
+    """Return the offsets and the weights."""
+    return others[0] if ragged else None, others[-1] if weighted else None
+
+
+def _by_kernel(
+    outs: Outs, table: Array, ids: Array, *others: Array, ragged: bool, weighted: bool, nan: bool
+) -> list[Array]:
+    offsets, weights = _apart(others, ragged, weighted)
+    offsets = jnp.zeros(0, jnp.int32) if offsets is None else offsets
+    weights = jnp.zeros(0, outs[0].dtype) if weights is None else weights
+    return call("pool", outs, table, ids, offsets, weights, nan=np.int32(nan))
+
+
+def _batched(plain: Array, args: Sequence[Array], axes: Sequence[int | None], **params: Hashable) -> Array | None:
+    table, *of_bags = args
+    if axes[0] is not None or params["ragged"]:  # each lane has its own table, or bags have different lengths
+        return None
+    lanes = plain.shape[0]
+    front = (
+        jnp.broadcast_to(x, (lanes, *x.shape)) if axis is None else jnp.moveaxis(x, axis, 0)
+        for x, axis in zip(of_bags, axes[1:], strict=True)
+    )
+    flat = jnp.reshape(plain, (-1, *table.shape[1:])), table, *map(jnp.ravel, front)
+    (sums,) = pool_p.bind(*flat, **params)
+    return jnp.reshape(sums, plain.shape)
+
+
+pool_p = primitive("pool", _by_kernel, _batched)

@@ -1,0 +1,65 @@
+"""take: read rows of a table."""
+
+from collections.abc import Hashable, Sequence
+
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+from jaxtyping import Array, Int, Shaped
+
+from .library import has
+from .primitive import FLOATS, INTEGERS, Outs, call, fits, primitive
+
+
+def take(
+    table: Shaped[Array, "rows *dim"],
+    ids: Int[Array, "*batch"],
+    fill_value: float,
+    out_sharding: NamedSharding | None = None,
+    *,
+    linear: bool = False,
+) -> Shaped[Array, "*batch_dim"]:
+    """Read a row for each id.
+
+    Args:
+      table: The table, of one row or more.
+      ids: Row numbers; a number outside of `[0, rows)` stands for no row.
+      fill_value: The value that is read for an id without a row.
+      out_sharding: The sharding of the rows on explicit axes.
+      linear: Whether to read by plain JAX, for tangents.
+
+    Returns:
+      The rows.
+    """
+    places = table.at[ids]
+    rows = places.get(mode="fill", fill_value=fill_value, wrap_negative_indices=False, out_sharding=out_sharding)
+    if linear or not _has_kernel(table, ids, fill_value):
+        return rows
+    # The table keeps its shape: inside a loop, XLA would copy the table to reshape it.
+    plain = jnp.reshape(rows, (ids.size, *table.shape[1:]))
+    (taken,) = take_p.bind(plain, table, jnp.ravel(ids), nan=fill_value != 0)
+    return jnp.reshape(taken, rows.shape)
+
+
+def _has_kernel(table: Array, ids: Array, fill_value: float) -> bool:
+    if not (has("take") and fits(table, ids=ids)):
+        return False
+    return table.dtype in FLOATS + INTEGERS if fill_value == 0 else np.isnan(fill_value) and table.dtype in FLOATS
+
+
+def _by_kernel(outs: Outs, table: Array, ids: Array, *, nan: bool) -> list[Array]:
+    return call("take", outs, table, ids, nan=np.int32(nan))
+
+
+def _batched(
+    plain: Array, args: Sequence[Array], axes: Sequence[int | None], **params: Hashable
+) -> Shaped[Array, "lanes ids *dim"] | None:
+    (table, ids), (of_table, of_ids) = args, axes
+    if of_table is not None or of_ids is None:
+        return None
+    flat = jnp.reshape(plain, (-1, *table.shape[1:])), table, jnp.ravel(jnp.moveaxis(ids, of_ids, 0))
+    (rows,) = take_p.bind(*flat, **params)
+    return jnp.reshape(rows, plain.shape)
+
+
+take_p = primitive("take", _by_kernel, _batched)

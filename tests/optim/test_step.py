@@ -1,0 +1,206 @@
+"""One call for a step: the same as update and apply_updates, by one kernel where there is one."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from kernels_used import in_program
+
+import embax
+from embax import optim
+from embax._kernels.library import has
+
+RANDOM = np.random.default_rng(0)
+WEIGHT = RANDOM.normal(size=(40, 6)).astype(np.float32)
+BATCHES = RANDOM.integers(0, 40, (50, 24)).astype(np.int32)
+RATE = optax.linear_schedule(0.05, 0.01, 20)
+
+OPTIMIZERS = {
+    "sgd": lambda **rules: optim.sgd(0.05, **rules),
+    "adagrad": lambda **rules: optim.adagrad(0.05, **rules),
+    "adam": lambda **rules: optim.adam(RATE, **rules),
+    "rowwise_adagrad": lambda **rules: optim.rowwise_adagrad(RATE, **rules),
+    "rowwise_adam": lambda **rules: optim.rowwise_adam(0.05, **rules),
+}
+# optax's optimizers of the same names.
+OF_OPTAX = {
+    "sgd": optax.chain(optax.add_decayed_weights(0.1), optax.sgd(0.05)),
+    "adagrad": optax.chain(optax.scale_by_rss(0.1, 1e-7), optax.add_decayed_weights(0.1), optax.sgd(0.05)),
+    "adam": optax.adamw(RATE, weight_decay=0.1),
+}
+
+
+@pytest.fixture(autouse=True)
+def _as_optax_needs_it():
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+def params_of(dtype="float32", **rules):
+    return {"table": embax.Table(jnp.asarray(WEIGHT, dtype), padding_idx=3, **rules), "scale": jnp.ones(6)}
+
+
+def loss(params, ids):
+    return ((embax.lookup(params["table"], ids).astype(jnp.float32) * params["scale"] - 1) ** 2).sum() / 10
+
+
+def by_step(tx, params, state, ids):
+    return optim.step(tx, embax.grad(loss)(params, ids), state, params)
+
+
+def by_two_calls(tx, params, state, ids):
+    updates, state = tx.update(embax.grad(loss)(params, ids), state, params)
+    return embax.apply_updates(params, updates), state
+
+
+def run(how, tx, params, batches=BATCHES):
+    def all_steps(params, state):
+        return jax.lax.scan(lambda carry, ids: (how(tx, *carry, ids), None), (params, state), jnp.asarray(batches))[0]
+
+    return jax.jit(all_steps)(params, tx.init(params))
+
+
+def close(found, expected, ulp):
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert one.dtype == other.dtype
+        if jnp.issubdtype(one.dtype, jnp.floating):
+            scale = np.max(np.abs(np.asarray(other, np.float64)), initial=1e-3)
+            off = np.abs(np.asarray(one, np.float64) - np.asarray(other, np.float64))
+            assert np.max(off, initial=0) <= ulp * jnp.finfo(one.dtype).eps * scale
+        else:
+            np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_step_is_that_of_two_calls(name, decay):
+    tx = OPTIMIZERS[name](weight_decay=decay)
+    params = params_of()
+    found, expected = (run(how, tx, params, BATCHES[:3]) for how in (by_step, by_two_calls))
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    close(found, expected, 30)
+    table = found[0]["table"].weight
+    np.testing.assert_array_equal(table[3], WEIGHT[3])
+    untouched = np.setdiff1d(np.arange(40), BATCHES[:3])
+    assert untouched.size
+    np.testing.assert_array_equal(table[untouched], WEIGHT[untouched])
+
+
+@pytest.mark.parametrize("name", OF_OPTAX)
+def test_the_optimizers_are_those_of_optax(name):
+    found = run(by_step, OPTIMIZERS[name](weight_decay=0.1), params_of(), BATCHES[:3])[0]
+    expected = run(by_two_calls, optim.lift(OF_OPTAX[name]), params_of(), BATCHES[:3])[0]
+    close(found, expected, 30)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_fifty_steps_have_an_error_as_small_as_that_of_two_calls(name):
+    tx = OPTIMIZERS[name](weight_decay=0.01)
+    with jax.enable_x64(True):
+        wide = {"table": embax.Table(jnp.asarray(WEIGHT, np.float64), padding_idx=3), "scale": jnp.ones(6, np.float64)}
+        exact = np.asarray(run(by_two_calls, tx, wide)[0]["table"].weight)
+
+    def error(how):
+        return np.sqrt(np.mean((np.asarray(run(how, tx, params_of())[0]["table"].weight, np.float64) - exact) ** 2))
+
+    assert error(by_step) <= 1.2 * error(by_two_calls) + 1e-9
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_step_of_a_narrow_table(name, dtype):
+    tx = OPTIMIZERS[name]()
+    found, expected = (run(how, tx, params_of(dtype), BATCHES[:1]) for how in (by_step, by_two_calls))
+    close(found[0]["table"], expected[0]["table"], 4)
+
+
+@pytest.mark.skipif(not has("step_adam"), reason="kernels are not installed, or switched off")
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_step_is_one_kernel_behind_the_lookup(name):
+    tx = OPTIMIZERS[name](weight_decay=0.1)
+    params = params_of()
+    kernels = in_program(functools.partial(by_step, tx), params, tx.init(params), BATCHES[0])
+    assert kernels == ["take", f"step_{name}"]
+
+
+@pytest.mark.skipif(not has("step_adam"), reason="kernels are not installed, or switched off")
+@pytest.mark.parametrize("dim", [(16,), (2, 8)], ids=str)
+def test_a_donated_step_copies_no_table(dim):
+    tx, rows = optim.adam(0.1), 100_000
+    table = embax.Table(jnp.zeros((rows, *dim)))
+
+    def train(table, state, batches):
+        def one(carry, ids):
+            table, state = carry
+            gradient = embax.grad(lambda table: (embax.lookup(table, ids) ** 2).sum())(table)
+            return optim.step(tx, gradient, state, table), None
+
+        return jax.lax.scan(one, (table, state), batches)[0]
+
+    batches = jax.ShapeDtypeStruct((3, 256), np.int32)
+    compiled = jax.jit(train, donate_argnums=(0, 1)).lower(table, tx.init(table), batches).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 20 * 256 * 16 * 4
+
+
+def test_what_has_another_form_takes_two_calls():
+    tx = optax.chain(optim.clip_by_global_norm(0.1), optim.sgd(0.05))
+    found, expected = (run(how, tx, params_of(), BATCHES[:2]) for how in (by_step, by_two_calls))
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+@pytest.mark.parametrize("name", ["sgd", "rowwise_adam"])
+def test_tables_that_are_not_trained_by_rows(name):
+    """A frozen one, one of integers, one with a dense gradient, one that is None, and an array that is read as one."""
+    tx = OPTIMIZERS[name](tables=lambda path, leaf: "chosen" in jax.tree_util.keystr(path))
+    params = {
+        "frozen": embax.Table(jnp.asarray(WEIGHT), freeze=True),
+        "dense": embax.Table(jnp.asarray(WEIGHT)),
+        "none": None,
+        "chosen": jnp.asarray(WEIGHT),
+        "rows": embax.Table(jnp.asarray(WEIGHT)),
+    }
+    rows = embax.RowGrad([1, 5], jnp.ones((2, 6)), rows=40)
+    gradients = {
+        "frozen": embax.RowGrad([2], jnp.ones((1, 6)), rows=40),
+        "dense": embax.Table(jnp.ones((40, 6))),
+        "none": None,
+        "chosen": rows,
+        "rows": rows,
+    }
+
+    def two_calls(params, state):
+        updates, state = tx.update(gradients, state, params)
+        return embax.apply_updates(params, updates), state
+
+    state = tx.init(params)
+    expected = jax.jit(two_calls)(params, state)
+    found = jax.jit(lambda params, state: optim.step(tx, gradients, state, params))(params, state)
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    close(found, expected, 8)
+
+
+def test_without_jit_a_step_is_that_of_two_calls():
+    tx, params = optim.adagrad(0.1), params_of()
+    found, expected = (how(tx, params, tx.init(params), BATCHES[0]) for how in (by_step, by_two_calls))
+    close(found, expected, 8)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_negative_decay_is_refused(name):
+    with pytest.raises(ValueError, match=rf"embax.optim.{name}\(weight_decay=...\)` must be"):
+        OPTIMIZERS[name](weight_decay=-0.1)
+
+
+def test_an_argument_out_of_range_is_refused():
+    for make, name in (
+        (lambda: optim.adagrad(0.1, initial_accumulator=-1), "adagrad(initial_accumulator"),
+        (lambda: optim.adagrad(0.1, eps=-1), "adagrad(eps"),
+        (lambda: optim.adam(0.1, eps=-1), "adam(eps"),
+        (lambda: optim.adam(0.1, b2=1), "adam(b2"),
+    ):
+        with pytest.raises(ValueError, match="must be") as caught:
+            make()
+        assert f"`embax.optim.{name}=...)`" in str(caught.value)
