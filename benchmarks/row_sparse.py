@@ -49,7 +49,7 @@ def sparse_step(optimizer: str, rows: int) -> Callable[[], float]:
 def dense_step(rows: int) -> Callable[[], float]:
     """The step that JAX and optax take: Adam over a dense gradient, donated."""
 
-    def step(tx: optax.GradientTransformation, gradient: Any, state: Any, table: embax.Table) -> tuple[Any, Any]:
+    def step(tx: optax.GradientTransformation, gradient: Any, state: Any, table: Any) -> tuple[Any, Any]:
         updates, state = tx.update(gradient, state, table)
         return optax.apply_updates(table, updates), state
 
