@@ -7,9 +7,9 @@ import numpy as np
 
 ROWS, DIM, IDS = 1_000_000, 64, 16_384
 LEARNING_RATE = 0.1
-# The same ids as bags: the number of bags, and the number of ids in each.
+# The same ids as bags: as many, and as long.
 BAGS, LENGTH = 1_024, 16
-# Different batches are used in turn, so that the rows are not in the cache from the last run.
+# Different batches in turn, so that the rows of the last one are not still in the cache because they are the same.
 BATCHES = 8
 
 
@@ -27,7 +27,7 @@ class Case(NamedTuple):
 
 @functools.lru_cache(2)
 def batches_of(case: Case) -> np.ndarray:
-    """Return `(batches, ids)`: eight batches, or more if they are small, so that they do not stay in the cache."""
+    """Return `(batches, ids)`: eight batches, or more where they are small, as those would stay in a cache."""
     shape = max(BATCHES, BATCHES * IDS // case.ids), case.ids
     if case.law == "uniform":
         return np.random.default_rng(0).integers(0, case.rows, shape, dtype=np.int32)

@@ -4,6 +4,7 @@
 without it, a function is checked here as the hook does it.
 """
 
+import inspect
 import os
 import re
 from pathlib import Path
@@ -24,7 +25,9 @@ IDS, VALUES = jnp.arange(4), np.zeros((4, 2), np.float32)
 
 
 def executed(function):
-    return function if os.environ.get("EMBAX_ANNOTATIONS") else jaxtyped(typechecker=checked)(function)
+    if os.environ.get("EMBAX_ANNOTATIONS"):
+        return function
+    return jaxtyped(typechecker=checked)(inspect.unwrap(function))  # the hook comes before `jax.jit`
 
 
 combine = executed(distinct.combine)
