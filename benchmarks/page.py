@@ -11,7 +11,7 @@ from typing import Any
 
 from measured import duration
 from turns import Measured, Time, from_json
-from workload import Case, Tables
+from workload import Case
 
 FOLDER = Path(__file__).with_name("measured")
 FILES = ("row_sparse", "bags", "calls")
