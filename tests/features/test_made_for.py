@@ -211,7 +211,7 @@ def test_what_is_no_state_of_the_transformation_is_refused():
     adam, sgd = TXS["adam"], TXS["sgd"]
     with pytest.raises(TypeError, match=r"lift\(tx\).update\(state=...\)` must be a LiftState, got tuple"):
         adam.update(gradient, (), params)
-    with pytest.raises(ValueError, match=r"must be what its `init` gives for the parameters, got 0 arrays"):
+    with pytest.raises(ValueError, match=r"must fit what its `init` returns for the parameters, got 0 arrays"):
         adam.update(gradient, sgd.init(params), params)
     other = params | {"bias": np.ones(3, np.float32)}
     with pytest.raises(ValueError, match=r"got the shape \(2,\) instead of \(3,\) for `inner\[0\].mu\['bias'\]`. If"):

@@ -1,4 +1,4 @@
-"""What a gradient's program has to keep when it is taken apart: values, sums, effects, names, barriers and memory."""
+"""A gradient's program keeps its values, sums, effects, names, barriers and memory when it is run for rows."""
 
 import functools
 import gc

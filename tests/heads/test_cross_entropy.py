@@ -253,7 +253,7 @@ def test_errors():
     with pytest.raises(TypeError, match=name + r"labels=...\)` must be of an integer dtype, got float32"):
         softmax_cross_entropy(table, X, np.zeros((2, 3), np.float32))
     with pytest.raises(
-        ValueError, match=name + r"labels=...\)` must be one a vector, of the shape \(2, 3\), got \(3,\)"
+        ValueError, match=name + r"labels=...\)` must be one for each vector, of the shape \(2, 3\), got \(3,\)"
     ):
         softmax_cross_entropy(table, X, [0, 1, 2])
     with pytest.raises(ValueError, match=name + r"x=...\)` must be of the shape"):

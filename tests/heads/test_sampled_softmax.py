@@ -362,7 +362,7 @@ def test_errors():
     with pytest.raises(TypeError, match=name + r"labels=...\)` must be of an integer dtype, got bool"):
         sampled_softmax(table, X, LABELS > 0, KEY, samples=3)
     with pytest.raises(
-        ValueError, match=name + r"labels=...\)` must be one a vector, of the shape \(2, 3\), got \(3,\)"
+        ValueError, match=name + r"labels=...\)` must be one for each vector, of the shape \(2, 3\), got \(3,\)"
     ):
         sampled_softmax(table, X, [0, 1, 2], KEY, samples=3)
     with pytest.raises(ValueError, match=name + r"x=...\)` must be of the shape"):

@@ -1,4 +1,4 @@
-"""attend and the cross-entropies on a mesh: what they are off it, each device seeing to its own rows."""
+"""attend and the cross-entropies on a mesh, where each device reads its own rows, equal those on one device."""
 
 import functools
 
@@ -108,7 +108,7 @@ def test_heads_are_as_off_the_mesh(layout, axes, batch, names):
 
 
 def is_filled_up(placement, position):
-    """Tell a stored row without a meaning."""
+    """Whether a stored row is padding."""
     shard, place = divmod(position, placement.block)
     return (place * placement.shards + shard if placement.cyclic else position) >= ROWS
 

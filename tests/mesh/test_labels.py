@@ -1,4 +1,4 @@
-"""Tokens that do not count, smoothed labels, the z-loss and means on a mesh: what they are off it."""
+"""Tokens that do not count, smoothed labels, the z-loss and means on a mesh equal those on one device."""
 
 import functools
 

@@ -77,7 +77,7 @@ def test_a_table_that_has_grown_has_the_state_that_it_would_always_have_had(txs)
     for name in txs.txs:
         assert_same_state(grown[name], many[name], name)
         assert jax.tree.structure(grown[name]) == jax.tree.structure(fresh[name]), name
-    # So the next step, in which ids repeat, is that of the table that has always been large.
+    # So the next step, in which ids repeat, equals the step of a table that was large from the start.
     ids, values = np.resize([7, 0, 7, 6], 16), np.resize(WEIGHT[:4], (16, DIM))
     last = txs.of_all(lambda: {"words": RowGrad(ids, values, rows=GROWN), "bias": np.ones(2, np.float32)})
     ours = txs.step(jax.tree.map(np.copy, params), grown, last)
@@ -224,7 +224,7 @@ def test_tables_that_a_tree_gains_and_loses():
 
 
 def keeps_rows_by_itself():
-    """A transformation whose state has entries a row in arrays that stand in no Table."""
+    """A transformation whose state has an entry for each row in plain arrays, not in Tables."""
 
     def init(params):
         leaves = jax.tree.leaves(params)
@@ -249,7 +249,7 @@ def test_rows_of_a_state_outside_of_its_tables():
 def test_what_cannot_be_carried_over_is_refused():
     tx, params = TXS["adamw"], params_of(ROWS)
     state = jax.jit(tx.init)(params)
-    call = r"`embax.optim.carry_over\(old_params=...\)` must be the parameters that the state was made for by `tx`"
+    call = r"`embax.optim.carry_over\(old_params=...\)` must be the parameters that `tx` made the state for"
     with pytest.raises(ValueError, match=call + r", got other ones: params\['words'\] had 5 rows, and has 8 now"):
         carry_over(state, params_of(GROWN), params_of(GROWN), tx)
     with pytest.raises(ValueError, match=call + r".*\(2,\) for `state.inner\[0\].mu\['bias'\]`, which would be \(3,\)"):
@@ -262,11 +262,11 @@ def test_what_cannot_be_carried_over_is_refused():
     ):
         carry_over(state, params, params | {"bias": np.ones(3, np.float32)}, tx)
     with pytest.raises(
-        ValueError, match=call + r"tables whose rows .* got \(2,\) instead of \(3,\) for params\['words'\]"
+        ValueError, match=call + r"tables with rows .* got \(2,\) instead of \(3,\) for params\['words'\]"
     ):
         carry_over(state, params, params | {"words": Table(np.ones((5, 2), np.float32))}, tx)
     tx = TXS["rowwise_adagrad"]  # whose state does not show it
     with pytest.raises(
-        ValueError, match=call + r"tables whose rows .* got \(2,\) instead of \(3,\) for params\['words'\]"
+        ValueError, match=call + r"tables with rows .* got \(2,\) instead of \(3,\) for params\['words'\]"
     ):
         carry_over(tx.init(params), params, params | {"words": Table(np.ones((5, 2), np.float32))}, tx)

@@ -66,7 +66,7 @@ def gradient_of(params):
 
 @jax.jit
 def gradients_of(params):
-    """The gradient whose Tables have rows, and that of all rows."""
+    """The gradient with a RowGrad for each Table, and the dense gradient."""
     return embax.grad(loss, on_dense="error")(params), jax.grad(loss)(params)
 
 
@@ -87,7 +87,7 @@ def by_shape(tree):
 
 
 def by_end_of_path(tree):
-    """By the last name: of a Table, it is the weight's, and of an array in the place of one, nothing to go by."""
+    """Labels by the last name in the path: a Table has a weight there; an array in place of a Table has no name."""
 
     def of_table(path, x):
         is_weight = getattr(path[-1], "name", "") == "weight" and jax.tree_util.keystr(path).endswith("].weight")

@@ -1,4 +1,4 @@
-"""Layers of the frameworks whose vocabulary grows in mid-training, and their optimizers."""
+"""Layers of the frameworks whose vocabulary grows during training, and their optimizers."""
 
 import itertools
 

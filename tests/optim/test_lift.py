@@ -22,7 +22,7 @@ ROWS, DIM, IDS = 20, 3, 64
 PADDING = 4
 warmup = optax.linear_schedule(0.0, 0.3, 20)
 
-# What is run lifted, and the rule of the lazy reference for it.
+# The transformations to lift, and the rule of the lazy reference for each.
 CASES = {
     "sgd": (lift(optax.sgd(0.1)), reference.sgd(0.1)),
     "schedule": (lift(optax.sgd(warmup)), reference.sgd(warmup)),
@@ -52,7 +52,7 @@ CASES = {
     "rowwise_adagrad": (rowwise_adagrad(0.1), reference.rowwise_adagrad(0.1)),
     "rowwise_adam": (rowwise_adam(0.1), reference.rowwise_adam(0.1)),
 }
-# These do what another one does, or what is tested with lift's state.
+# These behave like another one, or are tested together with lift's state.
 LIKE_ANOTHER = {"nesterov", "adam_schedule", "rmsprop", "clip_adam", "multi_transform", "apply_if_finite"}
 ALL = Together({name: tx for name, (tx, _) in CASES.items() if name not in LIKE_ANOTHER})
 REST = Together({name: CASES[name][0] for name in LIKE_ANOTHER})

@@ -1,4 +1,4 @@
-"""What a compiled training step holds: memory that follows the ids, everything in place, no needless compilation."""
+"""The compiled training step: memory depends on the ids, arrays are updated in place, nothing compiles twice."""
 
 import functools
 import itertools

@@ -65,7 +65,7 @@ GATHERS_STEPS = {
     "ApplyEvery_masked": lambda: optax.masked(optax.apply_every(4), True),
 }
 
-# Those that go row by row, however unusual.
+# Unusual transformations that treat rows one by one.
 ACCEPTED = {
     "sgd": lambda: optax.sgd(0.1),
     "adabelief": lambda: optax.adabelief(0.01),
@@ -103,7 +103,7 @@ ACCEPTED = {
 }
 
 
-# These do to rows what another one does, or are compared with dense training elsewhere.
+# These treat rows like another one, or are compared with dense training elsewhere.
 ACCEPTED_LIKE_ANOTHER = {"sgd", "adagrad", "adamw", "lion", "adabelief", "yogi", "decay", "inject", "global_norm"}
 ACCEPTED_LIKE_ANOTHER |= {"adadelta", "adan", "ademamix", "rmsprop", "optimistic", "ema", "named_chain", "sign_sgd"}
 ACCEPTED_LIKE_ANOTHER |= {"masked_by_axes", "not_negative", "adopt", "radam"}

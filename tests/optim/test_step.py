@@ -25,7 +25,7 @@ OPTIMIZERS = {
     "rowwise_adagrad": lambda **rules: optim.rowwise_adagrad(RATE, **rules),
     "rowwise_adam": lambda **rules: optim.rowwise_adam(0.05, **rules),
 }
-# What optax has of the same name.
+# optax's optimizers of the same names.
 OF_OPTAX = {
     "sgd": optax.chain(optax.add_decayed_weights(0.1), optax.sgd(0.05)),
     "adagrad": optax.chain(optax.scale_by_rss(0.1, 1e-7), optax.add_decayed_weights(0.1), optax.sgd(0.05)),

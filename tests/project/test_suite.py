@@ -19,7 +19,7 @@ import embax
 
 ROOT = Path(__file__).parents[2]
 
-# What a test does that never ends well. The second one holds Python's lock, as a library can that waits in C++.
+# Tests that never end well. The second one holds Python's lock, like a library that waits in C++.
 BAD = {"aborts": "import os\n    os.abort()", "hangs": "import ctypes\n    ctypes.PyDLL(None).sleep(600)"}
 
 

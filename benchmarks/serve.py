@@ -1,0 +1,47 @@
+"""The other end of processes.py: builds ways to do some work, and times them. NumPy only."""
+
+import gc
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+from workload import Case, Tables
+
+# Does the work once, waits until it is done, and gives the seconds that it took.
+Way = Callable[[], float]
+Build = Callable[[str, Case | Tables], Way]
+
+
+def serve(about: dict[str, Any], build: Build, programs: Callable[[], int] = lambda: 0) -> None:
+    """Answer each line of JSON on standard input by one on standard output.
+
+    Args:
+      about: What this process is: versions and threads.
+      build: Makes a way to do a work, by its name.
+      programs: How many programs were compiled until now.
+    """
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # libraries print, too
+    ways: dict[str, Way] = {}
+    for line in sys.stdin:
+        request = json.loads(line)
+        try:
+            answer = {}
+            if request["do"] == "about":
+                answer = about
+            elif request["do"] == "build":
+                size = request["size"]
+                case = Case(*size) if len(size) == len(Case._fields) and isinstance(size[-1], str) else Tables(*size)
+                ways[request["way"]] = build(request["work"], case)
+            elif request["do"] == "run":
+                way = ways[request["way"]]
+                answer = {"seconds": [way() for _ in range(request["runs"])], "programs": programs()}
+            elif request["do"] == "clear":
+                ways.clear()
+                gc.collect()
+        except Exception:  # whatever it is, the asker raises it
+            answer = {"error": traceback.format_exc()}
+        print(json.dumps(answer), file=answers, flush=True)
