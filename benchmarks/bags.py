@@ -1,4 +1,4 @@
-"""What bags cost on a CPU, beside XLA, torch, FBGEMM and what the memory allows; and many tables of one feature each."""
+"""What bags, and many tables, cost on a CPU, beside XLA, torch, FBGEMM and what the memory allows."""
 
 import argparse
 from collections.abc import Iterator, Mapping
@@ -59,7 +59,7 @@ def main() -> None:
     """Measure, print tables, and write JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--peers", metavar="PYTHON", help="measure torch and FBGEMM, too, by this environment's python")
-    parser.add_argument("--seconds", type=float, default=3, help="how long the turns of a work go on")
+    parser.add_argument("--seconds", type=float, default=2.5, help="how long the turns of a work go on")
     parser.add_argument("--output", type=Path, default=Path("build/benchmarks"), help="the folder for the JSON")
     options = parser.parse_args()
     processes, groups = start(options.peers), {"cases": [], "tables": []}

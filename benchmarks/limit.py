@@ -1,7 +1,7 @@
 """The least time that the memory of this machine allows for a work: a small program in C++ that touches the same rows.
 
-A lookup copies its rows, a bag reads them. A step does that, reads all gradients, and adds to each distinct row and to its
-states, in the order in which the ids come. No duplicate is found, and no formula computed.
+A lookup copies its rows, a bag reads them. A step does that, reads all gradients, and adds to each distinct row and to
+its states, in the order in which the ids come. No duplicate is found, and no formula computed.
 """
 
 import ctypes

@@ -48,7 +48,7 @@ def write(path: Path, processes: Mapping[str, Process], groups: Mapping[str, Seq
 def machine(processes: Mapping[str, Process]) -> dict[str, Any]:
     """Say on which machine, and with which versions."""
     found: dict[str, Any] = {
-        "processor": platform.processor() or platform.machine(),
+        "processor": platform.machine(),
         "python": platform.python_version(),
     }
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

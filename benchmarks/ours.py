@@ -1,7 +1,7 @@
 """Ways to do the works of the benchmarks by embax, and by JAX alone; run by processes.py, with and without kernels.
 
-A step looks rows up, takes their gradient as given, and changes the table. The rows are part of what it returns, since
-a model would go on with them, and the loss depends on them, as that of a model does.
+A step looks up rows, and updates the table with a given gradient of the rows. It returns the rows, because a model
+would use them, and its loss depends on them, as in a model.
 """
 
 import functools
@@ -107,11 +107,21 @@ def _step_of_tables(case: Tables, stacked: bool) -> Way:
             out = {name: embax.embedding_bag(params[name], ids[name], mode="sum") for name in names}
         return sum((first_number(out[name], gradient[name]) for name in names), start=jnp.float32(0)), out
 
-    features = [embax.Feature(name, name, "sum") for name in names]
-    params = embax.Collection(tables, features) if stacked else tables
     batch = [by_name(arrays[..., None]) for arrays in batches_of_tables(case)]
     tx, gradient = embax.optim.rowwise_adagrad(LEARNING_RATE), by_name(gradient_of_tables(case))
-    return _training(tx, params, loss, batch, gradient, embax.value_and_grad, embax.optim.step)
+    if stacked:
+        features = [embax.Feature(name, name, "sum") for name in names]
+        collection = embax.Collection(tables, features)
+        return _training(tx, collection, loss, batch, gradient, embax.value_and_grad, embax.optim.step)
+
+    def of_each(
+        _: Any, gradient: Any, state: Any, params: Any
+    ) -> tuple[Any, Any]:  # one for all takes minutes to trace
+        stepped = {name: embax.optim.step(tx, gradient[name], state[name], params[name]) for name in names}
+        return {name: new for name, (new, _) in stepped.items()}, {name: after for name, (_, after) in stepped.items()}
+
+    each = optax.GradientTransformation(lambda params: {name: tx.init(params[name]) for name in names}, tx.update)
+    return _training(each, tables, loss, batch, gradient, embax.value_and_grad, of_each)
 
 
 def _dense(tx: optax.GradientTransformation, gradient: Any, state: Any, params: Any) -> tuple[Any, Any]:

@@ -1,6 +1,6 @@
-"""What a lookup and a training step of one table cost on a CPU, beside XLA, torch, FBGEMM and what the memory allows.
+"""The time of a lookup and a training step of one table on a CPU, compared with XLA, torch, FBGEMM and memory speed.
 
-With `--figure`, it also draws a step's time against the number of rows, beside dense optax.
+With `--figure`, it also draws a step's time against the number of rows, compared with dense optax.
 """
 
 import argparse
@@ -106,7 +106,7 @@ def main() -> None:
     """Measure, print tables, and write JSON and the figure."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--peers", metavar="PYTHON", help="measure torch and FBGEMM, too, by this environment's python")
-    parser.add_argument("--seconds", type=float, default=3, help="how long the turns of a work go on")
+    parser.add_argument("--seconds", type=float, default=2.5, help="how long the turns of a work go on")
     parser.add_argument("--output", type=Path, default=Path("build/benchmarks"), help="the folder for the JSON")
     parser.add_argument("--figure", type=Path, help="draw the figure to this file")
     options = parser.parse_args()

@@ -14,6 +14,8 @@ from workload import Case, Tables
 RUNS = 4
 WARM_UP = 6  # turns, in which tables move to large pages
 FEWEST = 12
+# After a turn of these, their threads still look for work for some milliseconds.
+SPINNING, PAUSE = "peers", 0.01
 
 
 class Way(NamedTuple):
@@ -41,7 +43,8 @@ class Measured(NamedTuple):
     case: str
     turns: int
     seconds: dict[str, Time]  # by way
-    ratios: dict[str, Time]  # the median here is the ratio of the medians
+    ratios: dict[str, Time]  # to each other way; the median here is the ratio of the medians
+    more: dict[str, Time]  # seconds more than each other way; the median is the difference of the medians
     most: dict[str, float]
 
 
@@ -82,6 +85,8 @@ def measure(
         shift = turn % len(ways)  # so that none comes after the same one all the time
         for way in (*ways[shift:], *ways[:shift]):
             answer = used[way.process].ask(do="run", way=way.name, runs=runs)
+            if way.process == SPINNING:
+                time.sleep(PAUSE)
             if turn >= 0:
                 times[way.name].append(statistics.median(answer["seconds"][min(1, runs - 1) :]))
                 if programs.setdefault(way.process, answer["programs"]) != answer["programs"]:
@@ -109,11 +114,12 @@ def summary(work: str, case: str, times: Mapping[str, Sequence[float]], most: di
     """Sum up the seconds of turns, by way."""
     first, *others = times
     seconds = {name: time_of(values) for name, values in times.items()}
-    ratios = {}
+    ratios, more = {}, {}
     for name in others:
-        spread = time_of([a / b for a, b in zip(times[first], times[name], strict=True)])
-        ratios[name] = spread._replace(median=seconds[first].median / seconds[name].median)
-    return Measured(work, case, len(times[first]), seconds, ratios, most)
+        pairs, (own, other) = list(zip(times[first], times[name], strict=True)), (seconds[first], seconds[name])
+        ratios[name] = time_of([a / b for a, b in pairs])._replace(median=own.median / other.median)
+        more[name] = time_of([a - b for a, b in pairs])._replace(median=own.median - other.median)
+    return Measured(work, case, len(times[first]), seconds, ratios, more, most)
 
 
 def time_of(values: Sequence[float]) -> Time:
@@ -122,13 +128,16 @@ def time_of(values: Sequence[float]) -> Time:
     return Time(statistics.median(values), low, high)
 
 
+_TIMES = ("seconds", "ratios", "more")
+
+
 def as_json(measured: Sequence[Measured]) -> list[dict[str, Any]]:
     """What is measured as JSON, with four digits of each number."""
 
     def short(times: Mapping[str, Time]) -> dict[str, list[float]]:
         return {name: [float(f"{x:.4g}") for x in time] for name, time in times.items()}
 
-    return [line._asdict() | {"seconds": short(line.seconds), "ratios": short(line.ratios)} for line in measured]
+    return [line._asdict() | {name: short(getattr(line, name)) for name in _TIMES} for line in measured]
 
 
 def from_json(lines: Sequence[dict[str, Any]]) -> list[Measured]:
@@ -137,4 +146,4 @@ def from_json(lines: Sequence[dict[str, Any]]) -> list[Measured]:
     def times(values: Mapping[str, Sequence[float]]) -> dict[str, Time]:
         return {name: Time(*value) for name, value in values.items()}
 
-    return [Measured(**(x | {"seconds": times(x["seconds"]), "ratios": times(x["ratios"])})) for x in lines]
+    return [Measured(**(line | {name: times(line[name]) for name in _TIMES})) for line in lines]

@@ -27,7 +27,7 @@ class Case(NamedTuple):
 
 @functools.lru_cache(2)
 def batches_of(case: Case) -> np.ndarray:
-    """Return `(batches, ids)`: eight batches, or more where they are small, so that small ones do not stay in a cache."""
+    """Return `(batches, ids)`: eight batches, or more where they are small, as those would stay in a cache."""
     shape = max(BATCHES, BATCHES * IDS // case.ids), case.ids
     if case.law == "uniform":
         return np.random.default_rng(0).integers(0, case.rows, shape, dtype=np.int32)

@@ -232,14 +232,14 @@ def _clip_norm(rows: Array, axes: tuple[int, ...], max_norm: float, norm_type: f
 @jax.jit
 def _clipped_table(table: Table, ids: _ids.Ids) -> Shaped[Array, "rows *dim"]:
     ids = _ids.resolve(ids, table.rows, table.out_of_range)
-    # Duplicates write equal values; the padding row is written back unchanged. The rows are read as a lookup reads
-    # them, so that XLA merges both reads, and runs a lookup of a donated table before the write.
+    # Duplicates write equal values; the padding row is written back unchanged. The rows are read with the same fill
+    # value as in a lookup, so that XLA merges both reads, and runs the lookup of a donated table before the write.
     clipped = functools.partial(clipped_rows, table)
     return table.storage.replace(table.weight, ids, clipped, _fill_value(table))
 
 
 def _fill_value(table: Table) -> float:
-    """The number that an id without a row reads."""
+    """Return the number that is read for an id without a row."""
     # np.nan, not a fresh float("nan"): NaN differs from itself, so a new object would recompile every eager call.
     return np.nan if jnp.issubdtype(table.dtype, jnp.inexact) and table.out_of_range != "zero" else 0
 
