@@ -21,8 +21,8 @@ movielens: $(VENV)/dev
 PYTEST := PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest --numprocesses auto --dist loadfile --max-worker-restart 0
 
 # The tests that run with the annotations of all functions checked at each call, besides the examples of the docstrings.
-CHECKED := tests/project/test_annotations.py tests/core/test_lookup.py tests/bags/test_embedding_bag.py \
-  tests/gradients/test_rows.py tests/heads/test_candidates.py
+CHECKED := tests/project/test_annotations.py tests/bags/test_embedding_bag.py tests/gradients/test_rows.py \
+  tests/heads/test_candidates.py
 
 # All tests, or those of one area, a folder of tests: make test AREA=bags
 test: $(VENV)/dev

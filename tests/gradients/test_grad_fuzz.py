@@ -3,6 +3,7 @@
 30 programs by `make test`, 1,000 by `make fuzz-programs`.
 """
 
+import functools
 import os
 
 import jax
