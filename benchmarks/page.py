@@ -18,7 +18,7 @@ FILES = ("row_sparse", "bags", "calls")
 PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
 NOTHING = "Not measured yet."
 MORE = 5  # microseconds that kernels may cost a small call
-_SECTION = re.compile(r"(<!-- measured: (\w+) -->\n).*?(\n<!-- end -->)", re.DOTALL)
+_SECTION = re.compile(r"(<!-- measured: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 Data = dict[str, dict[str, Any]]  # the JSON by the name of its file
 
@@ -30,7 +30,7 @@ def read(folder: Path = FOLDER) -> Data:
 
 def rewritten(page: str, data: Data) -> str:
     """Put the tables into the page."""
-    return _SECTION.sub(lambda found: found[1] + (SECTIONS[found[2]](data) or NOTHING) + found[3], page)
+    return _SECTION.sub(lambda found: found[1] + (SECTIONS[found[2]](data) or NOTHING) + "\n" + found[3], page)
 
 
 def machine(data: Data) -> str:

@@ -52,6 +52,7 @@ class Process:
         """Let the process end."""
         self._requests.close()
         self._process.wait()
+        self._answers.close()
 
 
 def start(peers: str | None) -> dict[str, Process]:

@@ -19,7 +19,7 @@ def serve(about: dict[str, Any], build: Build, programs: Callable[[], int] = lam
     """Answer each line of JSON on standard input by one on standard output.
 
     Args:
-      about: What this process is: versions and threads.
+      about: A description of this process: versions and threads.
       build: Makes a way to do a work, by its name.
       programs: How many programs were compiled until now.
     """
@@ -27,21 +27,26 @@ def serve(about: dict[str, Any], build: Build, programs: Callable[[], int] = lam
     os.dup2(2, 1)  # libraries print, too
     ways: dict[str, Way] = {}
     for line in sys.stdin:
-        request = json.loads(line)
         try:
-            answer = {}
-            if request["do"] == "about":
-                answer = about
-            elif request["do"] == "build":
-                size = request["size"]
-                case = Case(*size) if len(size) == len(Case._fields) and isinstance(size[-1], str) else Tables(*size)
-                ways[request["way"]] = build(request["work"], case)
-            elif request["do"] == "run":
-                way = ways[request["way"]]
-                answer = {"seconds": [way() for _ in range(request["runs"])], "programs": programs()}
-            elif request["do"] == "clear":
-                ways.clear()
-                gc.collect()
+            answer = _answer(json.loads(line), about, build, programs, ways)
         except Exception:  # whatever it is, the asker raises it
             answer = {"error": traceback.format_exc()}
         print(json.dumps(answer), file=answers, flush=True)
+
+
+def _answer(
+    request: dict[str, Any], about: dict[str, Any], build: Build, programs: Callable[[], int], ways: dict[str, Way]
+) -> dict[str, Any]:
+    if request["do"] == "about":
+        return about
+    if request["do"] == "build":
+        size = request["size"]
+        case = Case(*size) if isinstance(size[-1], str) else Tables(*size)
+        ways[request["way"]] = build(request["work"], case)
+    elif request["do"] == "run":
+        way = ways[request["way"]]
+        return {"seconds": [way() for _ in range(request["runs"])], "programs": programs()}
+    else:
+        ways.clear()
+        gc.collect()
+    return {}
