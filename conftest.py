@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import jax
+import jaxtyping
 import pytest
 from sybil import Sybil
 from sybil.document import PythonDocStringDocument
@@ -21,6 +22,11 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 jax.config.update("jax_compilation_cache_dir", _CACHE)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+# `make test` runs the examples of the docstrings, and some tests, with the annotations of all functions checked at each
+# call. It has to be said before embax is imported.
+if os.environ.get("EMBAX_ANNOTATIONS"):
+    jaxtyping.install_import_hook("embax", "annotations.checked")
 
 # A test runs most programs once, so optimising their machine code costs more than it saves. By `XLA_FLAGS= make test`,
 # the tests run the machine code that users have.
@@ -60,6 +66,23 @@ def _strict(namespace=None):
 def _as_users_have_it(namespace):
     """Examples run under the defaults of JAX, which optax relies on, too."""
     _promote("standard", "allow")
+
+
+def _with_standard_dtypes():
+    """Dtypes are promoted as users have it, which optax relies on."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+standard_promotion = pytest.fixture(_with_standard_dtypes)
+standard_promotion_of_module = pytest.fixture(_with_standard_dtypes, scope="module")
+
+
+@pytest.fixture
+def users_promotion():
+    """Dtypes and ranks are promoted as users have it, which layers of other libraries and Orbax rely on."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
 
 
 # JAX keeps millions of objects that live long; to walk over all of them time and again took an eighth of a run.

@@ -1,7 +1,7 @@
 """Ways to do the works of the benchmarks by embax, and by JAX alone; run by processes.py, with and without kernels.
 
-A step looks rows up, takes their gradient as given, and changes the table. The rows are part of what it returns, since
-a model would go on with them, and the loss depends on them, as that of a model does.
+A step looks up rows, and updates the table with a given gradient of the rows. It returns the rows, because a model
+would use them, and its loss depends on them, as in a model.
 """
 
 import functools

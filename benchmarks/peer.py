@@ -1,6 +1,6 @@
 """Ways to do the works of the benchmarks by torch and FBGEMM; run by processes.py in an environment of their own.
 
-A step is what ours is: look up, take the gradient of the rows as given, change the table. Only that is timed.
+A step does the same as embax's: it looks up rows, and updates the table with a given gradient. Only this is timed.
 """
 
 import itertools

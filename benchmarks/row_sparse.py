@@ -1,6 +1,6 @@
-"""What a lookup and a training step of one table cost on a CPU, beside XLA, torch, FBGEMM and what the memory allows.
+"""The time of a lookup and a training step of one table on a CPU, compared with XLA, torch, FBGEMM and memory speed.
 
-With `--figure`, it also draws a step's time against the number of rows, beside dense optax.
+With `--figure`, it also draws a step's time against the number of rows, compared with dense optax.
 """
 
 import argparse

@@ -5,6 +5,7 @@
 namespace embax {
 namespace {
 
+// Beyond so many bytes, memory is given back as soon as much less is needed.
 constexpr size_t kKept = size_t{32} << 20;
 
 struct Block {
@@ -14,25 +15,29 @@ struct Block {
 
 thread_local Block blocks[2];
 
+#if defined(EMBAX_SANITIZE)
+// Of exactly the size, so that a sanitizer sees what goes beyond.
+bool fits(const Block&, size_t) { return false; }
+size_t with_reserve(size_t bytes) { return bytes; }
+#else
+bool fits(const Block& block, size_t bytes) {
+  return block.data && bytes <= block.size && (block.size <= kKept || bytes >= block.size / 4);
+}
+size_t with_reserve(size_t bytes) { return bytes + bytes / 2; }
+#endif
+
 }  // namespace
 
 char* scratch(Holder holder, size_t bytes) {
   Block& block = blocks[static_cast<int>(holder)];
-  if (block.size < bytes || !block.data) {
-    const size_t size = bytes + bytes / 2;
-    block.data.reset();
-    block.size = 0;
-    block.data.reset(new char[size + 64]);
+  if (!fits(block, bytes)) {
+    block = Block{};
+    const size_t size = with_reserve(bytes);
+    block.data.reset(new char[size + 63]);
     block.size = size;
   }
   const auto at = reinterpret_cast<uintptr_t>(block.data.get());
   return reinterpret_cast<char*>((at + 63) & ~uintptr_t{63});
-}
-
-void trim_scratch() {
-  for (Block& block : blocks) {
-    if (block.size > kKept) block = Block{};
-  }
 }
 
 }  // namespace embax

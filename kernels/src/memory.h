@@ -12,9 +12,6 @@ enum class Holder : int { call, part };
 // Memory of this thread, aligned to 64 bytes, valid until the next request for the same holder.
 char* scratch(Holder holder, size_t bytes);
 
-// Gives back what is large.
-void trim_scratch();
-
 // Hands out arrays one after the other; first without memory, to know how much they need.
 class Carver {
  public:

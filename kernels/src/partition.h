@@ -2,7 +2,7 @@
 //
 // For example, ids 7 3 7 9 with 2 parts, of which the first has rows 3 and 7: its positions are 0 1 2, those of the
 // second 3. Blocks of ids are split at the same time; a part then has one segment of each block, in rising order.
-// Numbers of parts and blocks depend on the work and never on the threads, and so do the results.
+// The order of parts may be seen in a result; then their number depends on the work and never on the threads.
 #pragma once
 
 #include <cstring>
@@ -25,10 +25,12 @@ struct Counted {
 
 class Partition {
  public:
-  // `row_bytes`: what moves for an id.
-  Partition(Ids ids, int64_t row_bytes) : ids_(ids) {
+  static constexpr int64_t kMost = 256;
+
+  // `row_bytes`: what moves for an id. `most`: the most parts.
+  Partition(Ids ids, int64_t row_bytes, int64_t most = kMost) : ids_(ids) {
     const int64_t number = ids.number, bytes = number * larger(row_bytes, 1);
-    const int64_t wanted = smaller(kMost, smaller(number / 16, larger(bytes / kAlone, number / 2048)));
+    const int64_t wanted = smaller(most, smaller(number / 16, larger(bytes / kAlone, number / 2048)));
     while ((int64_t{2} << bits_) <= wanted) ++bits_;
     block_ = bits_ ? larger(2048, (number + kMost - 1) / kMost) : larger(1, number);
     blocks_ = (number + block_ - 1) / block_;
@@ -80,8 +82,6 @@ class Partition {
   int part_bits() const { return bits_; }
 
  private:
-  static constexpr int64_t kMost = 256;
-
   int64_t segment_size(int64_t block, int64_t part) const {
     const uint32_t* starts = starts_ + block * (parts() + 1) + part;
     return starts[1] - starts[0];
@@ -128,10 +128,13 @@ class Partition {
   int64_t* firsts_ = nullptr;
 };
 
-// Calls body(partition, part) for each part of the ids, on any thread.
+// Calls body(partition, part) for each part of the ids, on any thread; for work in place, which shows no order of parts.
+// The fewer they are, the more values and gradients are read one behind the other; beyond some ids, though, the tables
+// that group them leave the cache.
 template <typename F>
 inline void for_each_part(const Pool& pool, Ids ids, const Counted& counts, int64_t row_bytes, F&& body) {
-  Partition partition(ids, row_bytes);
+  const int64_t for_threads = pool.threads > 1 ? int64_t{2} * pool.threads : 1;
+  Partition partition(ids, row_bytes, smaller(Partition::kMost, larger(for_threads, ids.number / 16384)));
   Carver carver;
   partition.carve(carver);
   carver.start(scratch(Holder::call, carver.used()));

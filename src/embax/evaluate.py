@@ -1,4 +1,4 @@
-"""Evaluation: how well vectors solve analogies, and how well their cosines agree with people's judgement."""
+"""Evaluation of word vectors: by analogies, and by the agreement of cosines with human judgement."""
 
 import math
 import os
@@ -20,26 +20,25 @@ from .vectors import _nearest as _queries
 if TYPE_CHECKING:
     from .vectors import Vectors
 
-# A compressed list of words is larger than its file by a factor of ten at most.
-# Of the five best answers counts the first that is none of the question's words, as in gensim.
+# As in gensim, the first of the five best answers that is none of the question's words counts.
 _ANSWERS = 5
 
 
 class Section(NamedTuple):
-    """The analogies of one kind."""
+    """The result for the analogies of one kind."""
 
     name: str
-    correct: int  # of those in total
+    correct: int  # questions solved
     total: int  # questions whose words are all in the vocabulary
 
 
 @dataclass(frozen=True)
 class AnalogyReport:
-    """How many analogies were solved.
+    """The result of `analogies`.
 
     Args:
-      sections: The kinds of analogies, in the file's order.
-      skipped: The number of questions with a word that is not in the vocabulary; they count for nothing.
+      sections: One result for each section, in the file's order.
+      skipped: The number of questions with a word that is not in the vocabulary; they do not count.
     """
 
     sections: tuple[Section, ...]
@@ -47,7 +46,7 @@ class AnalogyReport:
 
     @property
     def total(self) -> int:
-        """The number of questions, without those skipped."""
+        """The number of questions, without skipped ones."""
         return sum(section.total for section in self.sections)
 
     @property
@@ -57,19 +56,19 @@ class AnalogyReport:
 
     @property
     def accuracy(self) -> float:
-        """The fraction of questions solved, in [0, 1]; NaN where all were skipped."""
+        """The fraction of questions solved, in [0, 1]; NaN if all were skipped."""
         return self.correct / self.total if self.total else math.nan
 
 
 @dataclass(frozen=True)
 class PairReport:
-    """How far the cosines of pairs of words agree with people's judgement.
+    """The result of `word_pairs`.
 
     Args:
-      spearman: The correlation of ranks, in [-1, 1]; NaN where all pairs are equally similar.
-      pearson: The linear correlation, in [-1, 1]; NaN likewise.
+      spearman: The rank correlation, in [-1, 1]; NaN if all pairs are equally similar.
+      pearson: The linear correlation, in [-1, 1]; NaN if all pairs are equally similar.
       pairs: The number of pairs compared.
-      missing: The number of pairs with a word that is not in the vocabulary; they count for nothing.
+      missing: The number of pairs with a word that is not in the vocabulary; they do not count.
     """
 
     spearman: float
@@ -87,26 +86,25 @@ def analogies(
 ) -> AnalogyReport:
     r"""Solve analogies, "a is to b as c is to what?", and count the correct answers.
 
-    `"add"`, 3CosAdd: the answer is the word of highest `cos(x, b) - cos(x, a) + cos(x, c)`.
-    `"mul"`, 3CosMul: of highest `cos(x, b) cos(x, c) / (cos(x, a) + 1e-6)`, of cosines moved to `[0, 1]`.
+    `"add"`, 3CosAdd: the answer is the word with the highest `cos(x, b) - cos(x, a) + cos(x, c)`.
+    `"mul"`, 3CosMul: with the highest `cos(x, b) cos(x, c) / (cos(x, a) + 1e-6)`, with cosines mapped to `[0, 1]`.
 
-    Case does not matter: of tokens that are equal in upper case the first one stands for all. The question's own words
-    are no answers. Counts are those of gensim's `evaluate_word_analogies` for `"add"`.
+    Case is ignored: the first of several tokens that are equal in upper case represents all. The question's own words
+    are not answers. For `"add"`, counts equal those of gensim's `evaluate_word_analogies`.
 
     Args:
       vectors: The vectors.
-      path: A text file, plain or compressed, of four words a line (a, b, c and the answer), in sections that each
-        begin with a line `: name`, such as `questions-words.txt` of word2vec.
-      restrict: How many tokens, the first ones, are the vocabulary; the most frequent where they are sorted so.
-        None is all.
-      method: How the answers are ranked.
+      path: A text file, plain or compressed, with four words on each line (a, b, c and the answer), in sections that
+        begin with a line `: name`, such as word2vec's `questions-words.txt`.
+      restrict: Use only the first `restrict` tokens, which are the most frequent ones in a sorted file. None: all.
+      method: How answers are scored.
 
     Returns:
       Counts by section.
 
     Raises:
       embax.files.FormatError: If the file is not of this form, naming the line, or holds no question.
-      OSError: If it cannot be opened.
+      OSError: If the file cannot be opened.
       TypeError: If `restrict` is not a whole number.
       ValueError: If `restrict` is negative, or the method is unknown.
 
@@ -147,23 +145,23 @@ def analogies(
 
 
 def word_pairs(vectors: "Vectors", path: str | os.PathLike[str], restrict: int | None = 300_000) -> PairReport:
-    r"""Compare cosines with people's judgement of how similar two words are.
+    r"""Compare cosines with human judgement of the similarity of two words.
 
-    Case does not matter, as in `analogies`. Figures are those of gensim's `evaluate_word_pairs`.
+    Case is ignored, as in `analogies`. The results equal those of gensim's `evaluate_word_pairs`.
 
     Args:
       vectors: The vectors.
-      path: A text file, plain or compressed, of two words and a number a line, between tabs or other white space;
-        lines that begin with # are comments, and the first other line may be a heading. WordSim-353 and SimLex-999 are
-        such files.
-      restrict: How many tokens, the first ones, are the vocabulary. None is all.
+      path: A text file, plain or compressed, with two words and a number on each line, separated by tabs or other white
+        space, such as WordSim-353 and SimLex-999. Lines that begin with # are comments; the first other line may be a
+        heading.
+      restrict: Use only the first `restrict` tokens. None: all.
 
     Returns:
       Correlations and counts.
 
     Raises:
       embax.files.FormatError: If the file is not of this form, naming the line.
-      OSError: If it cannot be opened.
+      OSError: If the file cannot be opened.
       TypeError: If `restrict` is not a whole number.
       ValueError: If `restrict` is negative, or fewer than two pairs are in the vocabulary.
 
@@ -190,7 +188,7 @@ def word_pairs(vectors: "Vectors", path: str | os.PathLike[str], restrict: int |
         )
     left, right, judged = zip(*known, strict=True)
     cosines = _cosines(unit[list(left)], unit[list(right)])
-    with warnings.catch_warnings():  # all pairs equally similar: NaN says it
+    with warnings.catch_warnings():  # if all pairs are equally similar, the result is NaN
         warnings.simplefilter("ignore", stats.ConstantInputWarning)
         warnings.simplefilter("ignore", stats.NearConstantInputWarning)
         spearman, pearson = stats.spearmanr(judged, cosines), stats.pearsonr(judged, cosines)
@@ -205,7 +203,7 @@ def word_pairs(vectors: "Vectors", path: str | os.PathLike[str], restrict: int |
 def _cosines(
     left: Float32[np.ndarray, "pairs dim"], right: Float32[np.ndarray, "pairs dim"]
 ) -> Float64[np.ndarray, " pairs"]:
-    """Cosines in float64, with lengths that are 1 in float32 only: so any two of one direction are as similar."""
+    """Cosines in float64. Rows have length 1 only in float32, so they are divided by their lengths again."""
     a, b = left.astype(np.float64), right.astype(np.float64)
     lengths = np.sqrt((a * a).sum(axis=1) * (b * b).sum(axis=1))
     return (a * b).sum(axis=1) / np.where(lengths > 0, lengths, 1)
@@ -225,7 +223,7 @@ def _vocabulary(vectors: "Vectors", unit: np.ndarray) -> tuple[list[str], dict[s
 
 
 def _answer(rows: Int64[np.ndarray, " answers"], words: list[str], question: list[str]) -> str | None:
-    """The first answer that is no word of the question; where all are such words, the last one."""
+    """The first answer that is not a word of the question; the last one if all are."""
     answers = [words[row] for row in rows if row >= 0]
     return next((word for word in answers if word not in question), answers[-1] if answers else None)
 
@@ -241,7 +239,7 @@ def _read_questions(path: str | os.PathLike[str]) -> tuple[list[str], list[int],
             continue
         words = line.upper().split()
         if words and not names:
-            raise FormatError(path, f'line {number} must be a section\'s name, as ": name", got {line[:60]!r}.')
+            raise FormatError(path, f'line {number} must be a section\'s name, such as ": name", got {line[:60]!r}.')
         if words and len(words) != 4:
             raise FormatError(path, f"line {number} must be four words, got {line[:60]!r}.")
         if words:
@@ -253,7 +251,7 @@ def _read_questions(path: str | os.PathLike[str]) -> tuple[list[str], list[int],
 
 
 def _read_pairs(path: str | os.PathLike[str]) -> list[tuple[str, str, float]]:
-    """Two words in upper case and the judgement of people, for each pair."""
+    """Two words in upper case and the human judgement, for each pair."""
     pairs: list[tuple[str, str, float]] = []
     may_be_heading = True
     for number, line in _lines(path):

@@ -8,12 +8,12 @@ from ._kernels.library import library
 
 
 class Kernels(NamedTuple):
-    """What runs lookups, bags and updates on the CPU."""
+    """The native kernels that run lookups, bags and updates on the CPU."""
 
     in_use: bool
-    version: str  # of the library; empty where there is none
-    instruction_set: str  # for which its code was chosen on this machine
-    threads: int  # at most, those of JAX's own pool
+    version: str  # the version of the library; empty if there is none
+    instruction_set: str  # the instruction set of the code that is used on this machine
+    threads: int  # the largest number of threads, from JAX's own pool
     primitives: tuple[str, ...]
 
     def __str__(self) -> str:
@@ -28,13 +28,13 @@ class Kernels(NamedTuple):
 
 
 def report() -> Kernels:
-    """Say which native kernels this process uses on a CPU.
+    """Return which native kernels this process uses on a CPU.
 
     Returns:
-      Whether there are any, and what they are. Its text is what `python -m embax.kernels` prints.
+      The kernels, or `in_use=False`. `python -m embax.kernels` prints its text.
 
     Raises:
-      ImportError: If the kernels that are installed cannot be used, such as those of another version.
+      ImportError: If the installed kernels cannot be used, for example because they are of another version.
       ValueError: If `EMBAX_KERNELS` is neither 0 nor 1.
 
     Example:

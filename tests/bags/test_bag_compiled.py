@@ -1,4 +1,4 @@
-"""What compiled bags hold: no array of the pooled rows, memory that follows the ids, no needless compilation."""
+"""Compiled bags: no array of the pooled rows, memory that depends on the ids, nothing compiles twice."""
 
 import functools
 import itertools
@@ -16,7 +16,7 @@ from embax import Ragged, Table, embedding_bag
 BAGS, LENGTH, DIM = 1024, 16, 64
 IDS = BAGS * LENGTH
 ROWS_OF_IDS = IDS * DIM * 4  # bytes, were the rows gathered
-# So many rows that a bit for each of them is more than any of the bounds below leaves room for.
+# With so many rows, even one bit for each row would exceed the bounds below.
 MANY = 10**9
 exhaustive = pytest.mark.exhaustive
 

@@ -3,6 +3,7 @@
 import functools
 import itertools
 
+import closeness
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,13 +12,13 @@ import pytest
 import reference
 from bag_cases import MODES, cut, dense, ids_of, in_capacity
 from cases import ROWS, WEIGHT
+from closeness import FLOAT32
 from jax.sharding import NamedSharding, PartitionSpec
 from meshes import mesh_of, usual_and_rest
 
 import embax
 from embax import Ragged, Table, embedding_bag, lookup
 
-TOLERANCE = {"rtol": 5e-6, "atol": 5e-6}  # float32
 SMOOTH = MODES[:3]  # those that take weights
 exhaustive = pytest.mark.exhaustive
 
@@ -49,8 +50,7 @@ def expected_gradients(lists, factors=None, mode="sum", weight=WEIGHT, **rules):
     return reference.embedding_bag_gradient(weight, lists, cotangents, factors, mode, **rules)
 
 
-def assert_close(actual, expected, case=""):
-    np.testing.assert_allclose(actual, expected, **TOLERANCE, err_msg=str(case))
+assert_close = functools.partial(closeness.assert_close, **FLOAT32)
 
 
 # ---- Gradients by rows.

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from closeness import assert_close
 from leaks import checking_leaks
 
 import embax
@@ -48,8 +49,7 @@ def dense(gradient):
 def assert_same(ours, theirs):
     ours = dense(ours)
     assert jax.tree.structure(ours) == jax.tree.structure(theirs)
-    for (path, x), y in zip(jax.tree.leaves_with_path(ours), jax.tree.leaves(theirs), strict=True):
-        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6, err_msg=jax.tree_util.keystr(path))  # float32
+    assert_close(ours, theirs, atol=1e-6)
 
 
 def both(make, *args, compile_=lambda fun: fun, on_dense="warn", **options):

@@ -1,7 +1,6 @@
 """What the optimizer of brainstate states refuses: plain transformations, and arguments that do not fit."""
 
 import brainstate
-import jax
 import jax.numpy as jnp
 import optax
 import pytest
@@ -9,11 +8,7 @@ import pytest
 import embax
 from embax.optim import lift
 
-
-@pytest.fixture(autouse=True)
-def _standard_promotion():  # which optax relies on
-    with jax.numpy_dtype_promotion("standard"):
-        yield
+pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 
 @pytest.mark.parametrize(

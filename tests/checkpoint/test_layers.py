@@ -22,11 +22,7 @@ LONGER = np.random.default_rng(1).normal(size=(11, 4)).astype(np.float32)
 TX = embax.optim.lift(optax.adam(0.1))
 MESH = mesh_of({"x": 2})
 
-
-@pytest.fixture(autouse=True)
-def _promotion():
-    with jax.numpy_dtype_promotion("standard"):  # which optax relies on
-        yield
+pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 
 def table_of(weight, layout):

@@ -26,11 +26,7 @@ from embax.checkpoint import _save
 
 WEIGHT = np.random.default_rng(0).normal(size=(101, 8)).astype(np.float32)
 
-
-@pytest.fixture(autouse=True)
-def _promotion():
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # which Orbax and optax rely on
-        yield
+pytestmark = pytest.mark.usefixtures("users_promotion")
 
 
 def made():
@@ -258,7 +254,7 @@ def test_what_is_not_in_the_checkpoint_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"got 'film', 'other', which it lacks. It has 'table', 'user'"):
         checkpoint.restore(tmp_path, {"film": table, "other": table, "table": table})
     with pytest.raises(
-        ValueError, match=r"must have all that is in the checkpoint, got nothing for 'user'. Add it, or"
+        ValueError, match=r"must have all arrays of the checkpoint, got nothing for 'user'. Add them, or"
     ):
         checkpoint.restore(tmp_path, {"table": table})
     assert set(checkpoint.restore(tmp_path, {"table": table}, partial=True)) == {"table"}

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hlo import compiled_as_for_users
 
 from embax import Table, lookup, renormalize
 from embax._kernels.library import has
@@ -21,10 +22,6 @@ READ = "custom-call" if has("take") else "gather"
 
 def abstract(rows, dtype="float32", **rules):
     return Table(jax.ShapeDtypeStruct((rows, DIM), jnp.dtype(dtype)), **rules)
-
-
-def compiled(function, *args, donate=()):
-    return jax.jit(function, donate_argnums=donate).lower(*args).compile()
 
 
 def operations(program):
@@ -57,7 +54,7 @@ def renormalize_jvp(table, tangent, ids):
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "int32"])
 def test_lookup_without_rules_is_one_gather_in_one_fusion(dtype):
     """A kernel in the place of the gather has the fusion of the ids before it."""
-    names, large = operations(compiled(lookup, abstract(MANY, dtype), IDS))
+    names, large = operations(compiled_as_for_users(lookup, abstract(MANY, dtype), IDS))
     assert names.count(READ) == names.count("fusion") == 1
     others = {"gather", "custom-call"} - {READ}
     assert not {"scatter", "sort", "while", "call", "copy", "dot", "conditional", *others} & set(names)
@@ -87,17 +84,17 @@ def test_a_rule_that_a_lookup_uses_is_seen_in_its_program():
 
 @functools.cache
 def lookup_text(**rules):
-    return program_text(compiled(lookup, abstract(FEW, **rules), IDS))
+    return program_text(compiled_as_for_users(lookup, abstract(FEW, **rules), IDS))
 
 
 def test_an_unused_rule_of_the_gradient_compiles_to_nothing():
     def gradient(table, ids):
         return jax.grad(lambda table: lookup(table, ids).sum())(table)
 
-    plain = compiled(gradient, abstract(FEW), IDS)
+    plain = compiled_as_for_users(gradient, abstract(FEW), IDS)
     assert "sort" not in operations(plain)[0]
-    assert program_text(compiled(gradient, abstract(FEW, norm_type=3.0), IDS)) == program_text(plain)
-    assert "sort" in operations(compiled(gradient, abstract(FEW, scale_grad_by_freq=True), IDS))[0]
+    assert program_text(compiled_as_for_users(gradient, abstract(FEW, norm_type=3.0), IDS)) == program_text(plain)
+    assert "sort" in operations(compiled_as_for_users(gradient, abstract(FEW, scale_grad_by_freq=True), IDS))[0]
 
 
 def rest(*case):
@@ -123,7 +120,7 @@ def rest(*case):
 def test_memory_of_lookup_follows_the_ids(function, dtype, rules):
     # Of so many rows that a byte for each is more than the program may use.
     table = abstract(MANY, dtype, **rules)
-    program = compiled(function, *((table, table, IDS) if function is lookup_jvp else (table, IDS)))
+    program = compiled_as_for_users(function, *((table, table, IDS) if function is lookup_jvp else (table, IDS)))
     memory = program.memory_analysis()
     assert not operations(program)[1]
     assert memory.temp_size_in_bytes <= 2 * 128 * DIM * 4
@@ -136,7 +133,7 @@ def test_memory_of_lookup_follows_the_ids(function, dtype, rules):
 def test_memory_of_renormalize_follows_the_ids(function, dtype):
     table = abstract(MANY, dtype, **ALL)
     tables = [table] * (2 if function is renormalize_jvp else 1)
-    memory = compiled(function, *tables, IDS, donate=range(len(tables))).memory_analysis()
+    memory = compiled_as_for_users(function, *tables, IDS, donate=range(len(tables))).memory_analysis()
     assert memory.alias_size_in_bytes == len(tables) * MANY * DIM * table.dtype.itemsize
     assert memory.temp_size_in_bytes <= 4 * 128 * DIM * 4
 
@@ -153,7 +150,8 @@ def test_memory_of_renormalize_grows_with_the_rows_only_where_any_scatter_does(d
 
     def growth(function, *args_of):
         few, many = (
-            compiled(function, *(arg(rows) for arg in args_of), donate=0).memory_analysis() for rows in (FEW, MANY)
+            compiled_as_for_users(function, *(arg(rows) for arg in args_of), donate=0).memory_analysis()
+            for rows in (FEW, MANY)
         )
         return many.temp_size_in_bytes - few.temp_size_in_bytes
 
@@ -168,7 +166,7 @@ def test_memory_of_renormalize_grows_with_the_rows_only_where_any_scatter_does(d
 
 @pytest.mark.parametrize(("stored", "read"), [("float32", "bfloat16"), ("bfloat16", "float32"), ("int8", "float32")])
 def test_dtype_casts_the_rows_and_never_the_table(stored, read):
-    program = compiled(lambda table, ids: lookup(table, ids, dtype=read), abstract(MANY, stored), IDS)
+    program = compiled_as_for_users(lambda table, ids: lookup(table, ids, dtype=read), abstract(MANY, stored), IDS)
     assert program.memory_analysis().temp_size_in_bytes <= 128 * DIM * 4
     assert not operations(program)[1]
 
@@ -176,7 +174,7 @@ def test_dtype_casts_the_rows_and_never_the_table(stored, read):
 def test_memory_of_a_lookup_under_vmap_follows_the_ids():
     lanes = jax.ShapeDtypeStruct((4, 32), jnp.int32)
     read = jax.vmap(lookup, in_axes=(None, 0))
-    memory = compiled(read, abstract(MANY, **ALL), lanes).memory_analysis()
+    memory = compiled_as_for_users(read, abstract(MANY, **ALL), lanes).memory_analysis()
     assert memory.temp_size_in_bytes <= 2 * 128 * DIM * 4
 
 

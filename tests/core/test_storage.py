@@ -35,10 +35,7 @@ OPTIMIZERS = {
 }
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _promotion():
-    with jax.numpy_dtype_promotion("standard"):  # which optax relies on
-        yield
+pytestmark = pytest.mark.usefixtures("standard_promotion_of_module")
 
 
 def pooled(table, modes):

@@ -26,11 +26,7 @@ OPTIMIZERS = {
     "rowwise_adagrad": embax.optim.rowwise_adagrad(0.1),
 }
 
-
-@pytest.fixture(autouse=True)
-def _promotion():
-    with jax.numpy_dtype_promotion("standard"):  # which optax relies on
-        yield
+pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 
 def made():

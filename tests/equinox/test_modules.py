@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from closeness import assert_close
 
 import embax
 from embax import RowGrad, Table
@@ -62,12 +63,6 @@ def densely(module):
     return jax.tree.map(weight, module, is_leaf=lambda node: isinstance(node, RowGrad))
 
 
-def assert_same(ours, theirs):
-    ours, theirs = jax.tree.leaves(ours), jax.tree.leaves(theirs)
-    for x, y in zip(ours, theirs, strict=True):
-        np.testing.assert_allclose(x, y, rtol=1e-5)  # float32
-
-
 @pytest.mark.parametrize(
     ("rules", "compile_"),
     [
@@ -87,14 +82,14 @@ def test_modules_as_they_are(rules, compile_):
     assert len(gradient.lengths.table.ids) == 0
     rest = gradient.steps, gradient.host, gradient.activation, gradient.flag, gradient.name, gradient.dropout.p
     assert rest == (None,) * 6
-    assert_same(densely(gradient), theirs)
+    assert_close(densely(gradient), theirs)
 
 
 def test_modules_beside_arrays():
     params = {"model": Model(), "scale": jnp.array([1.0, 2.0]), "table": Table(WEIGHT)}
     loss = lambda params: params["model"](IDS) * (params["scale"] * embax.lookup(params["table"], 1)).sum()  # noqa: E731
     gradient, theirs = eqx.filter_jit(lambda params: (embax.grad(loss)(params), eqx.filter_grad(loss)(params)))(params)
-    assert_same(densely(gradient), theirs)
+    assert_close(densely(gradient), theirs)
     assert isinstance(gradient["table"], RowGrad)
     # The rule of JAX holds outside of modules.
     with pytest.raises(TypeError, match="grad requires real- or complex-valued inputs"):
@@ -115,7 +110,7 @@ def test_argnums_and_has_aux():
 def test_a_partitioned_module():
     params, static = eqx.partition(Model(), eqx.is_inexact_array)
     gradient = embax.grad(lambda params: eqx.combine(params, static)(IDS))(params)
-    assert_same(densely(gradient), densely(eqx.filter_jit(embax.grad(Model.__call__))(Model(), IDS)))
+    assert_close(densely(gradient), densely(eqx.filter_jit(embax.grad(Model.__call__))(Model(), IDS)))
     assert gradient.lengths.table.weight is None
 
 
@@ -203,17 +198,11 @@ def test_a_head_that_shares_the_weight():
 
     (value, gradient), (expected, theirs), attend = gradients(Tied(), layer())
     np.testing.assert_allclose(value, expected, rtol=1e-6)  # float32
-    assert_same(gradient, theirs)
+    assert_close(gradient, theirs)
     np.testing.assert_allclose(attend.weight, theirs.shared.pytree[0].weight, rtol=1e-5)
 
 
 # Training
-
-
-@pytest.fixture
-def _standard_promotion():  # which optax relies on
-    with jax.numpy_dtype_promotion("standard"):
-        yield
 
 
 def train(model, tx, value_and_grad, apply_updates, steps=6):
@@ -232,18 +221,18 @@ def train(model, tx, value_and_grad, apply_updates, steps=6):
     return model, values
 
 
-@pytest.mark.usefixtures("_standard_promotion")
+@pytest.mark.usefixtures("standard_promotion")
 def test_training_equals_dense_training():
     ours, values = train(Model(padding_idx=1), lift(optax.adagrad(0.1)), embax.value_and_grad, embax.apply_updates)
     # Equinox alone, with the layer as it is, whose gradient is dense.
     theirs, expected = train(Model(padding_idx=1), optax.adagrad(0.1), eqx.filter_value_and_grad, eqx.apply_updates)
     np.testing.assert_allclose(values, expected, rtol=1e-5)  # float32
-    assert_same(eqx.filter(ours, eqx.is_array), eqx.filter(theirs, eqx.is_array))
+    assert_close(eqx.filter(ours, eqx.is_array), eqx.filter(theirs, eqx.is_array))
     np.testing.assert_array_equal(ours.embedding.weight[1], WEIGHT[1])
     assert (ours.name, ours.activation, ours.steps.dtype) == ("model", jax.nn.relu, jnp.int32)
 
 
-@pytest.mark.usefixtures("_standard_promotion")
+@pytest.mark.usefixtures("standard_promotion")
 @pytest.mark.parametrize("value_and_grad", [embax.value_and_grad, eqx.filter_value_and_grad])
 def test_padding_rows_never_change(value_and_grad):
     tx = lift(optax.adamw(0.1, weight_decay=0.5))
@@ -254,7 +243,7 @@ def test_padding_rows_never_change(value_and_grad):
     np.testing.assert_array_equal(frozen.embedding.weight, WEIGHT)
 
 
-@pytest.mark.usefixtures("_standard_promotion")
+@pytest.mark.usefixtures("standard_promotion")
 def test_the_filter_of_arrays_serves_a_module_without_integers():
     tx = rowwise_adagrad(0.1)
 
@@ -268,7 +257,7 @@ def test_the_filter_of_arrays_serves_a_module_without_integers():
     np.testing.assert_allclose(trained(layer()).weight, WEIGHT - 0.1 * (COUNTS > 0), rtol=1e-6)  # float32
 
 
-@pytest.mark.usefixtures("_standard_promotion")
+@pytest.mark.usefixtures("standard_promotion")
 def test_equinox_refuses_to_apply_rows():
     gradient = embax.grad(lambda m: m(IDS).sum())(layer())
     with pytest.raises(ValueError, match="RowGrad"):
@@ -298,7 +287,7 @@ def memory_of_a_step(rows, tx, **rules):
     return step.lower(jnp.arange(128), model, state).compile().compiled.memory_analysis(), held
 
 
-@pytest.mark.usefixtures("_standard_promotion")
+@pytest.mark.usefixtures("standard_promotion")
 @pytest.mark.parametrize(
     "rules",
     [pytest.param({}, marks=pytest.mark.exhaustive), {"padding_idx": 0, "max_norm": 1.0, "scale_grad_by_freq": True}],

@@ -30,11 +30,7 @@ FEATURES = [Feature(f"{k}_rows", k) for k in ("a", "norm", "frozen")]
 FEATURES += [Feature(f"{k}_mean", k, "mean") for k in ("a", "b", "norm", "often")]
 PADDING = {"a": [0], "b": [1, 6], "norm": [1], "often": [7], "frozen": [0, 1, 2, 3]}
 
-
-@pytest.fixture(autouse=True)
-def _promotion():
-    with jax.numpy_dtype_promotion("standard"):  # optax needs it
-        yield
+pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 
 def batch(seed=0):

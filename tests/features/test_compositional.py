@@ -306,7 +306,7 @@ BAD = {
     "part_of_an_id": ({"ids": 1.5}, TypeError, r"ids=...\)` must be a whole number, got 1.5"),
     "dim": ({"dim": -1}, ValueError, r"dim=...\)` must not be negative, got -1"),
     "no_remainders": ({"remainders": 0}, ValueError, r"remainders=...\)` must be 1 or more, got 0"),
-    "odd": ({"dim": 3, "combine": "concat"}, ValueError, r"dim=...\)` must be even for 'concat', got 3\. Half of it"),
+    "odd": ({"dim": 3, "combine": "concat"}, ValueError, r"dim=...\)` must be even for 'concat', got 3\. Each part"),
     "padding": ({"padding_idx": 9}, ValueError, r"padding_idx=...\)` must be a row of the table, in \[-9, 9\), got 9"),
     "policy": ({"out_of_range": "wrap"}, ValueError, "must be one of 'error', 'clip', 'nan', 'zero', got 'wrap'"),
     "integers": (

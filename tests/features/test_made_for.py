@@ -25,11 +25,7 @@ TXS = {
     "chain": optax.chain(clip_by_global_norm(1.0), lift(optax.adam(0.1))),
 }
 
-
-@pytest.fixture(autouse=True)
-def _promotion():
-    with jax.numpy_dtype_promotion("standard"):  # optax needs it
-        yield
+pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 
 def of(rows=4, dim=3, **rules):
@@ -215,7 +211,7 @@ def test_what_is_no_state_of_the_transformation_is_refused():
     adam, sgd = TXS["adam"], TXS["sgd"]
     with pytest.raises(TypeError, match=r"lift\(tx\).update\(state=...\)` must be a LiftState, got tuple"):
         adam.update(gradient, (), params)
-    with pytest.raises(ValueError, match=r"must be what its `init` gives for the parameters, got 0 arrays"):
+    with pytest.raises(ValueError, match=r"must fit what its `init` returns for the parameters, got 0 arrays"):
         adam.update(gradient, sgd.init(params), params)
     other = params | {"bias": np.ones(3, np.float32)}
     with pytest.raises(ValueError, match=r"got the shape \(2,\) instead of \(3,\) for `inner\[0\].mu\['bias'\]`. If"):

@@ -30,11 +30,7 @@ FEATURES = [Feature(name, name, "sum") for name in TABLES if name != "none"]
 BATCH = {feature.name: np.array([[0, 1], [1, 0], [-1, 1]]) for feature in FEATURES}
 STATES = {"adamw": lift(optax.adamw(0.1)), "rowwise_adagrad": rowwise_adagrad(0.1)}
 
-
-@pytest.fixture(autouse=True)
-def _promotion():
-    with jax.numpy_dtype_promotion("standard"):  # optax needs it
-        yield
+pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 
 @jax.jit

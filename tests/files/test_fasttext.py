@@ -147,7 +147,7 @@ def test_read_is_as_fasttext_itself_printed(name):
 
 
 def test_read_hashes_the_bytes_of_the_file():
-    """In gensim, n-grams are of UTF-8 whatever the file is, and so not those that were learned."""
+    """gensim always cuts n-grams of UTF-8, which are not the learned ones in a file of another encoding."""
     path = DATA / "cp852_fasttext.bin"
     contents, expected = read(path, encoding="cp852"), of_gensim(path, "cp852")
     tokens = contents.vocabulary.tokens()

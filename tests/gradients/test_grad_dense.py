@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import WEIGHT, assert_same_gradient
+from closeness import FLOAT32
 from leaks import checking_leaks
 
 import embax
 from embax import DenseGradientWarning, RowGrad, Table, lookup, renormalize
 
-FLOAT32 = {"rtol": 5e-6, "atol": 5e-6}
 IDS = np.array([[2, 0, 2, -1], [1, 2, 5, 2], [6, 6, -1, 6]])
 
 

@@ -7,13 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import assert_same_gradient
+from closeness import FLOAT32
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import embax
 from embax import RowGrad, Table, lookup
 
-FLOAT32 = {"rtol": 5e-6, "atol": 5e-6}
 WEIGHT = np.random.default_rng(0).normal(size=(40, 6)).astype(np.float32)
 IDS = np.array([[2, 0, 2, 1], [1, 2, 5, 2]])
 ROWS, COLUMNS = PartitionSpec("x", None), PartitionSpec(None, "x")

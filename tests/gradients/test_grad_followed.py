@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import assert_same_gradient, dense
+from closeness import FLOAT32
 from jax.sharding import AxisType, PartitionSpec
 
 import embax
 from embax import RowGrad, Table, lookup, renormalize
 from embax._core.write_back import clipped_table
 
-FLOAT32 = {"rtol": 5e-6, "atol": 5e-6}
 # Enough rows that a scan of all ids stacks less than the whole gradient.
 ROWS = 40
 WEIGHT = np.random.default_rng(0).normal(scale=2, size=(ROWS, 3)).astype(np.float32)

@@ -3,12 +3,13 @@
 30 programs by `make test`, 1,000 by `make fuzz-programs`.
 """
 
+import functools
 import os
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from cases import dense
+from closeness import assert_close_to_largest
 from hypothesis import HealthCheck, assume, given, note, settings
 from hypothesis import strategies as st
 from programs import DENSE, HEADS, ROWS, UNROLLED, built, leaves_of, nodes_of, on_two_devices, programs, tables
@@ -81,8 +82,5 @@ def reads_of(program):
     return 8 * 3 ** len(nodes_of(program))
 
 
-def close(actual, expected):
-    actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
-    # Sums in another order, of up to a few hundred float32 numbers around 1, which may cancel.
-    largest = np.max(np.abs(expected), initial=1.0, where=np.isfinite(expected))
-    np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-5 * largest)
+# Sums in another order, of up to a few hundred float32 numbers around 1, which may cancel.
+close = functools.partial(assert_close_to_largest, tolerance=1e-5, rtol=1e-4)

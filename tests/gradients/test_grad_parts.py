@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import assert_same_gradient, dense
+from closeness import FLOAT32
 from jax import lax
 
 import embax
 from embax import DenseGradientWarning, RowGrad
 
-FLOAT32 = {"rtol": 5e-6, "atol": 5e-6}
 ROWS = 40
 WEIGHT = np.random.default_rng(0).normal(size=(ROWS, 6)).astype(np.float32)
 IDS = np.array([[2, 0, 2, -1], [1, 2, 5, 2], [6, 6, -1, 39]])

@@ -1,4 +1,4 @@
-"""What a gradient's program has to keep when it is taken apart: values, sums, effects, names, barriers and memory."""
+"""A gradient's program keeps its values, sums, effects, names, barriers and memory when it is run for rows."""
 
 import functools
 import gc
@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import assert_same_gradient, dense
+from closeness import FLOAT32
 from jax.experimental import checkify
 from jax.sharding import AxisType, PartitionSpec
 from leaks import checking_leaks
@@ -20,7 +21,6 @@ from embax._gradients._analysis.calls import _RUNNERS
 from embax._gradients._analysis.equations import without_constants
 from embax._gradients._analysis.program import evaluate
 
-FLOAT32 = {"rtol": 5e-6, "atol": 5e-6}
 WEIGHT = np.random.default_rng(0).normal(size=(40, 3)).astype(np.float32)
 IDS = np.array([[2, 0, 2, -1], [1, 2, 5, 2], [6, 6, -1, 6]])
 T = Table(WEIGHT, padding_idx=2)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from closeness import bits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType, PartitionSpec
@@ -33,10 +34,6 @@ def dense(ids, values, rows=ROWS):
         if index < rows:
             out[index] += value
     return out
-
-
-def bits(array):
-    return np.asarray(array).tobytes()
 
 
 # ---- The constructor and what is read from it.

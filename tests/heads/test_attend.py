@@ -12,7 +12,8 @@ import pytest
 import reference
 from bag_cases import dense
 from cases import MAIN_RULES, ROWS, RULES, WEIGHT, assert_same_gradient
-from head_cases import FLOAT32, MASKED, assert_equal_trees, in_one_program
+from closeness import assert_close
+from head_cases import FLOAT32, MASKED, in_one_program
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from meshes import usual_and_rest
 
@@ -46,7 +47,7 @@ def check(cases):
     for name, (weight, x, cotangent, mask_padding, rules) in cases.items():
         expected = reference.attend(weight, x, mask_padding, **rules)
         gradients = reference.attend_gradient(weight, x, cotangent, mask_padding, **rules)
-        assert_equal_trees(actual[name], (expected, *gradients), name, **FLOAT32)
+        assert_close(actual[name], (expected, *gradients), name, **FLOAT32)
 
 
 def test_values_and_gradients_by_every_rule():
@@ -182,7 +183,7 @@ def test_hessian():
     hessians = in_one_program({f"{argument} {f.__name__}": call for (argument, f), call in calls.items()})
     for argument in 0, 1:
         ours, by_hand = (hessians[f"{argument} {f.__name__}"] for f in (energy, energy_by_hand))
-        assert_equal_trees(ours, by_hand, f"argument {argument}", **FLOAT32)
+        assert_close(ours, by_hand, f"argument {argument}", **FLOAT32)
 
 
 def scanned_energy(table, x):
@@ -200,7 +201,7 @@ def test_vmap_scan_and_checkpoint(names):
         table = Table(WEIGHT, **RULES[name])
         actual = in_one_program({how: (jax.grad(f, argnums=(0, 1)), table, X) for how, f in energies.items()})
         for how in "checkpoint", "scan", "vmap":
-            assert_equal_trees(actual[how], actual["plain"], f"{how}, {name}", **FLOAT32)
+            assert_close(actual[how], actual["plain"], f"{how}, {name}", **FLOAT32)
 
 
 # ---- The tape.

@@ -41,7 +41,7 @@ def test_rows_are_drawn_by_their_probability():
 
 @pytest.mark.parametrize("rows", [pytest.param(10**8, marks=pytest.mark.exhaustive), 2**31 - 1])
 def test_log_uniform_reaches_every_row_of_a_large_table(rows):
-    """Among the last rows, as many distinct ones as if each was drawn by itself; no row is out of range."""
+    """The last rows are distinct as often as if each was drawn by itself; no row is out of range."""
     number = 2_000_000
     drawn = np.asarray(jax.jit(_candidates.draw, static_argnums=(1, 2, 3))(KEY, "log_uniform", number, rows))
     assert 0 <= drawn.min() < drawn.max() < rows

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import reference
 from cases import ROWS, RULES, WEIGHT
+from closeness import assert_close
 from head_cases import (
     BAD,
     COTANGENT,
@@ -16,7 +17,6 @@ from head_cases import (
     LABELS,
     MASKED,
     X,
-    assert_equal_trees,
     in_one_program,
     losses_and_gradients,
     of_optax,
@@ -50,7 +50,7 @@ def check(cases):
         mask_padding = options["mask_padding"]
         expected, _ = reference.cross_entropy(weight, x, labels, mask_padding, **rules)
         gradients = reference.cross_entropy_gradient(weight, x, labels, cotangent, mask_padding, **rules)
-        assert_equal_trees(actual[name], (expected, *gradients), name, **FLOAT32)
+        assert_close(actual[name], (expected, *gradients), name, **FLOAT32)
 
 
 # `attend` reads the same rows by every rule.
@@ -125,7 +125,7 @@ def test_as_optax_on_the_logits_of_attend(cases):
         calls[f"{name}, optax"] = (functools.partial(losses_and_gradients, plain), *arguments)
     actual = in_one_program(calls)
     for name in list(calls)[::2]:
-        assert_equal_trees(actual[name], actual[f"{name}, optax"], name, **FLOAT32)
+        assert_close(actual[name], actual[f"{name}, optax"], name, **FLOAT32)
 
 
 def test_large_logits_do_not_overflow():
@@ -253,7 +253,7 @@ def test_errors():
     with pytest.raises(TypeError, match=name + r"labels=...\)` must be of an integer dtype, got float32"):
         softmax_cross_entropy(table, X, np.zeros((2, 3), np.float32))
     with pytest.raises(
-        ValueError, match=name + r"labels=...\)` must be one a vector, of the shape \(2, 3\), got \(3,\)"
+        ValueError, match=name + r"labels=...\)` must be one for each vector, of the shape \(2, 3\), got \(3,\)"
     ):
         softmax_cross_entropy(table, X, [0, 1, 2])
     with pytest.raises(ValueError, match=name + r"x=...\)` must be of the shape"):

@@ -10,7 +10,7 @@ import pytest
 from embax import Table, softmax_cross_entropy
 
 TOKENS, DIM, CHUNK = 256, 64, 512
-# So many that whatever is held of each row, or of each block of rows, shows in the memory.
+# With so many rows, anything stored for each row, or for each block of rows, shows in the memory.
 MANY = 2**30
 REST = MANY + 77  # with a last block that is not full
 RULES = {"none": {}, "all": {"padding_idx": 3, "max_norm": 1.0}, "freeze": {"freeze": True}}

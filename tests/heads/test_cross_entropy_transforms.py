@@ -10,11 +10,11 @@ import pytest
 import reference
 from bag_cases import dense
 from cases import MAIN_RULES, RULES, WEIGHT
+from closeness import assert_close
 from head_cases import (
     FLOAT32,
     LABELS,
     X,
-    assert_equal_trees,
     in_one_program,
     losses_and_gradients,
     of_optax,
@@ -66,7 +66,7 @@ def test_the_second_derivative_forward_over_reverse(cases):
             jax.tree.map(lambda a: np.asarray(a, np.float32), actual[name, dtype, f.__name__])
             for f in (energy, energy_of_logits)
         )
-        assert_equal_trees(one, other, f"{name} {dtype}", **tolerance)
+        assert_close(one, other, f"{name} {dtype}", **tolerance)
 
 
 @pytest.mark.exhaustive  # of fewer terms than that with ignored tokens
@@ -74,7 +74,7 @@ def test_hessian():
     arguments = Table(WEIGHT, padding_idx=2, max_norm=1.5), jnp.asarray(X)
     functions = {"ours": energy, "optax": energy_of_logits}
     hessians = in_one_program({name: (jax.hessian(f, argnums=(0, 1)), *arguments) for name, f in functions.items()})
-    assert_equal_trees(hessians["ours"], hessians["optax"], **FLOAT32)
+    assert_close(hessians["ours"], hessians["optax"], **FLOAT32)
 
 
 def test_forward_mode_alone_is_refused():
@@ -107,7 +107,7 @@ def test_vmap_over_tokens_over_tables_and_over_both(axes):
             args = tables.weight[of_lane[0]], X[of_lane[1]], LABELS[of_lane[2]]
             expected = loss_and_gradients_of_reference(*args, max_norm=1.5)
             in_lane = jax.tree.map(lambda leaf: leaf[lane], actual[name])  # noqa: B023
-            assert_equal_trees(in_lane, expected, f"{name}, lane {lane}", **FLOAT32)
+            assert_close(in_lane, expected, f"{name}, lane {lane}", **FLOAT32)
 
 
 def test_in_scan_and_under_checkpoint():
@@ -124,7 +124,7 @@ def test_in_scan_and_under_checkpoint():
     actual = in_one_program(
         {name: (jax.value_and_grad(f, argnums=(0, 1)), Table(WEIGHT), X) for name, f in functions.items()}
     )
-    assert_equal_trees(actual["scanned"], actual["plain"], **FLOAT32)
+    assert_close(actual["scanned"], actual["plain"], **FLOAT32)
 
 
 @pytest.mark.exhaustive  # of fewer terms than that with ignored tokens
@@ -221,4 +221,4 @@ def test_in_shard_map():
         sharded = jax.shard_map(
             of_shard, mesh=mesh, in_specs=(PartitionSpec(), spec, spec), out_specs=spec, check_vma=check_vma
         )
-        assert_equal_trees(gradients(sharded, *arguments), expected, f"check_vma={check_vma}", **FLOAT32)
+        assert_close(gradients(sharded, *arguments), expected, f"check_vma={check_vma}", **FLOAT32)

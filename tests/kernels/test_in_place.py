@@ -64,6 +64,18 @@ def test_a_donated_step_copies_no_table(run, name, dim, dtype):
     assert compiled.as_text().count('custom_call_target="embax_put"') >= (1 if name == "sgd" else 2)
 
 
+@pytest.mark.parametrize("out_of_range", ["error", "zero", "clip"])
+def test_rows_that_are_read_and_then_stored_clipped_copy_no_table(out_of_range):
+    table = embax.Table(jnp.ones((ROWS, 16)), max_norm=1.0, out_of_range=out_of_range)
+
+    def run(table, ids):
+        return embax.lookup(table, ids), embax.renormalize(table, ids)
+
+    compiled = jax.jit(run, donate_argnums=0).lower(table, jax.ShapeDtypeStruct((256,), jnp.int32)).compile()
+    assert copies(compiled) == []
+    assert compiled.memory_analysis().temp_size_in_bytes < 20 * 256 * 16 * 4
+
+
 def test_what_is_not_donated_stays_as_it_is():
     tx = TRANSFORMATIONS["adam"]()
     table = embax.Table(jnp.ones((8, 3)))

@@ -14,6 +14,7 @@ import pytest
 native = pytest.importorskip("native", reason="the native kernels are not installed")
 
 ROWS = 300
+PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 # Every combination of a dtype, a dtype of ids and a shape of rows stands here at least once with each of the others.
 CASES = [
     (dtype, np.int64 if (i + j) % 2 else np.int32, shape)
@@ -238,13 +239,20 @@ def test_instruction_sets_change_no_bit(isa):
     if isa == "v4" and processor.exists() and "avx512vl" not in processor.read_text():
         pytest.skip("this machine has no v4")
     command = [sys.executable, str(Path(native.__file__))]
-    environment = os.environ | {"EMBAX_KERNELS_ISA": isa, "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    environment = {"EMBAX_KERNELS_ISA": isa, "EMBAX_KERNELS_HUGE_PAGES": "0", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
-    there, *digests = done.stdout.split()
+    there, pages, *digests = done.stdout.split()
     if there != isa:
         pytest.skip(f"this machine has no {isa}")
+    assert float(pages) == 0 or "[madvise]" not in PAGES.read_text()
     assert digests == [native.digest(np.dtype(dtype).name, 2) for dtype in native.DTYPES]
+
+
+def test_a_large_table_gets_large_pages():
+    if not PAGES.exists() or "[madvise]" not in PAGES.read_text():
+        pytest.skip("large pages are not given on request here")
+    assert native.large_pages_after_reads() > 0.5
 
 
 def test_the_library_says_what_it_is():

@@ -13,6 +13,7 @@ from kernels_used import calls, in_program
 
 import embax
 from embax._kernels.library import library
+from embax._kernels.take import take
 
 pytestmark = pytest.mark.skipif(library() is None, reason="kernels are not installed, or switched off")
 
@@ -193,3 +194,10 @@ def test_nothing_of_xla_is_left_beside_a_kernel():
     assert " gather(" not in program
     assert " scatter(" not in program
     assert in_program(step(tx), table, tx.init(table), IDS[0]) == ["take", "combine", "take", "put", "put"]
+
+
+def test_a_read_that_is_transposed_is_that_of_indexing():
+    """As the read of a tangent would be; the core reads these in plain JAX."""
+    add = jax.jit(lambda rows: jax.linear_transpose(lambda weight: take(weight, IDS[0], 0), WEIGHT)(rows)[0])
+    found = add(jnp.ones((8, 4)))
+    np.testing.assert_array_equal(found, np.zeros((50, 4), np.float32) + np.bincount(IDS[0], minlength=50)[:, None])

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from closeness import assert_same
 from flax import serialization
 from meshes import mesh_of
 
@@ -20,11 +21,7 @@ WEIGHT = np.random.default_rng(0).normal(size=(5, 3)).astype(np.float32)
 TX = optax.chain(clip_by_global_norm(1.0), lift(optax.adam(0.1)))
 TXS = {"chain": TX, "rowwise": rowwise_adagrad(0.1)}
 
-
-@pytest.fixture(autouse=True)
-def _promotion():
-    with jax.numpy_dtype_promotion("standard"):  # optax needs it
-        yield
+pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 
 def params_of(rows=5, **rules):
@@ -54,12 +51,6 @@ def after_a_step(tx, params):
 def zeros_of(tree):
     """Zeros that are stored alike, put there by NumPy, which compiles nothing."""
     return jax.tree.map(lambda x: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding), tree)
-
-
-def assert_same(ours, theirs):
-    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
-    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
-        np.testing.assert_array_equal(a, b)
 
 
 WAYS = {

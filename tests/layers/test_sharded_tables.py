@@ -21,11 +21,7 @@ WEIGHT = np.random.default_rng(0).normal(size=(11, 4)).astype(np.float32)
 RULES = {"padding_idx": 2, "max_norm": 1.5, "scale_grad_by_freq": True, "out_of_range": "zero"}
 TX = embax.optim.lift(optax.adamw(0.1))
 
-
-@pytest.fixture(autouse=True)
-def _promotion():
-    with jax.numpy_dtype_promotion("standard"):  # which optax relies on
-        yield
+pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 
 def shard(tree, layout):

@@ -153,7 +153,7 @@ def test_errors_of_names():
         from_state_dict({"a.weight": Tensor(WEIGHT)}, "x")
     with pytest.raises(KeyError, match=r"got None, and it has no matrices. Pass its name"):
         from_state_dict({})
-    match = r"must be given where there are several tables of tokens, got None and 'shared.weight', 'x.embed_tokens.we"
+    match = r"must be given if there are several token embeddings, got None and 'shared.weight', 'x.embed_tokens.we"
     with pytest.raises(KeyError, match=match):
         from_state_dict({"shared.weight": WEIGHT, "x.embed_tokens.weight": WEIGHT})
 
@@ -180,7 +180,7 @@ def test_tensors_of_torch(requires_grad, dtype):
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_the_table_does_not_share_the_memory_of_the_state_dict(dtype):
-    """Else a step of torch would change it, and a donated step of JAX what torch holds."""
+    """Otherwise a step of torch would change the table, and a donated step of JAX the tensor of torch."""
     held = jnp.asarray(np.ones((64, 64)), dtype)
     table = from_state_dict({"weight": Tensor(held)})
     assert table.weight.unsafe_buffer_pointer() != held.unsafe_buffer_pointer()

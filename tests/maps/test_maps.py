@@ -98,7 +98,7 @@ def test_project_of_extreme_scales(scale):
     [
         (([[np.nan, 0.0]],), r"project\(weight=...\)` must be finite, got NaN or infinity in row 0"),
         (([[1.0, 0.0], [np.inf, 0.0]],), "in row 1"),
-        (([1.0, 2.0],), r"must have a vector a point, \(points, dim\), got shape \(2,\)"),
+        (([1.0, 2.0],), r"must have a vector for each point, \(points, dim\), got shape \(2,\)"),
         (([[1.0]], "tsne"), "must be one of 'pca', 'umap', got 'tsne'"),
         ((np.ones((4, 2)), "umap"), "must have 5 vectors or more for UMAP, got 4"),
     ],

@@ -1,4 +1,4 @@
-"""Bags that are pooled where their rows are stored: what they are off the mesh, and what they send."""
+"""Bags that owners pool: their results equal those on one device; and the bytes that they send."""
 
 import functools
 import itertools

@@ -32,11 +32,7 @@ BATCH = {
 }
 TX = embax.optim.lift(optax.adagrad(0.1))
 
-
-@pytest.fixture(autouse=True)
-def _promotion():
-    with jax.numpy_dtype_promotion("standard"):  # optax needs it
-        yield
+pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 
 @waiting

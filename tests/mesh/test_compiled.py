@@ -1,4 +1,4 @@
-"""What a compiled step on a mesh sends and holds: read from its HLO for several numbers of devices, without a clock."""
+"""Traffic and memory of a compiled step on a mesh, read from its HLO for several numbers of devices."""
 
 import functools
 import math

@@ -1,4 +1,4 @@
-"""Lookups and bags in tables on a mesh: what the same table gives off it, for each layout, every rule and transform."""
+"""Lookups and bags on a mesh equal those of the table on one device, for each layout, rule and transformation."""
 
 import dataclasses
 import functools

@@ -22,11 +22,7 @@ OPTIMIZERS = {
     ),
 }
 
-
-@pytest.fixture(autouse=True)
-def _promotion():
-    with jax.numpy_dtype_promotion("standard"):  # which optax relies on
-        yield
+pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 
 BOTH = ("ids", "bags")  # that a loss may read

@@ -14,11 +14,7 @@ from embax.optim import lift, rowwise_adagrad, rowwise_adam
 
 WEIGHT = np.linspace(-1.0, 2.0, 12, dtype=np.float32).reshape(6, 2)
 
-
-@pytest.fixture(autouse=True)
-def _standard_promotion():  # which optax relies on
-    with jax.numpy_dtype_promotion("standard"):
-        yield
+pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 
 class Model(nnx.Module):

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from closeness import assert_same
 from optim_steps import Together, host, take_step
 
 import embax
@@ -37,11 +38,7 @@ of_all_ways = pytest.mark.parametrize(
     "txs", [WAYS, pytest.param(some("sgd", "rowwise_adam", "chain"), marks=pytest.mark.exhaustive)], ids=["", "too"]
 )
 
-
-@pytest.fixture(autouse=True)
-def _promotion():
-    with jax.numpy_dtype_promotion("standard"):  # optax needs it
-        yield
+pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 
 def params_of(rows, **rules):
@@ -67,13 +64,8 @@ def without_scratch(tree):
     )
 
 
-def assert_same(ours, theirs, case=""):
-    """Equal bit for bit, also in what is static."""
-    ours, theirs = without_scratch(ours), without_scratch(theirs)
-    assert jax.tree.structure(ours) == jax.tree.structure(theirs), case
-    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
-        assert a.dtype == b.dtype, case
-        np.testing.assert_array_equal(a, b, err_msg=case)
+def assert_same_state(ours, theirs, case=""):
+    assert_same(without_scratch(ours), without_scratch(theirs), case)
 
 
 @of_all_ways
@@ -83,13 +75,13 @@ def test_a_table_that_has_grown_has_the_state_that_it_would_always_have_had(txs)
     grown = {name: carry_over(few[name], params_of(ROWS), params_of(GROWN), tx) for name, tx in txs.txs.items()}
     fresh = jax.eval_shape(txs.start, txs.of_all(lambda: params_of(GROWN)))
     for name in txs.txs:
-        assert_same(grown[name], many[name], name)
+        assert_same_state(grown[name], many[name], name)
         assert jax.tree.structure(grown[name]) == jax.tree.structure(fresh[name]), name
-    # So the next step, in which ids repeat, is that of the table that has always been large.
+    # So the next step, in which ids repeat, equals the step of a table that was large from the start.
     ids, values = np.resize([7, 0, 7, 6], 16), np.resize(WEIGHT[:4], (16, DIM))
     last = txs.of_all(lambda: {"words": RowGrad(ids, values, rows=GROWN), "bias": np.ones(2, np.float32)})
     ours = txs.step(jax.tree.map(np.copy, params), grown, last)
-    assert_same(ours[0], txs.step(params, many, last)[0])
+    assert_same_state(ours[0], txs.step(params, many, last)[0])
 
 
 @of_all_ways
@@ -97,7 +89,7 @@ def test_a_table_that_is_cut_has_the_state_of_the_rows_that_are_left(txs):
     _, many = txs.run(txs.of_all(lambda: params_of(GROWN)), gradients(txs, GROWN))
     _, few = txs.run(txs.of_all(lambda: params_of(ROWS)), gradients(txs, ROWS))
     for name, tx in txs.txs.items():
-        assert_same(carry_over(many[name], params_of(GROWN), params_of(ROWS), tx), few[name], name)
+        assert_same_state(carry_over(many[name], params_of(GROWN), params_of(ROWS), tx), few[name], name)
 
 
 @of_all_ways
@@ -105,7 +97,7 @@ def test_the_same_tables_keep_the_state(txs):
     _, states = txs.run(txs.of_all(lambda: params_of(ROWS)), gradients(txs, ROWS))
     for name, tx in txs.txs.items():
         again = carry_over(states[name], params_of(ROWS), params_of(ROWS), tx)
-        assert_same(again, states[name], name)
+        assert_same_state(again, states[name], name)
         arrays = [jax.tree.leaves(without_scratch(x)) for x in (again, states[name])]
         assert all(a is b for a, b in zip(*arrays, strict=True)), name
 
@@ -115,16 +107,16 @@ def test_shapes_and_donated_parameters_say_what_a_state_was_made_for():
     state = jax.jit(tx.init)(params)
     shapes = jax.eval_shape(lambda: params)
     expected = carry_over(state, params, params_of(GROWN), tx)
-    assert_same(carry_over(state, shapes, params_of(GROWN), tx), expected)
+    assert_same_state(carry_over(state, shapes, params_of(GROWN), tx), expected)
     jax.jit(lambda x: x, donate_argnums=0)(params)
-    assert_same(carry_over(state, params, params_of(GROWN), tx), expected)
+    assert_same_state(carry_over(state, params, params_of(GROWN), tx), expected)
 
 
 def test_under_jit():
     tx, params = TXS["chain"], params_of(ROWS)
     state = jax.jit(tx.init)(params)
     jitted = jax.jit(lambda state, old, new: carry_over(state, old, new, tx))
-    assert_same(jitted(state, params, params_of(GROWN)), carry_over(state, params, params_of(GROWN), tx))
+    assert_same_state(jitted(state, params, params_of(GROWN)), carry_over(state, params, params_of(GROWN), tx))
 
 
 def leaves_by_path(tree):
@@ -158,7 +150,7 @@ def test_a_padding_row_that_changes():
     before, after = params_of(ROWS), params_of(ROWS, padding_idx=(0, 3))
     _, state = step(before, jax.jit(tx.init)(before), gradient(0, ROWS))
     carried = carry_over(state, before, after, tx)
-    assert_same(carried.inner[0].mu["words"].weight, state.inner[0].mu["words"].weight)
+    assert_same_state(carried.inner[0].mu["words"].weight, state.inner[0].mu["words"].weight)
     params, _ = step(after, carried, gradient(1, ROWS))
     moved = (np.asarray(params["words"].weight) != WEIGHT[:ROWS]).any(1)
     assert not moved[[0, 3]].any()
@@ -216,7 +208,7 @@ def test_the_tables_of_a_collection_go_by_their_names():
         # The same tables by themselves, and back.
         by_itself = carry_over(carried, after, apart, tx)
         assert jax.tree.structure(by_itself) == jax.tree.structure(fresh_apart[name])
-        assert_same(carry_over(by_itself, apart, after, tx), carried)
+        assert_same_state(carry_over(by_itself, apart, after, tx), carried)
 
 
 def test_tables_that_a_tree_gains_and_loses():
@@ -226,13 +218,13 @@ def test_tables_that_a_tree_gains_and_loses():
     _, state = jax.jit(lambda params: tx.update({"a": one, "b": one}, tx.init(params), params))(before)
     after = {"b": before["b"], "c": Table(np.ones((2, 2), np.float32))}
     carried = carry_over(state, before, after, tx)
-    assert_same(carried.inner[0].nu["b"].weight, state.inner[0].nu["b"].weight)
+    assert_same_state(carried.inner[0].nu["b"].weight, state.inner[0].nu["b"].weight)
     np.testing.assert_array_equal(carried.inner[0].nu["c"].weight, np.zeros((2, 2)))
     assert int(carried.inner[0].count) == 1
 
 
 def keeps_rows_by_itself():
-    """A transformation whose state has entries a row in arrays that stand in no Table."""
+    """A transformation whose state has an entry for each row in plain arrays, not in Tables."""
 
     def init(params):
         leaves = jax.tree.leaves(params)
@@ -257,7 +249,7 @@ def test_rows_of_a_state_outside_of_its_tables():
 def test_what_cannot_be_carried_over_is_refused():
     tx, params = TXS["adamw"], params_of(ROWS)
     state = jax.jit(tx.init)(params)
-    call = r"`embax.optim.carry_over\(old_params=...\)` must be the parameters that the state was made for by `tx`"
+    call = r"`embax.optim.carry_over\(old_params=...\)` must be the parameters that `tx` made the state for"
     with pytest.raises(ValueError, match=call + r", got other ones: params\['words'\] had 5 rows, and has 8 now"):
         carry_over(state, params_of(GROWN), params_of(GROWN), tx)
     with pytest.raises(ValueError, match=call + r".*\(2,\) for `state.inner\[0\].mu\['bias'\]`, which would be \(3,\)"):
@@ -270,11 +262,11 @@ def test_what_cannot_be_carried_over_is_refused():
     ):
         carry_over(state, params, params | {"bias": np.ones(3, np.float32)}, tx)
     with pytest.raises(
-        ValueError, match=call + r"tables whose rows .* got \(2,\) instead of \(3,\) for params\['words'\]"
+        ValueError, match=call + r"tables with rows .* got \(2,\) instead of \(3,\) for params\['words'\]"
     ):
         carry_over(state, params, params | {"words": Table(np.ones((5, 2), np.float32))}, tx)
     tx = TXS["rowwise_adagrad"]  # whose state does not show it
     with pytest.raises(
-        ValueError, match=call + r"tables whose rows .* got \(2,\) instead of \(3,\) for params\['words'\]"
+        ValueError, match=call + r"tables with rows .* got \(2,\) instead of \(3,\) for params\['words'\]"
     ):
         carry_over(tx.init(params), params, params | {"words": Table(np.ones((5, 2), np.float32))}, tx)

@@ -29,10 +29,7 @@ def adamw(tables=tables):
     return lift(optax.adamw(RATE, weight_decay=DECAY), tables=tables)
 
 
-@pytest.fixture(autouse=True)
-def _promotion():
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # optax and the layers rely on it
-        yield
+pytestmark = pytest.mark.usefixtures("users_promotion")
 
 
 # For each framework: a model, a step in place, how to look at the compiled step, the weights and the moments by name,

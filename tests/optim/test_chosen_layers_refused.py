@@ -15,11 +15,7 @@ import embax
 import embax.nnx
 from embax.optim import lift
 
-
-@pytest.fixture(autouse=True)
-def _promotion():
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # optax and the layers rely on it
-        yield
+pytestmark = pytest.mark.usefixtures("users_promotion")
 
 
 def test_the_paths_that_a_predicate_sees():

@@ -26,10 +26,7 @@ def loss(params, ids):
     return jax.vmap(of_example)(ids).sum() * jnp.take(params["embed"]["w"], ids, axis=0).sum()
 
 
-@pytest.fixture(autouse=True)
-def _promotion():
-    with jax.numpy_dtype_promotion("standard"):  # which optax relies on
-        yield
+pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 
 def test_gradients_of_chosen_arrays_are_rows():

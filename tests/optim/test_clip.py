@@ -46,7 +46,7 @@ PARTS = {"far": 0.01, "half": 0.5, "just_over": 0.999, "just_under": 1.001, "und
 
 @functools.cache
 def clipped_tree():
-    """A tree of gradients, its norm in float64 and as embax gives it, and what is left of it by the parts of that."""
+    """A tree of gradients, its norm in float64 and by embax, and the clipped tree."""
     params = {"a": Table(weight()), "b": [Table(weight()), np.ones((2, 2), np.float32), np.float32(1)]}
     of = {"a": rows(1), "b": [rows(2), weight(seed=3, shape=(2, 2)), np.float32(2)]}
     total = norm(dense(of["a"]), dense(of["b"][0]), *of["b"][1:])

@@ -20,11 +20,7 @@ from embax.optim import lift, rowwise_adagrad
 ROWS, DIM = 20, 3
 IDS = np.array([[1, 5, 1], [7, 2, -1]])  # two of them the same, and one the padding row of a table
 
-
-@pytest.fixture(autouse=True)
-def _promotion():
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # optax needs it
-        yield
+pytestmark = pytest.mark.usefixtures("users_promotion")
 
 
 def weight(*shape, seed=0):
@@ -70,7 +66,7 @@ def gradient_of(params):
 
 @jax.jit
 def gradients_of(params):
-    """The gradient whose Tables have rows, and that of all rows."""
+    """The gradient with a RowGrad for each Table, and the dense gradient."""
     return embax.grad(loss, on_dense="error")(params), jax.grad(loss)(params)
 
 
@@ -91,7 +87,7 @@ def by_shape(tree):
 
 
 def by_end_of_path(tree):
-    """By the last name: of a Table, it is the weight's, and of an array in the place of one, nothing to go by."""
+    """Labels by the last name in the path: a Table has a weight there; an array in place of a Table has no name."""
 
     def of_table(path, x):
         is_weight = getattr(path[-1], "name", "") == "weight" and jax.tree_util.keystr(path).endswith("].weight")

@@ -1,4 +1,4 @@
-"""Layers of the frameworks whose vocabulary grows in mid-training, and their optimizers."""
+"""Layers of the frameworks whose vocabulary grows during training, and their optimizers."""
 
 import itertools
 
@@ -29,11 +29,7 @@ TXS = {
 }
 REFUSED = r"`embax.optim.\S+.update\(state=...\)` must belong to .* had 5 rows, and has 8 now.*optimizer.carry_over"
 
-
-@pytest.fixture(autouse=True)
-def _promotion():
-    with jax.numpy_dtype_promotion("standard"):  # optax needs it
-        yield
+pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 
 def rest(key, shape, dtype):

@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import optim_reference as reference
 import pytest
+from closeness import bits
 from optim_steps import Together, host, take_step
 
 import embax
@@ -21,7 +22,7 @@ ROWS, DIM, IDS = 20, 3, 64
 PADDING = 4
 warmup = optax.linear_schedule(0.0, 0.3, 20)
 
-# What is run lifted, and the rule of the lazy reference for it.
+# The transformations to lift, and the rule of the lazy reference for each.
 CASES = {
     "sgd": (lift(optax.sgd(0.1)), reference.sgd(0.1)),
     "schedule": (lift(optax.sgd(warmup)), reference.sgd(warmup)),
@@ -51,7 +52,7 @@ CASES = {
     "rowwise_adagrad": (rowwise_adagrad(0.1), reference.rowwise_adagrad(0.1)),
     "rowwise_adam": (rowwise_adam(0.1), reference.rowwise_adam(0.1)),
 }
-# These do what another one does, or what is tested with lift's state.
+# These behave like another one, or are tested together with lift's state.
 LIKE_ANOTHER = {"nesterov", "adam_schedule", "rmsprop", "clip_adam", "multi_transform", "apply_if_finite"}
 ALL = Together({name: tx for name, (tx, _) in CASES.items() if name not in LIKE_ANOTHER})
 REST = Together({name: CASES[name][0] for name in LIKE_ANOTHER})
@@ -67,10 +68,7 @@ def some(*names):
     return Together({name: CASES[name][0] for name in names})
 
 
-@pytest.fixture(autouse=True)
-def _promotion():
-    with jax.numpy_dtype_promotion("standard"):  # optax needs it
-        yield
+pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 
 def weight(dtype="float32", shape=(ROWS, DIM), seed=0):
@@ -87,11 +85,6 @@ def gradient(step, shape=(ROWS, DIM), length=IDS):
     some_rows = np.append(rng.permutation(shape[0])[: shape[0] // 2], [PADDING, shape[0]])
     values = rng.normal(size=(length, *shape[1:])).astype(np.float32)
     return RowGrad(rng.choice(some_rows, length), values, rows=shape[0])
-
-
-def bits(tree):
-    """The bytes of each leaf."""
-    return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(tree)]
 
 
 @jax.tree_util.register_dataclass

@@ -1,4 +1,4 @@
-"""What a compiled training step holds: memory that follows the ids, everything in place, no needless compilation."""
+"""The compiled training step: memory depends on the ids, arrays are updated in place, nothing compiles twice."""
 
 import functools
 import itertools
@@ -47,11 +47,7 @@ def linear(params, ids):
 
 LOSSES = {"nonlinear": nonlinear, "linear": linear}
 
-
-@pytest.fixture(autouse=True)
-def _promotion():
-    with jax.numpy_dtype_promotion("standard"):  # optax needs it
-        yield
+pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 
 def train_step(tx, loss, params, state, ids):

@@ -65,7 +65,7 @@ GATHERS_STEPS = {
     "ApplyEvery_masked": lambda: optax.masked(optax.apply_every(4), True),
 }
 
-# Those that go row by row, however unusual.
+# Unusual transformations that treat rows one by one.
 ACCEPTED = {
     "sgd": lambda: optax.sgd(0.1),
     "adabelief": lambda: optax.adabelief(0.01),
@@ -103,16 +103,12 @@ ACCEPTED = {
 }
 
 
-# These do to rows what another one does, or are compared with dense training elsewhere.
+# These treat rows like another one, or are compared with dense training elsewhere.
 ACCEPTED_LIKE_ANOTHER = {"sgd", "adagrad", "adamw", "lion", "adabelief", "yogi", "decay", "inject", "global_norm"}
 ACCEPTED_LIKE_ANOTHER |= {"adadelta", "adan", "ademamix", "rmsprop", "optimistic", "ema", "named_chain", "sign_sgd"}
 ACCEPTED_LIKE_ANOTHER |= {"masked_by_axes", "not_negative", "adopt", "radam"}
 
-
-@pytest.fixture(autouse=True)
-def _promotion():
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # optax needs it
-        yield
+pytestmark = pytest.mark.usefixtures("users_promotion")
 
 
 def weight(rows=ROWS, dim=DIM, seed=0):

@@ -2,12 +2,14 @@
 
 import functools
 
+import closeness
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import optim_reference as reference
 import pytest
+from closeness import bits
 from optim_steps import Together, take_step
 
 import embax
@@ -33,11 +35,7 @@ LIFTED = {
 # Momentum and Adagrad keep what Adam keeps.
 ALL = Together({name: tx for name, tx in LIFTED.items() if name not in ("momentum", "adagrad")})
 
-
-@pytest.fixture(autouse=True)
-def _promotion():
-    with jax.numpy_dtype_promotion("standard"):  # optax needs it
-        yield
+pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 
 def weight(dtype="float32", seed=0):
@@ -63,12 +61,7 @@ def run(txs, steps):
     return txs.run(txs.of_all(params_of), [txs.of_all(lambda of=of: of) for of in gradients])
 
 
-def bits(tree):
-    return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(tree)]
-
-
-def assert_close(ours, theirs, case="", rtol=1e-5):
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol, rtol / 10, err_msg=case), ours, theirs)
+assert_close = functools.partial(closeness.assert_close, atol=1e-6)
 
 
 def test_4096_gradients_of_one_count_4096_times_in_low_precision():

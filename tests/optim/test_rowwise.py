@@ -235,11 +235,13 @@ def test_the_defaults_are_those_of_the_formulas():
     assert {k: v.default for k, v in list(inspect.signature(rowwise_adagrad).parameters.items())[1:]} == {
         "initial_accumulator": 0.0,
         "eps": 1e-8,
+        "weight_decay": 0.0,
         "tables": None,
     }
     assert {k: v.default for k, v in list(inspect.signature(rowwise_adam).parameters.items())[1:]} == {
         "b1": 0.9,
         "b2": 0.999,
         "eps": 1e-8,
+        "weight_decay": 0.0,
         "tables": None,
     }

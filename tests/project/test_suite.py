@@ -19,14 +19,15 @@ import embax
 
 ROOT = Path(__file__).parents[2]
 
-# What a test does that never ends well. The second one holds Python's lock, as a library can that waits in C++.
+# Tests that never end well. The second one holds Python's lock, like a library that waits in C++.
 BAD = {"aborts": "import os\n    os.abort()", "hangs": "import ctypes\n    ctypes.PyDLL(None).sleep(600)"}
 
 
 def run_as_make_does(folder, *options):
-    """Run the tests of a folder by the command of `make test`."""
-    lines = subprocess.run(["make", "--dry-run", "test"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    (command,) = re.findall(r"^.*/python (-m pytest .*)$", lines, re.MULTILINE)
+    """Run the tests of a folder by the command of `make test` for one area."""
+    make = ["make", "--dry-run", "test", "AREA=any"]
+    lines = subprocess.run(make, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    (command,) = re.findall(r"^.*/python (-m pytest .*) tests/any$", lines, re.MULTILINE)
     command = [sys.executable, *shlex.split(command), f"--config-file={ROOT / 'pyproject.toml'}", *options, str(folder)]
     # Of the plugins, these tests need the one alone that shares them out.
     command += ["-p", "xdist.plugin"]

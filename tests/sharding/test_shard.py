@@ -209,7 +209,7 @@ def test_shard_and_create_refuse_what_cannot_be():
     mesh = mesh_of({"x": 8})
     with pytest.raises(TypeError, match="outside of `jit`, got the traced"):
         jax.jit(lambda table: embax.shard(table, mesh, "x"))(Table(WEIGHT))
-    with pytest.raises(ValueError, match=r"`embax.Table.create` must have rows that are numbered in 32 bits"):
+    with pytest.raises(ValueError, match=r"`embax.Table.create` must have rows that fit in 32 bits"):
         Table.create(jax.random.key(0), 2**31 - 1, 1, mesh=mesh, axis="x")
 
 

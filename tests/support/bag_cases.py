@@ -25,7 +25,7 @@ UNEQUAL_MATCH = r"lists of different lengths\..*embax\.Ragged\.from_lists"
 
 
 def cut(flat, lists):
-    """What belongs to each list, of an array that has one number for each of their ids."""
+    """Split an array with one number for each id into one array for each list."""
     ends = itertools.accumulate(map(len, lists), initial=0)
     return [flat[start:end] for start, end in itertools.pairwise(ends)]
 

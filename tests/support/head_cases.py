@@ -36,11 +36,6 @@ def in_one_program(calls):
     return jax.device_get(run({name: args for name, (_, *args) in calls.items()}))
 
 
-def assert_equal_trees(one, other, name="", **tolerance):
-    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
-        np.testing.assert_allclose(a, b, err_msg=name, **tolerance)
-
-
 def of_optax(table, x, labels, mask_padding=False):
     """The cross-entropy by the logits of `attend`."""
     logits = attend(table, x, mask_padding=mask_padding)

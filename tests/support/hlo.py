@@ -5,6 +5,8 @@ import os
 import re
 from dataclasses import dataclass
 
+import jax
+
 # The tests' own way to fuse, where XLA has two, in place of the users' that conftest compiles by. It takes a third of
 # the time, and the collectives and buffers of a step are the same to some percent.
 _FUSIONS = "xla_cpu_use_fusion_emitters"
@@ -51,6 +53,11 @@ class Collective:
 def compiled(function, *args):
     """Compile a jitted function quickly, to see what it sends and holds."""
     return function.lower(*args).compile(_QUICKLY)
+
+
+def compiled_as_for_users(function, *args, donate=()):
+    """Compile a function with the fusions that users have."""
+    return jax.jit(function, donate_argnums=donate).lower(*args).compile()
 
 
 def arrays(text):

@@ -16,7 +16,7 @@ def calls(function, *args):
 
 
 def in_program(function, *args, **options):
-    """The kernels that a program calls, in their order in its HLO; options are those of `jax.jit`."""
+    """The kernels that a program calls, in the order of its HLO; options are passed to `jax.jit`."""
     return re.findall(
         r'custom_call_target="embax_(\w+)"', jax.jit(function, **options).lower(*args).compile().as_text()
     )

@@ -108,7 +108,7 @@ def counted_in_bag(weight, ids, weights, padding_idx=None, **rules):
 
 
 def divisor(factors, mode):
-    """What the weighted sum of a bag is divided by."""
+    """The number by which the weighted sum of a bag is divided."""
     return {"sum": 1.0, "mean": factors.sum(), "sqrtn": np.sqrt((factors**2).sum())}[mode]
 
 
@@ -222,7 +222,7 @@ def cross_entropy_gradient(weight, x, labels, cotangent, mask_padding=False, **o
 
 
 def chance_of_row(samples, probability):
-    """The chance that a row is among so many draws; 1 where it never is, since nothing is corrected then."""
+    """The probability that a row is drawn; 1 for a row that is never drawn, so that nothing is corrected."""
     return 1.0 if probability == 0 else 1 - (1 - probability) ** samples
 
 

@@ -178,7 +178,7 @@ def test_words_whose_vector_is_not_finite_count_as_missing(tmp_path):
     [
         ("", r"file\.txt: holds no question\."),
         (": a\n", r"holds no question\."),
-        ("\na b c d\n", r'line 2 must be a section\'s name, as ": name", got \'a b c d\'\.'),
+        ("\na b c d\n", r'line 2 must be a section\'s name, such as ": name", got \'a b c d\'\.'),
         (": a\na b c d\na b c\n", r"line 3 must be four words, got 'a b c'\."),
         (": a\na b c d e\n", r"line 2 must be four words, got 'a b c d e'\."),
         (b": a\na b c \xff\n", r"line 2 is not UTF-8: b'a b c \\xff'\."),

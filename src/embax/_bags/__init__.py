@@ -1,1 +1,1 @@
-"""Bags of ids, pooled."""
+"""Bags: lists of ids whose rows are pooled into one vector each."""

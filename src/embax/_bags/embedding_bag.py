@@ -1,4 +1,4 @@
-"""embedding_bag: look up bags of ids and pool the rows of each, without the rows in between."""
+"""embedding_bag: look up bags of ids and pool the rows of each, without an array of all rows."""
 
 import functools
 from typing import Any, NamedTuple
@@ -19,17 +19,17 @@ from .ragged import Ragged
 def embedding_bag(table: Table, bags: Any, weights: Any = None, mode: Mode = "mean") -> Shaped[Array, "*bags_dim"]:
     """Look up bags of ids and pool the rows of each bag.
 
-    With `x_i` the rows of a bag, as `lookup` reads them, and `w_i` their weights, or ones:
+    With `x_i` the rows of a bag, as `lookup` reads them, and `w_i` their weights (default: ones):
 
     - `"mean"`, the default: `sum_i w_i x_i / sum_i w_i`
     - `"sum"`: `sum_i w_i x_i`
     - `"sqrtn"`: `sum_i w_i x_i / sqrt(sum_i w_i**2)`
-    - `"max"`: the largest number in each column; where several are, the first of them gets the gradient
+    - `"max"`: the largest value in each column; the first of several equal ones gets the gradient
 
-    Padding ids do not count, not even in a mean, and a bag of nothing else, or of nothing, is zero. Where the weights
-    of a bag sum to 0 in a mean, or are all 0 in `"sqrtn"`, it is NaN or infinite, as the formula says. All rules of the
-    table hold, and `scale_grad_by_freq` counts within the call. Sums run in float32 or wider. In the first three modes
-    the rows themselves need not exist.
+    Padding ids do not count, not even in a mean; an empty bag, or a bag of padding only, is zero. If the weights of a
+    bag sum to 0 in a mean, or are all 0 in `"sqrtn"`, the result is NaN or infinite, as the formula says. All rules of
+    the table apply, and `scale_grad_by_freq` counts within the call. Sums run in float32 or wider. The first three
+    modes need no array of all rows.
 
     Args:
       table: The table to read, of a floating-point dtype.
@@ -39,7 +39,7 @@ def embedding_bag(table: Table, bags: Any, weights: Any = None, mode: Mode = "me
       mode: How rows are pooled. Default: by their mean, as in torch.
 
     Returns:
-      One vector a bag, `(*bags, *dim)`, in the table's dtype.
+      One vector for each bag, `(*bags, *dim)`, in the table's dtype.
 
     Raises:
       TypeError: If the ids are not of an integer dtype, the table or the weights not of a floating-point one, or if
@@ -77,12 +77,12 @@ def pool(
     Args:
       table: The table.
       ids: The ids, flat or `(*bags, length)`.
-      layout: Which of them belong to which bag.
-      weights: A factor for each, in the dtype that sums run in, or None.
+      layout: Which ids belong to which bag.
+      weights: A factor for each id, in the dtype of sums, or None.
       mode: How rows are pooled.
 
     Returns:
-      One vector a bag.
+      One vector for each bag.
     """
     return _pool(table, ids, layout.offsets, weights, layout.shape, mode)
 
@@ -99,21 +99,21 @@ def _pool(
     layout = BagLayout(shape, offsets)
     resolved = _ids.resolve(ids, table.rows, table.out_of_range)
     counted = is_used(layout, ids)
-    # No row where no id is, so that it does not count as often as another one.
+    # Unused places of a Ragged get the sentinel, so that `scale_grad_by_freq` does not count them as some row.
     resolved = jnp.where(counted, resolved, table.rows)
     counted = counted & ~_ids.is_padding(resolved, table.padding_idx)
     return divided(pool_rows(table, resolved, counted, weights, layout, mode), counted, weights, layout, mode)
 
 
 class Read(NamedTuple):
-    """What a layer has read of its table."""
+    """The result of `read_bags`, with the ids that were read, so that a layer can store clipped rows."""
 
     pooled: Shaped[Array, "*bags_dim"]
     layout: BagLayout
     ids: _ids.Ids
 
     def named(self, table: Table) -> Int[Array, "*batch"]:
-        """The rows that are in a bag, to be stored clipped; those of what is in none, and names no row, are `rows`."""
+        """The row numbers of ids in bags; the sentinel `rows` for unused places."""
         named = _ids.resolve(self.ids, table.rows, table.out_of_range)
         return jnp.where(is_used(self.layout, self.ids), named, table.rows)
 
@@ -128,20 +128,20 @@ def read_bags(
     include_last_offset: bool,
     dtype: DTypeLike | None = None,
 ) -> Read:
-    """Read bags as `torch.nn.EmbeddingBag` is given them.
+    """Read bags given as the arguments of `torch.nn.EmbeddingBag`.
 
     Args:
-      call: The call for the messages.
+      call: The call, for error messages.
       table: The table.
       input: Ids of the shape `(*bags, length)`, or a Ragged; with offsets, `(ids,)`.
       offsets: Where each bag starts, `(bags,)`, or one more with `include_last_offset`; or None.
       per_sample_weights: A factor for each id, or None.
       mode: How rows are pooled.
-      include_last_offset: Whether the last offset is where the last bag ends.
-      dtype: That of the output. Default: the table's.
+      include_last_offset: Whether the last offset is the end of the last bag.
+      dtype: The dtype of the output. Default: the table's.
 
     Returns:
-      One vector a bag, and what was read for it.
+      One vector for each bag, with the layout and the ids.
 
     Raises:
       TypeError: As `embedding_bag`, and for a Ragged with offsets.
@@ -160,11 +160,11 @@ def read_bags(
 
 
 def layout_of(argument: str, table: Table, bags: Any) -> tuple[BagLayout, _ids.Ids]:
-    """Check bags, and take them apart.
+    """Check bags, and split them into layout and ids.
 
     Args:
-      argument: The call and its argument for the messages.
-      table: The table that they shall be read from.
+      argument: The call and its argument, for error messages.
+      table: The table to be read.
       bags: A Ragged, or ids of the shape `(*bags, length)`.
 
     Returns:
@@ -176,7 +176,7 @@ def layout_of(argument: str, table: Table, bags: Any) -> tuple[BagLayout, _ids.I
       IndexError: As `_ids.prepare`.
     """
     if isinstance(bags, Ragged):
-        # What stands behind the last bag is no id, and may be anything; where it ends is unknown while traced.
+        # Only ids in bags are checked; with traced offsets, it is unknown which these are.
         used = 0 if isinstance(bags.offsets, Tracer) else bags.used
         return BagLayout((bags.bags,), bags.offsets), _ids.prepare(argument, bags.values, table, used=used)
     ids = _ids.prepare(argument, bags, table)
@@ -191,18 +191,18 @@ def prepared_weights(
     """Check the weights of ids.
 
     Args:
-      argument: The call and its argument for the messages.
-      weights: What the caller gave.
+      argument: The call and its argument, for error messages.
+      weights: The caller's weights.
       shape: The shape of the ids.
       table: The table that is read.
       mode: How its rows are pooled.
 
     Returns:
-      The weights in the dtype that sums run in, or None.
+      The weights in the dtype of sums, or None.
 
     Raises:
-      TypeError: If they are not of a floating-point dtype, or there are any for the largest.
-      ValueError: If their shape is not that of the ids.
+      TypeError: If they are not of a floating-point dtype, or the mode is `"max"`.
+      ValueError: If their shape differs from the ids'.
     """
     if weights is None:
         return None

@@ -1,4 +1,18 @@
-"""Pooling: sums and largest numbers of the rows of bags, without the rows in between."""
+"""Pooling: sums and largest values of the rows of bags. Sums need no array of all rows.
+
+Bags of one length are summed position by position: the first row of each bag, then the second one, and so on. So memory
+holds one vector for each bag. For instance, 1,000 bags of 50 ids take 50 steps, each of which adds 1,000 rows.
+
+Bags of different lengths, a Ragged, are first cut into pieces of 16 ids, which are bags of one length. For instance,
+bags of 40, 0 and 5 ids:
+
+    pieces    16, 16 and 8 ids of bag 0; 5 ids of bag 2; the last pieces of a bag are padded
+    sums      four vectors (and some unused ones, since the number of pieces is static)
+    result    bag 0 is the sum of the first three, bag 1 is zero, bag 2 is the fourth
+
+A bag of more than 1,024 pieces has its sums cut into pieces again. So the sum is a tree, whose rounding error does not
+grow with the length of the bag.
+"""
 
 import dataclasses
 import functools
@@ -22,23 +36,23 @@ from .ragged import segments_of
 
 Mode = Literal["sum", "mean", "sqrtn", "max"]
 
-# The longest bags of one length that are summed place by place in one fusion; beyond, it is a loop.
+# Up to this length, the steps are unrolled, so that XLA fuses them; longer bags take a loop.
 _UNROLLED = 64
-# Ids that such a loop reads at a time.
+# Ids that a step of the loop reads.
 _BLOCK = 1 << 12
-# The length of the pieces that bags of different lengths are cut into, and how many pieces are summed in a row.
+# The length of a piece, and the largest number of pieces that are summed one after the other.
 _PIECE, _LONGEST = 16, 1024
 
 
 class BagLayout(NamedTuple):
     """Which ids belong to which bag."""
 
-    shape: tuple[int, ...]  # of the bags
-    offsets: Int32[Array, " bags_and_1"] | None  # of a Ragged; None where ids are (*shape, length)
+    shape: tuple[int, ...]  # the shape of the bags
+    offsets: Int32[Array, " bags_and_1"] | None  # of a Ragged; None if ids are (*shape, length)
 
 
 def is_used(layout: BagLayout, ids: _ids.Ids) -> Bool[Array, "*batch"]:
-    """Tell where there is an id of a bag."""
+    """Which places of the ids belong to a bag."""
     if layout.offsets is None:
         return jnp.ones(ids.shape, bool)
     return jnp.arange(ids.shape[0], dtype=jnp.int32) < layout.offsets[-1]
@@ -52,20 +66,20 @@ def pool_rows(
     layout: BagLayout,
     mode: Mode,
 ) -> Float[Array, "*bags_dim"]:
-    """Sum the rows of each bag, or take their largest numbers; `divided` makes the other modes of the sum.
+    """Sum the rows of each bag, or take their largest values. `divided` turns sums into the other modes.
 
     Args:
       table: The table.
-      ids: Row numbers as `_ids.resolve` gives them.
-      counted: Which of them count.
-      weights: As in `pool`.
-      layout: As in `pool`.
-      mode: As in `pool`.
+      ids: Row numbers from `_ids.resolve`.
+      counted: Which ids count.
+      weights: A factor for each id, in the dtype of sums, or None.
+      layout: Which ids belong to which bag.
+      mode: How rows are pooled.
 
     Returns:
-      One vector a bag; sums in the dtype that they run in.
+      One vector for each bag; sums are in float32 or wider.
     """
-    if table.out_of_range == "clip":  # which ids are by now; one that stands for no row may not be
+    if table.out_of_range == "clip":  # ids are clipped already, but the sentinel must not be
         table = dataclasses.replace(table, out_of_range="nan")
     if mode == "max":
         return _largest(read_resolved(table, ids, counted), counted, layout)
@@ -80,7 +94,7 @@ def _sum_of_rows(
     offsets: Int32[Array, " bags_and_1"] | None,
     shape: tuple[int, ...],
 ) -> Float[Array, "*bags_dim"]:
-    """Sum rows without these in memory; the derivative, which has them, is said apart."""
+    """Sum the rows of bags. The value needs no array of all rows; its derivative does, so it is stated separately."""
     held = None if weights is None else jax.lax.stop_gradient(weights)
     total = _held_sum(constant(table), ids, counted, held, offsets, shape)
     rules, of_ids = with_weight(table, None), {"ids": ids, "counted": counted, "offsets": offsets}
@@ -94,7 +108,7 @@ def _sum_of_rows(
 
 
 def _flat(function: Callable[..., Array], others: Any, **static: Any) -> tuple[Callable[..., Array], list[Array]]:
-    """Make a function of a tangent and of arrays, of one of a tangent and of trees by their names."""
+    """Turn `function(tangent, **others)` into a function of the tangent and a flat list of arrays, and return both."""
     leaves, structure = jax.tree.flatten(others)
     return lambda tangent, *leaves: function(tangent, **structure.unflatten(leaves), **static), leaves
 
@@ -102,7 +116,7 @@ def _flat(function: Callable[..., Array], others: Any, **static: Any) -> tuple[C
 def _by_rows(
     tangent: Shaped[Array, "rows *dim"], ids: Any, counted: Any, weights: Any, offsets: Any, rules: Table, shape: Any
 ) -> Float[Array, "*bags_dim"]:
-    """Return the tangent of a sum, given that of the weight of its table."""
+    """The tangent of the sums for a tangent of the table's weight."""
     rows = rows_of_tangent(rules, tangent, ids, counted)
     return _summed(_terms(rows, counted, weights), BagLayout(shape, offsets), rules.storage)
 
@@ -110,7 +124,7 @@ def _by_rows(
 def _by_weights(
     tangent: Float[Array, "*batch"], ids: Any, counted: Any, table: Table, offsets: Any, shape: Any
 ) -> Float[Array, "*bags_dim"]:
-    """Return the tangent of a sum, given that of the factors of its terms."""
+    """The tangent of the sums for a tangent of the ids' weights."""
     rows = read_resolved(table, ids, counted)
     return _summed(_terms(rows, counted, tangent), BagLayout(shape, offsets), table.storage)
 
@@ -122,17 +136,17 @@ def divided(
     layout: BagLayout,
     mode: Mode,
 ) -> Shaped[Array, "*bags_dim"]:
-    """Divide sums by what the mode says; a bag of nothing stays zero.
+    """Divide sums as the mode says; an empty bag stays zero.
 
     Args:
-      total: What `pool_rows` gives.
-      counted: As there.
-      weights: As there.
-      layout: As there.
-      mode: As there.
+      total: The result of `pool_rows`.
+      counted: As in `pool_rows`.
+      weights: As in `pool_rows`.
+      layout: As in `pool_rows`.
+      mode: As in `pool_rows`.
 
     Returns:
-      The same, divided.
+      The pooled vectors.
     """
     if mode in ("sum", "max"):
         return total
@@ -164,7 +178,7 @@ def _held_sum(
         return table.storage.pooled(table, pool_here, ids, counted, weights)
     if table.storage.is_local:
         inputs = jnp.where(counted, ids, 0)
-    else:  # one exchange of all rows, which are then summed in the same order where they have arrived
+    else:  # one exchange brings all rows, which are then summed in the same order
         inputs = read_resolved(table, jnp.where(counted, ids, table.rows))
         if offsets is not None:
             return _summed(_terms(inputs, counted, weights), BagLayout(shape, offsets), table.storage)
@@ -173,12 +187,12 @@ def _held_sum(
     def terms(part: Array, counted: Array, weights: Array | None) -> Float[Array, "*batch_dim"]:
         if table.storage.is_local:
             part = read_resolved(table, part)
-        elif counted.ndim > len(shape):  # several places
+        elif counted.ndim > len(shape):  # a block of positions, not a single one
             part = jnp.moveaxis(part, -1, len(shape))
         return _terms(part, counted, weights)
 
     start = jnp.zeros((*shape, *table.dim), accumulator(table.dtype))
-    # XLA's CPU backend has no bfloat16: for gathers in a row or a loop it would convert the whole table once.
+    # XLA's CPU backend computes bfloat16 in float32. For repeated gathers it would convert the whole table first.
     converts = jax.default_backend() == "cpu" and table.dtype not in (np.float16, start.dtype)
     add = _at_once if converts else functools.partial(_by_places, unroll=table.max_norm is None)
     if offsets is None:
@@ -191,9 +205,9 @@ def _held_sum(
 def _terms(
     rows: Shaped[Array, "*batch_dim"], counted: Bool[Array, "*batch"] | None, weights: Float[Array, "*batch"] | None
 ) -> Float[Array, "*batch_dim"]:
-    """What each id adds to its bag; all of them count where `counted` is None."""
+    """The term that each id adds to its bag; if `counted` is None, all ids count."""
     rows = rows.astype(accumulator(rows.dtype))
-    # What does not count is left out of both factors, not multiplied by zero: it may be NaN.
+    # Rows and weights that do not count may be NaN, so both are replaced, not multiplied by zero.
     if counted is not None:
         rows = jnp.where(jnp.expand_dims(counted, range(counted.ndim, rows.ndim)), rows, jnp.zeros((), rows.dtype))
     if weights is None:
@@ -206,10 +220,9 @@ def _terms(
 def _summed(
     terms: Float[Array, "*batch_dim"], layout: BagLayout, storage: Storage = DENSE
 ) -> Float[Array, "*bags_dim"]:
-    """Sum what stands there for each id, bag by bag; behind the last one is zero, or what has no row.
+    """Sum the terms of each bag; terms in unused places must be zero.
 
-    Of a table on a mesh, the bags are split over its devices as their ids are, and what is of another device's bag goes
-    there.
+    For a sharded table, bags are split over its devices, as ids are, and each term is sent to the device of its bag.
     """
     if layout.offsets is None:
         return terms.sum(axis=len(layout.shape))
@@ -219,29 +232,29 @@ def _summed(
 
 
 def _bag_of(offsets: Int32[Array, " bags_and_1"], capacity: int) -> Int32[Array, " capacity"]:
-    """Number the bag of each place; behind the last one it is the last, since checkify takes another for an error."""
+    """The bag of each place. Unused places get the last bag: checkify would report a number out of bounds."""
     return jnp.minimum(segments_of(offsets, capacity), offsets.shape[0] - 2)
 
 
 def _at_once(
     terms: Callable[..., Array], total: Array, inputs: Array, counted: Array, weights: Array | None
 ) -> Float[Array, "*bags_dim"]:
-    """Sum bags of one length with all of their rows in memory."""
+    """Sum bags of one length by one gather, with all of their rows in memory."""
     return total + terms(inputs, counted, weights).sum(axis=counted.ndim - 1)
 
 
 def _by_places(
     terms: Callable[..., Array], total: Array, of_ids: Array, counted: Array, weights: Array | None, unroll: bool
 ) -> Float[Array, "*bags_dim"]:
-    """Sum bags of one length: the first id of all bags, then the second, and so on."""
+    """Sum bags of one length position by position."""
     axis, length = counted.ndim - 1, counted.shape[-1]
     inputs = of_ids, counted, weights
     if unroll and length <= _UNROLLED:
-        add_place = jax.jit(lambda total, *inputs: total + terms(*inputs))  # traced and lowered once for all places
+        add_place = jax.jit(lambda total, *inputs: total + terms(*inputs))  # traced and lowered once for all positions
         for place in range(length):
             total = add_place(total, *(None if x is None else x[..., place] for x in inputs))
         return total
-    # A few places at a time where there are few bags.
+    # If there are few bags, a step takes several positions.
     width = min(max(1, _BLOCK // max(1, math.prod(counted.shape[:-1]))), max(1, length))
     inputs = [None if x is None else _cut(x, width) for x in inputs]
 
@@ -260,10 +273,7 @@ def _by_pieces(
     weights: Array | None,
     offsets: Int32[Array, " bags_and_1"],
 ) -> Float[Array, "*bags_dim"]:
-    """Sum bags of different lengths: cut them into pieces of one length, and sum first those, then their sums.
-
-    A long bag is cut again, so that its sum is a tree whose rounding error does not grow with the length.
-    """
+    """Sum bags of different lengths by pieces of one length, as the head of this file describes."""
     longest = ids.shape[0]
     if longest == 0 or start.shape[0] == 0:  # XLA has no gather from nothing
         return start
@@ -283,14 +293,14 @@ def _pieces(
     """Cut bags into pieces of `_PIECE` places.
 
     Returns:
-      The places of each piece; which of them are part of a bag; and the offsets of the bags among the pieces.
+      The places of each piece, which of them exist, and the offsets of the bags among the pieces.
     """
     bags = offsets.shape[0] - 1
     numbers = -(-jnp.diff(offsets) // _PIECE)
     among_pieces = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(numbers, dtype=jnp.int32)])
-    pieces = jnp.arange(capacity // _PIECE + bags, dtype=jnp.int32)  # no bags need more
+    pieces = jnp.arange(capacity // _PIECE + bags, dtype=jnp.int32)  # an upper limit
     bag = segments_of(among_pieces, pieces.shape[0])
-    # Beyond the last bag there is an empty one.
+    # Pieces beyond the last bag belong to an empty bag.
     starts = jnp.concatenate([offsets, offsets[-1:]])
     first = starts[bag] + _PIECE * (pieces - among_pieces[bag])
     places = first[:, None] + jnp.arange(_PIECE, dtype=jnp.int32)[None, :]
@@ -309,7 +319,7 @@ def _zeros(places: Int32[Array, "pieces piece"], like: Float[Array, "bags *dim"]
 
 
 def _cut(array: Shaped[Array, "*batch length"], width: int) -> Shaped[Array, "blocks *batch width"]:
-    """Cut the last axis into blocks, the last one filled up with zeros, and put the axis of blocks first."""
+    """Cut the last axis into blocks, pad the last block with zeros, and move the axis of blocks to the front."""
     blocks = -(-array.shape[-1] // width)
     full = jnp.pad(array, [(0, 0)] * (array.ndim - 1) + [(0, blocks * width - array.shape[-1])])
     return jnp.moveaxis(jnp.reshape(full, (*array.shape[:-1], blocks, width)), -2, 0)
@@ -318,7 +328,7 @@ def _cut(array: Shaped[Array, "*batch length"], width: int) -> Shaped[Array, "bl
 def _largest(
     rows: Shaped[Array, "*batch_dim"], counted: Bool[Array, "*batch"], layout: BagLayout
 ) -> Shaped[Array, "*bags_dim"]:
-    """The largest number of each bag and column, of which the first one gets the gradient; 0 for a bag of nothing."""
+    """The largest value of each bag and column; the first of equal ones gets the gradient. 0 for an empty bag."""
     axis = 0 if layout.offsets is not None else len(layout.shape)
     length = rows.shape[axis]
     trailing = tuple(range(counted.ndim, rows.ndim))
@@ -327,21 +337,21 @@ def _largest(
         return jnp.zeros((*layout.shape, *rows.shape[axis + 1 :]), rows.dtype)
     lowest = jnp.asarray(-jnp.inf, rows.dtype)
     values = jnp.where(candidates, jax.lax.stop_gradient(rows), lowest)
-    # Found apart from the largest: XLA's CPU backend may leave NaN out of a maximum.
+    # NaN is found separately, since XLA's CPU backend may ignore it in a maximum.
     is_nan = jnp.isnan(values)
     if layout.offsets is None:
         is_largest = candidates & (values == values.max(axis=axis, keepdims=True))
-        first = jnp.argmax(jnp.where(is_nan, 2, is_largest.astype(jnp.int32)), axis=axis)  # of NaNs, else of equals
+        first = jnp.argmax(jnp.where(is_nan, 2, is_largest.astype(jnp.int32)), axis=axis)  # first NaN, else largest
         out = _numbers_at(rows, first, axis)
         return jnp.where(candidates.any(axis=axis), out, jnp.zeros((), rows.dtype))
     shape, bags = (*layout.shape, *rows.shape[1:]), _bag_of(layout.offsets, length)
     largest = jnp.full(shape, lowest).at[bags].max(values, mode="drop", indices_are_sorted=True)
     position = jnp.expand_dims(jnp.arange(length, dtype=jnp.int32), trailing)
     of_equals = jnp.where(candidates & (values == largest[bags]), position, length)
-    position = jnp.where(is_nan, position - length, of_equals)  # below 0, so that it comes first
+    position = jnp.where(is_nan, position - length, of_equals)  # negative, so that NaN comes first
     first = jnp.full(shape, length, jnp.int32).at[bags].min(position, mode="drop", indices_are_sorted=True)
     first = jnp.where(first < 0, first + length, first)
-    # By the numbers of the columns; checkify has no rule for the derivative of `take_along_axis`.
+    # By explicit column indices, since checkify has no rule for the derivative of `take_along_axis`.
     columns = jnp.indices(shape, sparse=True)[1:]
     out = rows.at[(jnp.minimum(first, length - 1), *columns)].get(mode="promise_in_bounds", wrap_negative_indices=False)
     return jnp.where(first < length, out, jnp.zeros((), rows.dtype))
@@ -350,7 +360,7 @@ def _largest(
 def _numbers_at(
     rows: Shaped[Array, "*batch_dim"], places: Int[Array, "*bags_dim"], axis: int
 ) -> Shaped[Array, "*bags_dim"]:
-    """Take the number at a place of an axis, for each bag of one length and each column."""
+    """For bags of one length, take the value at the given position of each bag and column."""
     taken = jnp.take_along_axis(jax.lax.stop_gradient(rows), jnp.expand_dims(places, axis), axis=axis)
     if not jnp.issubdtype(rows.dtype, jnp.inexact):
         return taken.squeeze(axis)
@@ -358,7 +368,7 @@ def _numbers_at(
 
 
 def _selected(axis: int, rows: Shaped[Array, "*batch_dim"], places: Int[Array, "*bags_dim"]) -> Array:
-    # By selection, whose transpose needs no scatter. Checkify has no rule for that of `take_along_axis`.
+    # By selection, whose transpose needs no scatter; checkify has no rule for the transpose of `take_along_axis`.
     numbers = jnp.arange(rows.shape[axis], dtype=places.dtype)
     numbers = jnp.expand_dims(numbers, [i for i in range(rows.ndim) if i != axis])
     return jnp.where(numbers == jnp.expand_dims(places, axis), rows, jnp.zeros((), rows.dtype)).sum(axis)

@@ -18,17 +18,17 @@ _Numbers = Integer[Array, "*shape"] | Integer[np.ndarray, "*shape"]
 class Ragged:
     """Lists of ids of different lengths: bag `b` is `values[offsets[b] : offsets[b + 1]]`.
 
-    A pytree of arrays. What stands in `values` behind the last offset is not part of any bag, so that batches of one
-    capacity have one shape and compile once; see `pad_to`.
+    A pytree of arrays. Values behind the last offset belong to no bag. So batches of one capacity have one shape, and
+    compile once; see `pad_to`.
 
     Args:
       values: The ids of all bags, one after the other, `(capacity,)`, of any integer dtype.
-      offsets: Where each bag starts, and where the last one ends, `(bags + 1,)`, of any integer dtype: from 0, not
-        falling, and not beyond the capacity.
+      offsets: Where each bag starts, and where the last one ends, `(bags + 1,)`, of any integer dtype. They begin with
+        0, never fall, and end within the capacity.
 
     Raises:
       TypeError: If an argument is not of an integer dtype.
-      ValueError: If a shape is wrong, or a concrete offset. Traced offsets are not checked.
+      ValueError: If a shape or a concrete offset is wrong. Traced offsets are not checked.
 
     Example:
       >>> import embax
@@ -50,13 +50,13 @@ class Ragged:
             raise ValueError("`embax.Ragged(offsets=...)` must have an end, got none. Pass [0] for no bags.")
         _check_offsets("embax.Ragged(offsets=...)", offsets, values.shape[0])
         if not isinstance(offsets, Tracer):
-            with jax.ensure_compile_time_eval():  # so that they are concrete inside of `jit`, too
+            with jax.ensure_compile_time_eval():  # concrete offsets stay concrete inside of `jit`
                 offsets = jnp.asarray(np.asarray(offsets).astype(np.int32), np.int32)
         _fill(self, values, offsets.astype(jnp.int32) if isinstance(offsets, Tracer) else offsets)
 
     @classmethod
     def from_lists(cls, lists: Iterable[Sequence[int]]) -> "Ragged":
-        """Make bags of lists of ids.
+        """Make bags from lists of ids.
 
         Args:
           lists: The ids of each bag: sequences or 1-D arrays.
@@ -74,25 +74,25 @@ class Ragged:
           Ragged(3 bags, capacity=4)
         """
         arrays = [_integers("embax.Ragged.from_lists(lists=...)", np.asarray(x) if len(x) else []) for x in lists]
-        # Without those that are empty, whose dtype says nothing.
+        # Empty lists are skipped: their dtype is arbitrary.
         full = [np.asarray(x) for x in arrays if len(x)]
         values = np.concatenate(full) if full else np.zeros(0, np.int32)
         return cls(values, np.cumsum([0, *(len(x) for x in arrays)]))
 
     @classmethod
     def from_lengths(cls, values: Any, lengths: Any) -> "Ragged":
-        """Make bags of ids that stand one after the other.
+        """Make bags from consecutive ids and the length of each bag.
 
         Args:
-          values: The ids, `(capacity,)`; there may be more than the lengths add up to.
-          lengths: How many belong to each bag, `(bags,)`.
+          values: The ids of all bags, one after the other, `(capacity,)`; ids beyond the last bag are unused.
+          lengths: The number of ids of each bag, `(bags,)`.
 
         Returns:
           The bags.
 
         Raises:
           TypeError: If an argument is not of an integer dtype.
-          ValueError: If a concrete length is negative, or they add up to more than there are.
+          ValueError: If a concrete length is negative, or the lengths add up to more than the capacity.
 
         Example:
           >>> import embax
@@ -110,12 +110,12 @@ class Ragged:
 
     @classmethod
     def from_offsets(cls, ids: Any, offsets: Any, include_last_offset: bool = False) -> "Ragged":
-        """Make bags of ids and the offset at which each starts, as torch's `EmbeddingBag` takes them.
+        """Make bags from consecutive ids and the start of each bag, as torch's `EmbeddingBag` takes them.
 
         Args:
           ids: The ids, `(capacity,)`.
-          offsets: Where each bag starts, `(bags,)`, the first of them at 0.
-          include_last_offset: Whether there is one offset more, at which the last bag ends. Else it ends with the ids.
+          offsets: Where each bag starts, `(bags,)`, beginning with 0.
+          include_last_offset: Whether a further offset marks the end of the last bag. Else it ends with the ids.
 
         Returns:
           The bags.
@@ -140,12 +140,12 @@ class Ragged:
 
     @classmethod
     def from_segments(cls, values: Any, segments: Any, bags: int) -> "Ragged":
-        """Make bags of ids and the number of the bag that each belongs to, as segment sums take them.
+        """Make bags from ids and the number of each id's bag, as segment sums take them.
 
         Args:
           values: The ids, `(capacity,)`.
-          segments: The number of each one's bag, `(capacity,)`, not falling. Numbers from `bags` on are in none.
-          bags: How many bags there are.
+          segments: The bag of each id, `(capacity,)`, never falling. Ids with a number of `bags` or more are unused.
+          bags: The number of bags.
 
         Returns:
           The bags.
@@ -181,18 +181,18 @@ class Ragged:
 
     @classmethod
     def from_padded(cls, ids: Any, padding_idx: int | None = None, mask: Any = None) -> "Ragged":
-        """Make bags of the rows of a matrix, without its padding.
+        """Make bags from the rows of a matrix, without its padding.
 
         Args:
           ids: The ids, `(bags, length)`.
-          padding_idx: The id that stands for none.
-          mask: True where there is an id, `(bags, length)`, instead.
+          padding_idx: The id that marks padding.
+          mask: Instead of `padding_idx`: True where there is an id, `(bags, length)`.
 
         Returns:
           The bags, with the capacity `bags * length`.
 
         Raises:
-          TypeError: If the ids are not of an integer dtype, or not exactly one of the others is given.
+          TypeError: If the ids are not of an integer dtype, or both or neither of `padding_idx` and `mask` are given.
           ValueError: If a shape is wrong.
 
         Example:
@@ -204,7 +204,7 @@ class Ragged:
         if (padding_idx is None) == (mask is None):
             raise TypeError(f"`{call}` must have padding_idx or mask, got {padding_idx} and {mask}. Pass one of them.")
         ids = _integers(f"{call}(ids=...)", ids, axes=2)
-        # NumPy's ids stay as they are, since JAX may have no 64 bits.
+        # NumPy ids stay in NumPy, since JAX may cut 64 bits to 32.
         xp = jnp if isinstance(ids, jax.Array) or isinstance(mask, jax.Array) else np
         if mask is None:
             keep = ids != _check.integer(f"{call}(padding_idx=...)", padding_idx)
@@ -258,7 +258,7 @@ class Ragged:
 
     @property
     def capacity(self) -> int:
-        """The number of ids that there is room for."""
+        """The number of ids that fit."""
         return self.values.shape[0]
 
     @property
@@ -268,12 +268,12 @@ class Ragged:
 
     @property
     def segments(self) -> Int32[Array, " capacity"]:
-        """The number of the bag that each id is in; `bags` behind the last one."""
+        """The number of each id's bag; `bags` for unused ids."""
         return segments_of(self.offsets, self.capacity)
 
     @property
     def used(self) -> int:
-        """How many ids are in a bag; the capacity where the offsets are traced."""
+        """The number of ids in bags; the capacity if the offsets are traced."""
         return self.capacity if isinstance(self.offsets, Tracer) else int(np.asarray(self.offsets)[-1])
 
     def __repr__(self) -> str:
@@ -287,16 +287,16 @@ class Ragged:
 def _kept(
     ids: Int[Array, "bags length"], keep: Bool[Array, "bags length"]
 ) -> tuple[Int[Array, " capacity"], Int32[Array, " bags"]]:
-    """The ids that stay, in their order and then zeros, and how many of them are in each bag."""
+    """The kept ids in their order, then zeros, and the number of kept ids of each bag."""
     flat, keeps = jnp.ravel(ids), jnp.ravel(keep)
-    places = jnp.where(keeps, jnp.cumsum(keeps, dtype=jnp.int32) - 1, flat.shape[0])  # the others go behind the end
+    places = jnp.where(keeps, jnp.cumsum(keeps, dtype=jnp.int32) - 1, flat.shape[0])  # the others are dropped
     return jnp.zeros_like(flat).at[places].set(flat, mode="drop"), jnp.sum(keep, axis=1, dtype=jnp.int32)
 
 
 @functools.partial(jax.jit, static_argnums=1, inline=True)
 def segments_of(offsets: Int32[Array, " bags_and_1"], capacity: int) -> Int32[Array, " capacity"]:
-    """Number the bag that each of the first places is in; behind the last bag, the number of bags."""
-    # Each bag that ends at or before a place is behind it.
+    """The number of the bag of each place; the number of bags for unused places."""
+    # A place's bag is the number of bags that end at or before it.
     ends = jnp.zeros(capacity + 1, jnp.int32).at[offsets[1:]].add(1, mode="drop")
     return jnp.cumsum(ends[:capacity], dtype=jnp.int32)
 
@@ -329,7 +329,7 @@ def _integers(argument: str, value: Any, axes: int = 1) -> _Numbers:
 
 
 def _wide(numbers: _Numbers) -> _Numbers:
-    """Make numbers wide enough to add up; concrete ones on the host, where they are checked."""
+    """Make numbers wide enough to be summed; concrete ones in NumPy, where they are checked."""
     if not isinstance(numbers, Tracer):
         return np.asarray(numbers).astype(np.int64)
     return numbers.astype(jnp.int32) if jnp.iinfo(numbers.dtype).bits < 32 else numbers

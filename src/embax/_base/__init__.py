@@ -1,1 +1,1 @@
-"""What every other package leans on: checks, dtypes, meshes, distinct ids, text."""
+"""Helpers of all other packages: argument checks, dtypes, mesh layouts, distinct ids, strings. Imports none of them."""

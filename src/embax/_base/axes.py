@@ -1,4 +1,4 @@
-"""How arrays are laid out on a mesh whose axes are explicit."""
+"""Layouts of arrays on a mesh, in particular on one with explicit axes, where the sharding is part of the type."""
 
 import jax
 from jax.core import Tracer
@@ -7,12 +7,12 @@ from jaxtyping import Array, Shaped
 
 
 def is_explicit(mesh: Mesh | AbstractMesh) -> bool:
-    """Say whether arrays on a mesh have their layout in their type."""
+    """Whether a mesh has an explicit axis, so that shardings are part of the types of its arrays."""
     return AxisType.Explicit in mesh.axis_types
 
 
 def explicit_sharding(ids: Shaped[Array, "*batch"], trailing: int = 0) -> NamedSharding | None:
-    """Say how rows are laid out on a mesh with explicit axes: as their ids, the trailing axes not sharded.
+    """Return the sharding of rows read for some ids: as the ids, the trailing axes not sharded.
 
     Args:
       ids: Row numbers.
@@ -28,7 +28,7 @@ def explicit_sharding(ids: Shaped[Array, "*batch"], trailing: int = 0) -> NamedS
 
 
 def laid_out(array: Shaped[Array, "*shape"], sharding: NamedSharding | PartitionSpec) -> Shaped[Array, "*shape"]:
-    """Lay an array out as a caller asks, whether the axes of the mesh are explicit or left to XLA."""
+    """Give an array a sharding, whether it is concrete or traced, and the mesh axes explicit or left to XLA."""
     if isinstance(sharding, NamedSharding) and not isinstance(array, Tracer):
         return array if isinstance(array, jax.Array) and array.sharding == sharding else jax.device_put(array, sharding)
     mesh = sharding.mesh if isinstance(sharding, NamedSharding) else jax.sharding.get_abstract_mesh()
@@ -40,7 +40,7 @@ def laid_out(array: Shaped[Array, "*shape"], sharding: NamedSharding | Partition
 def resharded(
     array: Shaped[Array, "*shape"], mesh: Mesh | AbstractMesh, spec: PartitionSpec
 ) -> Shaped[Array, "*shape"]:
-    """Lay an array out where the axes of the mesh are explicit; where they are not, XLA sees to it."""
+    """Reshard an array on a mesh with explicit axes; on any other mesh, leave its sharding to XLA."""
     # A NamedSharding, since a bare PartitionSpec needs `jax.set_mesh`.
     return reshard(array, NamedSharding(mesh, spec)) if is_explicit(mesh) else array
 
@@ -48,16 +48,16 @@ def resharded(
 def laid_out_as(
     like: Shaped[Array, "*batch"], array: Shaped[Array, "*batch_dim"], batch: int, mesh: Mesh | AbstractMesh
 ) -> Shaped[Array, "*batch_dim"]:
-    """Lay an array out as the first axes of another one, where axes are explicit; else it is on every device.
+    """Shard an array like the leading axes of another one.
 
     Args:
-      like: The other one.
+      like: The other array. If it has no explicit sharding, `array` is replicated over explicit axes of `mesh`.
       array: The array.
-      batch: How many axes they have in common.
+      batch: How many leading axes both have in common.
       mesh: The mesh of the array.
 
     Returns:
-      The same array.
+      The resharded array.
     """
     sharding = explicit_sharding(like)
     if sharding is None:
@@ -66,6 +66,6 @@ def laid_out_as(
 
 
 def on_every_device(array: Shaped[Array, "*batch"]) -> Shaped[Array, "*batch"]:
-    """Replicate an array over the explicit axes of a mesh, for what depends on all ids of a call."""
+    """Replicate an array over the explicit axes of a mesh, for computations that need all ids of a call."""
     sharding = explicit_sharding(array)
     return array if sharding is None else resharded(array, sharding.mesh, PartitionSpec())

@@ -13,7 +13,7 @@ import numpy as np
 
 
 def integer(argument: str, value: object) -> int:
-    """Return `value` as a Python int; a float that is a whole number is one too.
+    """Return `value` as a Python int; a float may be given if it is a whole number.
 
     Raises:
       TypeError: If `value` is not a whole number.
@@ -60,7 +60,7 @@ def not_negative(argument: str, value: object, most: float | None = None) -> flo
     Args:
       argument: The call and its argument for the message.
       value: What the caller gave.
-      most: What it may be at most. Default: any finite number.
+      most: The upper limit, included. Default: none.
 
     Returns:
       The same number.
@@ -80,7 +80,7 @@ def _real(argument: str, value: object, rule: str) -> float:
     try:
         if isinstance(value, SupportsFloat | SupportsIndex) and not isinstance(value, bool | np.bool_):
             return float(value)
-        raise TypeError  # of float("3") and float(True), too
+        raise TypeError  # although float("3") and float(True) would work
     except (TypeError, ValueError):
         raise TypeError(f"`{argument}` must be {rule}, got {value!r}. Pass a float.") from None
 

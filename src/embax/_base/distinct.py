@@ -1,4 +1,9 @@
-"""Distinct ids: sum the values that belong to one row, by slots or by sort."""
+"""Distinct ids: sum the values of equal ids, by slots or by a sort.
+
+For instance, ids `[7, 2, 7, 9]` of a table of 9 rows, with values `[a, b, c, d]`: the distinct ids are `[2, 7, 9, 9]`
+and the sums `[b, a + c, 0, 0]`, with `number` 2. The id 9 is the sentinel for no row; its value is dropped. Shapes are
+static, so the unused places at the end hold the sentinel, too.
+"""
 
 import functools
 from typing import NamedTuple
@@ -8,23 +13,23 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int, Int32, PyTree, Shaped
 
-Slots = Int32[Array, "_"] | None  # of a table each, which have other numbers of rows
+Slots = Int32[Array, "_"] | None  # one for each row of a table
 
 
 def scratch(rows: int) -> Slots:
-    """Make what `combine` needs to work by slots, where that is the fastest way on the default platform.
+    """Make the slots for `combine`, if slots are faster than a sort on the default platform.
 
-    By slots: every position writes its own number into a slot of its row and reads it back; all positions of a row read
-    the same number, which names the one that stands for them. The slots never need clearing, so that the cost follows
-    the ids as long as they are kept, and donated, from call to call. Measured on a CPU only, where it is 20 times
-    faster than a sort (16,384 ids). On a GPU the float32 scatter-add after it is slow under contention
-    (https://github.com/jax-ml/jax/issues/38806), so the sort is the choice for all but the CPU until it is measured.
+    Each position of the ids writes its own number into the slot of its row and reads it back. All positions of one row
+    read the same number: the position that represents the row. Slots never need clearing, so the cost follows the
+    number of ids as long as the slots are kept, and donated, from call to call. On a CPU this is 20 times faster than a
+    sort (16,384 ids). On a GPU the float32 scatter-add that follows is slow under contention
+    (https://github.com/jax-ml/jax/issues/38806), so every other platform sorts until slots are measured there.
 
     Args:
       rows: The number of rows of the table.
 
     Returns:
-      The slots, or None where `combine` is to sort.
+      The slots, or None if `combine` is to sort.
     """
     return jnp.zeros(rows, jnp.int32) if jax.default_backend() == "cpu" else None
 
@@ -32,28 +37,28 @@ def scratch(rows: int) -> Slots:
 class Distinct(NamedTuple):
     """Values summed by row."""
 
-    ids: Int[Array, " ids"]  # the distinct row numbers in some order, then `rows` in the places that are left over
-    values: PyTree  # (ids, *dim), the sum of each, in the dtype of the values; 0 in the places left over
-    number: Int32[Array, ""]  # how many places are not left over
+    ids: Int[Array, " ids"]  # the distinct row numbers in some order, then the sentinel `rows` in unused places
+    values: PyTree  # (ids, *dim), the sum of each, in the dtype of the values; 0 in unused places
+    number: Int32[Array, ""]  # the number of distinct ids
 
 
 @functools.partial(jax.jit, static_argnums=3, inline=True)  # one program for an eager call
 def combine(
     slots: Slots, ids: Int[Array, " ids"], values: PyTree[Shaped[Array, "ids ..."]], rows: int
 ) -> tuple[Slots, Distinct]:
-    """Sum the values of each row, in float32 or wider.
+    """Sum the values of equal ids, in float32 or wider.
 
     Args:
-      slots: What `scratch` gives, or this function gave before; None to sort.
-      ids: Row numbers in `[0, rows)`, and `rows` where there is no row.
-      values: One value an id, or a pytree of them.
+      slots: The slots from `scratch` or from the last call; None to sort.
+      ids: Row numbers in `[0, rows)`, or the sentinel `rows`.
+      values: One value for each id, or a pytree of such arrays.
       rows: The number of rows of the table.
 
     Returns:
       The slots for the next call, and the sums.
 
     Raises:
-      MemoryError: If there are more ids than 32 bits number; their places alone would take 8 GB.
+      MemoryError: If there are 2**31 ids or more: their positions alone would take 8 GB.
     """
     if ids.shape[0] > np.iinfo(np.int32).max:
         raise MemoryError(f"A gradient must have fewer than 2**31 ids, got {ids.shape[0]:,}. Take smaller batches.")
@@ -65,11 +70,11 @@ def combine(
     else:
         position = jnp.arange(ids.shape[0], dtype=jnp.int32)
         slots = slots.at[ids].set(position, mode="drop", wrap_negative_indices=False)
-        # An id without a row gets a position behind the last one.
+        # The sentinel reads a position behind the last one.
         owner = slots.at[ids].get(mode="fill", fill_value=ids.shape[0], wrap_negative_indices=False)
         starts = owner == position
         places = _numbered(starts).at[owner].get(mode="fill", fill_value=0)
-    # Ids without a row go nowhere.
+    # The sentinel is dropped.
     places = jnp.where(ids < rows, places, ids.shape[0])
     sorted_ = slots is None
     distinct = jnp.full_like(ids, rows).at[places].set(ids, mode="drop", indices_are_sorted=sorted_)
@@ -83,10 +88,10 @@ def combine(
 
 
 def accumulator(dtype: np.dtype) -> np.dtype:
-    """The dtype in which values of this one are summed: at least float32."""
+    """The dtype in which values of `dtype` are summed: at least float32."""
     return dtype if jnp.finfo(dtype).bits >= 32 else np.dtype(np.float32)
 
 
 def _numbered(starts: Bool[Array, " ids"]) -> Int32[Array, " ids"]:
-    """Number the places at which something starts, from 0 on, and give the others the number before."""
+    """Number the starts from 0 on; any other place has the number of the last start before it."""
     return jnp.cumsum(starts.astype(jnp.int32)) - 1

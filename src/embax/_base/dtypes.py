@@ -5,7 +5,7 @@ import numpy as np
 
 
 def index_dtype(rows: int) -> np.dtype:
-    """The dtype of row numbers; ValueError where JAX has none that is wide enough."""
+    """The dtype of row numbers; a ValueError if JAX allows none that is wide enough."""
     if rows <= np.iinfo(np.int32).max:
         return np.dtype(np.int32)
     if jax.dtypes.canonicalize_dtype(np.int64) != np.int64:

@@ -1,8 +1,8 @@
-r"""Tokens that are not UTF-8: kept as bytes, shown as Python does (PEP 383), spelled out where only Unicode is written.
+r"""Tokens that are not UTF-8: kept as bytes, shown with surrogates (PEP 383), escaped where only Unicode is allowed.
 
-A file of words that were cut to four bytes has b"caf\xc3" for "café". In memory it stays those four bytes. As a str it
-is "caf\udcc3": each byte that is no part of a character becomes one of 128 surrogates, which no text has, so that the
-str gives the bytes again. A terminal or a parquet file cannot hold a surrogate: there, the byte is spelled out with a
+A file whose words were cut to four bytes has b"caf\xc3" for "café". In memory the token stays these four bytes. As a
+str it is "caf\udcc3": each byte that is no part of a character becomes one of 128 surrogates, which no valid text has,
+so the bytes can be restored. A terminal or a parquet file cannot hold a surrogate: there, the byte is escaped with a
 backslash, as r"caf\xc3".
 """
 
@@ -13,7 +13,7 @@ from collections.abc import Callable
 import numpy as np
 from jaxtyping import Int64, UInt8
 
-# Tokens that are decoded at a time: as a str, a text may take four times the memory.
+# Tokens that are decoded at a time, since a str may take four times the memory of its bytes.
 _CHECKED = 1 << 15
 _ESCAPES = re.compile("[\udc80-\udcff]")
 
@@ -27,8 +27,8 @@ def encoded(token: str) -> bytes:
     """Return the bytes of a token.
 
     Raises:
-      UnicodeEncodeError: If it holds a surrogate that stands for no byte, or several that would make up a character:
-        no bytes have such a str.
+      UnicodeEncodeError: If no bytes decode to this str: a surrogate stands for no byte, or several of them would form
+        a character.
     """
     try:
         return token.encode()
@@ -61,8 +61,8 @@ def rows_not_utf8(
         ends = offsets[start : start + _CHECKED + 1]
         block = text[ends[0] : ends[-1]].tobytes()
         begins = ends[:-1][ends[:-1] < ends[-1]]
-        # Each byte of a character but the first is 10xxxxxx. Where no token begins with such a byte, all tokens are
-        # UTF-8 if they are so together.
+        # In UTF-8, every byte of a character but the first is 10xxxxxx. If no token begins with such a byte, a block
+        # that is valid as a whole has only valid tokens.
         if not ((text[begins] & 0xC0) == 0x80).any() and _is_utf8(block):
             continue
         places = (ends - ends[0]).tolist()
@@ -82,10 +82,10 @@ def respelled(
       text: The tokens, one after the other.
       offsets: Where each begins, and where the last ends; rising.
       rows: Which tokens; rising.
-      spell: What becomes of each.
+      spell: Returns the new spelling of a token.
 
     Returns:
-      The text and the offsets of all.
+      The text and the offsets of all tokens.
     """
     parts, lengths, place = [], np.diff(offsets), 0
     for row in rows.tolist():

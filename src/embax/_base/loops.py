@@ -1,4 +1,4 @@
-"""Layouts: what lets one loop run on a device, over the explicit axes of a mesh, and inside of a `shard_map`."""
+"""Let one loop run on a single device, on a mesh with explicit axes, and inside of a `shard_map`."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,7 +13,10 @@ from .axes import explicit_sharding
 
 
 def varying_alike(*arrays: Array) -> tuple[Array, ...]:
-    """Let all vary over the axes of a `shard_map` that one does; the gradients of those that did not are summed."""
+    """Let all arrays vary over the axes of a `shard_map` that any of them varies over.
+
+    The transpose sums the gradient of an array over the axes that are new to it.
+    """
     axes = [jax.typeof(array).manual_axis_type.varying for array in arrays]
     missing = [tuple(frozenset().union(*axes) - of_one) for of_one in axes]
     return tuple(
@@ -23,7 +26,7 @@ def varying_alike(*arrays: Array) -> tuple[Array, ...]:
 
 
 def zeros_as(like: Array, shape: tuple[int, ...], dtype: np.dtype) -> Shaped[Array, "*shape"]:
-    """Make zeros that vary over the axes of a `shard_map` as an array does."""
+    """Make zeros that vary over the same axes of a `shard_map` as `like`."""
     axes = tuple(jax.typeof(like).manual_axis_type.varying)
     zeros = jnp.zeros(shape, dtype)
     return jax.lax.pcast(zeros, axes, to="varying") if axes else zeros
@@ -36,11 +39,11 @@ def with_auto_axes(
 
     Args:
       function: A function that returns several arrays.
-      specs: How each of them is laid out on the mesh, where the arguments are on one that has explicit axes.
+      specs: The layout of each returned array, if the arguments are on a mesh with explicit axes.
       args: Pytrees of arrays.
 
     Returns:
-      What the function returns.
+      The function's results.
     """
     meshes = [sharding.mesh for array in jax.tree.leaves(args) if (sharding := explicit_sharding(array))]
     if not meshes:

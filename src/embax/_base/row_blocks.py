@@ -1,4 +1,7 @@
-"""Row blocks: a table read and written in blocks of rows by a loop that never holds a copy of it."""
+"""Row blocks: a loop reads and writes a table in blocks of rows, without ever copying the table.
+
+For instance, 10 rows in blocks of 4: a loop runs the step on rows 0 to 3 and 4 to 7, then a step of 2 rows ends it.
+"""
 
 import functools
 from collections.abc import Callable
@@ -13,11 +16,11 @@ from .tangents import with_tangent
 
 
 def over_blocks(step: Callable[[Int[Array, ""], int, PyTree], PyTree], rows: int, chunk: int, carry: PyTree) -> PyTree:
-    """Run a step on blocks of `chunk` rows, one after the other, and on the block of the rows that are left over.
+    """Run a step on consecutive blocks of `chunk` rows, and on the shorter block that remains.
 
     Args:
-      step: Called as `step(first_row, number_of_rows, carry)`; returns the carry. It is traced once for the blocks, and
-        once for the rest: to pad the table would be to copy it.
+      step: Called as `step(first_row, number_of_rows, carry)`; returns the carry. It is traced once for the blocks and
+        once for the remainder, since padding the table would copy it.
       rows: The number of rows of the table.
       chunk: The rows of a block, 1 or more.
       carry: A pytree of arrays.
@@ -36,12 +39,12 @@ def over_blocks(step: Callable[[Int[Array, ""], int, PyTree], PyTree], rows: int
     return step(jnp.asarray(rows - rest, index), rest, carry) if rest else carry
 
 
-# XLA for CPUs computes with bfloat16 in float32, and takes that to mean the whole table, converted in or before a loop.
-# Integers it moves as they are; and of a table behind a barrier it makes no integers beforehand.
+# XLA's CPU backend computes bfloat16 in float32, and would convert the whole table before or in a loop. So blocks are
+# moved as integers, and a barrier keeps XLA from converting the whole table to integers before the loop.
 
 
 def read_block(weight: Float[Array, "rows *dim"], first: Int[Array, ""], size: int) -> Float[Array, "size *dim"]:
-    """Return `size` rows from row `first` on."""
+    """Return the `size` rows that begin at row `first`."""
     held, start = jax.lax.stop_gradient(weight), first
     if jnp.finfo(weight.dtype).bits < 32:
         held, start = jax.lax.optimization_barrier((held, start))
@@ -53,7 +56,7 @@ def read_block(weight: Float[Array, "rows *dim"], first: Int[Array, ""], size: i
 def write_block(
     weight: Float[Array, "rows *dim"], block: Float[Array, "size *dim"], first: Int[Array, ""]
 ) -> Float[Array, "rows *dim"]:
-    """Put a block in place of the rows from row `first` on."""
+    """Overwrite the rows that begin at row `first` with a block."""
     held, new = (_as_integers(jax.lax.stop_gradient(array)) for array in (weight, block))
     moved = _as_float(jax.lax.dynamic_update_slice_in_dim(held, new, first, 0), weight.dtype)
     tangent = functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=0)

@@ -1,4 +1,4 @@
-"""Strings as one buffer of UTF-8: hashes of all of them at once, comparison, and an index by hash."""
+"""Strings in one buffer of bytes: hashed and compared all at once by NumPy, and found by an index of hashes."""
 
 from typing import NamedTuple
 
@@ -7,7 +7,7 @@ from jaxtyping import Bool, Int, Int64, UInt8, UInt64
 
 from .escapes import decoded
 
-# Strings are read 8 bytes at a time, so a buffer has this many zero bytes behind its last one.
+# Strings are read 8 bytes at a time, so a buffer ends with this many zero bytes.
 _PAD = 8
 # Strings that are hashed at a time, so that temporary memory stays small.
 _BLOCK = 1 << 15
@@ -17,26 +17,26 @@ _SHIFT = np.uint64(33)
 
 
 class Strings(NamedTuple):
-    """Any number of strings, one after the other."""
+    """Strings, one after the other: `["ab", "c"]` is the text `b"abc"` with the offsets `[0, 2, 3]`."""
 
-    text: UInt8[np.ndarray, " bytes"]  # UTF-8, or any bytes, and 8 zero bytes
+    text: UInt8[np.ndarray, " bytes"]  # UTF-8 or any other bytes, then 8 zero bytes
     offsets: Int64[np.ndarray, " number_and_1"]  # where each begins, and where the last ends
 
     @property
     def number(self) -> int:
-        """How many there are."""
+        """The number of strings."""
         return self.offsets.shape[0] - 1
 
     def decoded(self, row: int) -> str:
-        """One of them."""
+        """One string as a str."""
         return decoded(self.text[self.offsets[row] : self.offsets[row + 1]].tobytes())
 
 
 class Index(NamedTuple):
-    """Strings by their hash."""
+    """An index of strings by hash."""
 
     hashes: UInt64[np.ndarray, " number"]  # rising
-    rows: Int[np.ndarray, " number"]  # which string has it; of equal hashes, the first one first
+    rows: Int[np.ndarray, " number"]  # the string of each hash; rising among equal hashes
 
 
 def packed(encoded: list[bytes]) -> Strings:
@@ -45,19 +45,19 @@ def packed(encoded: list[bytes]) -> Strings:
 
 
 def offsets_of(encoded: list[bytes]) -> Int64[np.ndarray, " number_and_1"]:
-    """Tell where each string begins, and where the last ends, where one lies behind the other."""
+    """Offsets of consecutive strings: where each begins, and where the last one ends."""
     offsets = np.zeros(len(encoded) + 1, np.int64)
     np.cumsum(np.fromiter(map(len, encoded), np.int64, len(encoded)), out=offsets[1:])
     return offsets
 
 
 def padded(text: UInt8[np.ndarray, " bytes"]) -> UInt8[np.ndarray, " padded"]:
-    """Copy a buffer and put the zero bytes behind it."""
+    """Copy a buffer and append the zero bytes."""
     return np.concatenate([text, np.zeros(_PAD, np.uint8)])
 
 
 def indexed(strings: Strings) -> Index:
-    """Make an index."""
+    """Make the index of some strings."""
     hashes = _hashes(strings)
     order = np.argsort(hashes, kind="stable")
     hashes = hashes[order]
@@ -65,22 +65,22 @@ def indexed(strings: Strings) -> Index:
 
 
 def find(index: Index, strings: Strings, wanted: Strings) -> Int64[np.ndarray, " wanted"]:
-    """Find the first string equal to each of those wanted.
+    """Find each wanted string among `strings`.
 
     Args:
-      index: The index of the strings.
-      strings: Where to look.
-      wanted: What to look for.
+      index: The index of `strings`.
+      strings: The strings to search.
+      wanted: The strings to find.
 
     Returns:
-      The numbers of strings, -1 where there is none.
+      For each wanted string, the number of the first equal one, or -1.
     """
     hashes = _hashes(wanted)
     found = np.full(wanted.number, -1, np.int64)
     places = np.searchsorted(index.hashes, hashes)
     open_ = np.arange(wanted.number)
     while True:
-        # Only strings of the same hash are looked at, one after the other.
+        # Each round compares the next string of the same hash.
         open_ = open_[places[open_] < index.hashes.shape[0]]
         open_ = open_[index.hashes[places[open_]] == hashes[open_]]
         if not open_.size:
@@ -93,7 +93,7 @@ def find(index: Index, strings: Strings, wanted: Strings) -> Int64[np.ndarray, "
 
 
 def first_of_each(index: Index, strings: Strings) -> Bool[np.ndarray, " number"]:
-    """Tell which strings have no equal before them."""
+    """Which strings do not occur before: False for duplicates."""
     is_first = np.ones(strings.number, bool)
     again = np.flatnonzero(index.hashes[1:] == index.hashes[:-1])
     if again.size:
@@ -103,11 +103,11 @@ def first_of_each(index: Index, strings: Strings) -> Bool[np.ndarray, " number"]
 
 
 def taken(strings: Strings, rows: Int64[np.ndarray, " some"]) -> Strings:
-    """Copy some of the strings, in the order given."""
+    """Copy the strings with the given numbers, in that order."""
     lengths = strings.offsets[rows + 1] - strings.offsets[rows]
     offsets = np.zeros(rows.shape[0] + 1, np.int64)
     np.cumsum(lengths, out=offsets[1:])
-    # The place of each byte: as many places to the right as its string is.
+    # The position of each byte in the old buffer: its new position plus the shift of its string.
     places = np.arange(offsets[-1]) + np.repeat(strings.offsets[rows] - offsets[:-1], lengths)
     return Strings(padded(strings.text[places]), offsets)
 
@@ -142,12 +142,12 @@ def _equal(a: Strings, a_rows: np.ndarray, b: Strings, b_rows: np.ndarray) -> Bo
 
 
 def _words(strings: Strings) -> UInt64[np.ndarray, " bytes"]:
-    """The 8 bytes from each byte on, as a number."""
+    """For each byte, the 8 bytes that begin there, as one number."""
     return np.ndarray(strings.text.shape[0] - _PAD + 1, "<u8", strings.text, strides=(1,))
 
 
 def _up_to(words: UInt64[np.ndarray, " rows"], length: Int64[np.ndarray, " rows"]) -> UInt64[np.ndarray, " rows"]:
-    """Keep the first bytes of words, as many as are left."""
+    """Keep the first `length` bytes of each word, and zero the others."""
     unused = 8 * (_PAD - np.clip(length, 0, _PAD)).astype(np.uint64)
     return words & (~np.uint64(0) >> unused)
 

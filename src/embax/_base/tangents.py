@@ -1,6 +1,6 @@
-"""with_tangent: a value whose derivative is said apart from how it is computed, in derivatives of any order.
+"""with_tangent: a value with a derivative of its own, whatever computed it; for derivatives of any order.
 
-An example: numbers clipped to 1, through which the gradient is to pass as if they were not.
+An example: clip numbers to 1, and let the gradient pass as if nothing were clipped.
 
     def clipped(x):
         return with_tangent(lambda tangent: tangent, jnp.minimum(lax.stop_gradient(x), 1.0), [x])
@@ -9,17 +9,17 @@ An example: numbers clipped to 1, through which the gradient is to pass as if th
     jax.grad(clipped)(3.0)              -> 1.0
     jax.grad(lambda x: clipped(x) ** 2) -> 2 * clipped(x), whose derivative is 2
 
-`jax.custom_jvp` says so, too, but only until JAX takes a program apart: in a derivative of a derivative through
-`lax.scan`, jax 0.10 puts the function in the place of the rule wherever some inputs are the same in all steps, as a
-table is. Then it differentiates the `minimum` above, and the result is wrong without an error. A primitive is never
-taken apart, and behind `stop_gradient` there is nothing else to be differentiated. So all rules of a table for
-gradients are stated by this primitive: its padding row, `max_norm`, the frequency of ids.
+`jax.custom_jvp` does this, too, but loses the rule in a second derivative through `lax.scan`: if some inputs are the
+same in all steps, as a table is, jax 0.10 replaces the rule by the function's own code. It then differentiates the
+`minimum` above, and the result is wrong without an error. A primitive keeps its rule, and `stop_gradient` hides the
+code behind it. So the rules of a table for gradients (padding rows, `max_norm`, frequency of ids) use this primitive.
 """
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array, PyTree, Shaped
@@ -30,18 +30,18 @@ from .loops import varying_alike
 def with_tangent(
     function: Callable[..., Shaped[Array, "*shape"]],
     value: Shaped[Array, "*shape"],
-    sources: Sequence[Array],
+    sources: Sequence[Array | np.ndarray],
     others: Sequence[Array] = (),
 ) -> Shaped[Array, "*shape"]:
     """Return a value, and add `function(*tangents of the sources, *others)` to its tangent.
 
     Args:
-      function: A function of arrays, linear in the tangents together, that returns an array of the value's type. It
-        closes over no tracers. Its own derivatives are those of the result of second and higher order.
-      value: The value. What it is computed from has to be behind `jax.lax.stop_gradient`, or has a tangent besides.
-      sources: Arrays of floats that the value depends on. The function is called if one of them has a tangent; that of
-        another one is then zeros.
-      others: What else the function needs.
+      function: Returns the tangent, an array of the value's type; linear in the tangents, and closes over no tracers.
+        Second and higher derivatives differentiate this function.
+      value: The value. It must be computed from `jax.lax.stop_gradient` of its inputs: any tangent it has is added.
+      sources: Float arrays that the value depends on. The function is called if at least one of them has a tangent;
+        the tangents of the others are zeros.
+      others: Further arguments of the function.
 
     Returns:
       The value.
@@ -62,7 +62,7 @@ def _jvp(primals: PyTree, tangents: PyTree, *, function: Callable[..., Array], s
     of_sources = of_operands[:sources]
     if all(isinstance(x, ad.Zero) for x in of_sources):
         return out, tangent
-    # A source may be the same on all devices of a `shard_map` where the value is not: the clipped rows of other ids.
+    # In a `shard_map`, a source (a replicated table) may vary over fewer axes than the value (rows of split ids).
     more, _ = varying_alike(function(*map(ad.instantiate_zeros, of_sources), *operands[sources:]), out)
     return out, more if isinstance(tangent, ad.Zero) else ad.add_tangents(tangent, more)
 
@@ -75,7 +75,7 @@ def _batched(
 ) -> tuple[Array, int | None]:
     if all(axis is None for axis in axes):
         return with_tangent_p.bind(*args, function=function, sources=sources), None
-    # Either may be the same in all lanes where the other one is not: the clipped rows of one table, other ids a lane.
+    # Value and sources may be batched independently: one table for all lanes, but rows for each lane's own ids.
     value = batching.bdim_at_front(args[0], axes[0], lanes.size)
     of_lanes = jax.vmap(function, tuple(axes[1:]), axis_size=lanes.size, spmd_axis_name=lanes.spmd_name)
     return with_tangent_p.bind(value, *args[1:], function=of_lanes, sources=sources), 0
@@ -84,8 +84,10 @@ def _batched(
 batching.fancy_primitive_batchers[with_tangent_p] = _batched
 
 
-def straight_through(value: Shaped[Array, "*shape"], source: Shaped[Array, "*shape"]) -> Shaped[Array, "*shape"]:
-    """Return a value whose tangent is that of another array of its type."""
+def straight_through(
+    value: Shaped[Array, "*shape"], source: Shaped[Array | np.ndarray, "*shape"]
+) -> Shaped[Array, "*shape"]:
+    """Return a value with the tangent of `source`, an array of the same type."""
     return with_tangent(_itself, value, [source])
 
 

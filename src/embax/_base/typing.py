@@ -1,4 +1,4 @@
-"""Names for annotations that JAX has at run time only."""
+"""Names for annotations that JAX defines at run time only."""
 
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Protocol
@@ -8,7 +8,7 @@ from jaxtyping import PyTree
 if TYPE_CHECKING:
 
     class PyTreeDef(Protocol):
-        """The structure of a tree: `jax.tree_util.PyTreeDef`, of which jaxlib has no stub."""
+        """The structure of a tree: `jax.tree_util.PyTreeDef`, for which jaxlib has no stub."""
 
         num_leaves: int
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
             ...
 
         def flatten_up_to(self, tree: PyTree, /) -> list[PyTree]:
-            """The nodes of a tree at the places of the leaves."""
+            """The nodes of a tree at the positions of this structure's leaves."""
             ...
 
 else:

@@ -5,9 +5,9 @@ from collections.abc import Iterator
 import numpy as np
 from jaxtyping import Float, Float32
 
-# Entries of a block of rows, 4 or 8 MB.
+# Entries of a block of rows: 4 MB in float32, 8 MB in float64.
 ENTRIES = 1 << 20
-# Where memory begins at a multiple of this, JAX reads it on the processor without a copy.
+# On a CPU, JAX uses NumPy memory without a copy if its address is a multiple of this.
 _ALIGNMENT = 64
 
 
@@ -15,15 +15,15 @@ def unit_rows(rows: Float[np.ndarray, "rows dim"]) -> Float32[np.ndarray, "rows 
     """Scale rows to length 1.
 
     Args:
-      rows: Rows of any float dtype; blocks of them are read, so that they may be mapped from a file.
+      rows: Rows of any float dtype. They are read in blocks, so they may be mapped from a file.
 
     Returns:
-      The rows; those of zeros stay, those with NaN or infinity are NaN.
+      The scaled rows. Zero rows stay zero; rows with NaN or infinity become NaN.
     """
     unit = _aligned(rows.shape[0], rows.shape[1])
     for block in blocks(rows.shape[0], rows.shape[1]):
         part = np.asarray(rows[block], np.float64)
-        # The largest entry is taken out first, so that no square leaves the range.
+        # Divide by the largest entry first, so that no square overflows or underflows.
         largest = np.abs(part).max(axis=1, keepdims=True, initial=0)
         largest[~np.isfinite(largest)] = np.nan
         part = part / np.where(largest == 0, 1, largest)

@@ -1,4 +1,4 @@
-"""How Flax's serialization takes Tables and Collections, without a need for Flax."""
+"""Teach `flax.serialization` to save Tables and Collections, without importing Flax."""
 
 import dataclasses
 import importlib.abc
@@ -19,34 +19,34 @@ _KINDS: dict[type, tuple[ToStateDict, FromStateDict]] = {}
 
 
 def register(kind: type, to_state_dict: ToStateDict, from_state_dict: FromStateDict) -> None:
-    """Teach `flax.serialization` a type: at once where it is imported, else as soon as it will be.
+    """Register a type with `flax.serialization`: now if that is imported, else when it will be.
 
     Args:
       kind: The type.
-      to_state_dict: Called with an instance, gives its state.
-      from_state_dict: Called with an instance and a state, gives an instance with that state.
+      to_state_dict: Returns the state of an instance.
+      from_state_dict: Called with an instance and a state; returns a copy of the instance with that state.
     """
     _KINDS[kind] = to_state_dict, from_state_dict
     if hasattr(sys.modules.get(_NAME), "register_serialization_state"):
         _register_all()
     elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
-        # Flax asks nobody how to save what it does not know, and only its own registry helps.
+        # Flax has no protocol for foreign types, only its own registry, so we wait for its import.
         sys.meta_path.insert(0, _Finder())
 
 
 def of_table(table: Any) -> dict[str, Any]:
-    """The state of a Table: its rows in the order of their ids, wherever they are stored."""
+    """The state of a Table: its rows in row order, whatever its storage."""
     return {"weight": to_state(table.storage.to_rows(table.weight))}
 
 
 def to_table(table: Any, state: Any) -> Any:
-    """A Table with the rules and the layout of another one, and the rows of a state."""
+    """A Table with the rows of a state, and the rules and storage of `table`."""
     from .table import has_weight, with_weight
 
     if not isinstance(state, dict) or set(state) != {"weight"}:
         raise ValueError(
             f"`flax.serialization.from_state_dict(state=...)` must have the weight of a Table for {table!r}, got "
-            f"{sorted(state) if isinstance(state, dict) else type(state).__name__}. Pass what to_state_dict gave."
+            f"{sorted(state) if isinstance(state, dict) else type(state).__name__}. Pass what to_state_dict returned."
         )
     weight = from_state(table.weight, state["weight"], "weight")
     wanted = (table.rows, *table.dim) if has_weight(table) else None
@@ -54,24 +54,24 @@ def to_table(table: Any, state: Any) -> Any:
     if wanted != saved:
         raise ValueError(
             f"`flax.serialization.from_state_dict(target=...)` must have tables of the shapes that were saved, got "
-            f"{table!r} for one of {saved}. Make the target so; embax.resize and embax.optim.carry_over bring it to "
-            "other rows."
+            f"{table!r} for one of {saved}. Make the target of that shape; to change its rows afterwards, use "
+            "embax.resize and embax.optim.carry_over."
         )
     return with_weight(table, weight if saved is None else table.storage.from_rows(np.asarray(weight)))
 
 
 def to_state(node: Any) -> Any:
-    """`flax.serialization.to_state_dict`, called by it."""
+    """Call `flax.serialization.to_state_dict` for a child node; Flax is imported by then."""
     return sys.modules[_NAME].to_state_dict(node)
 
 
 def from_state(target: Any, state: Any, name: str) -> Any:
-    """`flax.serialization.from_state_dict`, called by it."""
+    """Call `flax.serialization.from_state_dict` for a child node; Flax is imported by then."""
     return sys.modules[_NAME].from_state_dict(target, state, name=name)
 
 
 def register_fields(kind: type, *names: str) -> None:
-    """Teach `flax.serialization` a dataclass of which these fields are the state."""
+    """Register a dataclass whose state is the named fields."""
 
     def of_fields(node: Any) -> dict[str, Any]:
         return {name: to_state(getattr(node, name)) for name in names}
@@ -90,7 +90,7 @@ def _register_all() -> None:
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Finds one module as the others do, and has our types registered when it has run."""
+    """Finds `flax.serialization` by the usual finders, and wraps its loader to register our types after import."""
 
     def find_spec(self, fullname: str, path: Any, target: Any = None) -> importlib.machinery.ModuleSpec | None:
         if fullname != _NAME:
@@ -103,7 +103,7 @@ class _Finder(importlib.abc.MetaPathFinder):
 
 
 class _Loader(importlib.abc.Loader):
-    """Loads a module as another one does, and then has our types registered."""
+    """Runs another loader, then registers our types."""
 
     def __init__(self, loader: Any):
         self._loader = loader
@@ -113,6 +113,6 @@ class _Loader(importlib.abc.Loader):
 
     def exec_module(self, module: Any) -> None:
         self._loader.exec_module(module)
-        # As if nobody had been in between.
+        # Leave no trace: the module keeps its own loader.
         module.__loader__ = module.__spec__.loader = self._loader
         _register_all()

@@ -1,4 +1,4 @@
-"""What a layer holds in the place of a Table, where its framework wants an array: the weight, with its storage."""
+"""Tables inside layers: a framework's parameter holds the weight with its storage, the layer holds the rules."""
 
 from typing import Any
 
@@ -11,30 +11,30 @@ from .table import Table, with_weight
 
 
 def held(table: Table) -> PyTree:
-    """Take the rules away from a table.
+    """Return the value that a layer's parameter holds for a table.
 
     Args:
-      table: The table, or the gradient of one.
+      table: The table, or a gradient of one.
 
     Returns:
-      The weight where its rows are in the order of their ids, or the rows of a gradient; else a `StoredRows`.
+      The weight if it is in row order, a `StoredRows` if it is not, the `RowGrad` of a gradient.
     """
     return table.weight if isinstance(table.weight, HeldRows) else table.storage.held(table.weight)
 
 
 def weight_of(value: PyTree) -> tuple[Any, dict[str, PyTree]]:
-    """Take what a layer holds apart into the weight, and its storage as an argument of Table, none for a plain one."""
+    """Split a held value into its weight and the `storage=` argument for Table, which is left out for a plain array."""
     return (value.weight, {"storage": value.storage}) if isinstance(value, StoredRows) else (value, {})
 
 
 def table_of(value: PyTree, **rules: Any) -> Table:
-    """Make a table of what a layer holds and of its rules."""
+    """Make a Table of a held value and rules."""
     weight, storage = weight_of(value)
     return Table(weight, **storage, **rules)
 
 
 def as_table(rules: Table, value: PyTree) -> Table:
-    """Put the rules of a table around what a layer holds, unchecked."""
+    """Make a Table of a held value and the rules of another Table, unchecked."""
     if isinstance(value, StoredRows):
         return with_weight(rules, value.weight, storage=value.storage)
     return with_weight(rules, value, storage=DENSE)

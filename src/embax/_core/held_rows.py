@@ -1,4 +1,4 @@
-"""HeldRows: what stands in the place of a table's weight where only some of its rows are there, as in a gradient."""
+"""HeldRows: some rows of a table in place of its whole weight. The base of `RowGrad`, a gradient by rows."""
 
 import copy
 import enum
@@ -12,10 +12,10 @@ from jaxtyping import PyTree
 
 
 class HeldRows:
-    """Some rows of a table, held otherwise than as an array of all of them: a pytree node below the Table's own.
+    """Some rows of a table: a pytree node that replaces the weight of a Table.
 
-    So the gradient of a Table has the nodes of the Table itself, with rows for its leaf, and a tree of labels or masks
-    for the parameters, as optax takes it, is one for the gradients and the updates, too.
+    The gradient of a Table is a Table with such a node for its weight. So a tree of labels or masks made for the
+    parameters, as optax takes them, also fits gradients and updates.
     """
 
     __slots__ = ()
@@ -27,7 +27,7 @@ class HeldRows:
         raise NotImplementedError
 
     def label(self) -> PyTree:
-        """The label of the weight, if the leaves are labels, as a map over a gradient gives them; else itself."""
+        """The one label of the weight, if the leaves are labels (from a map over a gradient); else the node itself."""
         raise NotImplementedError
 
     def empty(self) -> Self:
@@ -36,10 +36,10 @@ class HeldRows:
 
 
 class OfRows:
-    """Attributes and arithmetic of a Table whose weight is HeldRows: those of the rows, with a Table around them."""
+    """A base of Table: if its weight is HeldRows, attributes and arithmetic are forwarded to these rows."""
 
     weight: PyTree
-    __array_ufunc__ = None  # so that a NumPy scalar leaves `c * gradient` to us
+    __array_ufunc__ = None  # so that NumPy leaves `numpy_scalar * gradient` to `__rmul__`
 
     if not TYPE_CHECKING:
 
@@ -81,14 +81,14 @@ class OfRows:
 
     def _by_rows(self, operation: Callable[..., PyTree], *others: PyTree) -> PyTree:
         if not isinstance(self.weight, HeldRows):
-            # A Table has no arithmetic, and its unary operators no NotImplemented to give.
+            # A Table with a whole weight has no arithmetic. Unary operators cannot return NotImplemented.
             if others:
                 return NotImplemented
             raise TypeError(f"bad operand type for unary operator: {type(self).__name__!r}")
         return self._around(operation(self.weight, *map(bare, others)))
 
     def _around(self, out: PyTree) -> PyTree:
-        """Put this Table around rows; anything else is as it is."""
+        """A copy of this Table with `out` for its weight; `out` itself if it is not rows."""
         if not isinstance(out, HeldRows):
             return out
         table = copy.copy(self)
@@ -97,15 +97,15 @@ class OfRows:
 
 
 def is_label(leaf: PyTree) -> bool:
-    """Whether a leaf is a label or a mask of optax. A number is none, since JAX maps trees to numbers of axes."""
+    """Whether a leaf is a label or a mask of optax. Numbers are not: JAX's own trees of axes have numbers."""
     return isinstance(leaf, str | bool | np.bool_ | enum.Enum)
 
 
 def bare(node: object) -> PyTree:
-    """The rows of a Table that has rows for its weight; anything else is as it is."""
+    """The rows of a gradient's Table; any other node itself."""
     return node.weight if isinstance(node, OfRows) and isinstance(node.weight, HeldRows) else node
 
 
 def around(like: PyTree, out: PyTree) -> PyTree:
-    """Put the Table that is around some rows around others, if there is one."""
+    """`out` in the Table of `like`, if `like` is a gradient's Table; else `out` itself."""
     return like._around(out) if bare(like) is not like else out

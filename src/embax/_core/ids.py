@@ -1,4 +1,8 @@
-"""Ids: any integers in, int32 row numbers out, with one number that stands for 'no row'."""
+"""Ids: any integers in, row numbers out. An id without a row becomes a sentinel outside of `[0, rows)`.
+
+In a table of 5 rows: `[0, -1, 7]` is checked by `prepare` (7 is an IndexError, if the table says so) and becomes
+`[0, 4, 5]` by `narrow` and `resolve`: -1 counts from the end, 5 stands for no row.
+"""
 
 from typing import Any
 
@@ -21,27 +25,27 @@ Given = Shaped[Array, "*batch"] | Shaped[np.ndarray, "*batch"]
 def prepare(
     argument: str, ids: object, table: Table, used: int | None = None, *, wrap: bool = True, ignored: int | None = None
 ) -> Ids:
-    """Check ids that a caller gave; concrete ones by value, too.
+    """Check the ids of a caller; concrete ids are checked by value, too.
 
     Args:
       argument: The call and its argument for the messages, as in `embax.lookup(ids=...)`.
       ids: An array, nested list or scalar of integers.
-      table: The table that they shall be read from.
-      used: How many of the ids, from the first one on, are to have a row. Default: all.
+      table: The table to be read.
+      used: Only the first `used` ids must have a row; the rest is not read. Default: all.
       wrap: Whether ids in `[-rows, 0)` count from the end. Labels of a loss do not.
-      ignored: Labels of this number need no row.
+      ignored: A label that needs no row, such as `ignore_index`.
 
     Returns:
-      The ids as an array. Those from the host fit in the index dtype, so that JAX cannot narrow them to other rows.
+      The ids as an array. Ids from the host are narrowed here, so that JAX does not cut 64-bit ids to other rows.
 
     Raises:
       TypeError: If the ids are not of an integer dtype.
       IndexError: If `table.out_of_range` is `"error"` and a concrete id has no row.
-      ValueError: If it is `"clip"` and the table has no row to clip to, or nested lists differ in length.
+      ValueError: If `out_of_range` is `"clip"` and the table has no row, or nested lists differ in length.
     """
     try:
         ids = as_array(ids)
-    except (ValueError, TypeError):  # NumPy's and JAX's own, which say nothing of ids
+    except (ValueError, TypeError):  # errors of NumPy and JAX, which do not mention ids
         if not isinstance(ids, list | tuple):
             raise
         raise ValueError(
@@ -67,17 +71,17 @@ def prepare(
 
 
 def resolve(ids: Ids, rows: int, out_of_range: OutOfRange, wrap: bool = True) -> Int[Array, "*batch"]:
-    """Turn prepared ids into row numbers in `[0, rows)`; any other number stands for an id that reads no row.
+    """Turn prepared ids into row numbers in `[0, rows)`; a number outside stands for no row.
 
-    Negative ids are wrapped here, once, so that padding, frequency and gradient all see the same row. An id that has no
-    row stays as it was given, so that checkify's index checks name it. (`checkify.debug_check` would name it, too, but
-    its effect takes every program that holds a lookup off JAX's fast dispatch: 10 us a call became 180.)
+    Negative ids are wrapped here, once, so that padding, frequency and gradient all see the same row. An id without a
+    row keeps its value, so that checkify's index checks name it. (`checkify.debug_check` would name it, too, but its
+    effect takes every program with a lookup off JAX's fast dispatch: 10 us a call became 180.)
 
     Args:
       ids: Ids of any integer dtype, as `prepare` gives them.
       rows: The number of rows of the table.
       out_of_range: The table's policy.
-      wrap: As in `prepare`. If not, a negative id has no row and becomes `rows`, lest a later step wrap it.
+      wrap: As in `prepare`. If False, a negative id has no row and becomes `rows`, so that no later step wraps it.
 
     Returns:
       Row numbers of the same shape, in the index dtype.
@@ -105,7 +109,7 @@ def is_padding(ids: Int[Array, "*batch"], padding_idx: PaddingRows) -> Bool[Arra
         known = jnp.asarray(rows, ids.dtype)
         return known[jnp.clip(jnp.searchsorted(known, ids), 0, len(rows) - 1)] == ids
 
-    sharding = explicit_sharding(ids)  # in which JAX searches only where the mesh is set
+    sharding = explicit_sharding(ids)  # JAX's searchsorted needs a set mesh for explicit axes
     if sharding is None:
         return is_known(ids)
     by_xla: Any = auto_axes(is_known, out_sharding=sharding)
@@ -113,21 +117,21 @@ def is_padding(ids: Int[Array, "*batch"], padding_idx: PaddingRows) -> Bool[Arra
 
 
 def trained(ids: Int[Array, "*batch"], table: Table) -> Int[Array, "*batch"]:
-    """Leave out padding: its row numbers become that of no row."""
+    """Replace padding rows by the sentinel `rows`, since they get no gradient."""
     if table.padding_idx is None:
         return ids
     return jnp.where(is_padding(ids, table.padding_idx), table.rows, ids)
 
 
 def occurrences(ids: Int[Array, "*batch"]) -> tuple[Int[Array, " ids"], Int[Array, " ids"]]:
-    """Say where each id occurs first and how often it occurs, in time and memory that follow the number of ids.
+    """Find the first occurrence of each id and count its occurrences; cost follows the number of ids, not of rows.
 
     Args:
       ids: Row numbers.
 
     Returns:
-      For each of the flattened ids: the position of its first occurrence among them, and their number, 1 or more. Both
-      int32, and on every device.
+      For each of the flattened ids, in int32 and replicated: the position where the same id occurs first, and how
+      often it occurs, 1 or more.
     """
     flat = jnp.ravel(on_every_device(ids))
     order = jnp.argsort(flat)  # stable
@@ -137,7 +141,7 @@ def occurrences(ids: Int[Array, "*batch"]) -> tuple[Int[Array, " ids"], Int[Arra
 
 
 def as_array(ids: object) -> Given:
-    """Return what a caller gave as ids as an array, of whatever dtype that has."""
+    """Return a caller's ids as an array of their own dtype, checked by nobody yet."""
     if isinstance(ids, jax.Array | np.ndarray):
         return ids
     if isinstance(ids, list | tuple) and any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(ids)):
@@ -148,7 +152,7 @@ def as_array(ids: object) -> Given:
 
 
 def narrow(ids: Any, rows: int, xp: Any) -> PyTree:
-    """Bring ids of any width to the index dtype, all ids without a row staying without one."""
+    """Cast ids of any width to the index dtype; ids without a row keep no row."""
     index = index_dtype(rows)
     info = jnp.iinfo(ids.dtype)
     if info.bits < jnp.iinfo(index).bits or ids.dtype == index:

@@ -23,13 +23,13 @@ def lookup(table: Table, ids: Any, dtype: DTypeLike | None = None) -> Shaped[Arr
     `out[b] = clip(weight[ids[b]], max_norm)`
 
     Works under every JAX transformation, and on any mesh: the output is sharded as the ids are. Work and temporary
-    memory follow the number of ids, not of rows. A rule that the table does not have compiles to nothing.
+    memory follow the number of ids, not of rows. A rule that the table does not use adds no operation.
 
     Args:
       table: The table to read.
       ids: Row numbers in `[-rows, rows)`, negative ones from the end: an array of any integer dtype and any shape, a
-        nested list or a scalar. `table.out_of_range` says what others read. A 64-bit array given to `jax.jit` without
-        `jax_enable_x64` is narrowed by JAX before it comes here.
+        nested list or a scalar. `table.out_of_range` says what other ids read. JAX itself narrows a 64-bit array that
+        is passed into `jax.jit` without `jax_enable_x64`, before `lookup` can check it.
       dtype: The dtype of the output; the rows are cast, never the table. Default: the table's.
 
     Returns:
@@ -51,14 +51,14 @@ def lookup(table: Table, ids: Any, dtype: DTypeLike | None = None) -> Shaped[Arr
 
 
 def renormalize(table: Table, ids: Any) -> Table:
-    """Write back the clipped norm of the rows that the ids name.
+    """Store the named rows as `lookup` reads them: with their norm clipped to `max_norm`.
 
-    Afterwards those rows are stored as `lookup` reads them. Only they are touched: where the table is donated, time and
-    memory follow the number of ids. The gradient passes straight through, as it does in `lookup`.
+    No other row is touched: if the table is donated, time and memory follow the number of ids. The gradient passes
+    straight through, as in `lookup`.
 
     Args:
-      table: The table to renormalise; it is not changed. Without `max_norm`, or frozen, it is returned as it is.
-      ids: Row numbers, as in `lookup`. Those without a row, and the padding row, are left alone.
+      table: The table to renormalise; it is not changed. Without `max_norm`, or frozen, it is returned unchanged.
+      ids: Row numbers, as in `lookup`. Ids without a row, and the padding row, are skipped.
 
     Returns:
       A table with the same rules.
@@ -77,7 +77,7 @@ def renormalize(table: Table, ids: Any) -> Table:
     ids = _ids.prepare("embax.renormalize(ids=...)", ids, table)
     if table.max_norm is None or table.freeze:
         return table
-    # The gradient stays outside of the compiled function, where `jax.vmap` would have it summed over lanes.
+    # The gradient's rule stays outside of the compiled function: inside, `jax.vmap` would sum it over lanes.
     clipped = straight_through(_clipped_table(constant(table), ids), table.weight)
     return dataclasses.replace(table, weight=clipped)
 
@@ -92,8 +92,8 @@ def read(
       table: The table.
       ids: The ids.
       dtype: As in `lookup`.
-      counted: Which of the ids are to be read. The others must be `rows`; they read any row, which the caller
-        leaves out, and have no gradient, so that checkify finds no error. Default: all.
+      counted: Which ids are to be read. The others must be `rows`; they read an arbitrary row, which the caller
+        discards, so that checkify finds no error, and they have no gradient. Default: all.
 
     Returns:
       The rows.
@@ -113,12 +113,8 @@ def read_resolved(
 def _gather(
     table: Table, ids: Int[Array, "*batch"], counted: Bool[Array, "*batch"] | None
 ) -> Shaped[Array, "*batch_dim"]:
-    if not jnp.issubdtype(table.dtype, jnp.inexact):
-        return _take(table, _or_first(table, ids, counted), 0)
-    # np.nan, not a fresh float("nan"): NaN differs from itself, so a new object would compile every eager call anew.
-    fill_value = 0 if table.out_of_range == "zero" else np.nan
-    rows = _take(constant(table), _or_first(table, ids, counted), fill_value)
-    if table.freeze:
+    rows = _take(constant(table), _or_first(table, ids, counted), _fill_value(table))
+    if table.freeze or not jnp.issubdtype(table.dtype, jnp.inexact):
         return rows
     tangent = functools.partial(rows_of_tangent, with_weight(table, None))
     return with_tangent(tangent, rows, [table.weight], [ids] if counted is None else [ids, counted])
@@ -130,20 +126,20 @@ def rows_of_tangent(
     ids: Int[Array, "*batch"],
     counted: Bool[Array, "*batch"] | None = None,
 ) -> Shaped[Array, "*batch_dim"]:
-    """Return the tangent of `read_resolved`, given that of a table's weight.
+    """Return the tangent of the rows that `read_resolved` reads.
 
     Args:
       rules: The table; its weight is not used.
       tangent: The tangent of the weight.
-      ids: As there.
-      counted: As there.
+      ids: The row numbers that were read.
+      counted: Which of them count, as in `read`.
 
     Returns:
       The tangent of each row that was read.
     """
     table = with_weight(rules, tangent)
-    # Wide, since the transpose adds up duplicates: 4096 bfloat16 ones would sum to 256. The cast of the whole tangent
-    # is fused into the read.
+    # At least float32, since the transpose adds up duplicates: 4096 bfloat16 ones would sum to 256. XLA fuses the cast
+    # of the whole tangent into the read.
     wide = tangent.astype(accumulator(table.dtype))
     named = _ids.trained(ids, table)
     if counted is not None:
@@ -152,22 +148,22 @@ def rows_of_tangent(
 
 
 def _or_first(table: Table, ids: Int[Array, "*batch"], counted: Bool[Array, "*batch"] | None) -> Int[Array, "*batch"]:
-    """Put the first row in the place of what is not to be read; on a mesh no row, lest all ask one device for it."""
+    """Let ids that do not count read row 0. On a mesh they keep the sentinel: else all would ask row 0's owner."""
     return ids if counted is None or not table.storage.is_local else jnp.where(counted, ids, 0)
 
 
 def gradient_rules(
     table: Table, ids: Int[Array, "*batch"], rows: Shaped[Array, "*batch_dim"]
 ) -> Shaped[Array, "*batch_dim"]:
-    """Apply to row tangents what the rules say of gradients: a linear map, whose transpose is the gradient's.
+    """Apply the rules for gradients to row tangents. The map is linear, so its transpose applies them to gradients.
 
     Args:
-      table: The table whose rules they are; its weight is not used.
+      table: The table with the rules; its weight is not used.
       ids: Row numbers as `_ids.resolve` gives them.
       rows: The tangent of each row that was read.
 
     Returns:
-      The same with the padding row at zero (by selection: 0 * NaN is NaN) and duplicates divided by their number.
+      The tangents, zero for padding rows (by selection, since 0 * NaN is NaN) and divided by the frequency of their id.
     """
     if table.scale_grad_by_freq:
         rows = _divided_by_frequency(table, ids, rows)
@@ -179,10 +175,10 @@ def gradient_rules(
 def _divided_by_frequency(
     table: Table, ids: Int[Array, "*batch"], rows: Shaped[Array, "*batch_dim"]
 ) -> Shaped[Array, "*batch_dim"]:
-    # All occurrences take the row of the first one. In the transpose they are summed there before the division: 70,000
-    # ones are 70,000 / 70,000, where the float32 sum of their quotients is 1.0006.
+    # All occurrences take the row of the first one, so the transpose sums before it divides: 70,000 ones give
+    # 70,000 / 70,000 = 1, while the float32 sum of 70,000 quotients is 1.0006.
     first, count = _ids.occurrences(ids)
-    if not table.storage.is_local:  # where to go to the first one is to travel
+    if not table.storage.is_local:  # the first occurrence may be on another device
         return rows / _over_rows(jnp.reshape(count, ids.shape), rows).astype(rows.dtype)
     flat = jnp.reshape(_ids.on_every_device(rows), (ids.size, *rows.shape[ids.ndim :]))
     flat = flat / _over_rows(count, flat).astype(rows.dtype)
@@ -195,15 +191,15 @@ def _divided_by_frequency(
 def clipped_rows(
     table: Table, ids: Int[Array, "*batch"], rows: Shaped[Array, "*batch_dim"]
 ) -> Shaped[Array, "*batch_dim"]:
-    """Clip rows to the table's norm, the padding row excepted.
+    """Clip rows to the table's norm, except padding rows.
 
     Args:
-      table: The table whose rules hold; its weight is not read.
-      ids: The number of each row.
+      table: The table with the rules; its weight is not read.
+      ids: The row number of each row.
       rows: The rows.
 
     Returns:
-      The same shape. The gradient passes straight through.
+      The clipped rows. The gradient passes straight through.
     """
     if table.max_norm is None:
         return rows
@@ -218,14 +214,14 @@ def clipped_rows(
 def _clip_norm(rows: Array, axes: tuple[int, ...], max_norm: float, norm_type: float) -> Array:
     wide = rows.astype(accumulator(rows.dtype))
     largest = jnp.max(jnp.abs(wide), axis=axes, keepdims=True, initial=0)
-    # XLA divides by multiplying with the reciprocal, and flushes that of a number above 2**126 to zero. So huge rows
-    # are brought into range first, by a power of two, which is exact.
+    # XLA divides by multiplying with the reciprocal, which it flushes to zero for numbers above 2**126. So huge rows
+    # are scaled down first, by a power of two, which is exact.
     scale = jnp.where(largest > 2.0**64, 2.0**-64, 1.0).astype(largest.dtype)
     scaled, largest = wide * scale.astype(wide.dtype), largest * scale
     if np.isinf(norm_type):
         norm = largest
     else:
-        # The largest is taken out of the sum, so that no power of a large or small entry leaves the range of float32.
+        # Relative to the largest entry, no power of an entry overflows or underflows float32.
         relative = jnp.abs(scaled) / jnp.where(largest > 0, largest, 1)
         norm = largest * jnp.sum(relative**norm_type, axis=axes, keepdims=True) ** (1 / norm_type)
     longer = norm > max_norm * scale
@@ -236,20 +232,28 @@ def _clip_norm(rows: Array, axes: tuple[int, ...], max_norm: float, norm_type: f
 @jax.jit
 def _clipped_table(table: Table, ids: _ids.Ids) -> Shaped[Array, "rows *dim"]:
     ids = _ids.resolve(ids, table.rows, table.out_of_range)
-    # Duplicates write one and the same value, and the padding row its own.
-    return table.storage.replace(table.weight, ids, functools.partial(clipped_rows, table))
+    # Duplicates write equal values; the padding row is written back unchanged. The rows are read with the same fill
+    # value as in a lookup, so that XLA merges both reads, and runs the lookup of a donated table before the write.
+    clipped = functools.partial(clipped_rows, table)
+    return table.storage.replace(table.weight, ids, clipped, _fill_value(table))
+
+
+def _fill_value(table: Table) -> float:
+    """Return the number that is read for an id without a row."""
+    # np.nan, not a fresh float("nan"): NaN differs from itself, so a new object would recompile every eager call.
+    return np.nan if jnp.issubdtype(table.dtype, jnp.inexact) and table.out_of_range != "zero" else 0
 
 
 def constant(table: Table) -> Table:
-    """Return a table that is constant for derivatives."""
+    """Return the table without derivatives, by `stop_gradient`."""
     return with_weight(table, jax.lax.stop_gradient(table.weight))
 
 
 def _take(table: Table, ids: Int[Array, "*batch"], fill_value: float) -> Shaped[Array, "*batch_dim"]:
-    """Gather rows, without any rule; `fill_value` where an id has none."""
+    """Read rows without applying any rule; `fill_value` where an id has no row."""
     return table.storage.take(table.weight, ids, fill_value)
 
 
 def _over_rows(values: Shaped[Array, "*batch"], rows: Shaped[Array, "*batch_dim"]) -> Shaped[Array, "*batch_ones"]:
-    """Give values of each id trailing axes of size 1, to broadcast against its row."""
+    """Append axes of size 1 to one value per id, so that it broadcasts against rows."""
     return jnp.expand_dims(values, tuple(range(values.ndim, rows.ndim)))

@@ -1,6 +1,7 @@
-"""Modules that hold tables in a form of their framework, and are no pytrees with Tables: how their tables are replaced.
+"""A registry of modules that hold tables in their framework's own parameters, such as those of Flax NNX.
 
-A framework registers its modules, so that `embax.shard` and `unshard` take models of any of them, and load none.
+A framework's package registers its modules. So `embax.shard` and `unshard` take models of any framework, and import
+none.
 """
 
 from collections.abc import Callable
@@ -18,18 +19,18 @@ _KINDS: dict[type, Callable[[str, Any, OfTable], Any]] = {}
 
 
 def register(kind: type, with_tables: Callable[[str, Any, OfTable], Any]) -> None:
-    """Teach a kind of module.
+    """Register a type of modules.
 
     Args:
-      kind: The type of the modules.
-      with_tables: Called with the name of the call for messages, a module and a function of a Table; gives a copy of
-        the module, in which the function has been applied to each table.
+      kind: The type.
+      with_tables: Called as `with_tables(call, module, function)`; returns a copy of the module with the function
+        applied to each of its tables. `call` is for error messages.
     """
     _KINDS[kind] = with_tables
 
 
 def is_module(node: object) -> bool:
-    """Whether a node is a module of a kind that was registered."""
+    """Whether a node is a module of a registered type."""
     return isinstance(node, tuple(_KINDS))
 
 
@@ -49,7 +50,7 @@ def with_tables(call: str, module: object, function: OfTable) -> PyTree:
 
 
 def copied(tree: PyTree, of: Any = None) -> PyTree:
-    """Copy the arrays of a tree, or those that another one has, too: a step may be given them to write into."""
+    """Copy the arrays of a tree, or only those that `of` shares: a compiled step may overwrite donated arrays."""
     others = None if of is None else {id(leaf) for leaf in jax.tree.leaves(of)}
 
     def copy(leaf: PyTree) -> PyTree:

@@ -1,4 +1,4 @@
-"""OwnRows: the stored rows that a device reads block by block, for heads, and how owners join their results."""
+"""OwnRows: how a device reads and writes its stored rows block by block, for heads, and how owners join results."""
 
 import dataclasses
 from typing import Any, NamedTuple
@@ -11,16 +11,16 @@ from .._base.row_blocks import read_block, write_block
 
 
 class Block(NamedTuple):
-    """Rows that a device reads at once."""
+    """Consecutive stored rows of a device."""
 
-    first: Int[Array, ""]  # the place of the first one among the rows of this device
-    ids: Int[Array, " block"]  # `rows` where there is none
+    first: Int[Array, ""]  # position of the first one among this device's rows
+    ids: Int[Array, " block"]  # `rows` for padding that sharding adds
     rows: Float[Array, "block *dim"]
 
 
 @dataclasses.dataclass(frozen=True)
 class OwnRows:
-    """The rows of a table that one device has all of, and nothing to be joined with others.
+    """All rows of a table on one device, so that nothing is to be joined. `ShardedRows` is the one for a mesh.
 
     Args:
       storage: The storage of the table.
@@ -32,20 +32,20 @@ class OwnRows:
 
     @property
     def parts(self) -> int:
-        """How many devices read a block of stored rows together."""
+        """How many devices hold a part of each row, and so read a block together."""
         return 1
 
     @property
     def filled_up(self) -> bool:
-        """Whether some device reads stored rows without a meaning."""
+        """Whether some device has padding rows that sharding added."""
         return False
 
     def places(self, labels: Int[Array, "*batch"]) -> Int[Array, "*batch"]:
-        """Say where rows are among those of this device; below 0 where they are not."""
+        """Positions of rows among this device's rows; negative for rows of other devices."""
         return self.storage.positions(labels, self.rows)
 
     def read(self, weight: Float[Array, "stored *part"], start: Int[Array, ""], size: int) -> Block:
-        """Read `size` stored rows from place `start` on, or this device's share of them if it has parts of them."""
+        """Read `size` stored rows from position `start` on; its share of them where rows are split by columns."""
         index = index_dtype(self.rows)
         start, rows = start.astype(index), read_block(weight, start, size)
         places = start + jnp.arange(size, dtype=index)
@@ -58,15 +58,15 @@ class OwnRows:
         start: Int[Array, ""],
         size: int,
     ) -> Float[Array, "stored *part"]:
-        """Write rows where `read` has read them."""
+        """Write rows back to where `read` with the same `start` and `size` read them."""
         return write_block(weight, self.part_of(values, size), start)
 
     def part_of(self, values: Float[Array, "share *dim"], size: int) -> Float[Array, "size *part"]:
-        """Take this device's part of `size` rows of which it has a share."""
+        """Return this device's columns of `size` rows, given its share of the rows."""
         return values
 
     def exist(self, ids: Int[Array, " block"]) -> Bool[Array, " block"]:
-        """Tell the rows that have a meaning."""
+        """Which ids are rows of the table, not padding that sharding adds."""
         return ids < self.rows
 
     def highest(self, values: Float[Array, "*batch"]) -> Float[Array, "*batch"]:

@@ -1,16 +1,17 @@
 """read_rows and add_rows: the derivative of a lookup, as two primitives that are each other's transpose.
 
-A gradient that is a sum of rows is easy to use only while the ids of the rows can be seen. The transpose of a gather
-hides them: padding is masked out of the values, and for a sharded table it is an exchange between devices. So the
-derivative of a lookup binds primitives of its own, with ids that are final (`rows` stands for none):
+A gradient that is a sum of rows stays sparse only while the ids of these rows can be seen. The transpose of a gather
+hides them: padding is masked out of the values, and a sharded table exchanges rows between devices. So the derivative
+of a lookup binds primitives of its own, whose ids are final (`rows`, or any number outside, stands for no row):
 
     read_rows(tangent, [1, 3, 9]) of 5 rows    -> tangent[1], tangent[3], 0
     add_rows([u, v, w], [1, 3, 9]) to 5 rows   -> zeros, u added to row 1 and v to row 3
 
-`_forms` finds `add_rows` in the program of a gradient and takes its two operands in place of its output. Where nobody
-does so, both compile to a gather and a scatter-add, or to the exchange of a sharded table.
+`embax.value_and_grad` finds `add_rows` in the program of a gradient and takes its two operands instead of its output
+(see `_gradients/_analysis/`). In any other program, both compile to a gather and a scatter-add, or to the exchange of a
+sharded table.
 
-Leading axes that `jax.vmap` adds to the tangent are lanes: each has rows, and ids, of its own.
+Leading axes that `jax.vmap` adds to the tangent are lanes: each has rows and ids of its own.
 """
 
 import functools
@@ -28,7 +29,7 @@ from .storage import Storage
 
 
 class Spec(NamedTuple):
-    """What rows are read of."""
+    """The array that rows are read from."""
 
     weight: PyTree  # abstract value of the tangent, lanes first
     lanes: int  # how many leading axes of the tangent and of the ids are lanes
@@ -46,21 +47,21 @@ def read_rows(
     """Read the rows of a tangent.
 
     Args:
-      tangent: As the weight, in row order or as `storage` has it.
-      ids: Row numbers; zero is read where an id has no row.
-      storage: That of the table.
+      tangent: The tangent of a weight, stored in the same way.
+      ids: Row numbers; an id without a row reads zero.
+      storage: The table's storage.
 
     Returns:
       The rows.
     """
-    # JAX does so for its own operations: the transpose of this cast sums over the devices of a `shard_map`.
+    # As JAX does for its own operations: the transpose of this cast sums over the devices of a `shard_map`.
     tangent, ids = varying_alike(tangent, ids)
     return read_rows_p.bind(tangent, ids, spec=Spec(jax.typeof(tangent), 0, storage))
 
 
 read_rows_p, add_rows_p = Primitive("embax_read_rows"), Primitive("embax_add_rows")
 
-# ---- What they compute.
+# ---- What the primitives compute.
 
 
 def _read(tangent: Array, ids: Array, *, spec: Spec) -> Array:
@@ -74,7 +75,7 @@ def _add(values: Array, ids: Array, *, spec: Spec) -> Array:
     weight = spec.weight
 
     def lane(values: Array, ids: Array) -> Array:
-        # Else JAX would cast the zeros by itself, and sum over devices in the transpose of that.
+        # Zeros that vary as the values do: JAX would else cast them, and the transpose of its cast sums over devices.
         zeros = zeros_as(values, weight.shape[spec.lanes :], values.dtype)
         values = jnp.reshape(values, (*ids.shape, *spec.dim))
         return spec.storage.put(zeros, ids, values, "add")
@@ -96,7 +97,7 @@ def _struct(aval: Any, dtype: Any = None) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(aval.shape, dtype or aval.dtype, sharding=sharding)
 
 
-# ---- The rules of JAX.
+# ---- Shapes, derivatives, transposes and vmap.
 
 
 @read_rows_p.def_abstract_eval
@@ -137,13 +138,13 @@ def _batched(primitive: Primitive, args: PyTree, axes: Any, *, spec: Spec) -> tu
     return primitive.bind(values, ids, spec=spec._replace(weight=weight, lanes=spec.lanes + 1)), 0
 
 
-# ---- What is of all rows by nature.
+# ---- Gradients that have all rows by nature.
 
 all_rows_p = Primitive("embax_all_rows")
 
 
 def all_rows(tangent: Shaped[Array, "rows *dim"]) -> Shaped[Array, "rows *dim"]:
-    """Return a tangent as it is, and mark its gradient as one of all rows by nature, as that of a softmax is."""
+    """Return the tangent, and mark its gradient as dense by nature, as a full softmax's is: no warning is due."""
     return all_rows_p.bind(tangent)
 
 

@@ -1,4 +1,4 @@
-"""resize: a table with more rows or fewer, on a mesh or not."""
+"""resize: a table with more or fewer rows, on a mesh or not."""
 
 import dataclasses
 import functools
@@ -14,24 +14,24 @@ from .table import Initializer, Table, fresh_rows
 def resize(table: Table, rows: int, key: Key[Array, ""] | None = None, *, init: Initializer | None = None) -> Table:
     """Return the table with another number of rows: grown with fresh rows, or cut.
 
-    The rows that both have keep their values and their ids; the rules stay as they are, and so do mesh and layout. On a
-    mesh, each device gets the rows that it is to hold from the others and makes its part of the fresh ones, which are
-    those of the table off the mesh, to rounding.
+    Rows that both tables have keep their values and ids; rules, mesh and layout stay. On a mesh, devices exchange the
+    rows that change their owner, and each makes its part of the fresh rows: the same ones as without a mesh, up to
+    rounding.
 
-    The state of an optimizer goes on with `embax.optim.carry_over`.
+    `embax.optim.carry_over` does the same for the state of an optimizer.
 
     Args:
       table: The table to resize; it is not changed.
       rows: The new number of rows, 0 or more.
-      key: A JAX random key for the fresh rows. Needed where the table grows.
-      init: How fresh rows are made, as in `Table.create`.
+      key: A JAX random key for the fresh rows. Required if the table grows.
+      init: The initialiser of fresh rows, as in `Table.create`.
 
     Returns:
       A new table of `rows` rows.
 
     Raises:
       TypeError: If `rows` is not a whole number, or the table grows without a key.
-      ValueError: If `rows` is negative, or the padding row would be cut off; on a mesh, as `embax.shard`.
+      ValueError: If `rows` is negative, or the padding row would be cut off; on a mesh, see `embax.shard`.
 
     Example:
       >>> import embax, jax

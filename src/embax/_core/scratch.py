@@ -1,7 +1,7 @@
-"""Scratch: a mark for what holds memory that is kept from step to step and means nothing to a checkpoint."""
+"""Scratch: marks nodes whose arrays are reused from step to step but mean nothing, so no checkpoint saves them."""
 
 
 class Scratch:
-    """A base of nodes that a checkpoint leaves out, as each storage has scratch memory of its own, or none."""
+    """Base of pytree nodes that checkpoints leave out: each storage makes scratch memory of its own, or none."""
 
     __slots__ = ()

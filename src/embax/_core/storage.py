@@ -1,18 +1,18 @@
 """Storage: where the rows of a table are, and how they are read, written and summed. The contract of all storages.
 
-A Table is a weight, its rules and a storage. The weight is one array, whose first axis is of *stored* rows: in which
-order they are stored, on which device, and whether there are more of them than rows, the storage alone knows. All other
-code names rows by ids, in `[0, rows)`, with `rows` for none, and asks the storage.
+A Table is a weight, its rules and a storage. The weight is one array, and its first axis counts *stored* rows. Only the
+storage knows their order, their devices, and whether there are more stored rows than rows. All other code names rows by
+ids in `[0, rows)`, with the sentinel `rows` for no row, and asks the storage.
 
 For instance, five rows in three storages:
 
-    dense                      stored rows 0 1 2 3 4
-    sharded, cyclic, 2 parts   stored rows 0 2 4 | 1 3 .      the last one has no meaning
-    reversed                   stored rows 4 3 2 1 0
+    dense                        stored rows 0 1 2 3 4
+    sharded, cyclic, 2 devices   stored rows 0 2 4 | 1 3 .      the last one is padding
+    reversed                     stored rows 4 3 2 1 0
 
 A storage is frozen, hashable, compared by value, and static in the pytree of a Table. `leaf` below is the weight, or
-any array with a row, or a number, for each stored row, such as an optimizer's state. Everything works on traced arrays,
-under every transformation of JAX, unless it says otherwise.
+any array with an entry for each stored row, such as an optimizer's state. All methods work on traced arrays, under
+every transformation of JAX, unless their docstring says otherwise.
 """
 
 import abc
@@ -36,54 +36,54 @@ Weight = Shaped[Array, "stored *dim"]
 class Storage(abc.ABC):
     """How the rows of a table are stored. Abstract; `Dense` is the plain one."""
 
-    # What follows from where rows are. To ask which storage it is, is for the packages that move tables alone.
-    is_local: ClassVar[bool]  # whether a row can be read wherever its id is, so that to read it twice costs little
-    owners_add: ClassVar[bool]  # whether the sums of `combine` are where their rows are, and `add` takes them so
-    in_blocks: ClassVar[bool]  # whether to gather and store distinct rows block by block saves memory
-    pools_apart: ClassVar[bool]  # whether bags of different lengths of several features are pooled one by one
-    name: ClassVar[str] = "storage"  # what a table calls it where it shows its rules
-    placement: Any = None  # on a mesh, where the rows are: `embax.sharding.Placement`
+    # Properties that other code may ask for, instead of asking which storage it is.
+    is_local: ClassVar[bool]  # whether the device of an id can read its row itself, so that reading twice is cheap
+    owners_add: ClassVar[bool]  # whether `combine` leaves each sum with the owner of its row, where `add` expects it
+    in_blocks: ClassVar[bool]  # whether gathering and storing distinct rows in blocks saves memory
+    pools_apart: ClassVar[bool]  # whether features with bags of different lengths are pooled one by one
+    name: ClassVar[str] = "storage"  # its name in the repr of a Table
+    placement: Any = None  # an `embax.sharding.Placement` if the table is on a mesh
 
     # ---- Rows and their places.
 
     @abc.abstractmethod
     def rows_of(self, stored: int) -> int:
-        """The number of rows of a weight of some stored rows."""
+        """The number of rows of a weight with `stored` stored rows."""
 
     @abc.abstractmethod
     def stored_rows(self, rows: int) -> int:
-        """The number of stored rows that so many rows take."""
+        """The number of stored rows that `rows` rows take, padding included."""
 
     @abc.abstractmethod
     def with_rows(self, rows: int) -> "Storage":
-        """The same storage of another number of rows."""
+        """The same storage for another number of rows."""
 
     @abc.abstractmethod
     def check(self, weight: Weight) -> None:
-        """Raise a ValueError if the weight cannot be stored so."""
+        """Raise a ValueError if the weight does not fit this storage."""
 
     @abc.abstractmethod
     def positions(self, ids: Int[Array, "*batch"], rows: int) -> Int[Array, "*batch"]:
-        """Where rows are stored; any number outside of the stored rows for an id that has none."""
+        """The stored position of each row; a number outside of the stored rows for an id without a row."""
 
     @property
     @abc.abstractmethod
     def descriptions(self) -> tuple[str, ...]:
-        """The storage in words, ever more precisely; the first are what a user would call it."""
+        """The storage in words, each more precise than the one before; messages use the first that tells two apart."""
 
     @property
     @abc.abstractmethod
     def layout(self) -> PyTree:
-        """What two tables must have in common to be stored as one, hashable."""
+        """A hashable value; tables whose storages have equal ones can be stacked into one table."""
 
     @property
     def noted(self) -> str | None:
-        """How the state of an optimizer notes the storage of its tables; None for rows in the order of their ids."""
+        """The name under which an optimizer's state records the storage; None for row order."""
         return self.descriptions[0]
 
     @property
     def rows_at_once(self) -> int:
-        """By what multiple of rows a table grows so that all devices have equally many."""
+        """A table whose rows are a multiple of this needs no padding."""
         return 1
 
     @property
@@ -97,18 +97,24 @@ class Storage(abc.ABC):
     def take(
         self, leaf: Weight, ids: Int[Array, "*batch"], fill_value: float, *, linear: bool = False
     ) -> Shaped[Array, "*batch_dim"]:
-        """Read a row for each id, laid out as the ids; `fill_value` where an id has none.
+        """Read a row for each id, laid out as the ids; `fill_value` where an id has no row.
 
-        `linear` says that the leaf is a tangent: the read is transposed, or fused into what makes the tangent.
+        `linear` says that the leaf is a tangent: the read is transposed, or fused with the code that makes the tangent.
         """
 
     @abc.abstractmethod
     def put(self, leaf: Weight, ids: Int[Array, " ids"], values: Shaped[Array, "ids *dim"], mode: WriteMode) -> Weight:
-        """Set rows, to equal values where an id occurs twice, or add to rows; an id without a row goes nowhere."""
+        """Set rows or add to rows; ids without a row are dropped. To set, values of equal ids must be equal."""
 
     @abc.abstractmethod
-    def replace(self, leaf: Weight, ids: Int[Array, "*batch"], function: Callable[[Array, Array], Array]) -> Weight:
-        """Put `function(ids, rows)` in the place of the rows of some ids, in whatever shape suits."""
+    def replace(
+        self,
+        leaf: Weight,
+        ids: Int[Array, "*batch"],
+        function: Callable[[Array, Array], Array],
+        fill_value: float,
+    ) -> Weight:
+        """Replace the rows of some ids by `function(ids, rows)`; the storage may reshape both for the call."""
 
     @abc.abstractmethod
     def to_rows(self, leaf: Weight) -> Shaped[Array, "rows *dim"]:
@@ -116,72 +122,73 @@ class Storage(abc.ABC):
 
     @abc.abstractmethod
     def from_rows(self, values: Shaped[Array, "rows *dim"]) -> Weight:
-        """Store rows that are in the order of their ids; a NumPy array, too."""
+        """Store rows given in the order of their ids, as a JAX or NumPy array."""
 
     def held(self, leaf: Weight) -> PyTree:
-        """What a layer holds in place of a weight, without a Table around it: rows that go with their storage.
+        """The value that a layer's parameter holds for a weight.
 
         Returns:
-          A `StoredRows`; the weight itself where its rows are in the order of their ids.
+          A `StoredRows`, which keeps weight and storage together; the plain weight if it is in row order.
         """
         return StoredRows(leaf, self)
 
-    # ---- Whole tables made of others. The storage is that of the result.
+    # ---- Whole tables made of others; `self` is the storage of the result.
 
     @abc.abstractmethod
     def created(self, fresh: Callable[[], Shaped[Array, "rows *dim"]]) -> Weight:
-        """Store rows as they are made, each device its own."""
+        """Make and store the rows of `fresh()`, each device its own."""
 
     @abc.abstractmethod
     def overwritten(self, leaf: Weight, of: "Storage", others: Weight) -> Weight:
-        """Put the first rows of another weight in the place of the first ones of this: as many as both have."""
+        """Replace the first rows by the first rows of another weight, as far as both have rows."""
 
     @abc.abstractmethod
     def resized(
         self, call: str, leaf: Weight, rows: int, fresh: Callable[[], Shaped[Array, "more *dim"]]
     ) -> tuple[Weight, "Storage"]:
-        """Cut a weight to some rows, or add fresh ones behind its last."""
+        """Cut a weight to `rows` rows, or append fresh rows. Returns the weight and its storage."""
 
     @abc.abstractmethod
     def put_together(self, parts: Sequence[tuple["Storage", Weight]]) -> Weight:
-        """Store the rows of several weights one behind the other."""
+        """Concatenate the rows of several weights."""
 
     @abc.abstractmethod
     def part(self, leaf: Weight, start: int, rows: int) -> tuple[Weight, "Storage"]:
-        """Take out some rows from `start` on."""
+        """Copy `rows` rows from `start` on, as a weight of its own."""
 
     # ---- What belongs to the ids of a batch.
 
     @abc.abstractmethod
     def flat(self, array: Shaped[Array, "..."], shape: tuple[int, ...]) -> Shaped[Array, "ids *dim"]:
-        """Give what there is for each id the shape `(ids, *dim)`, for `joined`."""
+        """Reshape an array with entries per id to `(ids, *dim)`, for `joined`."""
 
     @abc.abstractmethod
     def joined(self, arrays: Sequence[Shaped[Array, "ids ..."]], fill_value: Any) -> Shaped[Array, "total ..."]:
-        """Concatenate arrays, each entry on its own device; `fill_value` pads those that do not divide."""
+        """Concatenate arrays; each entry stays on its device. `fill_value` pads arrays that do not divide evenly."""
 
     @abc.abstractmethod
     def parted(self, array: Shaped[Array, "total ..."], lengths: Sequence[int]) -> list[Shaped[Array, "ids ..."]]:
-        """Take apart what has an entry for each entry of what `joined` gave."""
+        """Undo `joined`: split an array into the parts of given lengths, without padding."""
 
-    # ---- The rows of a gradient, for optimizers. Distinct ids are laid out as `combine` gives them.
+    # ---- The rows of a gradient, for optimizers. "Distinct" ids are laid out as `combine` returns them.
 
     def scratch(self, rows: int) -> Slots:
-        """Memory that `combine` keeps from step to step, or None."""
+        """Memory that `combine` reuses from step to step, or None."""
         return None
 
     @abc.abstractmethod
     def combine(
         self, slots: Slots, ids: Int[Array, " ids"], values: PyTree, rows: int, dim: tuple[int, ...]
     ) -> tuple[Slots, Distinct, Any]:
-        """Sum the values of each row, in float32 or wider: an array `(ids, *dim)`, or a pair of it and one `(ids,)`.
+        """Sum the values of equal ids, in float32 or wider.
 
-        The last result is 1 where gradients crowded so that devices had to share the rows of others.
+        `values` is an array `(ids, *dim)`, or a pair of such an array and one of shape `(ids,)`. The last result is 1
+        if so many ids had the same owner that other devices had to take over some of its sums.
         """
 
     @abc.abstractmethod
     def gather(self, leaf: Weight, ids: Int[Array, " distinct"], dim: tuple[int, ...]) -> Shaped[Array, "distinct ..."]:
-        """Read the rows of distinct ids; zero where there is none. `dim` is that of the table's rows."""
+        """Read the rows of distinct ids; zero where an id has no row. `dim` is the shape of the table's rows."""
 
     @abc.abstractmethod
     def store(
@@ -196,7 +203,7 @@ class Storage(abc.ABC):
 
     @abc.abstractmethod
     def add(self, leaf: Weight, ids: Int[Array, " ids"], values: Float[Array, "ids *dim"], distinct: bool) -> Weight:
-        """Add to rows, in float32 or wider; `distinct` says that the ids are laid out as `combine` gives them."""
+        """Add to rows, in float32 or wider; `distinct` says that the ids are laid out as `combine` returns them."""
 
     def step_by_kernel(
         self,
@@ -206,7 +213,7 @@ class Storage(abc.ABC):
         values: Float[Array, "ids *dim"],
         how: Any,
     ) -> list[Array]:
-        """Run a step of an optimizer by a kernel, where there is one; else return the plain result of it.
+        """Run a step of an optimizer by a kernel; return the plain result if there is no kernel.
 
         The arrays are the weight and the state of a table, and `how` is a `_kernels.step.Step`.
         """
@@ -214,16 +221,16 @@ class Storage(abc.ABC):
 
     @abc.abstractmethod
     def laid_out(self, leaf: Shaped[Array, "stored ..."], dim: tuple[int, ...]) -> Shaped[Array, "stored ..."]:
-        """Lay an array with an entry for each stored row out as the weight."""
+        """Shard an array with an entry for each stored row like the weight."""
 
     @abc.abstractmethod
     def everywhere(self, array: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
-        """Copy an array to every device that has rows."""
+        """Replicate an array over all devices that have rows."""
 
     # ---- Bags.
 
     def pools(self, table: Any, bags: tuple[int, ...], length: int, weighted: bool) -> bool:
-        """Whether `pooled` sums bags of one length, where their rows are."""
+        """Whether bags of one length are to be summed by `pooled`, on the devices that own their rows."""
         return False
 
     def pooled(
@@ -233,8 +240,8 @@ class Storage(abc.ABC):
         ids: Int[Array, "*bags length"],
         counted: Bool[Array, "*bags length"],
         weights: Float[Array, "*bags length"] | None,
-    ) -> Float[Array, "*bags dim"]:
-        """Sum the rows of bags; `pool(table, ids, counted, weights)` does so of a dense table."""
+    ) -> Float[Array, "*bags_dim"]:
+        """Sum the rows of bags; `pool(table, ids, counted, weights)` does it for a dense table."""
         raise NotImplementedError
 
     def bags_by_kernel(
@@ -246,28 +253,28 @@ class Storage(abc.ABC):
         weights: Float[Array, "*batch"] | None,
         offsets: Int32[Array, " bags_and_1"] | None,
     ) -> Float[Array, "*bags_dim"]:
-        """Sum the rows of bags by a kernel, where there is one; else return the plain sums."""
+        """Sum the rows of bags by a kernel; return the plain sums if there is no kernel."""
         return plain
 
     @abc.abstractmethod
     def summed_by(
         self, bags: Int32[Array, " ids"], terms: Float[Array, "ids *dim"], number: int
     ) -> Float[Array, "bags *dim"]:
-        """Sum terms by the bag that they belong to, in rising order; the bags are laid out as the ids."""
+        """Sum terms by bag; `bags` is the bag of each term, in rising order, and is laid out as the ids."""
 
     # ---- Heads, which read all rows.
 
     @abc.abstractmethod
     def own_rows(self, stored: int) -> "OwnRows":
-        """The rows that a device reads, of which it has so many stored."""
+        """Access to the rows of one device, which holds `stored` stored rows."""
 
     @abc.abstractmethod
     def of_device(self, tokens: int, stored: int) -> tuple[int, int]:
-        """How many of some tokens, and of the stored rows, a device sees to."""
+        """How many of `tokens` tokens, and of `stored` stored rows, one device computes with."""
 
     @abc.abstractmethod
     def aligned(self, weight: Weight, *arrays: Array) -> tuple[Array, ...]:
-        """Make a weight, and arrays of tokens, fit for `of_tokens`, with derivatives that are whole."""
+        """Lay out a weight and arrays of tokens for `of_tokens`, so that their derivatives are summed over devices."""
 
     @abc.abstractmethod
     def of_tokens(
@@ -278,17 +285,18 @@ class Storage(abc.ABC):
         arrays: Sequence[Array],
         fills: Sequence[float],
     ) -> tuple[Array, ...]:
-        """Call `function(weight, *arrays)`, which returns 3 arrays of the batch's shape, where the rows are.
+        """Call `function(weight, *arrays)` on each device that owns rows.
 
         Args:
-          function: Called with what a device has of the weight. It joins by `OwnRows` what owners find.
+          function: Called with a device's part of the weight; returns 3 arrays of the batch's shape. It joins the
+            results of all owners by `OwnRows`.
           weight: The weight.
           batch: How many axes the batch has.
-          arrays: What there is for each token.
-          fills: What stands for a token that there is not, one for each array.
+          arrays: Arrays with entries per token.
+          fills: The padding value of each array, where tokens do not divide evenly.
 
         Returns:
-          The arrays, laid out as the tokens.
+          The 3 arrays, laid out as the tokens.
         """
 
     @abc.abstractmethod
@@ -300,10 +308,13 @@ class Storage(abc.ABC):
         arrays: Sequence[Array],
         fills: Sequence[float],
     ) -> tuple[Weight, Array]:
-        """As `of_tokens`, for a function that returns an array like the weight, and a sum over its rows like the first.
+        """Call `function(weight, *arrays)` on each device that owns rows, for gradients of a head.
+
+        The function returns an array like the weight, and one like `arrays[0]` that sums over the device's rows. The
+        arguments are those of `of_tokens`.
 
         Returns:
-          Both, the latter summed over all rows, in the dtype of the first array.
+          Both arrays, the second one summed over all rows and in the dtype of `arrays[0]`.
         """
 
     @abc.abstractmethod
@@ -313,12 +324,12 @@ class Storage(abc.ABC):
         weight: Weight,
         x: Float[Array, "*batch_dim"],
     ) -> Float[Array, "*batch rows"]:
-        """The logits of all rows in the order of their ids; `of_rows(ids, rows, x)` gives those of some rows."""
+        """The logits of all rows in row order; `of_rows(ids, rows, x)` computes the logits of some rows."""
 
 
 def storage_on_mesh(call: str, split: Split, shape: Sequence[int]) -> Storage:
-    """Check how a table of a shape, `(rows, *dim)`, is to be split, and make its storage.
+    """Check how a table of the shape `(rows, *dim)` is to be split, and make its storage.
 
-    By name, since the core leans on no other package.
+    Imported by name, since the core must not import `_mesh`.
     """
     return importlib.import_module("embax._mesh.storage").storage_of(call, split, shape)

@@ -1,4 +1,4 @@
-"""StoredRows: a weight that is not in row order, where no Table is around it, as in a Param or a State."""
+"""StoredRows: a weight together with its storage, for places that hold no Table, such as an NNX Param."""
 
 import dataclasses
 import math
@@ -13,11 +13,11 @@ from . import flax_state as _flax
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class StoredRows:
-    """The stored rows of a table and its storage, which says which row is where: they are never apart.
+    """The stored rows of a table together with their storage.
 
-    Layers of Flax NNX and brainstate hold one in the place of the weight of a sharded table. So whatever copies, saves
-    or assigns the value of their Param or State takes the layout along, and a plain array that is assigned is taken for
-    what it is. A pytree whose one leaf is `weight`; `numpy.asarray` gives the rows in the order of their ids.
+    Layers of Flax NNX and brainstate hold one as the value of their Param or State if the table is sharded. So code
+    that copies, saves or assigns this value keeps the layout; a plain array may be assigned, too, and is in row order.
+    A pytree whose one leaf is `weight`; `numpy.asarray` gives the rows in the order of their ids.
 
     Args:
       weight: The stored rows, `(stored, *dim)`.
@@ -52,7 +52,7 @@ class StoredRows:
 
     @property
     def size(self) -> int:
-        """How many numbers the rows have."""
+        """The number of entries of all rows."""
         return math.prod(self.shape)
 
     @property
@@ -61,10 +61,10 @@ class StoredRows:
         return self.weight.dtype
 
     def __getitem__(self, index: Any) -> Self:
-        if index is Ellipsis:  # as Flax reads a Variable
+        if index is Ellipsis:  # Flax reads the value of a Variable by `variable[...]`
             return self
         raise TypeError(
-            f"`embax.sharding.StoredRows[...]` must have no index, as its rows are in stored order, got {index!r}. "
+            f"`embax.sharding.StoredRows[...]` must have no index, as its rows are not in row order, got {index!r}. "
             "Read rows by the layer or embax.lookup, or all of them by numpy.asarray."
         )
 
@@ -81,17 +81,17 @@ jax.tree_util.register_dataclass(StoredRows, data_fields=["weight"], meta_fields
 
 
 def _to_state(stored: StoredRows) -> PyTree:
-    """The rows in the order of their ids, as if they were a plain array."""
+    """The rows in row order, so that the state equals that of a dense table."""
     return _flax.to_state(stored.storage.to_rows(stored.weight))
 
 
 def _from_state(like: StoredRows, state: PyTree) -> StoredRows:
-    """Rows in the order of their ids, stored as others are."""
+    """Store rows given in row order, as `like` stores its own."""
     if np.shape(state) != like.shape:
         raise ValueError(
             f"`flax.serialization.from_state_dict(target=...)` must have tables of the shapes that were saved, got "
-            f"{like!r} for one of {np.shape(state)}. Make the target so; embax.resize and embax.optim.carry_over bring "
-            "it to other rows."
+            f"{like!r} for one of {np.shape(state)}. Make the target of that shape; to change its rows afterwards, use "
+            "embax.resize and embax.optim.carry_over."
         )
     return StoredRows(like.storage.from_rows(np.asarray(state)), like.storage)
 

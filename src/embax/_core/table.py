@@ -26,24 +26,24 @@ Initializer = Callable[[Key[Array, ""], tuple[int, ...], Any], Array]
 class Table(OfRows):
     """A weight and the rules by which it is read.
 
-    A pytree whose one leaf is `weight`. The rules are static: they are compared by value, and a change of one compiles
-    anew. Everything else is a function of tables and ids: `lookup`, `renormalize`, `resize`.
+    A pytree whose one leaf is `weight`. The rules are static: they are compared by value, and another rule compiles
+    another program. All operations are functions of tables and ids, such as `lookup`, `renormalize` and `resize`.
 
-    Its gradient by rows is a Table of the same rules, whose weight is a `RowGrad`: so it has the structure that the
-    parameters have, and it counts as a RowGrad, with the attributes and the arithmetic of one.
+    The row-sparse gradient of a Table is a Table with the same rules, whose weight is a `RowGrad`. So gradients have
+    the tree structure of the parameters; such a Table has the attributes and the arithmetic of its RowGrad.
 
     Args:
-      weight: One row an id, `(rows, *dim)`, of any dtype; NumPy arrays and nested lists become JAX arrays.
-      padding_idx: The row, in `[-rows, rows)`, that never gets a gradient and is never renormalised, or a tuple of such
-        rows. Its value stays as it is; `Table.create` makes it zero. Kept as a number in `[0, rows)`. Default: none.
-      max_norm: Rows are read clipped to this norm over all trailing axes, in units of the weight. Default: no limit.
+      weight: One row for each id, `(rows, *dim)`, of any dtype; NumPy arrays and nested lists become JAX arrays.
+      padding_idx: A row, or a tuple of rows, in `[-rows, rows)`, that never gets a gradient and is never renormalised.
+        Its value is not changed here; `Table.create` makes it zero. Stored as a number in `[0, rows)`. Default: none.
+      max_norm: Rows are clipped to this norm, over all trailing axes, when they are read. Default: no limit.
       norm_type: The p of that norm, above 0 or infinity, dimensionless.
       scale_grad_by_freq: Divide the gradient of a row by the number of times its id occurs in the lookup call.
       freeze: The weight gets no gradient.
       out_of_range: What an id without a row reads. `"error"`: an IndexError where the ids are concrete, NaN (integer
         tables: 0) where they are traced, and an exact error under `jax.experimental.checkify.checkify` with its
         `index_checks`. `"clip"`: the nearest row. `"nan"`: NaN (integer tables: 0). `"zero"`: 0.
-      storage: How the rows are stored; `embax.shard` gives another one. Default: one array as any other.
+      storage: How the rows are stored; set by `embax.shard`. Default: one ordinary array.
 
     Raises:
       TypeError: If an argument is of the wrong type, or `max_norm` is given for an integer table.
@@ -104,7 +104,7 @@ class Table(OfRows):
             object.__setattr__(self, name, value)
 
     def _check_of_rows(self, rows: HeldRows) -> None:
-        """Check the rules of a gradient, which are those of a table of zeros."""
+        """Check the rules of a gradient: make a table of zeros with them, of width 0."""
         rules: dict[str, PyTree] = {name: getattr(self, name) for name in _STATIC} | {"storage": DENSE}
         of_zeros = Table(jnp.zeros((rows.rows, 0)), **rules)
         object.__setattr__(self, "padding_idx", of_zeros.padding_idx)
@@ -128,7 +128,7 @@ class Table(OfRows):
     ) -> "Table":
         """Make a table of fresh rows; the padding row is zero.
 
-        On a mesh, each device makes its own rows: those that the same key gives without one, to rounding.
+        On a mesh, each device makes its own rows: the same rows as without a mesh, up to rounding.
 
         Args:
           key: A JAX random key.
@@ -137,12 +137,12 @@ class Table(OfRows):
           init: Called as `init(key, (rows, *dim), dtype)`, as `jax.nn.initializers` are. Default: normal with the
             standard deviation `1 / sqrt(dim)`, so that rows have a norm near 1.
           dtype: The dtype of the weight.
-          mesh: The mesh that the table is to be split over, as by `embax.shard`. Default: none.
-          axis: The mesh axis, or axes, over which rows are split; of the layout `"columns"`, the columns.
-          layout: How rows are split: `"rows"`, `"rows-cyclic"`, `"columns"` or `"replicated"`.
-          columns: With a layout of rows: the mesh axis over which the columns are split, too.
-          skew: How many times the mean a device may ask another one for in a round, at least 1, dimensionless.
-          pool_at_owners: Whether the owners of rows sum those of a bag, where a sum is less to send than rows.
+          mesh: The mesh over which the table is split, as by `embax.shard`. Default: none.
+          axis: The mesh axis, or axes, over which rows are split; for the layout `"columns"`, the axis for columns.
+          layout: How rows are split: `"rows"`, `"rows-cyclic"`, `"columns"` or `"replicated"`; see `embax.shard`.
+          columns: With a layout of rows, a mesh axis over which columns are split as well.
+          skew: The room for rows in one round, as a multiple of the mean number for an owner; 1 or more, dimensionless.
+          pool_at_owners: Whether owners may sum the rows of a bag and send the sum instead of rows, if that is less.
           **rules: The rules of `Table`, by name.
 
         Returns:
@@ -150,8 +150,8 @@ class Table(OfRows):
 
         Raises:
           TypeError: If a size is not a whole number, or a rule is unknown or of the wrong type.
-          ValueError: If a size is negative, `init` gives another shape, or a rule is outside its range; for a mesh, as
-            `embax.shard`.
+          ValueError: If a size is negative, `init` returns another shape, or a rule is outside its range; with a mesh,
+            also as `embax.shard`.
 
         Example:
           >>> import embax, jax
@@ -174,7 +174,7 @@ class Table(OfRows):
 
     @property
     def placement(self) -> PyTree:
-        """On a mesh, where the rows are: `embax.sharding.Placement`; None of a table on none."""
+        """Where the rows are on a mesh, an `embax.sharding.Placement`; None without a mesh."""
         return self.storage.placement
 
     @property
@@ -211,15 +211,15 @@ class Table(OfRows):
 
 
 _STATIC = tuple(field.name for field in dataclasses.fields(Table)[1:])
-# Where a table is says nothing of how it is read.
+# The storage is no rule: it does not change what a lookup returns.
 RULES = tuple(name for name in _STATIC if name != "storage")
 
 
 class _OfGradient(tuple):
-    """The rules of a gradient, equal to those of its table, since a map over either gives labels for both.
+    """The static part of a gradient's Table, equal to its table's, so that a tree of labels fits both.
 
-    A map over a gradient gives one label for the weight, and where Equinox leaves the weight out, the node of its rows
-    has to stay. So they know that node.
+    It remembers the empty node of the gradient's rows: `_unflatten` puts it back where Equinox replaces the weight by
+    None, and a map over a gradient gives one label for the weight.
     """
 
     rows: HeldRows
@@ -229,7 +229,7 @@ _WEIGHT = jax.tree_util.GetAttrKey("weight")
 
 
 class _KeyOfRows:
-    """The key of a gradient's rows below its Table: that of the weight, but not written, as the rows' own key is."""
+    """The path entry of a gradient's rows: equal to `.weight`, but printed as nothing, since rows print their own."""
 
     name = _WEIGHT.name
 
@@ -259,7 +259,7 @@ def _flatten_with_keys(table: Table) -> tuple[tuple[Any], tuple[PyTree, ...]]:
 
 
 def _unflatten(rules: tuple[PyTree, ...], children: Iterable[Any]) -> Table:
-    # Past __init__ and its checks: JAX and Equinox rebuild pytrees with None, bools and shapes in place of arrays.
+    # Without __init__ and its checks: JAX and Equinox rebuild pytrees with None, bools and shapes in place of arrays.
     table = object.__new__(Table)
     (weight,) = children
     if isinstance(rules, _OfGradient):
@@ -277,19 +277,19 @@ _flax.register(Table, _flax.of_table, _flax.to_table)
 
 
 def rules_of(table: Table) -> dict[str, PyTree]:
-    """List the rules of a table by name, for a weight that is held without it."""
+    """The rules of a table by name, as arguments of Table."""
     return {name: getattr(table, name) for name in RULES}
 
 
 def has_weight(table: Table) -> bool:
-    """Say whether a Table has a weight, or its shape: Equinox puts None in its place, and optax.masked a node."""
+    """Whether a Table has a weight or its shape. Equinox puts None in its place, and optax.masked a MaskedNode."""
     return hasattr(table.weight, "shape")
 
 
 def shared_rules(tables: Iterable[Table]) -> Table:
-    """Return the rules that an optimizer has to keep for a weight that several tables share.
+    """Return the rules that an optimizer must follow for a weight that several tables share.
 
-    A row that one of them trains is trained, so a rule holds where all of them have it.
+    A row is trained if one of the tables trains it, so padding and freezing hold only where all tables agree.
 
     Args:
       tables: One table or more, of one weight.
@@ -310,7 +310,7 @@ def is_table(node: object) -> TypeGuard[Table]:
 
 
 def with_weight(table: Table, weight: PyTree, **rules: Any) -> Table:
-    """The same rules, but for those given, for any leaf, unchecked: other rows, a gradient, None."""
+    """A Table with another weight, of any kind and unchecked: a gradient, a shape, None. `rules` replace some rules."""
     static = {name: getattr(table, name) for name in _STATIC} | rules
     return _unflatten(tuple(static.values()), (weight,))
 
@@ -318,7 +318,7 @@ def with_weight(table: Table, weight: PyTree, **rules: Any) -> Table:
 def fresh_rows(
     call: str, key: Key[Array, ""], rows: int, dim: tuple[int, ...], init: Initializer | None, dtype: DTypeLike
 ) -> Shaped[Array, "rows *dim"]:
-    """Make rows as `Table.create` does, and check what the initialiser gives."""
+    """Make rows by an initialiser, and check the shape that it returns."""
     if init is None:
         if not jnp.issubdtype(dtype, jnp.inexact):
             raise TypeError(
@@ -345,12 +345,12 @@ def without_padding(
 ) -> Shaped[Array, "rows *dim"]:
     """Put zeros, or the rows of another array, in place of the padding rows.
 
-    By selection: to write these rows alone is no less work where all rows are made anew, and of a sharded array jaxlib
-    0.10.2 then writes a row of the next shard, too.
+    By a selection over all rows, which are all new here anyway: a scatter into a sharded array would also write a row
+    of the next shard (jaxlib 0.10.2).
 
     Args:
-      table: The table whose rules hold.
-      values: An array of all of its rows.
+      table: The table with the rules.
+      values: An array like its weight.
       instead: An array of the same shape, or None for zeros.
 
     Returns:

@@ -1,4 +1,4 @@
-"""The clipped rows of a layer that stores what it reads: one weight for all lanes of a vmap."""
+"""Write clipped rows back into a layer's weight, also under `vmap`, where all lanes share the weight."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ from .table import Table
 
 def clipped_table(table: Table, ids: Ids) -> Array:
     """Return the weight of a table, with the rows of some ids clipped."""
-    # As in the core. JAX cannot split the derivative of a custom_vmap into primal and tangent, so it is said out here.
+    # JAX cannot differentiate through a custom_vmap by linearising it, so the derivative is stated outside of it.
     return straight_through(_jitted(constant(table), ids), table.weight)
 
 
@@ -25,7 +25,7 @@ def _renormalized_for_all_lanes(table: Table, ids: Array) -> Array:
 
 @_renormalized_for_all_lanes.def_vmap
 def _renormalized_by_lanes(axis_size: int, batched: Any, table: Table, ids: Array) -> tuple[Array, bool]:
-    """One weight that all lanes read stays one weight: it is renormalised for the ids of all lanes together."""
+    """Keep one weight if all lanes share it: renormalise it for the ids of all lanes together."""
     table_batched, ids_batched = batched
     if not table_batched.weight:
         return _renormalized_for_all_lanes(table, ids), False

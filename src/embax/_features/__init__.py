@@ -1,1 +1,1 @@
-"""Several tables together: collections, stacks, hashing."""
+"""Several tables together: collections, hashing, compositional tables."""

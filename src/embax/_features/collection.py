@@ -1,4 +1,8 @@
-"""Collection: named features over named tables, of which like ones are stored as one."""
+"""Collection: named features over named tables; tables of equal width, dtype and rules are stored as one.
+
+For instance, "film" with 100 rows and "genre" with 20 rows of the same width are one stack of 120 rows. An id 3 of
+"genre" reads row 103 of the stack.
+"""
 
 import dataclasses
 import itertools
@@ -28,9 +32,9 @@ class Feature:
     """One input of a Collection: which table it reads, and how its ids are pooled.
 
     Args:
-      name: Its key in a batch, and in what the collection returns.
+      name: Its key in a batch and in the results.
       table: The name of the table that it reads. Several features may read one table.
-      mode: `"mean"`, `"sum"`, `"sqrtn"` or `"max"`, as in `embedding_bag`. Default: no pooling, a row for each id, as
+      mode: `"mean"`, `"sum"`, `"sqrtn"` or `"max"`, as in `embedding_bag`. Default: no pooling, one row for each id, as
         in `lookup`.
 
     Raises:
@@ -56,35 +60,35 @@ class _Input(NamedTuple):
 
     feature: Feature
     stack: int
-    ids: Int[Array, "*batch"]  # row numbers in the stack, its number of rows for none
-    counted: Bool[Array, "*batch"]  # which of them a pool counts
+    ids: Int[Array, "*batch"]  # row numbers in the stack; its number of rows is the sentinel
+    counted: Bool[Array, "*batch"]  # which ids count when they are pooled
     weights: Float[Array, "*batch"] | None
-    layout: _pool.BagLayout  # of the bags
+    layout: _pool.BagLayout
 
 
 class Collection:
     """Named features over named tables, read in one call.
 
-    Tables of the same width, dtype and rules are stored as one, so that a hundred of them cost one gather, and in
-    training one search for duplicates and one scatter. Only the padding row may differ. Outside, a table goes by its
-    own name: `collection["film"]` is that table, and `unstack` brings any tree that has the collection's structure,
-    such as a gradient or an optimizer's state, into one with the names of the tables.
+    Tables of the same width, dtype and rules, except padding rows, are stored as one. So a hundred tables cost one
+    gather, and in training one search for duplicates and one scatter. `collection["film"]` is the table of this name.
+    `unstack` converts a tree with the collection's structure, such as a gradient or an optimizer's state, to one with
+    the names of tables.
 
-    The tables may be sharded, all of them in the same layout over the same axes of one mesh. `embax.shard` of a
-    collection does the same for all of its tables at once.
+    The tables may be sharded, if all have the same layout over the same axes of one mesh. `embax.shard` of a collection
+    shards all of its tables at once.
 
     A pytree whose leaves are the stored tables: `embax.value_and_grad`, `embax.optim` and `embax.apply_updates` take it
-    as they take a Table. Features that are pooled and have bags of one length share a gather, and so do those with a
-    Ragged, those that take the largest, and those that are not pooled.
+    like a Table. Features share a gather if they are pooled in bags of one length; so do features with a Ragged, those
+    of mode `"max"`, and those that are not pooled.
 
     Args:
       tables: The tables by name.
       features: The features.
 
     Raises:
-      TypeError: If a table is not a Table, or one of integers is to be pooled.
-      ValueError: If two features have one name, or one reads a table that there is not; if two tables are laid out in
-        different ways, or one is on a mesh and another one is not.
+      TypeError: If a table is not a Table, or a table of integers is to be pooled.
+      ValueError: If two features have the same name, a feature reads an unknown table, or two tables have different
+        layouts, one on a mesh and the other not included.
 
     Example:
       >>> import embax, jax
@@ -124,7 +128,7 @@ class Collection:
                 )
             if feature.table not in tables:
                 raise ValueError(
-                    f"`embax.Collection(features=...)` must read a table that there is, got {feature.table!r} for "
+                    f"`embax.Collection(features=...)` must read a table of the collection, got {feature.table!r} for "
                     f"{feature.name!r}. There are {_listed(tables)}."
                 )
             dtype = tables[feature.table].dtype
@@ -143,7 +147,7 @@ class Collection:
 
     @property
     def tables(self) -> dict[str, PyTree]:
-        """The tables by name; in a gradient, those of the tables."""
+        """The tables by name; in a gradient, the gradients of the tables."""
         return {member.name: cut_out(self.stacks[member.stack], member) for member in self._members}
 
     def __getitem__(self, name: str) -> PyTree:
@@ -159,12 +163,12 @@ class Collection:
         """Read all features.
 
         Args:
-          batch: The ids of each feature: an array of any shape and integer dtype; for a feature that is pooled,
+          batch: The ids of each feature: an array of any shape and integer dtype; for a pooled feature
             `(*bags, length)`, or a Ragged.
-          weights: For some of the features that are pooled, a factor for each id, as in `embedding_bag`.
+          weights: For any of the pooled features, a factor for each id, as in `embedding_bag`.
 
         Returns:
-          For each feature, the rows, `(*ids.shape, *dim)`, or one vector a bag, `(*bags, *dim)`.
+          For each feature, the rows, `(*ids.shape, *dim)`, or one vector for each bag, `(*bags, *dim)`.
 
         Raises:
           TypeError: As `lookup` and `embedding_bag`.
@@ -189,7 +193,7 @@ class Collection:
         return {name: out[name] for name in names}
 
     def _input(self, feature: Feature, ids: object, weights: object) -> _Input:
-        """Check the ids of a feature and turn them into rows of its stack."""
+        """Check the ids of a feature, and convert them to rows of its stack."""
         member = next(member for member in self._members if member.name == feature.table)
         stack = self.stacks[member.stack]
         shape = jax.ShapeDtypeStruct((member.rows, *stack.dim), stack.dtype)
@@ -218,11 +222,11 @@ class Collection:
         )
 
     def _kind(self, part: _Input) -> tuple[PyTree, ...]:
-        """Features of one kind are read together."""
+        """A key that is equal for features that can be read together."""
         mode = part.feature.mode
         how = "rows" if mode is None else "max" if mode == "max" else "sum"
         length = -1 if mode is None or part.layout.offsets is not None else part.ids.shape[-1]
-        # The frequency of an id is that within its feature. On a mesh, bags of different lengths are where they are.
+        # Frequencies are counted within a feature. A storage may want Ragged features one by one (`pools_apart`).
         stack = self.stacks[part.stack]
         apart = stack.storage.pools_apart and part.layout.offsets is not None
         alone = part.feature.name if stack.scale_grad_by_freq or apart else ""
@@ -235,16 +239,15 @@ class Collection:
 
 
 def unstack(tree: PyTree) -> PyTree:
-    """Put a dictionary of tables in the place of each Collection in a tree, so that it has the names of the tables.
+    """Replace each Collection in a tree by a dictionary of its tables.
 
-    For checkpoints, in which one does not want to know how tables are stored: parameters, gradients and the state of
-    optimizers.
+    For checkpoints that should not depend on how tables are stored: of parameters, gradients and optimizers' states.
 
     Args:
       tree: A pytree.
 
     Returns:
-      The same tree with dictionaries for Collections.
+      The same tree, with dictionaries for Collections.
 
     Example:
       >>> import embax, jax.numpy as jnp, optax
@@ -260,14 +263,14 @@ def unstack(tree: PyTree) -> PyTree:
 
 
 def restack(tree: PyTree, like: PyTree) -> PyTree:
-    """Put the Collections back that `unstack` has taken out.
+    """Undo `unstack`: replace dictionaries of tables by Collections.
 
     Args:
-      tree: What `unstack` gave, perhaps with other values.
-      like: A tree of the structure that it had before.
+      tree: A tree from `unstack`, possibly with other values.
+      like: A tree with the structure before `unstack`.
 
     Returns:
-      That tree with these values.
+      A tree like `like`, with the values of `tree`.
 
     Raises:
       ValueError: If the structures differ.
@@ -277,7 +280,7 @@ def restack(tree: PyTree, like: PyTree) -> PyTree:
         if _is_collection(leaf) and set(value) != (names := {member.name for member in leaf._members}):
             raise ValueError(
                 f"`embax.restack(tree=...)` must have the tables {_listed(sorted(names))}, got {_listed(value)}. "
-                "Pass what embax.unstack gave."
+                "Pass what embax.unstack returned."
             )
     values = [
         _fill(object.__new__(Collection), stacks_of(value, leaf._members, leaf.stacks), leaf._members, leaf._features)
@@ -311,7 +314,7 @@ jax.tree_util.register_pytree_with_keys(
 
 
 def _to_state_dict(collection: Collection) -> PyTree:
-    """The state for `flax.serialization`: that of the tables by name, however they are stored."""
+    """The state for `flax.serialization`: the tables' states by name, whatever the stacks."""
     return {name: _flax.to_state(table) for name, table in collection.tables.items()}
 
 
@@ -323,12 +326,12 @@ _flax.register(Collection, _to_state_dict, _from_state_dict)
 
 
 def _read_together(table: Table, parts: Sequence[_Input]) -> list[Shaped[Array, "..."]]:
-    """Read features of one kind in one lookup."""
+    """Read features with equal `_kind` in one lookup."""
     if parts[0].feature.mode is None:
         rows = read(table, table.storage.joined([jnp.ravel(part.ids) for part in parts], table.rows), None)
         cut = table.storage.parted(rows, [part.ids.size for part in parts])
         return [jnp.reshape(own, (*part.ids.shape, *table.dim)) for own, part in zip(cut, parts, strict=True)]
-    # Padding is left out already, of what is counted and of the ids.
+    # `counted` and the ids already leave out padding, and `padding_idx` of the stack would name rows of others.
     table = dataclasses.replace(table, padding_idx=None)
     layout, sizes = _joined([part.layout for part in parts], [part.ids.shape for part in parts])
     fills = {"ids": table.rows, "counted": False, "weights": 0}
@@ -339,7 +342,7 @@ def _read_together(table: Table, parts: Sequence[_Input]) -> list[Shaped[Array, 
         layout = _pool.BagLayout(counted.shape[:1], None)
     mode = "max" if parts[0].feature.mode == "max" else "sum"
     total = _pool.pool_rows(table, ids, counted, weights, layout, mode)
-    # On a mesh, bags of different lengths are read alone, and there are as many of them as there are.
+    # A Ragged feature that is read by itself has no bags of other features, so there is nothing to split.
     alone = table.storage.pools_apart and layout.offsets is not None
     cut = [total] if alone else table.storage.parted(total, sizes)
     out = []
@@ -352,14 +355,14 @@ def _read_together(table: Table, parts: Sequence[_Input]) -> list[Shaped[Array, 
 
 
 def _joined(layouts: Sequence[_pool.BagLayout], shapes: Sequence[tuple[int, ...]]) -> tuple[_pool.BagLayout, list[int]]:
-    """Lay bags of several features out one after the other; say how many there are for each."""
+    """Concatenate the bags of several features; returns their layout, and the number of bags of each feature."""
     sizes = [math.prod(layout.shape) for layout in layouts]
     ragged = [layout.offsets for layout in layouts if layout.offsets is not None]
     if not ragged:
         return _pool.BagLayout((sum(sizes),), None), sizes
     starts = [0, *itertools.accumulate(shape[0] for shape in shapes)][:-1]
     offsets = jnp.concatenate([own + start for own, start in zip(ragged, starts, strict=True)])
-    # Behind the last bag of each feature but the last there is one more, of what is in none of its bags.
+    # The unused places of each feature, except the last, become one further bag, which is cut off later.
     sizes = [size + 1 for size in sizes]
     sizes[-1] -= 1
     return _pool.BagLayout((offsets.shape[0] - 1,), offsets), sizes

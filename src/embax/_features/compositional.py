@@ -1,4 +1,7 @@
-"""CompositionalTable: a vector for each of very many ids, put together from two small tables."""
+"""CompositionalTable: a vector for each of very many ids, combined from rows of two small tables.
+
+For instance, 1,000,000 ids with 1,000 remainders: id 123,456 combines row 123 of `quotient` and row 456 of `remainder`.
+"""
 
 import dataclasses
 import functools
@@ -26,20 +29,20 @@ Combine = Literal["mul", "add", "concat"]
 )
 @dataclasses.dataclass(frozen=True, eq=False)
 class CompositionalTable:
-    """A vector for each of very many ids, put together from a quotient's and a remainder's.
+    """A vector for each of very many ids, combined from a row for its quotient and a row for its remainder.
 
-    `vector[id] = combine(quotient[id // m], remainder[id % m])`, `m` being the rows of `remainder`. No two ids share
-    both parts, so each has a vector of its own, while only `m + ids / m` rows are stored: for 1e9 ids, 63,246 with `m`
-    at the square root. The price is that ids of one quotient, or of one remainder, are not independent of each other.
+    `vector[id] = combine(quotient[id // m], remainder[id % m])`, where `m` is the number of rows of `remainder`. No two
+    ids share both parts, so each has a vector of its own, while only `m + ids / m` rows are stored: 63,246 rows for 1e9
+    ids, with `m` near the square root. In return, ids with a common quotient or remainder are not independent.
 
-    A pytree of two Tables, which `embax.value_and_grad` and `embax.optim` treat as such. Use `create` to make one.
+    A pytree of two Tables, as `embax.value_and_grad` and `embax.optim` take them. Use `create` to make one.
 
     Args:
       quotient: The Table of quotients.
       remainder: The Table of remainders.
-      ids: How many ids there are.
-      combine: `"mul"`, `"add"`, or `"concat"`, which puts the parts side by side.
-      padding_idx: An id, from 0 on, that reads zero and has no gradient. Default: none.
+      ids: The number of ids.
+      combine: `"mul"`, `"add"` or `"concat"`, which concatenates the parts.
+      padding_idx: An id, 0 or more, that reads zero and has no gradient. Default: none.
 
     Example:
       >>> import embax, jax
@@ -78,14 +81,14 @@ class CompositionalTable:
 
         Args:
           key: A JAX random key.
-          ids: How many ids there are, 1 or more.
-          dim: The size of a vector; even for `"concat"`, in which each part has half of it.
-          remainders: The rows of the table of remainders. Default: the square root of `ids`, rounded up, with which the
-            fewest rows are stored.
-          combine: How the parts are put together.
-          init: As in `Table.create`. Default: normal, so that vectors have a norm near 1.
+          ids: The number of ids, 1 or more.
+          dim: The size of a vector; even for `"concat"`, where each part has half of it.
+          remainders: The number of rows of the table of remainders. Default: the square root of `ids`, rounded up,
+            which stores the fewest rows.
+          combine: How the parts are combined.
+          init: As in `Table.create`. Default: normal, such that vectors have a norm near 1.
           dtype: The dtype of the weights.
-          padding_idx: An id that reads zero and has no gradient; it may be counted from the end.
+          padding_idx: An id that reads zero and has no gradient; negative ids count from the end.
           out_of_range: As in `Table`.
 
         Returns:
@@ -93,7 +96,7 @@ class CompositionalTable:
 
         Raises:
           TypeError: If a size is not a whole number, or tables of integers get no `init`.
-          ValueError: If an argument is outside of its range, or `dim` odd for `"concat"`.
+          ValueError: If an argument is outside its range, or `dim` is odd for `"concat"`.
 
         Example:
           >>> import embax, jax
@@ -108,7 +111,7 @@ class CompositionalTable:
             remainders = math.isqrt(ids - 1) + 1
         remainders = _at_least_one(f"{call}(remainders=...)", remainders)
         if combine == "concat" and dim % 2:
-            raise ValueError(f"`{call}(dim=...)` must be even for 'concat', got {dim}. Half of it is of each part.")
+            raise ValueError(f"`{call}(dim=...)` must be even for 'concat', got {dim}. Each part has half of it.")
         if padding_idx is not None:
             padding_idx = _check.row(f"{call}(padding_idx=...)", padding_idx, ids)
         if init is None:
@@ -117,7 +120,7 @@ class CompositionalTable:
                     f"`{call}(init=...)` must be given for tables of integers, got None for {jnp.dtype(dtype)}. "
                     "Pass init(key, shape, dtype)."
                 )
-            # The variance of a number of the vector is to be 1 / dim.
+            # Such that each entry of a vector has the variance 1 / dim.
             wide = max(dim, 1)
             variance = {"mul": wide**-0.5, "add": 0.5 / wide, "concat": 1 / wide}
             init = jax.nn.initializers.normal(stddev=math.sqrt(variance[combine]))
@@ -129,7 +132,7 @@ class CompositionalTable:
         return cls(*tables, ids=ids, combine=combine, padding_idx=padding_idx)
 
     def __call__(self, ids: ArrayLike) -> Shaped[Array, "*batch_dim"]:
-        """Put the vector of each id together.
+        """Combine the vector of each id.
 
         Args:
           ids: Ids in `[-ids, ids)`, in any form that `lookup` takes.
@@ -139,7 +142,7 @@ class CompositionalTable:
 
         Raises:
           TypeError: If the ids are not of an integer dtype.
-          IndexError: If a concrete id is outside, and the policy is `"error"`.
+          IndexError: If a concrete id is out of range, and `out_of_range` is `"error"`.
           ValueError: If there are more than 2**31 - 1 ids, and `jax_enable_x64` is off.
         """
         own = with_weight(self.quotient, jax.ShapeDtypeStruct((self.ids, 0), self.quotient.dtype))
@@ -164,7 +167,7 @@ def _vectors(table: CompositionalTable, ids: _ids.Ids) -> Shaped[Array, "*batch_
 
 
 def _unclipped(table: Table) -> Table:
-    """Let no number be clipped to a row: padding reads none, and ids have been clipped before."""
+    """Turn clipping off in a part: ids are clipped already, and the sentinel of padding must not be."""
     return dataclasses.replace(table, out_of_range="nan") if table.out_of_range == "clip" else table
 
 

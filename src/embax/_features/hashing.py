@@ -1,4 +1,4 @@
-"""hash_ids: row numbers for ids that are none, such as 64-bit keys and strings."""
+"""hash_ids: row numbers for keys that are no row numbers, such as 64-bit integers and strings."""
 
 import functools
 from types import ModuleType
@@ -19,15 +19,15 @@ _MOST_ROWS = np.iinfo(np.int32).max
 
 
 def hash_ids(values: ArrayLike, rows: int, seed: int = 0) -> Int32[Array, "*batch"] | Int32[np.ndarray, "*batch"]:
-    """Map integers or strings to rows by hashing, so that any id has one.
+    """Map any integers or strings to rows by hashing.
 
-    Two values may get one row. Of `n` values in `rows` rows, a given one shares its row with the probability
-    `1 - exp(-n / rows)`: 63 % where there are as many rows as values, 10 % where there are ten times as many. Another
-    seed gives another, independent map, so that two tables tell apart what one does not.
+    Two values may get the same row. With `n` values in `rows` rows, the probability that a given value shares its row
+    is `1 - exp(-n / rows)`: 63 % with as many rows as values, 10 % with ten times as many rows. Another seed gives
+    another, independent map, so two tables with different seeds distinguish values that collide in one of them.
 
-    Integers are hashed by their 64-bit value, by the same function on the host and in JAX: NumPy arrays of any integer
-    dtype give a NumPy array, JAX arrays, traced or not, a JAX array. Strings and bytes are hashed on the host, strings
-    by their UTF-8.
+    Integers are hashed by their 64-bit value, with the same result on the host and in JAX: NumPy arrays of any integer
+    dtype give a NumPy array; JAX arrays, traced or not, give a JAX array. Strings and bytes are hashed on the host,
+    strings by their UTF-8.
 
     Args:
       values: An array of any integer dtype, or a string, bytes, or a nested list or array of these.
@@ -39,7 +39,7 @@ def hash_ids(values: ArrayLike, rows: int, seed: int = 0) -> Int32[Array, "*batc
 
     Raises:
       TypeError: If the values are neither integers nor strings.
-      ValueError: If `rows` or the seed is out of its range.
+      ValueError: If `rows` or the seed is outside its range.
 
     Example:
       >>> import embax, numpy as np
@@ -65,7 +65,7 @@ def hash_ids(values: ArrayLike, rows: int, seed: int = 0) -> Int32[Array, "*batc
     if not isinstance(values, np.ndarray):
         if array.size == 0:  # a list without a dtype of its own
             array = array.astype(np.int32)
-        elif array.dtype.kind in "SU":  # of which NumPy cuts zero bytes, and in which it makes strings of numbers
+        elif array.dtype.kind in "SU":  # NumPy strips zero bytes at the end, and turns numbers into strings
             array = np.asarray(values, object)
     if array.dtype.kind in "iu":
         return _of_integers(array, rows, seed, np)
@@ -77,7 +77,7 @@ def hash_ids(values: ArrayLike, rows: int, seed: int = 0) -> Int32[Array, "*batc
 def _of_integers(values: PyTree, rows: int, seed: int, xp: ModuleType) -> _Rows:
     if not jnp.issubdtype(values.dtype, jnp.integer):
         raise TypeError(f"`embax.hash_ids(values=...)` must be integers or strings, got {values.dtype}. Cast them.")
-    flat = values.reshape(-1)  # of NumPy's integers, only arrays wrap around without a warning
+    flat = values.reshape(-1)  # NumPy scalars would warn when they wrap around
     return _below(_mixed(_words(flat, xp), seed, xp), rows, xp).reshape(values.shape)
 
 
@@ -87,7 +87,7 @@ def _of_jax(values: Shaped[Array, "*batch"], rows: int, seed: int) -> _Rows:
 
 
 def _words(values: _Integers, xp: ModuleType) -> tuple[_Words, _Words]:
-    """The low and the high 32 bits of the 64-bit value of each."""
+    """The low and the high 32 bits of each 64-bit value."""
     info = jnp.iinfo(values.dtype)
     low = values.astype(xp.uint32)
     if info.bits == 64:
@@ -114,7 +114,7 @@ def _rotated(word: _Words, by: int, xp: ModuleType) -> _Words:
 
 
 def _below(h: _Words, rows: int, xp: ModuleType) -> _Rows:
-    """Map 32 bits to `[0, rows)` as `h * rows >> 32` does, in halves of 16 bits, since JAX may have no 64."""
+    """Map 32 bits to `[0, rows)`: `h * rows >> 32`, computed in halves of 16 bits, since JAX may have no 64 bits."""
     low, high = h & xp.uint32(0xFFFF), h >> xp.uint32(16)
     rows_low, rows_high = xp.uint32(rows & 0xFFFF), xp.uint32(rows >> 16)
     middle = high * rows_low + (low * rows_low >> xp.uint32(16))

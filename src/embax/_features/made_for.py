@@ -1,4 +1,4 @@
-"""MadeFor: which tables the state of an optimizer belongs to, and the check that they are still those."""
+"""MadeFor: a record of the tables that an optimizer's state was made for, and the check that they are the same."""
 
 import dataclasses
 import json
@@ -16,14 +16,14 @@ from .collection import Collection
 
 
 class TableOf(NamedTuple):
-    """What a state depends on of one table that is trained."""
+    """The properties of a trained table that a state depends on."""
 
-    path: str  # in the tree of parameters; of a Collection's table, with its name
+    path: str  # in the tree of parameters; for a table in a Collection, with its name
     rows: int
     dim: tuple[int, ...]
     padding_idx: int | tuple[int, ...] | None
-    layout: str | None  # how the rows are laid out on a mesh; None where they are on none
-    stored: tuple[int, int] | None  # of a Collection's table: in which stack, and from which row on
+    layout: str | None  # the layout on a mesh; None without a mesh
+    stored: tuple[int, int] | None  # for a table in a Collection: its stack, and its first row there
 
 
 @jax.tree_util.register_static
@@ -31,8 +31,9 @@ class TableOf(NamedTuple):
 class MadeFor:
     """The tables that the state of an optimizer was made for.
 
-    A pytree without leaves, compared by value: it goes with a state through `jit`, `jax.tree.map`, pickle and
-    checkpoints, and a state made for other tables compiles anew. It does not hold the mesh, which cannot be pickled.
+    A pytree without leaves, compared by value. It stays with a state through `jit`, `jax.tree.map`, pickle and
+    checkpoints; a state made for other tables compiles another program. It does not hold the mesh, which cannot be
+    pickled.
     """
 
     tables: tuple[TableOf, ...]
@@ -41,19 +42,19 @@ class MadeFor:
         return f"MadeFor({', '.join(f'{_named(table)}: {table.rows} rows' for table in self.tables)})"
 
     def to_json(self) -> str:
-        """Write what does not depend on where the rows are stored, since rows are saved in the order of their ids."""
+        """Write the record as JSON, without layouts: checkpoints have rows in row order."""
         return json.dumps([[x.path, x.rows, x.dim, x.padding_idx] for x in self.tables])
 
     @classmethod
     def from_json(cls, text: str, like: "MadeFor | None") -> "MadeFor":
-        """Read it again.
+        """Read a record from JSON.
 
         Args:
-          text: What `to_json` gave.
-          like: That of the state which the saved one was read into, and which says where the rows are stored now.
+          text: JSON from `to_json`.
+          like: The record of the state that the saved one is restored into; layouts are taken from it.
 
         Returns:
-          The tables of the saved state, stored as in `like`.
+          The tables of the saved state, with the layouts of `like`.
         """
         where = {} if like is None else {x.path: (x.layout, x.stored) for x in like.tables}
         return cls(
@@ -70,7 +71,7 @@ class MadeFor:
         )
 
     def placed(self, place: Callable[[tuple[int, ...]], Storage]) -> "MadeFor":
-        """The same tables, laid out as a function of the shape of their weight says."""
+        """The same tables, with the layouts that `place` returns for the shapes of their weights."""
         return MadeFor(tuple(x._replace(layout=place((x.rows, *x.dim)).noted) for x in self.tables))
 
 
@@ -78,11 +79,11 @@ _flax.register(MadeFor, MadeFor.to_json, lambda like, text: MadeFor.from_json(te
 
 
 def made_for(params: PyTree) -> MadeFor:
-    """Describe the tables of a tree that are trained.
+    """Describe the trained tables of a tree.
 
     Args:
-      params: A tree of parameters, Tables and Collections among them; or of their gradients, in which a RowGrad stands
-        for a Table and says less of it.
+      params: A tree of parameters with Tables and Collections; or of gradients, where a RowGrad tells only the rows and
+        the shape of its table.
 
     Returns:
       The description.
@@ -107,18 +108,18 @@ def check_made_for(call: str, tables: object, now: MadeFor, *, of_gradients: boo
     """Refuse a state that was made for other tables.
 
     Args:
-      call: The call for the message.
-      tables: The MadeFor of the state; None where it has none.
-      now: That of the parameters which it is used with.
-      of_gradients: Whether that is of their gradients, which tell the number of rows and the size of a row only.
+      call: The call, for error messages.
+      tables: The MadeFor of the state, or None.
+      now: The MadeFor of the parameters it is used with.
+      of_gradients: Whether `now` describes gradients, which tell only the rows and the shape of tables.
 
     Raises:
       ValueError: If they differ.
     """
     if not isinstance(tables, MadeFor):
         raise ValueError(
-            f"`{call}(state=...)` must say which tables it was made for, got a state that does not, as one from an "
-            "older checkpoint. If they are those of `params`, carry it over: "
+            f"`{call}(state=...)` must say which tables it was made for, got a state that does not, such as one from "
+            "an older checkpoint. If it was made for the tables of `params`, carry it over: "
             "state = embax.optim.carry_over(state, params, params, tx)."
         )
     if tables == now:
@@ -134,7 +135,7 @@ def check_made_for(call: str, tables: object, now: MadeFor, *, of_gradients: boo
 
 
 def is_node(node: object) -> bool:
-    """Whether a node of a tree is a table, a Collection of some, or the gradient of a table."""
+    """Whether a node of a tree is a Table, a Collection or a RowGrad."""
     return isinstance(node, Table | Collection | RowGrad)
 
 
@@ -143,12 +144,12 @@ def _is_described(node: object) -> bool:
 
 
 def _layout(node: object) -> str | None:
-    """How a table is stored, None where it is not on a mesh; of the gradient of one, nothing is known."""
+    """The layout of a table, None without a mesh and for a RowGrad, which does not tell."""
     return node.storage.noted if isinstance(node, Table) else None
 
 
 def differences(then: MadeFor, now: MadeFor, of_gradients: bool = False) -> list[str]:
-    """Say in words what differs between the tables of a state and those of now, one entry a table."""
+    """Describe the differences between a state's tables and the current ones in words, one entry for each table."""
     old, new = ({table.path: table for table in tables.tables} for tables in (then, now))
     found = []
     for path in {**old, **new}:
@@ -174,7 +175,7 @@ def _of_table(before: TableOf, after: TableOf, of_gradients: bool) -> list[str]:
         return []
     if before.layout != after.layout:
         layouts = [layout or "no mesh" for layout in (before.layout, after.layout)]
-        return [f"{name} was laid out as {layouts[0]}, and is as {layouts[1]} now"]
+        return [f"{name} was laid out as {layouts[0]}, and is {layouts[1]} now"]
     if before.padding_idx != after.padding_idx:
         return [f"{name} had padding_idx={before.padding_idx}, and has {after.padding_idx} now"]
     return []

@@ -1,4 +1,8 @@
-"""Stacks: tables that differ in nothing but their rows, stored as one."""
+"""Stacks: tables that differ only in their rows and padding, stored as one table.
+
+For instance, tables "film" of 100 rows and "genre" of 20 rows, with padding row 0: one stack of 120 rows, in which
+"genre" starts at row 100 and row 100 is padding.
+"""
 
 import dataclasses
 import itertools
@@ -14,7 +18,7 @@ from .._core import ids as _ids
 from .._core.table import PaddingRows, Table, has_weight, with_weight
 from .._gradients.row_grad import RowGrad, row_grad
 
-# So that rows are numbered in 32 bits.
+# A stack is no larger, so that its rows are numbered in 32 bits.
 _MOST_ROWS = np.iinfo(np.int32).max
 
 
@@ -22,24 +26,24 @@ class Member(NamedTuple):
     """Where a table is stored."""
 
     name: str
-    stack: int  # in which of the stacks
-    start: int  # from which of its rows on
+    stack: int  # the number of its stack
+    start: int  # its first row in the stack
     rows: int
-    padding_idx: int | tuple[int, ...] | None  # among its own rows
+    padding_idx: int | tuple[int, ...] | None  # counted among its own rows
 
 
 def members_of(call: str, tables: Mapping[str, Table]) -> tuple[Member, ...]:
-    """Decide which tables are stored together: those that differ in nothing but their rows and their padding.
+    """Decide which tables are stored together: tables that differ only in their rows and padding.
 
     Args:
-      call: The call for the message.
+      call: The call, for the error message.
       tables: The tables by name.
 
     Returns:
       Where each table is stored, in the order of the tables.
 
     Raises:
-      ValueError: If two tables are laid out in different ways, or one is on a mesh and another one is not.
+      ValueError: If two tables have different layouts, one on a mesh and the other not included.
     """
     _check_laid_out_alike(call, tables)
     stacks: dict[Hashable, tuple[int, int]] = {}  # the number of each stack, and its rows so far
@@ -56,7 +60,7 @@ def members_of(call: str, tables: Mapping[str, Table]) -> tuple[Member, ...]:
 
 
 def stacks_of(tables: Mapping[str, PyTree], members: Sequence[Member], like: Sequence[PyTree] = ()) -> list[PyTree]:
-    """Put tables, or what else has their rows along the first axis, together."""
+    """Concatenate tables, or other arrays with their rows along the first axis, to stacks."""
     stacks = []
     for _, group in itertools.groupby(sorted(members, key=lambda member: member.stack), lambda member: member.stack):
         of_stack = list(group)
@@ -78,7 +82,7 @@ def stacks_of(tables: Mapping[str, PyTree], members: Sequence[Member], like: Seq
 
 
 def _check_laid_out_alike(call: str, tables: Mapping[str, Table]) -> None:
-    """Refuse tables of which two are laid out in different ways."""
+    """Refuse tables with different layouts."""
     first = next(iter(tables), None)
     for name, table in tables.items():
         pair = tables[first].storage, table.storage  # pyright: ignore[reportArgumentType]
@@ -91,13 +95,13 @@ def _check_laid_out_alike(call: str, tables: Mapping[str, Table]) -> None:
 
 
 def _told_apart(one: Sequence[str], other: Sequence[str]) -> tuple[str, str]:
-    """Describe two storages, as precisely as it takes to tell them apart."""
+    """Describe two storages, just precisely enough to tell them apart."""
     pairs = zip(one, other, strict=False)
     return next((pair for pair in pairs if pair[0] != pair[1]), (one[-1], other[-1]))
 
 
 def cut_out(stack: PyTree, member: Member) -> PyTree:
-    """The part of a stack, or of its gradient or state, that belongs to a table."""
+    """Cut a table out of a stack, or out of the stack's gradient or optimizer state."""
     end = member.start + member.rows
     if isinstance(stack, RowGrad):
         ids = jnp.where((stack.ids >= member.start) & (stack.ids < end), stack.ids - member.start, member.rows)

@@ -1,1 +1,1 @@
-"""Gradients of tables as the rows that were read."""
+"""Gradients of tables: only the rows that were read, not an array of all rows."""

@@ -1,7 +1,7 @@
-"""apply_updates and global_norm: trees of arrays, Tables and RowGrads, and the check of what is given for a table.
+"""apply_updates and global_norm: optax's functions for trees that hold Tables and RowGrads besides arrays.
 
 For instance, the update `RowGrad([4, 1, 4], values)` of a table of a million rows adds to rows 1 and 4, and to row 4
-twice; no other row is read or written.
+twice. No other row is read or written.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from .row_grad import RowGrad, is_trained
 
 
 def global_norm(tree: PyTree) -> Float32[Array, ""]:
-    """Return the Euclidean norm of all gradients in a tree, RowGrads among them, as if they were dense.
+    """Return the Euclidean norm of all gradients in a tree; a RowGrad counts as its dense gradient would.
 
     Args:
       tree: A pytree of arrays, Tables and RowGrads.
@@ -39,27 +39,27 @@ def global_norm(tree: PyTree) -> Float32[Array, ""]:
 
 @functools.partial(jax.jit, inline=True)  # one program for an eager call
 def norm_of_distinct(leaves: list[PyTree]) -> Float32[Array, ""]:
-    """The Euclidean norm of arrays in which nothing occurs twice."""
+    """The Euclidean norm of arrays; the values of RowGrads must be deduplicated."""
     squares = [jnp.square(jnp.abs(leaf.astype(_dedupe.accumulator(leaf.dtype)))).sum() for leaf in leaves]
     return jnp.sqrt(sum(squares, start=jnp.zeros((), jnp.float32)))
 
 
 def apply_updates(params: PyTree, updates: PyTree) -> PyTree:
-    """Add updates to parameters, those of a table's rows to these rows only.
+    """Add updates to parameters; in a table, only the rows with an update are touched.
 
-    As `optax.apply_updates`, for trees in which a Table may stand wherever a parameter does. Where the parameters are
-    donated, the work follows the number of ids, not of rows. Padding rows and frozen tables stay as they are.
+    Like `optax.apply_updates`, for trees that may hold Tables. If the parameters are donated, the work follows the
+    number of ids, not of rows. Padding rows and frozen tables are not changed.
 
     Args:
       params: A pytree of arrays and Tables.
-      updates: The same pytree, with a RowGrad, or a Table whose weight is a dense update, for each Table; None leaves a
-        parameter as it is. Duplicate ids of one RowGrad add up, in float32 or wider. An array may have a RowGrad, too.
+      updates: The same pytree, with a RowGrad for each Table, or a Table whose weight is a dense update. None leaves a
+        parameter unchanged. Duplicate ids of a RowGrad add up, in float32 or wider. An array may get a RowGrad, too.
 
     Returns:
       The new parameters, in their own dtypes.
 
     Raises:
-      TypeError: If the update of a Table is neither.
+      TypeError: If the update of a Table is neither a RowGrad nor a Table.
       ValueError: If the structures differ, or a RowGrad does not fit its table.
 
     Example:
@@ -78,14 +78,14 @@ def _apply(param: PyTree, update: PyTree) -> PyTree:
     if param is None or update is None:
         return param
     if not isinstance(param, Table):
-        if isinstance(update, RowGrad):  # of an array that is read as a table
+        if isinstance(update, RowGrad):  # a gradient of an array chosen by `tables=`
             return _apply(Table(param), update).weight
         return jnp.asarray(param + update).astype(jnp.asarray(param).dtype)
     update = checked_update("embax.apply_updates", param, update)
     if not is_trained(param):
         return param
     if isinstance(update, Table):
-        # Not by adding 0, which makes 0.0 of -0.0.
+        # Padding rows are restored by selection: adding 0 would turn -0.0 into 0.0.
         weight = without_padding(param, _apply(param.weight, update.weight), instead=param.weight)
         return dataclasses.replace(param, weight=weight)
     ids, values = _ids.trained(update.ids, param), update.values
@@ -94,19 +94,19 @@ def _apply(param: PyTree, update: PyTree) -> PyTree:
 
 
 def checked_update(call: str, table: Table, update: PyTree) -> "RowGrad | Table":
-    """Return the gradient or update of a table, if it is one and fits, of rows without the Table around them.
+    """Check that a gradient or update fits its table.
 
     Args:
-      call: The call for the messages.
+      call: The call, for error messages.
       table: The table.
-      update: What the caller gave for it.
+      update: The caller's update for this table.
 
     Returns:
-      A RowGrad, or a Table whose weight is dense.
+      A bare RowGrad, without the Table around it, or a Table with a dense weight.
 
     Raises:
-      TypeError: If it is neither a RowGrad nor a Table.
-      ValueError: If it is of a table of another shape.
+      TypeError: If the update is neither a RowGrad nor a Table.
+      ValueError: If its shape is not the table's.
     """
     update = bare(update)
     if not isinstance(update, RowGrad | Table):
@@ -114,7 +114,7 @@ def checked_update(call: str, table: Table, update: PyTree) -> "RowGrad | Table"
             f"`{call}(updates=...)` must have a RowGrad or a Table where the parameters have a Table, got "
             f"{type(update).__name__}. Differentiate with embax.value_and_grad or embax.grad."
         )
-    if not has_weight(table):  # as Equinox leaves out a table of integers
+    if not has_weight(table):  # Equinox's partition removed it
         return update
     if isinstance(update, RowGrad):
         refuse_lanes(call, update)
@@ -127,7 +127,7 @@ def checked_update(call: str, table: Table, update: PyTree) -> "RowGrad | Table"
 
 
 def refuse_lanes(call: str, gradient: RowGrad) -> None:
-    """Raise a ValueError for a gradient with lanes, of which a table has none."""
+    """Raise a ValueError for a gradient with lanes: a table has no lanes to apply them to."""
     if gradient.lanes:
         raise ValueError(
             f"`{call}(updates=...)` must have a gradient without lanes for a table, got the lanes {gradient.lanes} of "

@@ -1,6 +1,6 @@
-"""Leaves that are read as tables though no Table holds them: those of other layers, which a caller chooses.
+"""The `tables=` argument: a caller's predicate that chooses plain arrays, of other libraries' layers, as tables.
 
-For instance, with `tables=lambda path, leaf: leaf.ndim == 2`, the tree on the left is taken for the one on the right:
+For instance, with `tables=lambda path, leaf: leaf.ndim == 2`, the tree on the left is treated as the one on the right:
 
     {"embed": float32[1000, 4], "bias": float32[4]}    {"embed": Table(float32[1000, 4]), "bias": float32[4]}
 """
@@ -16,12 +16,12 @@ from jaxtyping import PyTree
 from .._core.held import held
 from .._core.table import Table, is_table, with_weight
 
-# Called with the path of a leaf, as `jax.tree_util.tree_map_with_path` gives it, and the leaf.
+# Called with the path of a leaf, as in `jax.tree_util.tree_map_with_path`, and the leaf.
 Chooser = Callable[[Any, Any], bool]
 
 
 def checked(call: str, tables: Any) -> Chooser | None:
-    """Return a predicate that a caller gave, or None; raise a TypeError for anything else."""
+    """Return a caller's predicate or None; raise a TypeError for anything else."""
     if tables is not None and not callable(tables):
         raise TypeError(
             f"`{call}(tables=...)` must be a function of a path and a leaf, got {tables!r}. Pass such as "
@@ -32,23 +32,23 @@ def checked(call: str, tables: Any) -> Chooser | None:
 
 
 def is_chosen(call: str, tables: Chooser | None, path: Sequence[PyTree], leaf: PyTree) -> bool:
-    """Tell whether a leaf is to be taken for the weight of a table.
+    """Tell whether the predicate chooses a leaf as the weight of a table.
 
     Args:
-      call: The call for the message.
-      tables: The predicate, or None for no leaf.
+      call: The call, for the error message.
+      tables: The predicate, or None to choose nothing.
       path: The path of the leaf.
-      leaf: The leaf; a Table is one already.
+      leaf: The leaf. A Table is never chosen: it is a table already.
 
     Returns:
-      Whether it is.
+      True if it is chosen.
 
     Raises:
-      ValueError: If it is chosen and is no array of floats with an axis of rows.
+      ValueError: If a chosen leaf is not a float array with an axis of rows.
     """
     if tables is None or leaf is None or isinstance(leaf, Table) or not tables(tuple(path), leaf):
         return False
-    is_array = hasattr(leaf, "dtype") and jax.tree_util.all_leaves([leaf])  # of brainunit, a Quantity is a node
+    is_array = hasattr(leaf, "dtype") and jax.tree_util.all_leaves([leaf])  # a brainunit.Quantity is a node, no leaf
     if not (is_array and jnp.issubdtype(leaf.dtype, jnp.inexact) and leaf.ndim):
         raise ValueError(
             f"`{call}(tables=...)` must choose arrays of floats with an axis of rows, got {_short(leaf)} at "
@@ -67,20 +67,20 @@ def _short(leaf: PyTree) -> str:
 def with_tables(
     call: str, tables: Chooser | None, tree: PyTree, path: Sequence[PyTree] = (), leaves: tuple[type, ...] = ()
 ) -> PyTree:
-    """Put a Table in the place of each chosen leaf of a tree.
+    """Wrap each chosen leaf of a tree in a Table.
 
     Args:
-      call: The call for messages.
-      tables: The predicate, or None for no leaf.
+      call: The call, for error messages.
+      tables: The predicate, or None to choose nothing.
       tree: The tree.
-      path: Where it stands in the tree that the predicate is to see the paths of.
-      leaves: Types that are leaves besides those of JAX.
+      path: The path of `tree` within the caller's tree; the predicate gets paths that begin with it.
+      leaves: Further types to treat as leaves.
 
     Returns:
       The tree with Tables.
 
     Raises:
-      ValueError: If a leaf is chosen that is no array of floats with an axis of rows.
+      ValueError: If a chosen leaf is not a float array with an axis of rows.
     """
     return jax.tree.map_with_path(
         lambda inside, leaf: Table(leaf) if is_chosen(call, tables, (*path, *inside), leaf) else leaf,
@@ -90,7 +90,7 @@ def with_tables(
 
 
 def tables_at(names: Collection[str], tree: PyTree) -> PyTree:
-    """Put a Table in the place of each leaf of a tree whose path, as `keystr` writes it, is one of some names."""
+    """Wrap each leaf in a Table whose path, written by `keystr`, is among `names`."""
     return jax.tree.map_with_path(
         lambda path, leaf: leaf if isinstance(leaf, Table) or keystr(path) not in names else Table(leaf),
         tree,
@@ -99,15 +99,15 @@ def tables_at(names: Collection[str], tree: PyTree) -> PyTree:
 
 
 def with_gradients(as_given: PyTree, like: PyTree, gradients: PyTree) -> PyTree:
-    """Put gradients into the form that `with_tables` has given the parameters.
+    """Wrap the gradients of chosen leaves in Tables, as `with_tables` wrapped the leaves.
 
     Args:
-      as_given: The parameters before.
-      like: The same afterwards.
-      gradients: A tree of the structure of the parameters before.
+      as_given: The parameters before `with_tables`.
+      like: The parameters after it.
+      gradients: A tree with the structure of `as_given`.
 
     Returns:
-      The gradients, with a Table around those of chosen leaves.
+      The gradients, with the structure of `like`.
     """
     leaves, structure = jax.tree.flatten(like, is_leaf=is_table)
     before = structure.flatten_up_to(as_given)
@@ -118,15 +118,15 @@ def with_gradients(as_given: PyTree, like: PyTree, gradients: PyTree) -> PyTree:
 
 
 def without_tables(as_given: PyTree, like: PyTree, tree: PyTree) -> PyTree:
-    """Take the Tables away again that `with_tables` has put into a tree.
+    """Remove the Tables that `with_tables` added.
 
     Args:
-      as_given: The parameters, or a tree of their structure, before.
-      like: The same afterwards.
+      as_given: The parameters, or a tree of their structure, before `with_tables`.
+      like: The same tree after it.
       tree: A tree with a node for each Table of `like`.
 
     Returns:
-      The tree with the weight of each such Table, as a layer holds it.
+      The tree, with a bare weight or RowGrad for each of those Tables.
     """
     leaves, structure = jax.tree.flatten(like, is_leaf=is_table)
     before = structure.flatten_up_to(as_given)

@@ -1,11 +1,11 @@
-"""How a loss is differentiated: by JAX, and the program of the gradient then taken apart into rows.
+"""Differentiate a loss: JAX makes the program of the gradient, and `_analysis` runs it without its arrays of all rows.
 
-An example, of a loss that looks up three ids of a table of a million rows:
+An example: a loss that looks up three ids of a table of a million rows.
 
-    jax.vjp(loss, table)         runs the loss, once, as JAX does
-    make_jaxpr(pullback)(1.0)    a program: zeros of a million rows, `add_rows values ids` into them
-    evaluate(program)            runs what is needed of it for `values` and `ids`: nothing of a million rows
-    RowGrad(ids, values)
+    jax.vjp(loss, table)         runs the loss once, as JAX does
+    make_jaxpr(pullback)(1.0)    the gradient's program: zeros of a million rows, to which `add_rows` adds 3 rows
+    evaluate(program)            runs only the equations that compute `values` and `ids` of `add_rows`
+    RowGrad(ids, values)         3 ids and 3 rows; no array of a million rows was made
 """
 
 from collections.abc import Callable, Sequence
@@ -33,7 +33,7 @@ from .row_grad import RowGrad, is_trained, no_rows, row_grad
 class Options(NamedTuple):
     """The arguments of `value_and_grad`, besides the function."""
 
-    call: str  # for messages
+    call: str  # for error messages
     argnums: int | Sequence[int]
     has_aux: bool
     holomorphic: bool
@@ -44,11 +44,11 @@ class Options(NamedTuple):
 
     @property
     def numbers(self) -> tuple[int, ...]:
-        """The positions of the arguments."""
+        """The positions of the differentiated arguments."""
         return tuple(self.argnums) if isinstance(self.argnums, Sequence) else (self.argnums,)
 
     def fit(self, args: Sequence[PyTree]) -> bool:
-        """Say whether there are such arguments."""
+        """Whether the call has all of these arguments."""
         return all(-len(args) <= number < len(args) for number in self.numbers)
 
 
@@ -59,22 +59,23 @@ def evaluate(
     kwargs: PyTree,
     names: Callable[[Any], str] | None = None,
 ) -> tuple[PyTree, PyTree]:
-    """Differentiate a function of trees in which Tables may stand.
+    """Call a function whose arguments may hold Tables, and differentiate it.
 
     Args:
       fun: The function.
-      options: How, and for which of its arguments.
-      args: Its arguments.
-      kwargs: Its arguments by name.
-      names: What a leaf is called in messages, given its path in the list of these arguments. Default: by its argument.
+      options: The arguments of `value_and_grad`.
+      args: Its positional arguments.
+      kwargs: Its keyword arguments.
+      names: Returns the name of a leaf for messages, given its path in the list of differentiated arguments. Default:
+        the position of the argument and the path.
 
     Returns:
-      What the function returns, and its gradient.
+      The function's result, and its gradient.
     """
     numbers = options.numbers
     nodes, structure = jax.tree.flatten_with_path([args[number] for number in numbers], is_leaf=is_table)
     fixed = fixed_leaves([args[number] for number in numbers])
-    # Of an Equinox module, functions and settings are leaves, too: a predicate is to see arrays.
+    # Functions and settings are leaves of Equinox modules, too; the predicate gets arrays only.
     asked = [hasattr(leaf, "dtype") or not is_fixed for is_fixed, (_, leaf) in zip(fixed, nodes, strict=True)]
     chosen = [
         is_asked and is_chosen(options.call, options.tables, path[1:], leaf)
@@ -103,7 +104,7 @@ def evaluate(
 
 
 def _of_table(leaf: PyTree, gradient: PyTree) -> PyTree:
-    """Put the Table that rows are the gradient of around them, so that the gradients have the parameters' structure."""
+    """Wrap a RowGrad in its table, so that gradients have the parameters' structure."""
     return with_weight(leaf, gradient) if isinstance(leaf, Table) and isinstance(gradient, RowGrad) else gradient
 
 
@@ -114,17 +115,17 @@ def differentiate(
     options: Options,
     name: Callable[[int], str],
 ) -> tuple[Any, Any, list[PyTree]]:
-    """Differentiate a loss for Tables and other leaves.
+    """Differentiate a loss with respect to a list of leaves.
 
     Args:
-      loss: Called with the leaves, None in the place of one that is not differentiated; returns a value and anything.
-      leaves: Tables, arrays, and what else there is.
-      fixed: Which leaves are not differentiated; neither are tables that are not trained.
-      options: Its `call`, `holomorphic`, `allow_int`, `on_dense` and `stacklevel` count.
-      name: What a leaf is called in messages.
+      loss: Called with the leaves, None for those that are not differentiated; returns a value and anything else.
+      leaves: Tables, arrays, and leaves of any other type.
+      fixed: Which leaves are not differentiated, besides integer and frozen tables.
+      options: Its `call`, `holomorphic`, `allow_int`, `on_dense` and `stacklevel` are used.
+      name: Returns the name of a leaf for messages.
 
     Returns:
-      What the loss returns, and the gradients: of a table a RowGrad, or a Table of all rows.
+      The value, the other result, and a list of gradients: for a table a RowGrad, or a Table with a dense weight.
     """
     is_table = [isinstance(leaf, Table) for leaf in leaves]
     constant = [is_ and not is_trained(leaf) for is_, leaf in zip(is_table, leaves, strict=True)]
@@ -161,7 +162,7 @@ def _is_float(x: Any) -> bool:
 
 
 def _refuse_as_jax_does(value: PyTree, leaves: Sequence[PyTree], options: Options) -> None:
-    """Raise the error that JAX has for such a value or such leaves, if it has one."""
+    """Raise JAX's own error for a value or leaves that it cannot differentiate, if it has one."""
     of_jax = jax.value_and_grad(lambda _: value, holomorphic=options.holomorphic, allow_int=options.allow_int)
     jax.eval_shape(of_jax, leaves)
 
@@ -173,7 +174,7 @@ def _gradients(
     options: Options,
     name: Callable[[int], str],
 ) -> list[PyTree]:
-    """Make the program of the gradients, and run it with rows for the gradients of tables."""
+    """Make the program of the gradients, and run it so that tables get rows."""
     one = jax.lax.full_like(value, 1)
     if not any(isinstance(leaf, Table) for leaf in others):
         return pull_back(one)[0]
@@ -182,20 +183,20 @@ def _gradients(
     def backward(one: Array) -> list[PyTree]:
         (gradients,) = pull_back(one)
         flat, structure = jax.tree.flatten(gradients)
-        # What is no tracer, the gradient of an integer, has no part in the program.
+        # Gradients that are not tracers (float0, of integers) are not outputs of the program.
         found.append((structure, [None if isinstance(x, Tracer) else x for x in flat]))
         return [x for x in flat if isinstance(x, Tracer)]
 
     jaxpr, consts = without_constants(jax.make_jaxpr(backward)(one))
     structure, rest = found[0]
     numbers = iter(range(len(jaxpr.outvars)))
-    # Outputs of the program by their numbers, boxed lest an integer be taken for a gradient.
+    # The program's outputs by number, in a type of their own, so that no number is taken for a gradient.
     boxed = structure.unflatten([_Output(next(numbers)) if x is None else x for x in rest])
     memo, terms, dense = Memo(), {}, {}
     for i, leaf in enumerate(others):
         if isinstance(leaf, Table) and isinstance(output := boxed[i].weight, _Output):
             form = memo.forms(jaxpr).form(jaxpr.outvars[output.number])
-            # Rows of which each device has its own are not to be added to what is summed over devices.
+            # Inside a `shard_map`, rows that are still to be summed over devices cannot join a sum that already is.
             over_devices = len(form.axes) > 1 or (form.dense and any(form.axes))
             apart = over_devices or form.kinds - {Kind(storage=leaf.storage)}
             why = why_dense(form) or (OVER_DEVICES if over_devices else NOT_BY_LOOKUP if apart else None)
@@ -223,8 +224,8 @@ class _Output(NamedTuple):
 
 
 def _of_terms(table: Table, value: Array, terms: Sequence[Term]) -> PyTree:
-    """Make the gradient of a table of the terms that it is a sum of."""
-    rows = [x for x in reversed(terms) if isinstance(x, Rows)]  # as they were read
+    """Make the gradient of a table from its terms: Rows, and arrays of all rows."""
+    rows = [x for x in reversed(terms) if isinstance(x, Rows)]  # in the order of the lookups
     whole = [x for x in terms if not isinstance(x, Rows)]
     ids = [after_loss(value, _ids.narrow(x.ids, table.rows, jnp)) for x in rows]
     of_rows = gathered(table, ids, [x.values for x in rows])
@@ -235,37 +236,37 @@ def _of_terms(table: Table, value: Array, terms: Sequence[Term]) -> PyTree:
 
 
 def checked_pair(call: str, has_aux: bool, out: PyTree) -> tuple[PyTree, PyTree]:
-    """Return the value and the auxiliary output, None without one, of what a function returned.
+    """Split a function's result into the value and the auxiliary output.
 
     Args:
-      call: The call for the message.
-      has_aux: Whether it is to be a pair.
-      out: What it returned.
+      call: The call, for the error message.
+      has_aux: Whether the result must be a pair.
+      out: The function's result.
 
     Returns:
-      Both.
+      The value and the auxiliary output; None for the latter without `has_aux`.
 
     Raises:
-      TypeError: If it is to be a pair, and is none.
+      TypeError: If the result must be a pair and is not.
     """
     if not has_aux:
         return out, None
     if not isinstance(out, tuple | list) or len(out) != 2:
         raise TypeError(
-            f"`{call}(has_aux=True)` must be of a function that returns a pair, a scalar and anything else, got "
+            f"`{call}(has_aux=True)` must be of a function that returns a pair (scalar, aux), got "
             f"{type(out).__name__}. Return both, or leave has_aux out."
         )
     return out[0], out[1]
 
 
 def _none_read(table: Table) -> PyTree:
-    if not hasattr(table.weight, "dtype"):  # as Equinox leaves out what is in another place
+    if not hasattr(table.weight, "dtype"):  # Equinox's partition removed it
         return with_weight(table, None)
     return no_rows(table)
 
 
 def gathered(table: Table, ids: Sequence[Array], cotangents: Sequence[Array]) -> RowGrad:
-    """Put the gradients of a table's lookups together."""
+    """Concatenate the gradients of a table's lookups into one RowGrad."""
     if not ids:
         return _none_read(table)
     storage = table.storage
@@ -275,11 +276,11 @@ def gathered(table: Table, ids: Sequence[Array], cotangents: Sequence[Array]) ->
 
 
 def after_loss(value: Array, ids: Array) -> Array:
-    """Make ids depend on the loss, so that the rows are read before a donated table is written in their place.
+    """Make ids depend on the loss, so that the loss reads a donated table before an update overwrites it.
 
-    Where the gradient of the rows does not depend on them, as in a sum, XLA would be free to write first, and copy the
-    table to be able to. (It drops an optimization_barrier before it decides.) No number has 64 bits set of 32, but XLA
-    does not reason about that.
+    If the gradient does not depend on the rows, as for a plain sum, XLA may write first, and then copies the whole
+    table to keep the old rows. An optimization_barrier does not help: XLA drops it before it decides. The term added
+    below is always 0, as no 32-bit number has 64 bits set, but XLA does not know.
     """
     bits = jax.lax.bitcast_convert_type(jnp.real(value).astype(jnp.float32), jnp.int32)
     return ids + jax.lax.shift_right_logical(jax.lax.population_count(bits), jnp.int32(6)).astype(ids.dtype)

@@ -1,7 +1,7 @@
-"""Which leaves of a tree are not differentiated, since they are no parameters of an Equinox module.
+"""Leaves of Equinox modules that are not differentiated: functions, flags and settings.
 
-For instance, of a module with a table, a bias and `jax.nn.relu`, the function is left out; of the dict `{"step": 3}`,
-which is no module, nothing is left out, and JAX itself refuses the integer.
+For instance, in a module with a table, a bias and `jax.nn.relu`, the function is left out. The dict `{"step": 3}` is no
+module: nothing in it is left out, and JAX itself raises an error for the integer.
 """
 
 import sys
@@ -13,18 +13,17 @@ from .._core.table import Table, is_table
 
 
 def fixed_leaves(tree: PyTree) -> list[bool]:
-    """Tell which leaves of a tree are part of an Equinox module, and no arrays of floats.
+    """Tell which leaves are not differentiated: leaves of an Equinox module that are not float arrays.
 
-    A module is a pytree whose leaves may be functions, flags and settings, so that JAX cannot differentiate for it as
-    it is. `equinox.filter_grad` leaves these out, and this is its rule. Outside of modules, JAX's own holds.
+    This is the rule of `equinox.filter_grad`. Outside of modules, every leaf is differentiated, or refused by JAX.
 
     Args:
-      tree: PyTree tree.
+      tree: A pytree.
 
     Returns:
-      One answer a leaf, a Table being one.
+      One answer for each leaf; a Table counts as a leaf.
     """
-    equinox = sys.modules.get("equinox")  # where nobody has imported it, there is no module
+    equinox = sys.modules.get("equinox")  # if nobody has imported it, there are no modules
     if equinox is None:
         return [False] * len(jax.tree.leaves(tree, is_leaf=is_table))
     answers: list[bool] = []

@@ -1,4 +1,4 @@
-"""How a gradient that is dense without need is announced: in terms of what the loss does, and where.
+"""The warning about a dense gradient of a table: it says which operation of the loss caused it, and on which line.
 
 For instance, `table.weight.sum()` gives every row a gradient. The program of the gradient ends in `broadcast_in_dim`:
 the message says that the loss sums over all rows of its weight, names the line, and advises `embax.lookup`.
@@ -19,14 +19,14 @@ OnDense = Literal["error", "warn", "allow"]
 
 
 class DenseGradientWarning(UserWarning):
-    """A table gets a dense gradient, since its loss uses the weight otherwise than by reading rows."""
+    """A table gets a dense gradient, since the loss does more with its weight than read rows."""
 
 
 _ROWS = "Compute with rows that embax.lookup reads"
 _WHOLE = "computes with all rows of its weight", _ROWS
 NOT_BY_LOOKUP = "reads rows of a sharded table by their place in its array", "Read rows with embax.lookup"
 _PARTS = "scatter-add scatter pad slice rev dynamic_update_slice concatenate gather select_n reshape".split()
-# By the primitive in the gradient's program: what it is the gradient of, and what to do instead.
+# For a primitive in the gradient's program: what the loss does, and what to do instead.
 _USES = {
     "add_any": NOT_BY_LOOKUP,
     "broadcast_in_dim": ("sums over all rows of its weight", _ROWS),
@@ -48,18 +48,18 @@ OVER_DEVICES = "adds up some of its rows over devices, and others not", "Read al
 def report_dense(
     call: str, on_dense: OnDense, name: str, table: Table, why: tuple[str, str], stacklevel: int = 3
 ) -> None:
-    """Say that the gradient of a table is dense, as `on_dense` asks.
+    """Warn or raise, as `on_dense` says, since the gradient of a table is dense.
 
     Args:
-      call: The call for the message.
+      call: The call, for the message.
       on_dense: As in `value_and_grad`.
       name: The table's name.
       table: The table.
       why: What the loss does with the table, and what to do instead.
-      stacklevel: That of the user's code, as in `warnings.warn`.
+      stacklevel: The level of the user's code, as in `warnings.warn`.
 
     Raises:
-      ValueError: If it is `"error"`.
+      ValueError: If `on_dense` is `"error"`.
     """
     if on_dense == "allow":
         return
@@ -74,18 +74,18 @@ def report_dense(
 
 
 def why_dense(form: Form) -> tuple[str, str] | None:
-    """Say what a loss does with a weight whose gradient has terms of all rows, for `report_dense`.
+    """Say what makes a gradient dense, for `report_dense`.
 
     Args:
-      form: That of the gradient.
+      form: The form of the gradient.
 
     Returns:
-      A reason and an advice; None where there are no such terms, or they are expected.
+      A reason and an advice; None if the gradient is not dense, or is dense by design.
     """
     unexpected = [reason for reason in form.dense if not reason.is_expected]
-    if form.inputs:  # an array that was known before the gradient was computed
+    if form.inputs:  # an array that the program got as an input
         unexpected.append(Reason(None))
-    # Rows of lanes are no rows of a table: columns, for all that can be seen, or parts of copies.
+    # Rows in lanes are not rows of the table: they may be columns, or rows of copies under vmap.
     unexpected += form.laned
     if not unexpected:
         return None
@@ -99,11 +99,11 @@ def _use(reason: Reason) -> tuple[str, str]:
 
 
 def _line(reason: Reason) -> str:
-    """Where the user's code is that an equation is the gradient of, as far as JAX knows it."""
+    """The line of the user's code that an equation differentiates, as far as JAX knows it."""
     _leave_out_own_frames()
     try:
         where = source_info_util.summarize(reason.eqn.source_info) if reason.eqn is not None else ""
-    except (AttributeError, TypeError):  # of another version, which holds it otherwise
+    except (AttributeError, TypeError):  # other versions of JAX
         where = ""
     return f", at {where.strip()}" if where and "<unknown>" not in where else ""
 

@@ -1,7 +1,7 @@
-"""Checks of what a RowGrad is made of, and of what it is added to or scaled by.
+"""Checks of the arguments of a RowGrad, and of the other operand of its arithmetic.
 
-For instance, `RowGrad([4, 9], ones, rows=5)` raises a ValueError that names 9 and its position, 1; `g + array` raises a
-TypeError that names `embax.apply_updates`, and `g * array` a ValueError.
+For instance, `RowGrad([4, 9], ones, rows=5)` raises a ValueError that names 9 and its position, 1. `g + array` raises a
+TypeError that names `embax.apply_updates`, and `g * array` raises a ValueError.
 """
 
 from typing import Any
@@ -15,7 +15,7 @@ _Ids = Integer[Array | np.ndarray, " length"]
 
 
 def rows_given(ids: Any, values: PyTree, rows: int) -> tuple[_Ids, Inexact[Array, "length *dim"]]:
-    """Return the ids and values that `embax.RowGrad` is given, as arrays; raise an error for wrong ones."""
+    """Return the ids and values given to `embax.RowGrad` as arrays; raise an error if they are wrong."""
     ids = ids if hasattr(ids, "dtype") else np.asarray(ids, np.int32 if len(ids) == 0 else None)
     values = jnp.asarray(values)
     if not jnp.issubdtype(ids.dtype, jnp.integer):
@@ -28,7 +28,7 @@ def rows_given(ids: Any, values: PyTree, rows: int) -> tuple[_Ids, Inexact[Array
             f"{ids.shape} and {values.shape}. Flatten the ids, and give one value for each."
         )
     if not isinstance(ids, Tracer):
-        ids = np.asarray(ids)  # compares small integers with large ones, too
+        ids = np.asarray(ids)  # NumPy compares integers of different dtypes exactly
         bad = (ids < 0) | (ids > rows)
         if bad.any():
             position = int(bad.argmax())
@@ -40,7 +40,7 @@ def rows_given(ids: Any, values: PyTree, rows: int) -> tuple[_Ids, Inexact[Array
 
 
 def refuse_array(other: PyTree) -> None:
-    """Raise a TypeError for an array that is added to a RowGrad, or the other way round, as optax does to apply one."""
+    """Raise a TypeError if an array is added to a RowGrad, as `optax.apply_updates` would do."""
     if hasattr(other, "shape"):
         raise TypeError(
             f"`RowGrad + ...` must be of another RowGrad, got an array of the shape {other.shape}. Apply updates with "
@@ -49,7 +49,7 @@ def refuse_array(other: PyTree) -> None:
 
 
 def is_factor(factor: PyTree, call: str) -> bool:
-    """Tell whether a number scales a gradient, and refuse arrays."""
+    """Return whether a gradient can be scaled by `factor`; raise a ValueError for an array that is no scalar."""
     if not hasattr(factor, "shape") and not isinstance(factor, int | float):
         return False
     if jnp.ndim(factor):

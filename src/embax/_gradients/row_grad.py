@@ -1,7 +1,7 @@
-"""RowGrad: the gradient, or the update, of the rows of a table that were read.
+"""RowGrad: the gradient, or an update, of some rows of a table.
 
 For instance, a loss that looks up the ids `[4, 1, 4]` of a table of a million rows has a gradient of 3 ids and 3 rows
-of values, in which row 4 occurs twice. `row_keys` holds the ids, and `row_sums` adds rows up.
+of values, in which row 4 occurs twice. `row_keys` stores the ids, and `row_sums` sums rows.
 """
 
 from typing import Any
@@ -19,7 +19,7 @@ from .row_keys import HINT, KEYS, decode, encode
 
 
 class _KindOfRowGrad(type):
-    """What RowGrad is an instance of: a Table whose weight is a RowGrad counts as one."""
+    """The metaclass of RowGrad: a Table whose weight is a RowGrad counts as an instance, too."""
 
     def __instancecheck__(cls, instance: PyTree) -> bool:
         return super().__instancecheck__(bare(instance))
@@ -29,36 +29,36 @@ class _KindOfRowGrad(type):
 
 
 class RowGrad(HeldRows, metaclass=_KindOfRowGrad):
-    """The gradient of a table, held as the rows that were read and nothing else.
+    """The gradient of a table, held as the rows that were read.
 
     `dense[r] = sum of values[i] over all i with ids[i] == r`
 
-    A pytree of static length: an id may occur many times, and `rows` stands where there is none. Made by
-    `embax.value_and_grad`, taken by the optimizers of `embax.optim` and by `embax.apply_updates`. `g1 + g2` puts two
-    together, `g1 - g2` and `sum([g1, g2])` do so, too; `c * g`, `g / c` and `-g` scale one.
+    A pytree of static length: an id may occur many times, and the sentinel `rows` fills unused places.
+    `embax.value_and_grad` makes it; the optimizers of `embax.optim` and `embax.apply_updates` take it. `g1 + g2`
+    concatenates two gradients of one table, as do `g1 - g2` and `sum([g1, g2])`; `c * g`, `g / c` and `-g` scale one.
 
-    The gradient of a Table is a Table with the same rules, whose weight is the RowGrad, so that a tree of gradients has
-    the structure of the parameters, and labels and masks for one are those for the other. It counts as a RowGrad, and
-    has the attributes and the arithmetic of one. A RowGrad that you make yourself may stand for a Table as it is;
-    `dataclasses.replace(table, weight=RowGrad(...))` gives it that structure, too.
+    The gradient of a Table is a Table with the same rules, whose weight is the RowGrad. So a tree of gradients has the
+    structure of the parameters, and labels and masks fit both. Such a Table counts as a RowGrad, with its attributes
+    and arithmetic. You may also pass a bare RowGrad in place of a Table; `dataclasses.replace(table,
+    weight=RowGrad(...))` wraps it.
 
-    Leading axes are lanes, each with a gradient of its own: `jax.vmap` makes them of gradients by example, and
-    `jax.lax.scan` of the gradients of its steps. `g.sum(axis=0)` joins lanes to the gradient of their sum, which is how
-    gradients are accumulated; optimizers and `apply_updates` take it, and refuse lanes.
+    Leading axes are lanes, each with a gradient of its own: `jax.vmap` makes them for gradients by example, and
+    `jax.lax.scan` for the gradients of its steps. `g.sum(axis=0)` joins lanes to the gradient of their sum, for
+    gradient accumulation. Optimizers and `apply_updates` take such sums, and refuse lanes.
 
-    Arithmetic that does not know it would move rows, such as `jax.tree.map(jnp.add, g1, g2)`, which would add up ids.
-    So the leaf that holds the ids has the dtype of a random key, for which JAX refuses arithmetic with a TypeError; a
-    leaf of zeros, as `optax.tree.zeros_like` makes it, means that there are no ids.
+    Plain arithmetic on the leaves, such as `jax.tree.map(jnp.add, g1, g2)`, would add up ids and so move rows. To
+    prevent this, the ids are stored as random keys, for which JAX refuses arithmetic with a TypeError. A leaf of zeros,
+    as `optax.tree.zeros_like` makes it, means that there are no ids.
 
     Args:
-      ids: Row numbers in `[0, rows)`, or `rows` for none, `(length,)`, of any integer dtype.
-      values: One floating-point value an id, `(length, *dim)`.
+      ids: Row numbers in `[0, rows)`, or `rows` for no row, `(length,)`, of any integer dtype.
+      values: One floating-point value for each id, `(length, *dim)`.
       rows: The number of rows of the table.
 
     Raises:
       TypeError: If the ids are not of an integer dtype, or the values not of a floating-point one.
-      ValueError: If the shapes do not fit, or a concrete id is outside of `[0, rows]`. A traced one outside counts as
-        none.
+      ValueError: If the shapes do not fit, or a concrete id is outside of `[0, rows]`. A traced id outside counts as
+        no row.
 
     Example:
       >>> import embax, jax.numpy as jnp
@@ -72,11 +72,11 @@ class RowGrad(HeldRows, metaclass=_KindOfRowGrad):
     """
 
     __slots__ = ("_keys", "at_owners", "rows", "values")
-    __array_ufunc__ = None  # so that a NumPy scalar leaves `c * g` to us
+    __array_ufunc__ = None  # so that NumPy leaves `numpy_scalar * g` to `__rmul__`
     _keys: Key[Array, "*lanes length"]
     values: Float[Array, "*lanes_length_dim"]
     rows: int
-    at_owners: bool  # whether the rows are laid out as those of a placed table: as its optimizer leaves them
+    at_owners: bool  # whether each row of a sharded table is on its owner, as `Storage.combine` leaves it
 
     def __init__(self, ids: Any, values: PyTree, rows: int):
         rows = _check.size("embax.RowGrad(rows=...)", rows)
@@ -85,7 +85,7 @@ class RowGrad(HeldRows, metaclass=_KindOfRowGrad):
 
     @property
     def ids(self) -> Int[Array, "*lanes length"]:
-        """Row numbers, `rows` where there is none."""
+        """Row numbers; the sentinel `rows` in unused places."""
         return decode(self._keys, self.rows)
 
     @property
@@ -108,7 +108,7 @@ class RowGrad(HeldRows, metaclass=_KindOfRowGrad):
         return row_sums.dense(self._keys, self.values, self.rows)
 
     def deduplicated(self) -> "RowGrad":
-        """Return the same gradient with each id once, in rising order, of the same length; sums as in `to_dense`."""
+        """Return the gradient with each id once, in rising order, then `rows`; the length stays. Sums as `to_dense`."""
         keys, values = row_sums.distinct(self._keys, self.values, self.rows)
         return _fill(object.__new__(RowGrad), keys, values, self.rows)
 
@@ -118,7 +118,7 @@ class RowGrad(HeldRows, metaclass=_KindOfRowGrad):
         `sum.to_dense() == to_dense().sum(axis)`, and the lengths add up.
 
         Args:
-          axis: The axes of lanes that are summed. Default: all.
+          axis: The lanes to sum over. Default: all.
 
         Returns:
           The gradient, without these axes.
@@ -146,13 +146,13 @@ class RowGrad(HeldRows, metaclass=_KindOfRowGrad):
         return _fill(object.__new__(RowGrad), keys, values, self.rows, self.at_owners)
 
     def psum(self, axis_name: Any) -> "RowGrad":
-        """Return the sum over a mapped axis, as `jax.lax.psum` does for arrays: a gradient with the rows of all.
+        """Return the sum over a mapped axis, like `jax.lax.psum` for arrays: a gradient with the rows of all.
 
         Args:
           axis_name: The name of an axis of `jax.vmap` or `jax.shard_map`.
 
         Returns:
-          The gradient; every lane or device of the axis has it whole.
+          The gradient, whole on every lane or device of the axis.
 
         Example:
           >>> import embax, jax, jax.numpy as jnp
@@ -168,7 +168,7 @@ class RowGrad(HeldRows, metaclass=_KindOfRowGrad):
         return _fill(object.__new__(RowGrad), keys, values, self.rows, self.at_owners).sum(axis=0)
 
     def __add__(self, other: PyTree) -> "RowGrad":
-        if isinstance(other, int) and other == 0:  # where sum() begins
+        if isinstance(other, int) and other == 0:  # the start value of sum()
             return self
         other = bare(other)
         if not isinstance(other, RowGrad):
@@ -220,7 +220,7 @@ class RowGrad(HeldRows, metaclass=_KindOfRowGrad):
         return _fill(object.__new__(RowGrad), self._keys, values, self.rows, self.at_owners)
 
     def label(self) -> PyTree:
-        """The label of the values, if the leaves are labels; else itself."""
+        """The label of the values, if the leaves are labels; else the node itself."""
         return self.values if is_label(self.values) and is_label(self._keys) else self
 
     def empty(self) -> "RowGrad":
@@ -239,12 +239,12 @@ class RowGrad(HeldRows, metaclass=_KindOfRowGrad):
 def row_grad(
     ids: Int[Array, " length"], values: Shaped[Array, "length *dim"], rows: int, *, at_owners: bool = False
 ) -> RowGrad:
-    """`RowGrad` without its checks; any id outside of `[0, rows)` means none."""
+    """`RowGrad` without its checks; any id outside of `[0, rows)` means no row."""
     return _fill(object.__new__(RowGrad), encode(ids, rows), values, rows, at_owners)
 
 
 def no_rows(table: Table) -> RowGrad:
-    """The gradient of a table of which no row was read; of integers, it is one of float32."""
+    """The gradient of a table that was not read: length 0; float32 for a table of integers."""
     dtype = table.dtype if jnp.issubdtype(table.dtype, jnp.inexact) else jnp.float32
     return row_grad(jnp.zeros(0, jnp.int32), jnp.zeros((0, *table.dim), dtype), table.rows)
 
@@ -255,8 +255,8 @@ def _fill(gradient: RowGrad, keys: Any, values: PyTree, rows: int, at_owners: bo
 
 
 def _rebuilt(static: tuple[int, bool], values: PyTree, keys: Any) -> PyTree:
-    # A map that gives names gives one for an array that is read as a table, as it does for the array itself. Not so of
-    # bools, by which Equinox takes trees apart and puts them together again.
+    # If a map turned both leaves into labels, the gradient becomes one label, as the chosen array has one. Bools stay,
+    # since Equinox filters a tree by bools and rebuilds it afterwards.
     if is_label(values) and is_label(keys) and not isinstance(values, bool | np.bool_):
         return values
     return _fill(object.__new__(RowGrad), keys, values, *static)
@@ -264,8 +264,8 @@ def _rebuilt(static: tuple[int, bool], values: PyTree, keys: Any) -> PyTree:
 
 jax.tree_util.register_pytree_with_keys(
     RowGrad,
-    # The values come first, since optax takes the dtype of the first leaf of a tree for that of numbers; and they have
-    # the path of the weight, so that labels by path are the same for both.
+    # The values come first, since optax takes the first leaf's dtype for the tree's. They have the path of the weight,
+    # so that labels by path fit both.
     lambda gradient: (
         ((jax.tree_util.GetAttrKey("weight"), gradient.values), (jax.tree_util.GetAttrKey("ids"), gradient._keys)),
         (gradient.rows, gradient.at_owners),
@@ -277,5 +277,5 @@ jax.tree_util.register_pytree_with_keys(
 
 
 def is_trained(table: Table) -> bool:
-    """Say whether a table has a gradient at all: one of floats that is not frozen."""
+    """Whether a table has a gradient at all: it is not frozen, and of floats."""
     return not table.freeze and hasattr(table.weight, "dtype") and jnp.issubdtype(table.dtype, jnp.inexact)

@@ -1,6 +1,7 @@
-"""Ids of rows held as random keys, for which JAX refuses arithmetic.
+"""Row ids stored as random keys, for which JAX refuses arithmetic.
 
-Of 3 rows, the ids `[2, 0, 3]`, the last one for none, are held as the words `[[0, 3], [0, 1], [0, 0]]`.
+A key has two 32-bit words, the number `id + 1`; 0 means no row. So the ids `[2, 0, 3]` of a table of 3 rows, where 3 is
+the sentinel, are the words `[[0, 3], [0, 1], [0, 0]]`.
 """
 
 import functools
@@ -14,8 +15,7 @@ from jaxtyping import Array, Int, Integer, Key, PyTree
 
 from .._core import ids as _ids
 
-# What JAX says of arithmetic that does not know a RowGrad, which optax does for each leaf: in the name of the dtype of
-# the ids, and in that of the type where trees do not match.
+# This text is part of the dtype's name and of the type's, so JAX's own error shows it when optax computes with the ids.
 HINT = "put this inside of embax.optim.lift"
 
 
@@ -23,7 +23,7 @@ def _no_random_numbers(*_: Any) -> PyTree:
     raise TypeError("`jax.random` must be given a random key, got the ids of an embax.RowGrad. Leave them out.")
 
 
-# Ids are held as random keys of two words of 32 bits.
+# Keys of two 32-bit words, from which no random number can be drawn.
 KEYS = define_prng_impl(
     key_shape=(2,),
     seed=_no_random_numbers,
@@ -37,7 +37,7 @@ KEYS = define_prng_impl(
 
 @functools.partial(jax.jit, static_argnums=1, inline=True)
 def encode(ids: Integer[Array, "*length"], rows: int) -> Key[Array, "*length"]:
-    """Hold ids as keys: their number from 1, and 0 for none."""
+    """Turn ids into keys; an id without a row becomes 0."""
     ids = _ids.narrow(ids, rows, jnp)
     valid = (ids >= 0) & (ids < rows)
     numbers = jnp.where(valid, ids, -1) + 1
@@ -48,9 +48,9 @@ def encode(ids: Integer[Array, "*length"], rows: int) -> Key[Array, "*length"]:
 
 @functools.partial(jax.jit, static_argnums=1, inline=True)
 def decode(keys: Key[Array, "*length"], rows: int) -> Int[Array, "*length"]:
-    """Return the ids that keys hold, `rows` for none."""
+    """Turn keys into ids, `rows` for no row."""
     words = jax.random.key_data(keys)
-    # Of keys that are not ours, the high word may be anything.
+    # Keys that `encode` did not make, such as zeros from optax, may have any high word.
     numbers = jnp.where(words[..., 0] == 0, words[..., 1], 0).astype(jnp.int32)
     if rows > np.iinfo(np.int32).max:
         numbers = (words[..., 0].astype(jnp.int64) << 32) | words[..., 1].astype(jnp.int64)

@@ -1,9 +1,9 @@
-"""Sums of rows held as keys and values, with or without lanes.
+"""Sums of rows that are stored as keys and values, with or without lanes.
 
-An example, of the rows 1, 3 and 1 of a table of 4, with values of one number:
+For instance, for the ids [1, 3, 1] of a table of 4 rows, with the values [1, 2, 5] of one number each:
 
-    ids [1, 3, 1], values [1, 2, 5]    dense       [0, 6, 0, 2]
-                                       distinct    ids [1, 3, 4], values [6, 2, 0]; 4 stands for none
+    dense       [0, 6, 0, 2]
+    distinct    ids [1, 3, 4], values [6, 2, 0]     4 is the sentinel: no row
 
 Each function is compiled, so that an eager call runs one program.
 """
@@ -27,7 +27,7 @@ Values = Inexact[Array, "*lanes_length_dim"]
 
 @functools.partial(jax.jit, static_argnums=2, inline=True)
 def dense(keys: Keys, values: Values, rows: int) -> Inexact[Array, "*lanes_rows_dim"]:
-    """Add up the values of each row, in float32 or wider, in an array of all rows."""
+    """Sum the values of each row, in float32 or wider, in an array of all rows."""
     dim = values.shape[keys.ndim :]
 
     def of_lane(ids: Int[Array, " length"], values: Inexact[Array, "length *dim"]) -> Inexact[Array, "rows *dim"]:
@@ -40,7 +40,7 @@ def dense(keys: Keys, values: Values, rows: int) -> Inexact[Array, "*lanes_rows_
 
 @functools.partial(jax.jit, static_argnums=2, inline=True)
 def distinct(keys: Keys, values: Values, rows: int) -> tuple[Keys, Values]:
-    """Add up the values of each row that has some: every row once, in rising order, and none in the places left."""
+    """Sum the values of each row that occurs. Return each row once, in rising order, then sentinels."""
 
     def of_lane(
         ids: Int[Array, " length"], values: Inexact[Array, "length *dim"]
@@ -58,8 +58,10 @@ def _of_each_lane(function: Callable[[Any, Any], PyTree], keys: Keys, values: Va
 
 
 @functools.partial(jax.jit, static_argnums=2, inline=True)
-def joined(keys: Keys, values: Values, summed: tuple[int, ...]) -> tuple[Keys, Values]:
-    """Put the rows of some axes of lanes one behind the other."""
+def joined(
+    keys: Keys, values: Values, summed: tuple[int, ...]
+) -> tuple[Key[Array, "*kept total"], Inexact[Array, "*kept_total_dim"]]:
+    """Sum some axes of lanes: concatenate their rows."""
     sizes, dim = keys.shape[:-1], values.shape[keys.ndim :]
     kept = [axis for axis in range(len(sizes)) if axis not in summed]
     shape = (*(sizes[axis] for axis in kept), math.prod(sizes[axis] for axis in summed) * keys.shape[-1])
@@ -69,7 +71,10 @@ def joined(keys: Keys, values: Values, summed: tuple[int, ...]) -> tuple[Keys, V
 
 
 @functools.partial(jax.jit, inline=True)
-def together(one: tuple[Keys, Values], other: tuple[Keys, Values]) -> tuple[Keys, Values]:
-    """Put the rows of two gradients of the same lanes one behind the other."""
+def together(
+    one: tuple[Key[Array, "*lanes one"], Inexact[Array, "*lanes_one_dim"]],
+    other: tuple[Key[Array, "*lanes other"], Inexact[Array, "*lanes_other_dim"]],
+) -> tuple[Key[Array, "*lanes total"], Inexact[Array, "*lanes_total_dim"]]:
+    """Sum two gradients with the same lanes: concatenate their rows."""
     axis = one[0].ndim - 1
     return jnp.concatenate([one[0], other[0]], axis), jnp.concatenate([one[1], other[1]], axis)

@@ -1,7 +1,7 @@
-"""value_and_grad and grad: gradients of a loss in which the tables' are held as the rows that were read.
+"""value_and_grad and grad: JAX's functions, with a RowGrad as the gradient of each Table.
 
-For instance, of `lookup(table, [4, 1, 4]).sum()` the value is a number, and the gradient three ids and three rows of
-ones, of a table of any number of rows.
+For instance, for `lookup(table, [4, 1, 4]).sum()` the value is a number, and the gradient is three ids and three rows
+of ones, however many rows the table has.
 """
 
 import functools
@@ -27,42 +27,41 @@ def value_and_grad(
     on_dense: OnDense = "warn",
     tables: Chooser | None = None,
 ) -> Callable[..., PyTree]:
-    """Differentiate a function; the gradient of a table holds the rows that were read and no others.
+    """Differentiate a function; the gradient of a table holds only the rows that were read.
 
-    As `jax.value_and_grad`, but that each Table in the arguments gets a RowGrad, in which an id occurs as often as it
-    was looked up. Time and memory follow the number of ids, not of rows. A table that is frozen, of integers or not
+    Like `jax.value_and_grad`, except that each Table in the arguments gets a RowGrad, in which an id occurs as often as
+    it was looked up. Time and memory follow the number of ids, not of rows. A table that is frozen, of integers, or not
     read gets a RowGrad of length 0.
 
     Reads are followed through every transformation: `jax.vmap`, `scan`, `map`, `fori_loop`, `cond`, `switch`, `jit`,
-    `jax.checkpoint`, `shard_map`, custom derivatives and inner gradients, nested as you like, and `table.weight[ids]`
-    is a read, too. If the loss computes with all rows of the weight (a norm, a product with it), that table gets the
-    whole gradient, as a Table with the gradient for its weight, and a warning says which line does so. `embax.attend`
-    and `embax.softmax_cross_entropy` read all rows by nature: the gradient is dense without a warning. So it is where a
-    scan would stack more bytes of rows than the weight has.
+    `jax.checkpoint`, `shard_map`, custom derivatives and inner gradients, nested in any way. `table.weight[ids]` is a
+    read, too. If the loss computes with all rows of the weight (its norm, a product with it), the gradient is a Table
+    with a dense weight, and a warning names the line. `embax.attend` and `embax.softmax_cross_entropy` read all rows by
+    nature, so their gradient is dense without a warning. It is also dense, without a warning, if a scan would stack
+    more bytes of rows than the weight has.
 
-    An Equinox module may stand anywhere in the arguments. Of its leaves, those that are no arrays of floats have None
-    for their gradient, as in `equinox.filter_grad`.
+    Arguments may hold Equinox modules. Their leaves that are not float arrays have the gradient None, as in
+    `equinox.filter_grad`.
 
-    `fun` runs once, as under `jax.value_and_grad`: arguments that are not differentiated reach it as they are given.
+    `fun` runs once, as under `jax.value_and_grad`; arguments that are not differentiated are passed on unchanged.
 
     Args:
-      fun: A function of pytrees, Tables among them, that returns a scalar, or `(scalar, aux)` with `has_aux`.
-      argnums: The argument or arguments to differentiate for.
-      has_aux: Whether `fun` returns a pair, of which the second is passed on.
+      fun: A function of pytrees, which may hold Tables. Returns a scalar, or `(scalar, aux)` with `has_aux`.
+      argnums: The argument or arguments to differentiate.
+      has_aux: Whether `fun` returns a pair, whose second element is passed on.
       holomorphic: As in `jax.value_and_grad`.
       allow_int: As in `jax.value_and_grad`.
-      on_dense: What a dense gradient of a table is: an `"error"`, worth a `"warn"`, or no surprise, `"allow"`.
-      tables: A predicate `(path, leaf) -> bool` that chooses arrays which are read as tables by layers of other
-        libraries, by `weight[ids]` or `jnp.take`. Their gradients are RowGrads, too. The path is that of
-        `jax.tree_util`, within the argument; `jax.tree_util.keystr` writes it as text. The leaf may be a tracer.
+      on_dense: What to do about a dense gradient of a table: raise an `"error"`, `"warn"`, or `"allow"` it.
+      tables: A predicate `(path, leaf) -> bool` that chooses plain arrays as tables: weights that layers of other
+        libraries read by `weight[ids]` or `jnp.take`. They get RowGrads, too. The path is that of `jax.tree_util`,
+        within the argument; `jax.tree_util.keystr` writes it as text. The leaf may be a tracer.
 
     Returns:
       A function of the same arguments that returns `(value, gradient)`, or `((value, aux), gradient)` with `has_aux`.
 
     Raises:
-      TypeError: As `jax.value_and_grad` does, when called.
-      ValueError: As `jax.value_and_grad` does, when called; with `on_dense="error"` also where a gradient would be
-        dense.
+      TypeError: When called, as `jax.value_and_grad` does.
+      ValueError: When called, as `jax.value_and_grad` does, and for a dense gradient with `on_dense="error"`.
 
     Example:
       >>> import embax, jax, jax.numpy as jnp
@@ -76,7 +75,7 @@ def value_and_grad(
       >>> gradient["scale"].shape
       (4,)
     """
-    plain = jax.value_and_grad(fun, argnums, has_aux, holomorphic, allow_int)  # which checks them
+    plain = jax.value_and_grad(fun, argnums, has_aux, holomorphic, allow_int)  # checks the arguments
     options = _options("embax.value_and_grad", argnums, has_aux, holomorphic, allow_int, on_dense, tables)
     return _differentiated(fun, plain, options, lambda out, gradient: (out, gradient))
 
@@ -91,23 +90,23 @@ def grad(
     on_dense: OnDense = "warn",
     tables: Chooser | None = None,
 ) -> Callable[..., PyTree]:
-    """Differentiate a function, as `embax.value_and_grad` does, and return the gradient only.
+    """Differentiate a function, like `embax.value_and_grad`, and return the gradient only.
 
     Args:
       fun: As in `embax.value_and_grad`.
-      argnums: As there.
-      has_aux: As there.
-      holomorphic: As there.
-      allow_int: As there.
-      on_dense: As there.
-      tables: As there.
+      argnums: As in `embax.value_and_grad`.
+      has_aux: As in `embax.value_and_grad`.
+      holomorphic: As in `embax.value_and_grad`.
+      allow_int: As in `embax.value_and_grad`.
+      on_dense: As in `embax.value_and_grad`.
+      tables: As in `embax.value_and_grad`.
 
     Returns:
       A function that returns the gradient, or `(gradient, aux)` with `has_aux`.
 
     Raises:
-      TypeError: As there.
-      ValueError: As there.
+      TypeError: As in `embax.value_and_grad`.
+      ValueError: As in `embax.value_and_grad`.
 
     Example:
       >>> import embax, jax.numpy as jnp
@@ -139,12 +138,12 @@ def _differentiated(
     options: Options,
     result: Callable[[PyTree, PyTree], PyTree],
 ) -> Callable[..., PyTree]:
-    """Make the function that a caller gets; `result(out, gradient)` is what it returns."""
+    """Make the function that is returned to the caller. It returns `result(out, gradient)`."""
 
     @functools.wraps(fun)
     def differentiated(*args: PyTree, **kwargs: PyTree) -> PyTree:
         if not options.fit(args):
-            return plain(*args, **kwargs)  # which says what is wrong
+            return plain(*args, **kwargs)  # raises JAX's own error
         return result(*evaluate(fun, options, args, kwargs))
 
     return differentiated

@@ -1,1 +1,1 @@
-"""Heads that multiply vectors by rows: logits and losses."""
+"""Heads: logits of all rows, and losses over all or some rows."""

@@ -1,4 +1,4 @@
-"""attend: a vector against every row of a table, as the head of a language model does."""
+"""attend: multiply vectors by every row of a table, as the tied head of a language model does."""
 
 import functools
 
@@ -23,31 +23,29 @@ def attend(
 
     `logits[b, r] = sum_d x[b, d] * row[r, d]`, with the rows as `lookup` reads them
 
-    The rules of the table hold: rows are clipped to `max_norm`, the padding row gets no gradient, and a frozen table
-    gets none. `scale_grad_by_freq` is about ids, and has no say here. Sums run in float32 or wider.
+    The rules of the table apply: rows are clipped to `max_norm`, padding rows get no gradient, and neither does a
+    frozen table. `scale_grad_by_freq` counts ids, so it has no effect here. Sums run in float32 or wider.
 
-    Time, memory and gradient are of all rows, so `embax.value_and_grad` gives a table that is used here a dense
-    gradient, to which it adds the rows that were looked up. For a loss, `embax.softmax_cross_entropy` does without the
-    logits.
+    Time and memory follow the number of rows. The gradient is dense; `embax.value_and_grad` adds the rows that were
+    looked up to it. For a loss, `embax.softmax_cross_entropy` avoids the logits.
 
-    Of a table on a mesh, each device multiplies its own rows; where columns are split, the devices that have parts of
-    the same rows first exchange these, so that each has some of the rows whole. The table is never on one device. The
-    logits are in the order of the ids, and each device gets those of a part of the batch, if its first axis divides by
-    the devices.
+    If the table is sharded, each device multiplies its own rows; if rows are split by columns, devices first exchange
+    parts, so that each has some rows whole. No device ever holds the table. The logits are in row order. Each device
+    gets the logits of a part of the batch, if the batch's first axis divides by the devices.
 
     Args:
       table: The table, of a floating-point dtype.
       x: Vectors `(*batch, *dim)` of a floating-point dtype; the trailing axes are those of a row.
-      mask_padding: Whether the logits of padding rows are minus infinity, so that none is ever predicted.
-      dtype: The dtype of the logits. Default: what the dtypes of the table and of `x` promote to; of a float8 one and a
-        wider one, the wider one, and of two float8 ones, float32.
+      mask_padding: Whether the logits of padding rows are minus infinity, so that they are never predicted.
+      dtype: The dtype of the logits. Default: the promoted dtype of the table and `x`. A float8 dtype gives way to a
+        wider one; two float8 dtypes give float32.
 
     Returns:
-      One logit a row, `(*batch, rows)`.
+      One logit for each row, `(*batch, rows)`.
 
     Raises:
       TypeError: If the table or `x` is not of a floating-point dtype.
-      ValueError: If the trailing axes of `x` are not those of a row.
+      ValueError: If `x` does not end with the axes of a row.
 
     Example:
       >>> import embax, jax.numpy as jnp
@@ -92,17 +90,17 @@ def _of_all_rows(
 
 
 def trained_whole(table: Table) -> Shaped[Array, "rows *dim"]:
-    """Return the weight for what reads all of its rows: unclipped, with the gradient that the rules leave it.
+    """Return the weight for a head that reads all rows: not clipped, with a gradient that follows the rules.
 
     Args:
       table: The table.
 
     Returns:
-      The values of the weight. The padding row has no gradient, and of a frozen table no row has one.
+      The weight. Padding rows have no gradient, nor do the rows of a frozen table.
     """
     if table.freeze:
         return jax.lax.stop_gradient(table.weight)
-    # The identity, which marks the gradient.
+    # The identity; it marks the gradient as dense by nature.
     weight = all_rows(table.weight)
     if table.padding_idx is None:
         return weight
@@ -113,7 +111,7 @@ def _without_gradient_of_padding(rules: Table, weight: Shaped[Array, "rows *dim"
     return with_tangent(functools.partial(without_padding, rules), jax.lax.stop_gradient(weight), [weight])
 
 
-# On explicit axes, JAX pulls back through no operation outside of jit that meets what is on no mesh.
+# Jitted, since eager JAX cannot transpose an operation that combines an array on explicit axes with one on no mesh.
 _jitted_without_gradient_of_padding = jax.jit(_without_gradient_of_padding, inline=True)
 
 
@@ -121,16 +119,16 @@ def checked_vectors(call: str, table: Table, x: object) -> Float[Array, "*batch_
     """Check vectors that are to be multiplied by the rows of a table.
 
     Args:
-      call: The call for the messages.
+      call: The call, for error messages.
       table: The table.
-      x: What the caller gave.
+      x: The caller's vectors.
 
     Returns:
       The vectors as an array.
 
     Raises:
       TypeError: If the table or the vectors are not of a floating-point dtype.
-      ValueError: If their trailing axes are not those of a row.
+      ValueError: If they do not end with the axes of a row.
     """
     x = jnp.asarray(x)
     if not jnp.issubdtype(table.dtype, jnp.floating):
@@ -146,10 +144,10 @@ def checked_vectors(call: str, table: Table, x: object) -> Float[Array, "*batch_
 
 
 def common_dtype(table: Table, x: Float[Array, "*batch_dim"]) -> np.dtype:
-    """Return the dtype in which vectors meet the rows of a table, whatever JAX is told about promotion.
+    """Return the dtype in which vectors are multiplied by rows, whatever JAX's promotion setting.
 
-    JAX promotes no dtype of 8 bits or fewer by itself. Here the wider one of two decides, and if both are so narrow, it
-    is float32, as their products and sums fit in neither.
+    JAX does not promote dtypes of 8 bits or fewer. Here the wider dtype of the two decides. If both are that narrow, it
+    is float32, since products and sums do not fit in 8 bits.
     """
     dtypes = {np.dtype(dtype) for dtype in (table.dtype, x.dtype)}
     wide = sorted((dtype for dtype in dtypes if jnp.finfo(dtype).bits >= 16), key=str)

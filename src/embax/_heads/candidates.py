@@ -1,4 +1,8 @@
-"""Candidates: row numbers drawn at random by a known distribution, and how likely each was."""
+"""Candidates: row numbers drawn at random from a known distribution, and the probability of each row.
+
+For instance, a `Unigram` of three rows with weights 2, 1 and 1 cuts the range of uint32, `[0, 2^32)`, at `2^31` and
+`3 * 2^30`. A random uint32 of `2^31 + 5` falls in the second piece, so it draws row 1, whose probability is 1/4.
+"""
 
 import dataclasses
 import math
@@ -7,27 +11,27 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, Key, UInt32
+from jaxtyping import Array, Bool, Float, Int, Integer, Key, UInt32
 from numpy.typing import ArrayLike
 
 from .._base import check as _check
 from .._core import ids as _ids
 
 _NAMES = ("log_uniform", "uniform")
-# How many rows are drawn at a time, where more are drawn than a table has.
+# Rows that are drawn at a time, if more are drawn than the table has.
 _BLOCK = 1 << 16
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Unigram:
-    """Rows drawn by how often they occur, for `sampled_softmax`. Made by `from_counts`.
+    """A distribution that draws rows by their counts, for `sampled_softmax`. Made by `from_counts`.
 
     `P(r) = counts[r] ** power / sum_s counts[s] ** power`, to a multiple of 2^-32
 
-    A pytree of one array, to be passed into jitted functions. It holds where the piece of each row ends in the range of
-    uint32, so that a draw is a binary search: `log2(rows)` steps. An alias table would take two, but two arrays of the
-    rows to draw from and a third to tell a row's probability, where here one array is exact for both.
+    A pytree of one array, to be passed into jitted functions. The array holds the end of each row's piece of the range
+    of uint32, so a draw is a binary search in `log2(rows)` steps. An alias table would draw in two steps, but needs two
+    arrays, and a third one for probabilities; here one array gives exact draws and exact probabilities.
 
     Example:
       >>> import embax
@@ -39,11 +43,11 @@ class Unigram:
 
     @classmethod
     def from_counts(cls, counts: ArrayLike, power: float = 0.75) -> "Unigram":
-        """Make the distribution of rows that occur so often.
+        """Make the distribution from the counts of rows.
 
         Args:
           counts: How often each row occurs, `(rows,)`, whole numbers or not, dimensionless. A row with 0 is not drawn.
-          power: What the counts are raised to, 0 or more: 1 draws rows as often as they occur, 0 all alike. Default:
+          power: The exponent of the counts, 0 or more: 1 draws rows as often as they occur, 0 all rows alike. Default:
             word2vec's.
 
         Returns:
@@ -93,31 +97,31 @@ Candidates = Literal["log_uniform", "uniform"] | Unigram
 
 
 def pieces(weights: Float[np.ndarray, " rows"]) -> UInt32[np.ndarray, " rows"]:
-    """Cut the range of uint32 into one piece a row, as long as its weight asks, and return where each ends."""
+    """Cut the range of uint32 into one piece for each row, in proportion to its weight; returns the ends."""
     ends = np.cumsum(weights) / weights.sum() * 2.0**32
     return np.minimum(np.round(ends), 2.0**32 - 1).astype(np.uint32)
 
 
 def draw_pieces(key: Key[Array, ""], ends: UInt32[Array, " rows"], shape: tuple[int, ...]) -> Int[Array, "*shape"]:
-    """Draw rows, each as often as its piece is long; the last one has what is left of the range."""
+    """Draw rows in proportion to their pieces; the last row has the rest of the range."""
     rows = jnp.searchsorted(ends, jax.random.bits(key, shape, jnp.uint32), side="right")
     return jnp.minimum(rows, ends.shape[0] - 1).astype(jnp.int32)
 
 
 def checked_candidates(argument: str, candidates: object, rows: int) -> Candidates:
-    """Return what rows are to be drawn by, if it is that and fits the table.
+    """Check the `candidates=` of a caller.
 
     Args:
-      argument: The call and its argument for the messages.
-      candidates: What the caller gave.
+      argument: The call and its argument, for error messages.
+      candidates: The caller's value.
       rows: The number of rows of the table.
 
     Returns:
-      The same.
+      The same value.
 
     Raises:
       TypeError: If it is neither a name nor a Unigram.
-      ValueError: If there is no such name, or the Unigram is of another number of rows.
+      ValueError: If the name is unknown, or the Unigram is of another number of rows.
     """
     if not isinstance(candidates, str | Unigram):
         raise TypeError(
@@ -136,17 +140,17 @@ def checked_candidates(argument: str, candidates: object, rows: int) -> Candidat
 def draw_distinct(
     key: Key[Array, ""], candidates: Candidates, samples: int, rows: int
 ) -> tuple[Int[Array, " candidates"], Bool[Array, " candidates"]]:
-    """Draw row numbers, with replacement, and mark one of each group of equal ones.
+    """Draw row numbers with replacement, and mark one of each group of equal numbers.
 
     Args:
       key: A random key.
-      candidates: How rows are drawn.
-      samples: How many are drawn.
+      candidates: The distribution.
+      samples: The number of draws.
       rows: The number of rows to draw from.
 
     Returns:
-      `min(samples, rows)` row numbers, each of which was drawn; and which of them to count, so that every row that was
-      drawn counts once. Memory follows their number, however many are drawn.
+      `min(samples, rows)` row numbers, all of which were drawn; and which of them to count, so that every drawn row
+      counts once. Memory follows `min(samples, rows)`.
     """
     if samples <= rows:
         drawn = draw(key, candidates, samples, rows)
@@ -154,12 +158,12 @@ def draw_distinct(
         return drawn, first == jnp.arange(drawn.size, dtype=first.dtype)
     was_drawn = _was_drawn(key, candidates, samples, rows)
     ids = jnp.arange(rows, dtype=_ids.index_dtype(rows))
-    # The numbers of rows that were not drawn would give these rows a gradient, of zeros.
+    # Places of rows that were not drawn name a drawn row instead, so that no other row gets a gradient, of zeros.
     return jnp.where(was_drawn, ids, jnp.argmax(was_drawn).astype(ids.dtype)) if rows else ids, was_drawn
 
 
 def _was_drawn(key: Key[Array, ""], candidates: Candidates, samples: int, rows: int) -> Bool[Array, " rows"]:
-    """Tell for each row whether it is among so many that are drawn, block by block."""
+    """For each row, whether one of `samples` draws hits it; drawn block by block."""
     blocks = -(-samples // _BLOCK)
     size = min(samples, _BLOCK)
 
@@ -173,7 +177,7 @@ def _was_drawn(key: Key[Array, ""], candidates: Candidates, samples: int, rows: 
 
 
 def draw(key: Key[Array, ""], candidates: Candidates, samples: int, rows: int) -> Int[Array, " samples"]:
-    """Draw row numbers, with replacement; none from no rows."""
+    """Draw row numbers with replacement; an empty array if there are no rows."""
     if rows == 0:
         return jnp.zeros(0, jnp.int32)
     if isinstance(candidates, Unigram):
@@ -185,7 +189,7 @@ def draw(key: Key[Array, ""], candidates: Candidates, samples: int, rows: int) -
 
 
 def probability(candidates: Candidates, ids: Int[Array, "*batch"], rows: int) -> Float[Array, "*batch"]:
-    """Return how likely each row is in one draw; 0 for what is no row."""
+    """The probability of each row in one draw; 0 for an id without a row."""
     exists = (ids >= 0) & (ids < rows)
     ids = jnp.where(exists, ids, 0)
     if isinstance(candidates, Unigram):
@@ -205,7 +209,7 @@ def _length_of_piece(ends: UInt32[Array, " rows"], ids: Int[Array, "*batch"]) ->
     return (end - begin).astype(jnp.float32) * 2.0**-32
 
 
-def _draw_log_uniform(key: Key[Array, ""], samples: int, rows: int) -> Int[Array, " samples"]:
+def _draw_log_uniform(key: Key[Array, ""], samples: int, rows: int) -> Integer[Array, " samples"]:
     """Draw by the inverse of the distribution function: `r + 1 = floor((rows + 1) ** u)`."""
     real, whole, signed = (
         (jnp.float64, jnp.uint64, jnp.int64) if rows > np.iinfo(np.int32).max else (jnp.float32, jnp.uint32, jnp.int32)
@@ -213,9 +217,9 @@ def _draw_log_uniform(key: Key[Array, ""], samples: int, rows: int) -> Int[Array
     key, key_inside = jax.random.split(key)
     exponent = math.log(rows + 1)
     place = jnp.exp(jax.random.uniform(key, (samples,), real) * exponent)
-    # Uniform float32 numbers are multiples of 2**-23, and their products with the exponent are rounded to such steps
-    # again: of 100 million rows, hundreds would lie between two neighbours. So each draw is spread evenly over two
-    # steps. What is below one and what is above are added as integers, since float32 counts only up to 2**24.
+    # Uniform float32 numbers are multiples of 2**-23, and their products with the exponent are rounded again. Among 100
+    # million rows, neighbouring draws would skip hundreds of rows. So each draw is spread evenly over two such steps.
+    # The whole part and the spread are added as integers, since float32 counts only up to 2**24.
     step = exponent * 2.0 ** -jnp.finfo(real).nmant
     spread = place * (step * (2 * jax.random.uniform(key_inside, (samples,), real) - 0.5))
     below = jnp.floor(place)

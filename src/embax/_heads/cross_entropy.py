@@ -1,4 +1,15 @@
-"""softmax_cross_entropy: the loss of a head over all rows of a table, without the logits of all rows."""
+"""softmax_cross_entropy: the loss of a head over all rows of a table, without an array of all logits.
+
+A loop over blocks of rows keeps, for each token, the largest logit `m` so far and the sum of `exp(logit - m)`. If a
+block raises `m`, the sum is rescaled. For instance, the logits 1, 3, 2 and 5 in blocks of two:
+
+    block 1 and 3    m = 3, sum = exp(-2) + 1 = 1.135
+    block 2 and 5    m = 5, sum = 1.135 exp(-2) + exp(-3) + 1 = 1.203
+    result           log-sum-exp = 5 + log(1.203) = 5.185
+
+The backward pass computes each block's logits again. On a mesh, each owner loops over its own rows, and the owners join
+their `m` and sums by the same rescaling.
+"""
 
 import dataclasses
 import functools
@@ -24,15 +35,14 @@ from . import labels as _labels
 from .attend import common_dtype, trained_whole
 from .labels import NOT_COUNTED, Reduction
 
-# Numbers in a block of logits, 2 MB of float32, and in the rows of one: a block stays in the second-level cache from
-# the product to the exponentials and on to the next product. See benchmarks/heads.py; a quarter of it or four times
-# as much makes a difference of less than a tenth.
+# Logits of a block, 2 MB in float32, so that a block stays in the second-level cache from one product to the next. In
+# benchmarks/heads.py, a quarter or four times as much changes the time by less than a tenth.
 _BLOCK = 2**19
-_LEAST_ROWS = 128  # of many tokens, lest a product be too thin to be fast
+_LEAST_ROWS = 128  # with many tokens; a product with fewer rows is slow
 
 
 class _Terms(NamedTuple):
-    """What the loss of a token consists of, and how it is computed: the static arguments."""
+    """The static arguments of the loss."""
 
     chunk: int
     mask_padding: bool
@@ -57,38 +67,36 @@ def softmax_cross_entropy(
     `loss[b] = log(sum_r exp(logits[b, r])) - logits[b, labels[b]]`, with the logits of `attend`
 
     A token does not count if its label is `ignore_index`, or if `mask_padding` is set and its label is a padding row.
-    Its loss is 0, and neither the table nor `x` has a gradient of it, even if its vector is NaN.
+    Its loss is 0, and it adds nothing to the gradients of the table and of `x`, even if its vector is NaN.
 
-    The logits are never held: they are computed for one block of rows after the other, in the backward pass again.
-    Temporary memory follows the tokens and the block, not the rows; time is near that of the plain way. The gradient of
-    the table is of all rows, and `embax.value_and_grad` treats it as that of `attend`, as it does the table's rules.
+    The logits of all rows are never in memory: they are computed block by block, and again in the backward pass.
+    Temporary memory follows the number of tokens and the block, not the rows; time is near that of the direct way. The
+    gradient of the table is dense, and the table's rules apply, as in `attend`.
 
-    Of a table on a mesh, each device goes through its own rows in blocks, for the vectors of all devices with other
-    rows, and only what there is of a token is summed over these: largest logits, normalisers, and the gradient of `x`.
-    So a batch is best split over other mesh axes than the table, or over all; it is gathered over the table's.
+    If the table is sharded, each device goes through its own rows, for the tokens of all owners. Only values per token
+    are summed over owners: largest logits, normalisers, and the gradient of `x`. A batch is gathered over the table's
+    mesh axes, so it is best split over other axes, or over all.
 
-    Works under `jit`, `vmap`, `scan`, `checkpoint`, `grad` and what is forward over reverse, `jax.hessian` among it. It
-    has no forward-mode derivative of its own, so that `jax.jvp` and `jax.jacfwd` are refused: for those, take the
-    logits of `attend`.
+    Works under `jit`, `vmap`, `scan`, `checkpoint`, `grad`, and forward over reverse, such as `jax.hessian`. There is
+    no forward mode for the loss itself: `jax.jvp` and `jax.jacfwd` are refused. Use the logits of `attend` for these.
 
     Args:
       table: The table, of a floating-point dtype.
       x: Vectors `(*batch, *dim)` of a floating-point dtype; the trailing axes are those of a row.
       labels: The right row of each vector, `(*batch)`, of any integer dtype: a number in `[0, rows)` or `ignore_index`.
-        Others have no row: unlike ids of a lookup, negative ones do not count from the end. Where a traced label has no
-        row, the loss is NaN, and neither the table nor `x` has a gradient of it; by `out_of_range="zero"` its logit is
-        0, and by `"clip"` the nearest row is the label.
-      chunk: The rows of a block, 1 or more; on a mesh, those that a device multiplies at once. Default: by the number
-        of tokens, so that a block fits a processor's cache.
-      mask_padding: Whether padding rows are left out, as rows that are never predicted and as labels: a token that has
-        one for its label does not count.
-      ignore_index: The label of tokens that do not count. None: there is no such label. Default: that of torch.
-      label_smoothing: The share of the target probability, from 0 to 1, that is spread evenly over all rows, as torch
-        does; with `mask_padding` over all but the padding rows.
+        Unlike ids of a lookup, negative labels do not count from the end. A traced label without a row has the loss NaN
+        and no gradient; with `out_of_range="zero"` its logit is 0, and with `"clip"` the nearest row is the label.
+      chunk: The rows of a block, 1 or more; on a mesh, the rows that a device multiplies at once. Default: such that a
+        block of logits fits a processor's cache.
+      mask_padding: Whether padding rows are left out: they are never predicted, and a token whose label is one does not
+        count.
+      ignore_index: The label of tokens that do not count. None: there is no such label. Default: torch's.
+      label_smoothing: The share of the target probability, from 0 to 1, that is spread evenly over all rows, as in
+        torch; with `mask_padding`, over all rows except padding.
       z_loss: The weight of `log(sum_r exp(logits[b, r])) ** 2`, which is added to the loss of each token, 0 or more.
         PaLM was trained with 1e-4.
-      reduction: `"none"`: one loss a token. `"sum"`: the sum of the losses. `"mean"`: the sum divided by the number of
-        tokens that count. If no token counts, the mean is 0 and has no gradient; torch gives NaN.
+      reduction: `"none"`: one loss for each token. `"sum"`: the sum of the losses. `"mean"`: the sum divided by the
+        number of tokens that count. If no token counts, the mean is 0 and has no gradient; torch returns NaN.
 
     Returns:
       The losses in nats, `(*batch)` or one number by `reduction`, in float32 or wider.
@@ -96,8 +104,8 @@ def softmax_cross_entropy(
     Raises:
       TypeError: If the table or `x` is not of a floating-point dtype, the labels are not of an integer one, or an
         option is of the wrong type.
-      ValueError: If the trailing axes of `x` are not those of a row, the others are not those of the labels, or an
-        option is outside its range.
+      ValueError: If `x` does not end with the axes of a row, its other axes differ from the labels', or an option is
+        outside its range.
       IndexError: If a concrete label that counts has no row and `table.out_of_range` is `"error"`.
 
     Example:
@@ -126,7 +134,7 @@ def softmax_cross_entropy(
         _check.not_negative(f"{call}(z_loss=...)", z_loss),
     )
     reduction = _check.choice(f"{call}(reduction=...)", reduction, Reduction)
-    # The padding row's gradient is left out block by block instead.
+    # The gradient of padding rows is zeroed block by block instead.
     weight = trained_whole(dataclasses.replace(table, padding_idx=None))
     weight, x, labels = table.storage.aligned(weight, x, labels)
     return _jitted(terms, reduction, with_weight(table, None), weight, x, labels)
@@ -154,7 +162,7 @@ def _reduced(terms: _Terms, reduction: Reduction, *args: PyTree) -> Array:
     return _labels.reduced(_losses(terms, *args), args[-1], reduction)
 
 
-# Inlined, and compiled once for calls without jit.
+# Jitted, so that an eager call compiles one program.
 _jitted = jax.jit(_reduced, static_argnums=(0, 1), inline=True)
 
 
@@ -180,7 +188,7 @@ _losses.defvjp(_losses_fwd, _losses_bwd)
 def _forward(terms: _Terms, rules: Table, weight: Array, x: Array, labels: Array) -> tuple[Array, Array, Array]:
     """Return the losses, the largest logits `m` and the normalisers `sum_r exp(logits[r] - m)`, `(*batch)` each.
 
-    These are two, since of large logits `m + log(sum)` would lose the logarithm's digits.
+    `m` and the sum are kept apart: with large logits, `m + log(sum)` would lose digits of the logarithm.
     """
     own, wide = rules.storage.own_rows(weight.shape[0]), accumulator(common_dtype(with_weight(rules, weight), x))
     logits_of, places = _logits_of(terms.mask_padding, rules, weight, x), own.places(labels)
@@ -190,15 +198,15 @@ def _forward(terms: _Terms, rules: Table, weight: Array, x: Array, labels: Array
         largest, total, target, sum_of_rows = carry
         block = own.read(weight, start, size)
         rows, logits, left_out = logits_of(block)
-        # Any number of the size of the logits would do in place of the largest, so it has no derivative.
+        # The result does not depend on which number is subtracted, so the largest has no derivative.
         higher = jnp.maximum(largest, jax.lax.stop_gradient(jnp.max(logits, axis=-1)))
-        # Where all rows so far are masked, nothing is subtracted: infinity less itself is NaN.
+        # If all rows so far are masked, 0 is subtracted instead of -inf: inf - inf is NaN.
         finite = _finite(higher)
         total = total * jnp.exp(largest - finite) + jnp.sum(jnp.exp(logits - finite[..., None]), axis=-1)
         place, last = places - block.first, logits.shape[-1] - 1
         picked = jnp.take_along_axis(logits, jnp.clip(place, 0, last)[..., None], axis=-1, mode="clip")[..., 0]
         target += jnp.where((place >= 0) & (place <= last), of_label * picked, 0)
-        if of_all:  # the sum of logits is the logit of the sum
+        if of_all:  # the sum of all logits is the product with the sum of all rows
             missing = None if left_out is None else jnp.expand_dims(left_out, tuple(range(1, rows.ndim)))
             rows = rows.astype(wide)
             sum_of_rows += jnp.sum(rows if missing is None else jnp.where(missing, 0, rows), axis=0)
@@ -218,13 +226,13 @@ def _forward(terms: _Terms, rules: Table, weight: Array, x: Array, labels: Array
 
 
 def _targets(terms: _Terms, rules: Table, rows: int) -> tuple[float, float]:
-    """Return the factor of the label's logit in the target, and that of each logit that can be predicted."""
+    """Return the target probability of the label, and the share that label smoothing gives to each predicted row."""
     predicted = rows - (len(_ids.padding_rows(rules.padding_idx)) if terms.mask_padding else 0)
     return 1 - terms.label_smoothing, terms.label_smoothing / max(predicted, 1)
 
 
 def _of_all_owners(own: OwnRows, largest: Array, total: Array, target: Array) -> tuple[Array, Array, Array]:
-    """Join what the devices that have other rows have found of the same tokens; only one of them has the label."""
+    """Join the results of all owners for the same tokens. Only one owner has the label, the others' targets are 0."""
     highest = own.highest(largest)
     return highest, own.summed(total * jnp.exp(largest - _finite(highest))), own.summed(target)
 
@@ -232,11 +240,11 @@ def _of_all_owners(own: OwnRows, largest: Array, total: Array, target: Array) ->
 def _backward(
     terms: _Terms, rules: Table, weight: Array, x: Array, labels: Array, *of_tokens: Array
 ) -> tuple[Array, Array]:
-    """Return the gradients of the weight, and of `x` by the rows that are here, which is wide."""
+    """Return the gradients of this device's weight and, summed over this device's rows, of `x` (in a wide dtype)."""
     largest, total, g = of_tokens
     own = rules.storage.own_rows(weight.shape[0])
     counted = _labels.have_loss(rules, own.rows, labels)
-    # By selection, also of the vectors: 0 * NaN is NaN.
+    # Tokens that do not count are replaced, also their vectors: 0 * NaN is NaN.
     batch = tuple(range(labels.ndim))
     vectors = jnp.where(jnp.expand_dims(counted, tuple(range(labels.ndim, x.ndim))), x, jnp.zeros((), x.dtype))
     largest, g = jnp.where(counted, _finite(largest), 0), jnp.where(counted, g, 0)
@@ -272,7 +280,7 @@ def _backward(
 def _logits_of(
     mask_padding: bool, rules: Table, weight: Float[Array, "stored *part"], x: Float[Array, "*batch_dim"]
 ) -> Callable[[Block], tuple[Float[Array, "block *dim"], Float[Array, "*batch block"], Bool[Array, " block"] | None]]:
-    """Make the function that gives the rows of a block as they are read, their logits, and which are not predicted."""
+    """Make a function that returns a block's clipped rows, their logits, and which rows are not predicted, or None."""
     own, common = rules.storage.own_rows(weight.shape[0]), common_dtype(with_weight(rules, weight), x)
     vectors, wide = x.astype(common), accumulator(common)
     axes = tuple(range(x.ndim - weight.ndim + 1, x.ndim)), tuple(range(1, weight.ndim))
@@ -290,7 +298,7 @@ def _logits_of(
 
 
 def _without_gradient_of_padding(rules: Table, block: Block) -> Float[Array, "block *dim"]:
-    """Return rows such that derivatives of the loss and of its gradients leave padding rows out."""
+    """Return the rows of a block; derivatives of any order are zero for padding rows."""
     if rules.padding_idx is None:
         return block.rows
     function = functools.partial(_zeros_for_padding, rules.padding_idx)
@@ -303,7 +311,7 @@ def _zeros_for_padding(padding_idx: PaddingRows, rows: Float[Array, "block *dim"
 
 
 def _without(left_out: Bool[Array, " block"] | None, values: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Put 0 in the place of the values of rows that are not predicted; the last axis is of rows, or of size 1."""
+    """Replace values of rows that are not predicted by 0; the last axis has the rows, or size 1."""
     return values if left_out is None else jnp.where(over_last(left_out, values.ndim), 0, values)
 
 
@@ -316,5 +324,5 @@ def _finite(largest: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
 
 
 def over_last(values: Shaped[Array, " last"], ndim: int) -> Shaped[Array, "*ones last"]:
-    """Give values of the last axis leading ones of size 1."""
+    """Prepend axes of size 1, so that values broadcast along the last axis."""
     return jnp.expand_dims(values, tuple(range(ndim - 1)))

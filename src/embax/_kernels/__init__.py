@@ -1,1 +1,1 @@
-"""Native kernels for the CPU: the library, and the primitives whose lowering chooses between it and XLA."""
+"""Native kernels for the CPU: the library, and JAX primitives that are lowered to it or to XLA."""

@@ -1,4 +1,4 @@
-"""combine: sum the values of each row, in some order of rows."""
+"""combine: sum the values of each row; the order of the rows may differ from that of `_base.distinct`."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -11,29 +11,29 @@ from .primitive import FLOATS, Outs, call, fits, primitive
 
 
 def combine(slots: Slots, ids: Int[Array, " ids"], values: PyTree, rows: int) -> tuple[Slots, Distinct]:
-    """As `_base.distinct.combine`, which it is where no kernel knows the values.
+    """Sum the values of each row, see `_base.distinct.combine`, by a kernel if there is one for the values.
 
-    A kernel needs no slots, and leaves them as they are; so a state that has some is the same with and without one.
-    Without slots, callers rely on the rising order of a sort.
+    A kernel needs no slots and does not change them, so that a state with slots has the same structure in both cases.
+    It is not used without slots, because callers then rely on the rising order of a sort.
 
     Args:
-      slots: As there.
-      ids: As there.
-      values: An array `(ids, *dim)`, or a pair of it and one `(ids,)`.
-      rows: As there.
+      slots: See `_base.distinct.combine`.
+      ids: See `_base.distinct.combine`.
+      values: An array `(ids, *dim)`, or a pair of it and an array `(ids,)`.
+      rows: See `_base.distinct.combine`.
 
     Returns:
-      As there. The distinct ids are in the same order for any number of threads and any instruction set.
+      See `_base.distinct.combine`. The order of the distinct ids does not depend on threads or instruction set.
     """
     if slots is None or not _has_kernel(ids, values):
         return _distinct.combine(slots, ids, values, rows)
-    if isinstance(values, tuple):  # as one more column, so that duplicates are found once
+    if isinstance(values, tuple):  # the second array as one more column, so that duplicates are found only once
         numbers, column = values
         wide = jnp.concatenate([jnp.reshape(numbers, (ids.size, -1)), column[:, None]], axis=1)
         slots, (ids, sums, number) = combine(slots, ids, wide, rows)
         return slots, Distinct(ids, (jnp.reshape(sums[:, :-1], numbers.shape), sums[:, -1]), number)
     new, plain = _distinct.combine(slots, ids, values, rows)
-    # The slots are scratch that nothing reads, so that they may stay as they were.
+    # Slots are scratch memory without a meaning between calls, so the kernel need not change them.
     slots, ids, sums, number = combine_p.bind(new, *plain, slots, ids, values, rows=rows)
     return slots, Distinct(ids, sums, number)
 
@@ -52,5 +52,5 @@ def _by_kernel(outs: Outs, slots: Array, ids: Array, values: Array, *, rows: int
     return [slots, *call("combine", outs[1:], *args, rows=np.int64(rows), length=np.int64(1))]
 
 
-# XLA's order is another one, so a value and its derivative have to come from the same of the two.
+# XLA's order of rows differs, so a value and its derivative must both come from XLA.
 combine_p = primitive("combine", _by_kernel, results=4, plain_derivative=True)

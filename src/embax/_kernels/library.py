@@ -1,7 +1,7 @@
-"""The native library: found, checked and made known to XLA, once a process and not before it is needed.
+"""Find the native library, check it and register it with XLA, once in a process, when it is first needed.
 
-The distribution `embax-kernels` (the folder `kernels` of the repository) holds one shared library. Where it is not
-installed, everything is done by XLA. `EMBAX_KERNELS=0` says so for a process in which it is.
+The distribution `embax-kernels` (the folder `kernels` of the repository) has one shared library. If it is not
+installed, XLA does all the work. `EMBAX_KERNELS=0` switches it off for a process.
 """
 
 import ctypes
@@ -15,7 +15,7 @@ import jax
 
 import embax
 
-# The handlers that a library may have, by the primitive that calls them.
+# The handler in the library for each primitive. A library may lack some of them.
 HANDLERS = {
     "take": "EmbaxTake",
     "put": "EmbaxPut",
@@ -30,33 +30,33 @@ HANDLERS = {
 
 
 class Library(NamedTuple):
-    """A library that is in use."""
+    """The loaded library."""
 
     native: ctypes.CDLL
     version: str
-    instruction_set: str  # for which its code was chosen on this machine
+    instruction_set: str  # the instruction set of the code that is used on this machine
     primitives: tuple[str, ...]
 
 
 def library() -> Library | None:
-    """Return the native library; None where it is not installed, or switched off.
+    """Return the native library; None if it is not installed, or switched off.
 
     Raises:
-      ImportError: If it is of another version than embax, or cannot be loaded.
+      ImportError: If its version differs from embax's, or it cannot be loaded.
       ValueError: If `EMBAX_KERNELS` is neither 0 nor 1.
     """
-    with _LOCK:  # XLA takes each handler once
+    with _LOCK:  # a handler can be registered only once
         return _library()
 
 
 def has(primitive: str) -> bool:
-    """Say whether a primitive has a kernel in this process."""
+    """Return whether there is a kernel for a primitive in this process."""
     found = library()
     return found is not None and primitive in found.primitives
 
 
 def target(primitive: str) -> str:
-    """The name by which XLA calls the kernel of a primitive."""
+    """Return the name by which XLA calls the kernel of a primitive."""
     return f"embax_{primitive}"
 
 

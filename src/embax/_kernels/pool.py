@@ -1,4 +1,4 @@
-"""pool: sum the rows of bags, without the rows in between."""
+"""pool: sum the rows of bags without an array of all the rows."""
 
 from collections.abc import Hashable, Sequence
 
@@ -23,21 +23,22 @@ def pool(
     """Sum the rows of bags.
 
     Args:
-      plain: What XLA makes of them.
+      plain: The sums by plain JAX.
       table: The table.
-      ids: Row numbers, `(*bags, length)`, or flat where there are offsets.
-      counted: Which of them count.
-      weights: A factor for each, in the dtype of the sums.
-      offsets: Where the ids of each bag begin, and where those of the last one end.
+      ids: Row numbers, `(*bags, length)`; flat if there are offsets.
+      counted: Which ids count.
+      weights: A factor for each id, in the dtype of the sums.
+      offsets: The place where each bag begins, and the end of the last one.
       nan: Whether an id that counts and has no row adds NaN; else it adds nothing.
 
     Returns:
-      A sum a bag, in the dtype of the plain ones.
+      A sum for each bag, in the dtype of `plain`.
     """
     if not (has("pool") and table.dtype in FLOATS and fits(plain, table, ids=ids)):
         return plain
     skip = jnp.asarray(np.iinfo(ids.dtype).min, ids.dtype)
-    marked = jnp.where(counted, jnp.maximum(ids, skip + 1), skip)  # an id that is this number has no row, but counts
+    # Ids that do not count are marked by `skip`. An id that is this number itself has no row either, but counts.
+    marked = jnp.where(counted, jnp.maximum(ids, skip + 1), skip)
     flat = jnp.reshape(plain, (-1, *table.shape[1:])), table, jnp.ravel(marked)
     others = [x for x in (offsets, None if weights is None else jnp.ravel(weights)) if x is not None]
     (sums,) = pool_p.bind(*flat, *others, ragged=offsets is not None, weighted=weights is not None, nan=nan)
@@ -60,7 +61,7 @@ def _by_kernel(
 
 def _batched(plain: Array, args: Sequence[Array], axes: Sequence[int | None], **params: Hashable) -> Array | None:
     table, *of_bags = args
-    if axes[0] is not None or params["ragged"]:  # a table a lane, or bags of different lengths
+    if axes[0] is not None or params["ragged"]:  # each lane has its own table, or bags have different lengths
         return None
     lanes = plain.shape[0]
     front = (

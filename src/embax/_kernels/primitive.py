@@ -1,17 +1,18 @@
-"""Primitives of JAX that have their result from XLA or from a kernel, as each program chooses when it is lowered.
+"""JAX primitives whose result comes from XLA or from a native kernel; the choice is made when a program is lowered.
 
-Such a primitive is given what plain JAX computes, and returns it, or what the kernel makes of the other arguments:
+The first argument of such a primitive is the result of plain JAX. The primitive returns this result, or the result that
+the kernel computes from the other arguments:
 
     rows = table.at[ids].get(mode="fill", ...)     plain JAX
     rows = embax_take(rows, table, ids)            the same rows
 
-Where the kernel is chosen, nothing needs the first line, and XLA leaves it out. Until then it is there for all that
-looks at a program: derivatives are those of the first line, checkify checks its ids, vmap has the lanes of it.
+If the kernel is chosen, nothing uses the first line, and XLA removes it. Before that, all transformations see it:
+derivatives are those of the first line, checkify checks its ids, and vmap adds lanes to it.
 
-A kernel sees whole arrays, so it is chosen only where these are whole: in a program for one device, or in one device's
-part of a `shard_map`. Where XLA splits a program over devices by itself, it would gather a table on all of them for a
-call that it does not know. A kernel is found only in this process, so an exported program has none. In all other cases,
-and whenever that cannot be told, the result is XLA's:
+A kernel needs whole arrays. It is chosen in a program for one device, and inside a `shard_map` over all axes. If XLA
+splits a program over devices by itself, it would gather the whole table on each device for a kernel, so none is used. A
+kernel is registered in this process only, so an exported program must not call it. In all other cases, and if the case
+is not known, the result is XLA's:
 
     one CPU device, `shard_map` over all axes of a mesh    the kernel
     automatic or explicit sharding, export, GPU, TPU       XLA
@@ -19,7 +20,7 @@ and whenever that cannot be told, the result is XLA's:
 
 import math
 from collections.abc import Callable, Hashable, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -32,18 +33,19 @@ from .._base.axes import is_explicit
 from .._base.loops import varying_alike
 from . import library as _library
 
-# Of the numbers in a table that a kernel reads or writes.
+# The dtypes of tables that a kernel can read or write.
 FLOATS = tuple(np.dtype(dtype) for dtype in (np.float32, np.float64, jnp.bfloat16, np.float16))
 INTEGERS = tuple(np.dtype(f"{kind}{bits}") for kind in ("int", "uint") for bits in (8, 16, 32, 64))
 
 Outs = Sequence[jax.ShapeDtypeStruct]
 
 
+@runtime_checkable
 class Batched(Protocol):
-    """How a primitive of one result takes lanes of vmap in one call.
+    """A function that computes all lanes of vmap in one call, for a primitive with one result.
 
-    It is given the plain result with the lanes first, and the other arguments with the axes of theirs, and returns the
-    result with the lanes first, or None where the plain one is to be taken.
+    Its arguments are the plain result with the lanes first, and the other arguments with the positions of their lanes.
+    It returns the result with the lanes first, or None to use the plain result.
     """
 
     def __call__(
@@ -59,14 +61,15 @@ def primitive(
     results: int = 1,
     plain_derivative: bool = False,
 ) -> Primitive:
-    """Make a primitive of `results` plain results, and of the arguments of the kernel.
+    """Make a primitive. Its arguments are `results` plain results, and then the arguments of the kernel.
 
     Args:
-      name: That of the kernel in the library.
-      by_kernel: Calls the kernel, see `call`, with the types of the results and then the other arguments.
-      batched: How lanes are taken. Default: as they are in the plain results.
-      results: How many results there are.
-      plain_derivative: Whether a value that has a derivative is the plain one: if the kernel has another order.
+      name: The name of the kernel in the library.
+      by_kernel: Calls the kernel by `call`, given the types of the results and then the other arguments.
+      batched: Computes lanes of vmap by the kernel. Default: the plain results are used under vmap.
+      results: The number of results.
+      plain_derivative: Whether the plain value is used when it is differentiated; needed if the kernel orders rows
+        differently.
 
     Returns:
       The primitive.
@@ -118,26 +121,26 @@ def call(
     aliases: dict[int, int] | None = None,
     **attributes: np.generic,
 ) -> list[Array]:
-    """Call a kernel; `aliases` maps the arguments that it writes to the outputs that they become."""
+    """Call a kernel; `aliases` maps arguments that are written in place to the outputs that they become."""
     function = jax.ffi.ffi_call(_library.target(name), tuple(outs), input_output_aliases=aliases)
     return list(function(*varying_alike(*args), **attributes))
 
 
 def fits(*arrays: Array, ids: Array) -> bool:
-    """Say whether a kernel may see arrays, and the ids of rows: none may be empty, or on explicit axes."""
+    """Return whether arrays and ids of rows are suitable for a kernel: none is empty or on explicit axes."""
     if ids.dtype not in (np.int32, np.int64):
         return False
     for array in (*arrays, ids):
-        of_known_size = all(isinstance(n, int) and n > 0 for n in array.shape)  # in an export it may be a symbol
+        of_known_size = all(isinstance(n, int) and n > 0 for n in array.shape)  # an exported shape may have symbols
         if not of_known_size or is_explicit(jax.typeof(array).sharding.mesh):
             return False
     return math.prod(ids.shape) <= np.iinfo(np.int32).max
 
 
 def _is_whole(context: mlir.LoweringRuleContext) -> bool:
-    """Say whether a program that is lowered for a CPU has whole arrays here, and stays in this process.
+    """Return whether a program that is lowered for a CPU has whole arrays here, and will run in this process.
 
-    The one place that looks at what JAX does not promise to keep. What is not found counts as no.
+    This is the only code that reads attributes that JAX may change. If one is missing, the answer is no.
     """
     try:
         module = context.module_context

@@ -1,4 +1,4 @@
-"""put: set rows of a table or add to them, in place where the table is not needed any more."""
+"""put: set rows of a table or add to them, in place if the old table is not used afterwards."""
 
 from typing import Literal
 
@@ -25,10 +25,10 @@ def put(
 
     Args:
       table: The table.
-      ids: Row numbers; any outside of `[0, rows)` goes nowhere.
-      values: The rows. Those that are set have to be equal where an id occurs twice.
+      ids: Row numbers; a row for an id outside of `[0, rows)` is dropped.
+      values: The rows. In mode "set", the rows of an id that occurs twice must be equal.
       mode: Whether rows are set or added; duplicates are summed in float32 or wider.
-      out_sharding: How the table is laid out on explicit axes.
+      out_sharding: The sharding of the result on explicit axes.
 
     Returns:
       The table.
@@ -36,7 +36,7 @@ def put(
     plain = _scattered(table, ids, values, mode, out_sharding)
     if not _has_kernel(table, ids, values, mode):
         return plain
-    # The table goes as it is: XLA would copy it in a loop to give it another shape.
+    # The table keeps its shape: inside a loop, XLA would copy the table to reshape it.
     flat = jnp.ravel(ids), jnp.reshape(values, (ids.size, *table.shape[1:]))
     (out,) = put_p.bind(plain, table, *flat, mode=mode)
     return out
@@ -55,10 +55,10 @@ def _has_kernel(table: Array, ids: Array, values: Array, mode: Mode) -> bool:
 
 def _scattered(table: Array, ids: Array, values: Array, mode: Mode, out_sharding: NamedSharding | None) -> Array:
     if mode == "add" and jnp.issubdtype(table.dtype, jnp.inexact) and jnp.finfo(table.dtype).bits < 32:
-        # Else the sum would be rounded after each duplicate.
+        # Otherwise each addition would be rounded.
         values = jnp.reshape(values, (ids.size, *table.shape[1:])).astype(jnp.float32)
         _, (ids, values, _) = _distinct.combine(None, jnp.ravel(ids), values, table.shape[0])
-    # Ids without a row lie outside and are dropped. They are equal, though, so that the ids are not called unique.
+    # Ids without a row are out of bounds and dropped. The sentinel may repeat, so `unique_indices` must stay False.
     write = table.at[ids].set if mode == "set" else table.at[ids].add
     return write(values.astype(table.dtype), mode="drop", wrap_negative_indices=False, out_sharding=out_sharding)
 

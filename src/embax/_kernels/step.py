@@ -16,11 +16,11 @@ Optimizer = Literal["step_sgd", "step_adagrad", "step_rowwise_adagrad", "step_ad
 
 
 class Step(NamedTuple):
-    """What a step does to rows; the numbers are those of `embax.optim`, in the order of the library."""
+    """The optimizer of a step and its numbers, such as the learning rate, in the order of the library."""
 
     optimizer: Optimizer
     scalars: Float[Array, " scalars"]
-    decays: bool  # whether weights decay, beside the gradient
+    decays: bool  # whether there is a weight decay
 
 
 def step(
@@ -30,17 +30,17 @@ def step(
     values: Float[Array, "ids *dim"],
     how: Step,
 ) -> list[Array]:
-    """Sum the gradients of each row, and change the row and its state.
+    """Sum the gradients of each row, and update the row and its state.
 
     Args:
-      plain: What XLA makes of the arrays.
+      plain: The arrays after the step by plain JAX.
       arrays: The table, and the arrays of its state in the order of the library.
-      ids: Row numbers; any outside of `[0, rows)` has none.
-      values: The gradient of each.
-      how: The optimizer.
+      ids: Row numbers; a number outside of `[0, rows)` stands for no row.
+      values: The gradient for each id.
+      how: The optimizer and its numbers.
 
     Returns:
-      The arrays after the step, in place where they are not needed any more.
+      The arrays after the step, updated in place if the old ones are not used afterwards.
     """
     if not _has_kernel(arrays, ids, values, how):
         return list(plain)

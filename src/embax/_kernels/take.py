@@ -23,10 +23,10 @@ def take(
 
     Args:
       table: The table, of one row or more.
-      ids: Row numbers; any outside of `[0, rows)` has no row.
-      fill_value: What is read where there is none.
-      out_sharding: How the rows are laid out on explicit axes.
-      linear: Whether to read in plain JAX.
+      ids: Row numbers; a number outside of `[0, rows)` stands for no row.
+      fill_value: The value that is read for an id without a row.
+      out_sharding: The sharding of the rows on explicit axes.
+      linear: Whether to read by plain JAX, for tangents.
 
     Returns:
       The rows.
@@ -35,7 +35,7 @@ def take(
     rows = places.get(mode="fill", fill_value=fill_value, wrap_negative_indices=False, out_sharding=out_sharding)
     if linear or not _has_kernel(table, ids, fill_value):
         return rows
-    # The table goes as it is: XLA would copy it in a loop to give it another shape.
+    # The table keeps its shape: inside a loop, XLA would copy the table to reshape it.
     plain = jnp.reshape(rows, (ids.size, *table.shape[1:]))
     (taken,) = take_p.bind(plain, table, jnp.ravel(ids), nan=fill_value != 0)
     return jnp.reshape(taken, rows.shape)

@@ -1,1 +1,1 @@
-"""What the layers of all frameworks share."""
+"""Code that the layers of all frameworks share."""

@@ -1,4 +1,4 @@
-"""PoolsBags: what the EmbeddingBags of all frameworks share: how bags are pooled, and which rows they store."""
+"""PoolsBags: a mixin for the EmbeddingBags of all frameworks, which pools bags and names the rows to write back."""
 
 import dataclasses
 from typing import ClassVar
@@ -13,13 +13,13 @@ from .._core.table import Table
 
 
 class PoolsBags:
-    """A layer whose calls pool the rows of each bag. It stands before the framework's Embedding among the bases."""
+    """A mixin for layers that pool the rows of each bag. In the list of bases it comes before Embedding."""
 
     mode: Mode
     include_last_offset: bool
-    _CALL: ClassVar[str]  # the name of the class for the messages
+    _CALL: ClassVar[str]  # the name of the class, for error messages
 
-    def _set_pooling(self, mode: Mode, include_last_offset: bool) -> None:
+    def _set_pooling(self, mode: object, include_last_offset: object) -> None:
         self.mode = _check.choice(f"{self._CALL}(mode=...)", mode, Mode)
         self.include_last_offset = _check.flag(f"{self._CALL}(include_last_offset=...)", include_last_offset)
 
@@ -37,14 +37,14 @@ class PoolsBags:
 
 
 def stored_rows_of(table: Table, read: Read) -> tuple[Table, _ids.Ids]:
-    """What a layer stores clipped after it has read bags: a table and the ids of its rows.
+    """The table and the ids whose clipped rows a layer stores after it has read bags.
 
     Args:
       table: The table that was read.
-      read: What was read of it.
+      read: The result of reading it.
 
     Returns:
-      The table with rules by which an id of no row stays one, since what is in no bag may not be clipped to a row; and
-      the ids.
+      The table, and the ids. Unused places of a Ragged have the sentinel for an id, so `out_of_range` becomes "nan":
+      "clip" would turn the sentinel into the last row.
     """
     return dataclasses.replace(table, out_of_range="nan"), read.named(table)

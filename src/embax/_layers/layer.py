@@ -1,4 +1,4 @@
-"""TableLayer: what the layers of all frameworks share, as they differ only in what holds the weight."""
+"""TableLayer: a mixin for the layers of all frameworks, which differ only in the object that holds the weight."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Self
@@ -21,20 +21,20 @@ if TYPE_CHECKING:
 
 
 class TableLayer:
-    """A layer that holds a table, as its attribute or property `table`."""
+    """A mixin for layers with a table, as their attribute or property `table`."""
 
     table: Any
 
     @classmethod
     def from_table(cls, table: Table, **options: Any) -> Self:
-        """Make a layer of a table: its weight as it is, padding row included, and its rules.
+        """Make a layer from a table, with its rules and its unchanged weight, padding row included.
 
-        `embedding.table` of a layer in another framework is one, so that this is how a layer moves between them. The
-        layer of brainstate takes one padding row, those of NNX and Equinox also a tuple. A sharded table stays sharded.
+        To move a layer to another framework, pass its `table`. A layer of brainstate takes one padding row; layers of
+        NNX and Equinox also take a tuple. A sharded table stays sharded.
 
         Args:
           table: The table.
-          **options: What the constructor takes by name besides; a rule replaces the table's.
+          **options: Further keyword arguments of the constructor; a rule replaces the table's.
 
         Returns:
           The layer.
@@ -43,12 +43,12 @@ class TableLayer:
 
     @classmethod
     def from_pretrained(cls, weight: ArrayLike, freeze: bool = True, **options: Any) -> Self:
-        """Make a layer of vectors that exist, frozen unless told otherwise.
+        """Make a layer from existing vectors, frozen by default.
 
         Args:
           weight: `(rows, *dim)`: an array, NumPy array or nested list. Its dtype and its padding row are kept.
           freeze: Whether the weight gets no gradient.
-          **options: What the constructor takes by name besides.
+          **options: Further keyword arguments of the constructor.
 
         Returns:
           The layer.
@@ -76,24 +76,24 @@ class TableLayer:
         return_report: bool = False,
         **options: Any,
     ) -> Any:
-        """Make a layer of vectors from a file, for a model's own vocabulary.
+        """Make a layer from word vectors, for a model's own vocabulary.
 
         Args:
           vectors: An `embax.Vectors`.
-          tokens: The model's vocabulary: an `embax.Vocabulary`, or a token a row. Its padding token, if it has one, is
-            the padding row. Default: the vocabulary of the vectors.
-          missing: What a token gets that has no vector: `"mean"`, `"random"`, `"zero"` or `"error"`, as in
+          tokens: The model's vocabulary: an `embax.Vocabulary`, or one token for each row. Its padding token, if it has
+            one, becomes the padding row. Default: the vocabulary of the vectors.
+          missing: The row of a token without a vector: `"mean"`, `"random"`, `"zero"` or `"error"`, as in
             `embax.Vectors.fill`.
-          seed: Of the random numbers.
-          return_report: Whether to return what was missing, too, instead of a warning that tells how much.
-          **options: As `from_pretrained`, frozen unless told otherwise.
+          seed: The seed of the random numbers.
+          return_report: Whether to return a report of the missing tokens, instead of a warning with their number.
+          **options: As in `from_pretrained`; frozen by default.
 
         Returns:
-          The layer; with `return_report` the layer and the `embax.vectors.Filled` that it was made of, whose `missing`
-          names the tokens without a vector and whose `found` counts the others.
+          The layer; with `return_report`, the layer and an `embax.vectors.Filled`, whose `missing` names the tokens
+          without a vector, and whose `found` counts the others.
 
         Raises:
-          UnknownTokenError: If a token is missing and that is to be an error; a KeyError.
+          UnknownTokenError: If a token is missing, with `missing="error"`; a KeyError.
           TypeError: As `from_pretrained`.
           ValueError: As `from_pretrained` and `embax.Vectors.fill`.
 
@@ -117,12 +117,12 @@ class TableLayer:
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, ArrayLike], name: str | None = None, **options: Any) -> Self:
-        """Make a layer of a weight in a state dict of torch's, by its name there: `embax.from_state_dict`.
+        """Make a layer from a weight in a state dict of torch, see `embax.from_state_dict`.
 
         Args:
           state: Arrays by name.
-          name: The name of the weight or of its module. Default: that of the only table of tokens.
-          **options: What the constructor takes by name besides. Trained unless `freeze=True`.
+          name: The name of the weight or of its module. Default: the only token embedding in the state dict.
+          **options: Further keyword arguments of the constructor. Trained unless `freeze=True`.
 
         Returns:
           The layer. Its padding row keeps its values.
@@ -141,25 +141,25 @@ class TableLayer:
         return cls.from_table(from_state_dict(state, name), **options)
 
     def to_state_dict(self, prefix: str = "") -> dict[str, Shaped[np.ndarray, "rows *dim"]]:
-        """Return the weight under torch's name, `<prefix>weight`: `embax.to_state_dict`.
+        """Return the weight under torch's name, `<prefix>weight`, see `embax.to_state_dict`.
 
         Args:
-          prefix: Comes before the name, as in `"encoder.tokens."`.
+          prefix: The start of the name, such as `"encoder.tokens."`.
 
         Returns:
-          One array, by its name.
+          A dict of one array.
         """
         return to_state_dict(self.table, prefix)
 
     def attend(self, x: ArrayLike, *, mask_padding: bool = False) -> Float[Array, "*batch rows"]:
-        """Multiply vectors by every row: the logits of a head that is tied to this layer, as `embax.attend`.
+        """Multiply vectors by every row: the logits of a head tied to this layer, see `embax.attend`.
 
         Args:
           x: Vectors `(*batch, *dim)`.
           mask_padding: Whether the logits of padding rows are minus infinity.
 
         Returns:
-          One logit a row, `(*batch, rows)`.
+          One logit for each row, `(*batch, rows)`.
 
         Raises:
           TypeError: As `embax.attend`.

@@ -1,4 +1,4 @@
-"""State dicts: tables under the names that torch and Hugging Face give them, to move between frameworks."""
+"""State dicts: weights under the names of torch and Hugging Face, to move tables between frameworks."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,9 +10,9 @@ from numpy.typing import ArrayLike
 
 from .._core.table import Table
 
-# What the input embeddings of language models end with, in Hugging Face's transformers and in Meta's own checkpoints:
-# BERT and its kin; Llama, Mistral, Qwen, Gemma, OPT; GPT-2; T5 and BART; GPT-NeoX; BLOOM and Falcon; XLNet; CLIP;
-# Mamba; Llama by Meta.
+# The ends of the names of input embeddings, in Hugging Face's transformers and in Meta's checkpoints: BERT and its
+# relatives; Llama, Mistral, Qwen, Gemma, OPT; GPT-2; T5 and BART; GPT-NeoX; BLOOM and Falcon; XLNet; CLIP; Mamba; Llama
+# by Meta.
 _TOKENS = (
     "embeddings.word_embeddings.weight",
     "embed_tokens.weight",
@@ -28,22 +28,22 @@ _TOKENS = (
 
 
 def to_state_dict(tables: object, prefix: str = "") -> dict[str, Shaped[np.ndarray, "rows *dim"]]:
-    """Give the weights of tables the names that they have in torch: `<module>.weight`.
+    """Return the weights of tables under torch's names, `<module>.weight`.
 
-    The result is for `load_state_dict`, after `torch.from_numpy` on each array, for `safetensors.numpy.save_file`, or
-    for `from_state_dict` in another framework. A state dict has no room for rules; `from_table` of a layer keeps these.
+    Pass the result to `load_state_dict` (after `torch.from_numpy` on each array), `safetensors.numpy.save_file`, or
+    `from_state_dict` in another framework. A state dict has no rules; to keep them, use `from_table` of a layer.
 
     Args:
       tables: A Table, a layer of any framework, or a dict of them by the names of their modules, such as
         `{"model.embed_tokens": embedding, "lm_head": head}`.
-      prefix: Comes before each name.
+      prefix: The start of each name.
 
     Returns:
-      Arrays of their own, `(rows, *dim)` in the order of rows, those of sharded tables, too, by name; a single table is
+      Copies of the weights by name, `(rows, *dim)`, in row order also for sharded tables; the name of a single table is
       `"weight"`.
 
     Raises:
-      TypeError: If there is something else among them.
+      TypeError: If an entry is neither a table nor a layer.
 
     Example:
       >>> import embax, jax.numpy as jnp
@@ -66,21 +66,21 @@ def to_state_dict(tables: object, prefix: str = "") -> dict[str, Shaped[np.ndarr
 
 
 def from_state_dict(state: Mapping[str, ArrayLike], name: str | None = None, **rules: Any) -> Table:
-    """Make a table of the weight that a state dict holds.
+    """Make a table from a weight in a state dict.
 
     Args:
-      state: Arrays by name: torch's `state_dict()`, what `safetensors.numpy.load_file` reads, or what `to_state_dict`
-        gives. Torch's tensors are read without importing torch.
-      name: The name of the weight, or of its module. Default: the only one that is `"weight"` or that ends as the input
-        embeddings of Hugging Face's models do (`embeddings.word_embeddings.weight`, `embed_tokens.weight`,
-        `wte.weight`, `shared.weight` and others).
+      state: Arrays by name, from torch's `state_dict()`, `safetensors.numpy.load_file` or `to_state_dict`. Torch's
+        tensors are read without importing torch.
+      name: The name of the weight, or of its module. Default: the only name that is `"weight"` or ends like the input
+        embeddings of Hugging Face's models (`embeddings.word_embeddings.weight`, `embed_tokens.weight`, `wte.weight`,
+        `shared.weight` and others).
       **rules: The rules of `embax.Table`, by name. The padding row keeps its values.
 
     Returns:
       The table.
 
     Raises:
-      KeyError: If there is no such name, or no or several tables of tokens to choose from.
+      KeyError: If the name is not found; without a name, if there is no token embedding, or more than one.
       TypeError: As `embax.Table`.
       ValueError: As `embax.Table`.
 
@@ -108,15 +108,15 @@ def _name(state: Mapping[str, object], name: str | None) -> str:
             f"{', '.join(map(repr, have[:10])) or 'no matrices'}{', ...' if len(have) > 10 else ''}. Pass its name."
         )
     raise KeyError(
-        "`embax.from_state_dict(name=...)` must be given where there are several tables of tokens, got None and "
+        "`embax.from_state_dict(name=...)` must be given if there are several token embeddings, got None and "
         f"{', '.join(map(repr, found))}. Pass one of these."
     )
 
 
 def _array(value: Any) -> Array:
     """Read an array of NumPy, JAX or torch."""
-    value = value.detach() if hasattr(value, "detach") else value  # of torch: it refuses where a gradient is recorded
+    value = value.detach() if hasattr(value, "detach") else value  # torch converts no tensor with a gradient
     try:
         return jnp.asarray(np.asarray(value))
     except TypeError:  # torch's bfloat16, which NumPy does not have
-        return jnp.array(jnp.from_dlpack(value))  # in memory of its own: a donated step writes into it
+        return jnp.array(jnp.from_dlpack(value))  # copied: JAX may donate the array and write into its memory

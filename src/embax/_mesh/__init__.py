@@ -1,1 +1,1 @@
-"""A table on a mesh: where its rows are, and how they travel."""
+"""Sharded tables: which device of a mesh owns which rows, and how rows move between devices."""

@@ -1,4 +1,8 @@
-"""Placed bags: bags of one length, pooled where their rows are stored, so that sums travel instead of rows."""
+"""Bags of a sharded table, summed by the owners of their rows, so that sums are sent instead of rows.
+
+For instance, 8 rows on two devices, 4 each: for the bag of ids 1, 6 and 7 on device 0, device 1 adds row 6 and row 7,
+and sends one sum instead of two rows. Bags have one length here, since shapes are static.
+"""
 
 import math
 from collections.abc import Callable
@@ -16,16 +20,16 @@ from .sharded import first_of, group_of, on_devices, padded, whole_rows
 
 
 def is_pooled_where_stored(table: Table, bags: tuple[int, ...], length: int, weighted: bool) -> bool:
-    """Say whether bags of one length are pooled where their rows are, and not where their ids are.
+    """Say whether bags are pooled by the owners of their rows, rather than on the devices of their ids.
 
     Args:
       table: The table.
       bags: The shape of the bags.
-      length: How many ids each has.
+      length: The number of ids of each bag.
       weighted: Whether ids have weights.
 
     Returns:
-      Whether they are; never where devices have parts of a row, and its norm is to be clipped.
+      True if owners pool. Always False if rows are split by columns and have a `max_norm`: it needs whole rows.
     """
     placement: Any = table.placement
     if placement.columns is not None and table.max_norm is not None:
@@ -42,18 +46,18 @@ def pooled_where_stored(
     ids: Int[Array, "*bags length"],
     counted: Bool[Array, "*bags length"],
     weights: Float[Array, "*bags length"] | None,
-) -> Float[Array, "*bags dim"]:
-    """Sum the rows of bags of which `is_pooled_where_stored` says so, the bags being split over all devices.
+) -> Float[Array, "*bags_dim"]:
+    """Sum the rows of bags on their owners, the bags being split over all devices.
 
     Args:
-      table: The table.
-      pool: Sums bags of a table that is not on a mesh: `pool(table, ids, counted, weights)`.
-      ids: Row numbers; a device that has columns gets those of all devices that have other ones.
-      counted: Which of them count.
-      weights: A factor for each, or None.
+      table: The table, for which `is_pooled_where_stored` is True.
+      pool: Sums bags of a dense table: `pool(table, ids, counted, weights)`.
+      ids: Row numbers. If rows are split by columns, each device gets the ids of its whole group.
+      counted: Which ids count.
+      weights: A factor for each id, or None.
 
     Returns:
-      One sum a bag, in the dtype that sums run in.
+      One sum for each bag, in the dtype of sums: float32 or wider.
     """
     placement: Any = table.placement
     if placement.layout == "columns":
@@ -65,7 +69,7 @@ def pooled_where_stored(
         return _on_bags(table, pool_here, jnp.where(counted, ids, -1), weights)
     missing = counted & ~((ids >= 0) & (ids < table.rows))
     sums = _on_bags(table, _summed_by_owners(table, pool), jnp.where(counted, ids, -1), weights)
-    # Owners do not see what has no row: each such id adds what a lookup would have read.
+    # No owner gets an id without a row, so its fill value is added here, as a lookup would read it.
     fill_value = 0 if table.out_of_range == "zero" else np.nan
     filled = jnp.where(missing, jnp.asarray(fill_value, sums.dtype) * (1 if weights is None else weights), 0).sum(-1)
     return sums + jnp.expand_dims(filled, tuple(range(filled.ndim, sums.ndim))).astype(sums.dtype)
@@ -75,7 +79,8 @@ def _summed_by_owners(table: Table, pool: Callable[..., Array]) -> Callable[...,
     placement: Any = table.placement
 
     def sum_here(weight: Array, ids: Array, weights: Array | None) -> Array:
-        # A device numbers its own rows, none of which is a padding row: that does not count, and is not sent.
+        # `own` numbers this device's rows from 0, so `padding_idx` would name a wrong row. Ids of padding rows do not
+        # count anyway, and are not sent.
         own = with_weight(table, weight, storage=DENSE, padding_idx=None)
 
         def terms(local: Array, factors: Array | None) -> Array:
@@ -93,7 +98,7 @@ def _on_bags(
     function: Callable[[Array, Array, Array | None], Array],
     ids: Int[Array, "*bags length"],
     weights: Float[Array, "*bags length"] | None,
-) -> Shaped[Array, "*bags dim"]:
+) -> Shaped[Array, "*bags_dim"]:
     """Call `function(weight, ids, weights)` on each device, with the bags, (bags, length), of its group."""
     placement: Any = table.placement
     bags, length = ids.shape[:-1], ids.shape[-1]

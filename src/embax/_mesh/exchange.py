@@ -1,7 +1,19 @@
-"""Exchange: rows on their way between the devices that store them and those that read them.
+"""Exchange: move rows between their owners, the devices that store them, and the devices that use them.
 
-All of it runs on each device of a `shard_map`, in rounds: in each, a device sends any other one as many ids or rows as
-a static capacity says. There is one round as a rule, and there are as many as it takes where ids crowd on one device.
+All functions run on each device of a `shard_map`, and send by `all_to_all`, whose shapes are static. So they work in
+rounds: in each, a device sends at most `capacity` ids or rows to each owner. One round is enough as a rule. If more ids
+fall on one owner, more rounds follow, so nothing is ever dropped.
+
+An example: 8 rows on two devices, in blocks of 4. Device 0 calls `fetch` for the positions [1, 6, 6, 2, 4]:
+
+    own block      1 and 2 are read at once
+    route          4 and 6: the distinct positions of other owners, in rising order, hence ordered by owner
+    capacity 2     one round: asks device 1 for its rows [0, 2], gets two rows back
+    capacity 1     two rounds, one for each row
+    result         the row of position 6 goes to both ids that ask for it
+
+`fetch` reads rows. `deliver` sends rows to their owners, which set or add them. `summed_at_owners` sums all values of
+a row at its owner, for optimizers. `summed_by_owners` sums the rows of bags at their owners.
 """
 
 import dataclasses
@@ -19,23 +31,23 @@ from .placement import Placement
 
 
 class _Route(NamedTuple):
-    """What a device asks the others for, or has for them."""
+    """The positions of other owners that a device wants to read or write."""
 
-    positions: Int[Array, " ids"]  # in rising order, then `stored_rows`
-    places: Int32[Array, " ids"]  # which of these each id asks for; to deliver, which value belongs to each of these
-    first: Int32[Array, " shards_and_1"]  # from which of these on they belong to which device
+    positions: Int[Array, " ids"]  # in rising order, then the sentinel `stored_rows`
+    places: Int32[Array, " ids"]  # to read: for each id, its index in `positions`; to write: the value of each position
+    first: Int32[Array, " shards_and_1"]  # owner `d` has `positions[first[d]:first[d + 1]]`
 
 
 def fetch(
     placement: Placement, block: Shaped[Array, "block *dim"], positions: Int[Array, " ids"], *, expected: bool
 ) -> Shaped[Array, "ids *dim"]:
-    """Read rows from the devices that store them.
+    """Read rows from their owners.
 
     Args:
       placement: Where the rows are.
       block: The rows of this device.
-      positions: Where rows are stored; any row comes for `stored_rows`.
-      expected: Whether there are, as a rule, rows of other devices among them.
+      positions: Stored positions of the rows; the sentinel `stored_rows` reads an arbitrary row.
+      expected: Whether rows of other owners are usually among them. If so, the first round is unconditional.
 
     Returns:
       One row for each position.
@@ -70,16 +82,16 @@ def deliver(
     expected: bool,
     copies: tuple[str, ...] = (),
 ) -> Shaped[Array, "block *dim"]:
-    """Write rows, or add to rows, on the devices that store them.
+    """Send rows to their owners, which set them or add them.
 
     Args:
       placement: Where the rows are.
       block: The rows of this device.
-      positions: Where rows are stored; `stored_rows` goes nowhere. To set, values of one position must be equal.
-      values: One row for each.
-      mode: What is done to the rows.
-      expected: Whether there are, as a rule, rows of other devices among them.
-      copies: Mesh axes along which devices have the same rows, and positions of their own.
+      positions: Stored positions of the rows; `stored_rows` is dropped. To set, values of one position must be equal.
+      values: One row for each position.
+      mode: Whether to set rows or to add to them.
+      expected: Whether rows of other owners are usually among them. If so, the first round is unconditional.
+      copies: Mesh axes of replicas, which have the same rows but different positions; each gets the rows of all.
 
     Returns:
       The new rows of this device.
@@ -88,7 +100,7 @@ def deliver(
     def write(block: Array, local: Array, values: Array) -> Array:
         if copies:
             local, values = (jax.lax.all_gather(x, copies, tiled=True) for x in (local, values))
-        # What is outside is dropped.
+        # Negative positions would wrap, so rows of other owners get one that is out of bounds, and are dropped.
         local = jnp.where((local >= 0) & (local < placement.block), local, placement.block)
         at = block.at[local]
         values = values.astype(block.dtype)
@@ -114,24 +126,24 @@ def deliver(
 def summed_at_owners(
     placement: Placement, positions: Int[Array, " ids"], values: Shaped[Array, "ids *dim"], copies: tuple[str, ...]
 ) -> tuple[Int[Array, " held"], Shaped[Array, "held *dim"], Bool[Array, ""]]:
-    """Bring the values of each row together on one device, and sum them there.
+    """Sum all values of a row on one device: its owner, or a substitute if the owner is overloaded.
 
-    That is the device which stores the row. Where a device would have to take more rows than the capacity says, the
-    distinct rows are dealt out to all devices in turn instead, so that every device holds as many at most.
+    The result has a static length. If some device has more rows for one owner than `capacity`, the distinct rows of the
+    whole batch are dealt out evenly to all devices instead, and each device sums its share of them.
 
     Args:
       placement: Where the rows are.
-      positions: Where rows are stored; `stored_rows` goes nowhere.
-      values: One for each.
-      copies: Mesh axes along which devices have the same rows, and positions of their own.
+      positions: Stored positions; `stored_rows` is dropped.
+      values: One value for each position.
+      copies: Mesh axes of replicas, which have the same rows but different positions.
 
     Returns:
-      The positions that are held here, each once on all devices but for `stored_rows`; their sums; and whether the
-      rows were dealt out.
+      The positions summed on this device (each position on one device only, padded by `stored_rows`), their sums, and
+      whether the rows were dealt out.
     """
     none = placement.stored_rows
     dtype = values.dtype
-    # Each device sums first what it has.
+    # Each device first sums its own duplicates, so that it sends each row once.
     values = values.astype(_dedupe.accumulator(dtype))
     _, (positions, values, _) = _dedupe.combine(None, positions, values, none)
     length, capacity = positions.shape[0], placement.capacity(positions.shape[0])
@@ -182,18 +194,18 @@ def summed_by_owners(
     length: int,
     terms: Callable[[Array, Array | None], Array],
 ) -> Float[Array, "bags *dim"]:
-    """Sum the rows of bags where they are stored, and what all owners have of each bag where the bag is.
+    """Sum the rows of bags at their owners, then the owners' sums on the device of each bag.
 
     Args:
       placement: Where the rows are.
-      positions: Where those of each id are stored, bag by bag; `stored_rows` adds nothing.
-      factors: What there is for each id besides, or None.
-      length: How many ids a bag has.
-      terms: Called as `terms(local, factors)` on the owner; returns what rows of this device add to their bags, and
-        zero for row `block`.
+      positions: The stored position of each id, bag by bag; `stored_rows` adds nothing.
+      factors: A weight for each id, or None.
+      length: The number of ids of a bag.
+      terms: Called as `terms(local, factors)` on the owner, with positions in its block; returns the term that each
+        row adds to its bag, and zero for row `block`.
 
     Returns:
-      One sum a bag.
+      One sum for each bag.
     """
     capacity, bags = placement.capacity(positions.shape[0]), positions.shape[0] // length
     of_row = jax.eval_shape(terms, positions[:1], None if factors is None else factors[:1])
@@ -215,7 +227,7 @@ def summed_by_owners(
 
 
 def rounds_of(placement: Placement, positions: Int[Array, " ids"]) -> Int32[Array, ""]:
-    """Say how many rounds `fetch` takes for some positions; the same on all devices."""
+    """The number of rounds that `fetch` takes for some positions; the same on all devices."""
     if placement.shards == 1 or positions.shape[0] == 0:
         return jnp.ones((), jnp.int32)
     _, _, is_foreign = _owners(placement, positions)
@@ -233,9 +245,10 @@ def _in_rounds(
     carry: Array,
     expected: bool,
 ) -> Array:
-    """Take as many turns as it takes; all but the expected first one behind a condition.
+    """Call `turn` for each round that is needed; all rounds but an expected first one are behind a condition.
 
-    A scan over as many as there can be, and not a while loop, so that it can be transposed.
+    The loop is a `scan` over the largest possible number of rounds, since JAX cannot transpose a `while_loop`. A `cond`
+    skips rounds that are not needed.
     """
     most = -(-owner.shape[0] // capacity)
     done = int(expected)
@@ -262,13 +275,13 @@ def _in_rounds(
 
 
 def _rounds(placement: Placement, counts: Int[Array, " shards"], capacity: int) -> Int32[Array, ""]:
-    """The rounds in which the most crowded device of all is through."""
+    """The number of rounds for the largest count of all devices, so that all devices take part in each round."""
     rounds = (jnp.max(counts) + (capacity - 1)) // capacity
     return jax.lax.pmax(rounds.astype(jnp.int32), placement.mesh.axis_names)
 
 
 def _ordered_route(placement: Placement, positions: Int[Array, " ids"], is_foreign: Bool[Array, " ids"]) -> _Route:
-    """Put what belongs to other devices in the order of its positions, duplicates and all."""
+    """Sort the positions of other owners, duplicates included."""
     positions = jnp.where(is_foreign, positions, placement.stored_rows)
     order = jnp.argsort(positions)  # stable, so that sums are the same each time
     positions = positions[order]
@@ -276,7 +289,7 @@ def _ordered_route(placement: Placement, positions: Int[Array, " ids"], is_forei
 
 
 def _distinct_route(placement: Placement, positions: Int[Array, " ids"], is_foreign: Bool[Array, " ids"]) -> _Route:
-    """Find the distinct positions that belong to other devices, and which of them each id asks for."""
+    """Find the distinct positions of other owners, and for each id the index of its position among them."""
     ordered, order, _ = _ordered_route(placement, positions, is_foreign)
     starts = jnp.concatenate([jnp.ones_like(ordered[:1], bool), ordered[1:] != ordered[:-1]])
     number = jnp.cumsum(starts.astype(jnp.int32)) - 1
@@ -292,7 +305,7 @@ def _first_of_owners(placement: Placement, ordered: Int[Array, " ids"]) -> Int32
 def _outgoing(
     route: _Route, number: int | Int[Array, ""], capacity: int
 ) -> tuple[Int32[Array, "shards capacity"], Bool[Array, "shards capacity"]]:
-    """Say which places of a route go to which device in a round."""
+    """For each owner, the indices into a route that go to it in round `number`, and which of them exist."""
     places = route.first[:-1, None] + number * capacity + jnp.arange(capacity, dtype=jnp.int32)[None, :]
     exists = places < route.first[1:, None]
     return jnp.where(exists, places, 0), exists
@@ -305,19 +318,19 @@ def _sent(
     exists: Bool[Array, "shards capacity"],
     values: Shaped[Array, "ids *dim"],
 ) -> tuple[Int[Array, " received"], Shaped[Array, "received *dim"]]:
-    """Send the values of some places, and where they belong, and get those of the others; zero where there is none."""
+    """Exchange values and their positions in the owner's block; zero where `exists` is False."""
     rows = jnp.where(jnp.expand_dims(exists, tuple(range(2, values.ndim + 1))), values[places], 0)
     local, rows = _swapped(placement, local), _swapped(placement, rows)
     return jnp.ravel(local), jnp.reshape(rows, (-1, *values.shape[1:]))
 
 
 def _swapped(placement: Placement, parts: Shaped[Array, "shards ..."]) -> Shaped[Array, "shards ..."]:
-    """Give each device its part, and get one from each."""
+    """Send `parts[d]` to device `d`; returns the parts that all devices sent here."""
     return jax.lax.all_to_all(parts, placement.axes, 0, 0, tiled=True)
 
 
 def start_of_device(placement: Placement, dtype: DTypeLike) -> Int[Array, ""]:
-    """The position of the first row of this device."""
+    """The stored position of this device's first row."""
     number = jax.lax.axis_index(placement.axes) if placement.axes else 0
     return jnp.asarray(number, dtype) * placement.block
 
@@ -325,12 +338,12 @@ def start_of_device(placement: Placement, dtype: DTypeLike) -> Int[Array, ""]:
 def _owners(
     placement: Placement, positions: Int[Array, " ids"]
 ) -> tuple[Int[Array, " ids"], Int[Array, " ids"], Bool[Array, " ids"]]:
-    """Say where positions are among the rows of this device, which device they belong to, and whether to another."""
+    """For each position: its index in this device's block (maybe out of bounds), its owner, whether that is another."""
     local = positions - start_of_device(placement, positions.dtype)
     is_foreign = (positions < placement.stored_rows) & ((local < 0) | (local >= placement.block))
     return local, positions // max(placement.block, 1), is_foreign
 
 
 def _at(block: Shaped[Array, "block *dim"], local: Int[Array, "*batch"]) -> Shaped[Array, "*batch_dim"]:
-    """Read rows of this device; any row where there is none."""
+    """Read rows of this device; an index out of bounds reads an arbitrary row."""
     return block.at[jnp.clip(local, 0, block.shape[0] - 1)].get(mode="promise_in_bounds")

@@ -1,7 +1,11 @@
-"""Placed heads: what reads all rows of a table on a mesh, each device its own ones, and joins what they make of it.
+"""Heads of a sharded table: each device multiplies its own rows, and collectives join the results.
 
-A device multiplies whole rows. Where rows are split by columns, too, the devices that have parts of the same rows
-exchange these, a block at a time, so that each has some of the rows whole.
+A head such as a softmax reads all rows. For instance, 8 rows on two owners and 6 tokens: both owners see all 6 tokens,
+each computes 4 logits for each token, and `OwnRows.highest` and `summed` join their maxima and sums of exponentials.
+With two replicas of the table, each replica takes 3 of the tokens (`Tokens`).
+
+A device multiplies whole rows. If rows are also split by columns, the devices with parts of the same rows exchange
+them, block by block, so that each has some rows whole.
 """
 
 import dataclasses
@@ -27,7 +31,7 @@ from .sharded import on_devices
 class ShardedRows(OwnRows):
     """The stored rows of one device of a mesh.
 
-    For instance, of 7 cyclic rows on two devices, the second one has rows 1, 3 and 5, and one without a meaning.
+    For instance, of 7 cyclic rows on two devices, the second device has rows 1, 3 and 5, and one padding row.
     """
 
     @property
@@ -38,21 +42,21 @@ class ShardedRows(OwnRows):
 
     @property
     def parts(self) -> int:
-        """How many devices read a block of stored rows together."""
+        """How many devices hold a part of each row, and so read a block together."""
         return self.placement.column_shards
 
     @property
     def filled_up(self) -> bool:
-        """Whether some device reads stored rows without a meaning."""
+        """Whether some device has padding rows that sharding added."""
         return self.placement.stored_rows > self.rows or self.placement.block % self.parts > 0
 
     def places(self, labels: Int[Array, "*batch"]) -> Int[Array, "*batch"]:
-        """Say where rows are among those of this device; below 0 where they are not."""
+        """Positions of rows among this device's rows; -1 for rows of other devices."""
         local = self.placement.positions(labels) - start_of_device(self.placement, labels.dtype)
         return jnp.where((local >= 0) & (local < self.placement.block), local, -1)
 
     def read(self, weight: Float[Array, "stored *part"], start: Int[Array, ""], size: int) -> Block:
-        """Read `size` stored rows from place `start` on, or this device's share of them if it has parts of them."""
+        """Read `size` stored rows from position `start` on; its share of them where rows are split by columns."""
         index = index_dtype(self.rows)
         start, rows = start.astype(index), read_block(weight, start, size)
         placement, share = self.placement, -(-size // self.parts)
@@ -65,7 +69,7 @@ class ShardedRows(OwnRows):
         return Block(start, jnp.where(local < placement.block, ids, self.rows), rows)
 
     def part_of(self, values: Float[Array, "share *dim"], size: int) -> Float[Array, "size *part"]:
-        """Take this device's part of `size` rows of which it has a share."""
+        """Return this device's columns of `size` rows, given its share of the rows."""
         if self.placement.columns is None:
             return values
         return jax.lax.all_to_all(values, self.placement.columns, 1, 0, tiled=True)[:size]
@@ -88,10 +92,10 @@ class ShardedRows(OwnRows):
 
 @dataclasses.dataclass(frozen=True)
 class Tokens:
-    """How a batch is laid out for a head: split over the copies of the table, and the same for all owners of rows.
+    """The layout of a batch of tokens for a head: split over replicas of the table, the same for all owners.
 
     Args:
-      placement: That of the table.
+      placement: The table's placement.
       batch: The batch's shape.
     """
 
@@ -100,37 +104,37 @@ class Tokens:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The batch's shape, flat and filled up where its first axis cannot be split."""
+        """The batch's shape; flattened and padded if its first axis cannot be split over the replicas."""
         if self.placement.copies == 1 or (self.batch and self.batch[0] % self.placement.copies == 0):
             return self.batch
         return (-(-math.prod(self.batch) // self.placement.copies) * self.placement.copies,)
 
     @property
     def spec(self) -> PartitionSpec:
-        """How the batch is laid out."""
+        """The batch's PartitionSpec."""
         return PartitionSpec(self.placement.copy_axes) if self.placement.copies > 1 else PartitionSpec()
 
     @property
     def is_parted(self) -> bool:
-        """Whether the owners of rows can take a part of the batch each."""
+        """Whether results can be split further, so that each owner has a part of its replica's tokens."""
         parts = self.placement.shards * self.placement.column_shards
         first = self.shape[0] // self.placement.copies if self.shape else 0
         return parts > 1 and first > 0 and first % parts == 0
 
     @property
     def parted_spec(self) -> PartitionSpec:
-        """How the batch is laid out if they do."""
+        """The PartitionSpec of results: split over owners, too, if `is_parted`."""
         return PartitionSpec((*self.placement.copy_axes, *self.placement.owner_axes)) if self.is_parted else self.spec
 
     def summed(self, values: Float[Array, "*tokens_dim"]) -> Float[Array, "*part_dim"]:
-        """The sum of all owners' values, laid out as `parted_spec` says."""
+        """Sum the values of all owners; laid out as `parted_spec`."""
         names = self.placement.owner_axes
         if self.is_parted:
             return jax.lax.psum_scatter(values, names, scatter_dimension=0, tiled=True)
         return jax.lax.psum(values, names) if names else values
 
     def joined(self, logits: Float[Array, "*tokens own"]) -> Float[Array, "*part rows"]:
-        """The logits of all owners' rows in the order of the ids, laid out as `parted_spec` says."""
+        """Concatenate the logits of all owners in row order; laid out as `parted_spec`."""
         placement, names, last = self.placement, self.placement.owner_axes, logits.ndim - 1
         if self.is_parted:
             logits = jax.lax.all_to_all(logits, names, 0, last, tiled=True)
@@ -144,7 +148,7 @@ class Tokens:
         return jnp.reshape(logits, (*batch, placement.stored_rows))[..., : placement.rows]
 
     def laid_out(self, array: Shaped[Array, "*batch_dim"], fill_value: Any = 0) -> Shaped[Array, "*tokens_dim"]:
-        """Lay out what there is for each token, filled up with `fill_value`."""
+        """Give an array with entries per token the shape `self.shape`, padded with `fill_value`."""
         if self.shape == self.batch:
             return array
         dim = array.shape[len(self.batch) :]
@@ -153,7 +157,7 @@ class Tokens:
         return jnp.pad(flat, [(0, missing), *[(0, 0)] * len(dim)], constant_values=fill_value)
 
     def restored(self, array: Shaped[Array, "*tokens_dim"], like: Array) -> Shaped[Array, "*batch_dim"]:
-        """Give what there is for each token the batch's shape, and its layout where axes are explicit."""
+        """Undo `laid_out`: drop the padding, restore the batch's shape, and shard it as `like` on explicit axes."""
         if self.shape != self.batch:
             array = resharded(array, self.placement.mesh, PartitionSpec())[: math.prod(self.batch)]
             array = jnp.reshape(array, (*self.batch, *array.shape[1:]))
@@ -170,14 +174,14 @@ def on_owners(
     """Call a function on each device, with its own rows.
 
     Args:
-      tokens: How the batch is laid out.
-      function: Called as `function(weight, *of_tokens)`; it returns a tuple.
-      out_specs: How what it returns is laid out.
+      tokens: The layout of the batch.
+      function: Called as `function(weight, *of_tokens)`; returns a tuple.
+      out_specs: The layouts of its results.
       weight: The weight.
-      *of_tokens: Arrays as `Tokens.laid_out` gives them.
+      *of_tokens: Arrays with entries per token, from `Tokens.laid_out`.
 
     Returns:
-      What it returns.
+      The function's results.
     """
     in_specs = (tokens.placement.spec(weight.shape, weight.shape[1:]), *(tokens.spec for _ in of_tokens))
     return on_devices(tokens.placement, function, in_specs, tuple(out_specs))(weight, *of_tokens)

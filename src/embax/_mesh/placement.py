@@ -1,4 +1,13 @@
-"""Placement: which device of a mesh has which rows of a table."""
+"""Placement: which device of a mesh owns which rows of a table.
+
+For instance, 10 rows on four devices. Each device has a block of 3 stored rows, 12 in total; a dot is padding:
+
+    rows           0 1 2 | 3 4 5 | 6 7 8 | 9 . .      row 5 is at position 5
+    rows-cyclic    0 4 8 | 1 5 9 | 2 6 . | 3 7 .      row 5 is at position 4
+
+Cyclic rows balance the load where low ids are frequent. A lookup of 1,024 ids on each device asks an owner for 256 rows
+on average; with a `skew` of 2, one round of the exchange has room for 512.
+"""
 
 import dataclasses
 import math
@@ -19,19 +28,18 @@ from .._core.layout import Layout, Split
 class Placement:
     """Where the rows of a table are on a mesh; made by `embax.shard`, and kept by the table.
 
-    The weight of a placed table is one array, sharded over the mesh. Each device has a block of as many rows, so that
-    behind the last row there may be some without a meaning, which are zero. Axes of the mesh that are neither for rows
-    nor for columns hold copies.
+    The weight of a sharded table is one array, sharded over the mesh. All devices have blocks of equal size, so the
+    last rows may be padding, which is zero. Mesh axes that split neither rows nor columns hold replicas.
 
     Args:
       mesh: The mesh.
-      axes: The mesh axes over which rows are split, the first one being the major one; none where they are not.
+      axes: The mesh axes over which rows are split, the major one first; empty if rows are not split.
       columns: The mesh axis over which the first axis of a row is split, or None.
-      cyclic: Whether row `r` is on device `r mod n`, and not in the block `r // block`.
-      rows: The number of rows that have a meaning.
-      skew: How many times the mean number of rows a device may be asked for by another before a lookup takes a second
-        round, 1 or more, dimensionless.
-      pool_at_owners: Whether owners of rows sum those of a bag, where that is less to be sent.
+      cyclic: Whether row `r` is on device `r mod n`, rather than `r // block`.
+      rows: The number of rows, without padding.
+      skew: A lookup needs a second round when a device asks one owner for more than `skew` times the mean number of
+        rows; 1 or more, dimensionless.
+      pool_at_owners: Whether owners may sum the rows of a bag, where that sends less.
 
     Example:
       >>> import embax, jax, jax.numpy as jnp
@@ -41,7 +49,7 @@ class Placement:
       ('rows', 10)
     """
 
-    mesh: Any  # a Mesh; an AbstractMesh to plan with
+    mesh: Any  # a Mesh; an AbstractMesh for planning
     axes: tuple[str, ...]
     columns: str | None
     cyclic: bool
@@ -55,89 +63,90 @@ class Placement:
 
     @property
     def layout(self) -> Layout:
-        """The layout of the rows; of a table that is split both ways, that of the rows."""
+        """The layout as `embax.shard` names it; a table split by rows and columns has the name of its rows' layout."""
         if self.axes:
             return "rows-cyclic" if self.cyclic else "rows"
         return "columns" if self.columns else "replicated"
 
     @property
     def shards(self) -> int:
-        """Into how many blocks the rows are split."""
+        """The number of blocks that the rows are split into."""
         return math.prod(self.mesh.shape[name] for name in self.axes)
 
     @property
     def column_shards(self) -> int:
-        """Into how many parts each row is split."""
+        """The number of parts that each row is split into."""
         return self.mesh.shape[self.columns] if self.columns else 1
 
     @property
     def block(self) -> int:
-        """The number of rows of a device."""
+        """The number of stored rows of a device."""
         return -(-self.rows // self.shards)
 
     @property
     def stored_rows(self) -> int:
-        """The number of rows of the stored array."""
+        """The number of stored rows, padding included."""
         return self.block * self.shards
 
     @property
     def devices(self) -> int:
-        """The number of devices."""
+        """The number of devices of the mesh."""
         return self.mesh.size
 
     @property
     def copy_axes(self) -> tuple[str, ...]:
-        """The mesh axes along which devices have the same rows."""
+        """The mesh axes of replicas: along them, devices have the same rows."""
         return tuple(name for name in self.mesh.axis_names if name not in (*self.axes, self.columns))
 
     @property
     def copies(self) -> int:
-        """How many devices have the same rows."""
+        """The number of replicas of each row."""
         return math.prod(self.mesh.shape[name] for name in self.copy_axes)
 
     @property
     def owner_axes(self) -> tuple[str, ...]:
-        """The mesh axes along which devices have other rows, or other parts of them."""
+        """The mesh axes of owners: along them, devices have different rows, or different parts of rows."""
         return (*self.axes, *([self.columns] if self.columns is not None else []))
 
     @property
     def batch_spec(self) -> PartitionSpec:
-        """How ids are split over all devices."""
+        """Sharding of a batch of ids: split over all devices."""
         return PartitionSpec(tuple(self.mesh.axis_names))
 
     @property
     def owner_spec(self) -> PartitionSpec:
-        """How the ids of rows are laid out that are where they are stored."""
+        """Sharding of ids that are already on the device that owns their row."""
         return PartitionSpec(self.axes or None)
 
     def spec(self, shape: tuple[int, ...], dim: tuple[int, ...]) -> PartitionSpec:
-        """How an array is laid out that has an entry, or a row, for each row of a table.
+        """Sharding of an array with an entry for each stored row.
 
         Args:
           shape: The shape of the array.
-          dim: The sizes of a row's axes in the table; what has others is not split by columns.
+          dim: The shape of the table's rows. An array with other trailing axes is not split by columns.
 
         Returns:
           A PartitionSpec.
         """
         by_columns = self.columns is not None and shape[1:] == dim and len(dim) > 0
         names = (self.axes or None, *([self.columns] * by_columns))
-        # As JAX writes it in the types of arrays, lest a step compile again for what it has itself returned.
+        # On explicit axes, JAX's types spell out the trailing None. We do the same: else a step would compile again
+        # for the arrays that it returned.
         return PartitionSpec(*names, *[None] * (len(shape) - len(names)) * is_explicit(self.mesh))
 
     def sharding(self, shape: tuple[int, ...], dim: tuple[int, ...]) -> NamedSharding:
-        """`spec` on the mesh."""
+        """`spec` as a NamedSharding on the mesh."""
         return NamedSharding(self.mesh, self.spec(shape, dim))
 
     def positions(self, ids: Int[Array | np.ndarray, "*batch"]) -> Any:
-        """Say where rows are stored, by NumPy for an array of NumPy; `stored_rows` for what is no row."""
+        """The stored position of each row; the sentinel `stored_rows` for an id without a row. NumPy in, NumPy out."""
         exists = (ids >= 0) & (ids < self.rows)
         places = (ids % self.shards) * self.block + ids // self.shards if self.cyclic else ids
         where = np.where if isinstance(ids, np.ndarray) else jnp.where
         return where(exists, places, self.stored_rows)
 
     def ids(self, positions: Int[Array, "*batch"]) -> Int[Array, "*batch"]:
-        """Say which rows are stored at some positions; `rows` for those where there is none."""
+        """The row stored at each position; the sentinel `rows` for padding and positions out of bounds."""
         ids = positions
         if self.cyclic:
             block = max(self.block, 1)
@@ -145,7 +154,7 @@ class Placement:
         return jnp.where((positions < self.stored_rows) & (ids < self.rows), ids, self.rows)
 
     def capacity(self, ids: int) -> int:
-        """How many rows a device may ask another one for in one round.
+        """The number of rows that a device can ask one owner for in one round.
 
         Args:
           ids: The number of ids on each device.
@@ -154,49 +163,49 @@ class Placement:
           The number of rows.
         """
         mean = ids / self.shards
-        # Of few ids, the number that falls to a device is often twice the mean: six standard deviations, if by chance.
+        # With few ids, chance alone often exceeds twice the mean, so there is room for six standard deviations.
         return min(ids, math.ceil(max(self.skew * mean, mean + 6 * math.sqrt(mean))))
 
     def sums_travel(self, bags: int, length: int, row: int, total: int, weight: int) -> bool:
-        """Say whether bags of one length are pooled by the owners of their rows.
+        """Say whether the owners of rows pool bags, and send sums.
 
-        They are if that is asked for, and less is sent: for each bag a sum by each owner instead of rows.
+        They do if `pool_at_owners` allows it and it sends less: one sum from each owner for each bag, instead of rows.
 
         Args:
-          bags: The number of bags, on all devices.
-          length: How many ids each has.
-          row: The size of what a device has of a row, in bytes.
-          total: That of what it has of a sum.
-          weight: That of the weight of an id, or 0.
+          bags: The number of bags on all devices.
+          length: The number of ids of each bag.
+          row: The size in bytes of a device's part of a row.
+          total: The size in bytes of its part of a sum.
+          weight: The size in bytes of an id's weight, or 0.
 
         Returns:
-          Whether they are.
+          True if owners pool.
         """
         if not self.pool_at_owners or self.shards == 1 or self.rows == 0:
             return False
         group = self.ids_of_device(bags)
         capacity = self.capacity(group * length)
-        number = np.dtype(np.int32).itemsize  # that of its bag goes with each id
+        number = np.dtype(np.int32).itemsize  # each id is sent with the number of its bag
         return group * total + capacity * (number + weight) < capacity * row
 
     def ids_of_device(self, batch: int) -> int:
-        """How many ids of a batch each device has to see to; with columns, those of its group."""
+        """The number of ids that a device handles; if rows are split by columns, the ids of its whole group."""
         return -(-batch // self.devices) * self.column_shards
 
 
 def placement_of(call: str, split: Split, shape: Sequence[int]) -> Placement:
-    """Check how a table is to be split, and say where its rows are then.
+    """Check how a table is to be split, and make its placement.
 
     Args:
-      call: The call for the messages.
-      split: What was asked for.
-      shape: The rows and the sizes of a row's axes.
+      call: The call, for error messages.
+      split: The arguments of `embax.shard`.
+      shape: The table's shape, `(rows, *dim)`.
 
     Returns:
       The placement.
 
     Raises:
-      TypeError: If the mesh is none.
+      TypeError: If `mesh` is not a mesh.
       ValueError: If an argument is outside of its range, or the columns do not divide.
     """
     mesh, axis, columns = split.mesh, split.axis, split.columns
@@ -232,23 +241,23 @@ def placement_of(call: str, split: Split, shape: Sequence[int]) -> Placement:
 
 
 def with_rows(call: str, placement: Placement, rows: int) -> Placement:
-    """The same placement of another number of rows.
+    """The same placement for another number of rows.
 
     Args:
-      call: The call for the message.
+      call: The call, for the error message.
       placement: The placement.
-      rows: The number.
+      rows: The new number of rows.
 
     Returns:
-      The new one.
+      The new placement.
 
     Raises:
-      ValueError: If the rows are numbered in 32 bits, and are too many for that when they are filled up.
+      ValueError: If the row numbers fit in 32 bits, but not the positions with padding.
     """
     placement = dataclasses.replace(placement, rows=rows)
     if rows <= np.iinfo(np.int32).max < placement.stored_rows:
         raise ValueError(
-            f"`{call}` must have rows that are numbered in 32 bits when they are filled up for {placement.shards} "
-            f"devices, got {rows} rows. Leave out some, or use more of them."
+            f"`{call}` must have rows that fit in 32 bits together with the padding for {placement.shards} devices, "
+            f"got {rows} rows. Use fewer rows, or more than {np.iinfo(np.int32).max} for 64-bit ids."
         )
     return placement

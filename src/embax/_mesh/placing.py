@@ -1,4 +1,4 @@
-"""Rows brought onto a mesh from this process, and back: each device gets, and gives, its own and no others."""
+"""Bring rows from this process onto a mesh, and back. Each device reads only the rows that it owns."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,12 +9,12 @@ from jaxtyping import Array, DTypeLike
 
 from .placement import Placement
 
-# Reads rows `first, first + step, ...` below `end`, and of these some columns.
+# A function that reads the rows of a slice, and some columns of them.
 Reader = Callable[[slice, tuple[slice, ...]], np.ndarray]
 
 
 def stored(placement: Placement, read: Reader, shape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:
-    """Make the stored array of a placement, each shard from the rows that it holds."""
+    """Make the stored array of a placement; each shard reads its own rows."""
     dtype = jax.dtypes.canonicalize_dtype(dtype)
     of_all = (placement.stored_rows, *shape[1:])
 
@@ -31,20 +31,20 @@ def stored(placement: Placement, read: Reader, shape: tuple[int, ...], dtype: DT
 
 
 def of_array(rows: Array | np.ndarray) -> Reader:
-    """Read from an array of this process, or from a memory map."""
+    """A reader of an array of this process, or of a memory map."""
     if isinstance(rows, jax.Array) and not rows.is_fully_addressable:
         raise ValueError(
             f"`embax.shard(tree=...)` must have arrays of this process, or tables on the same mesh, got "
             f"{rows.sharding}. Make the table on the mesh, with Table.create(mesh=...) or from a file."
         )
     if isinstance(rows, jax.Array) and [device.platform for device in rows.devices()] == ["cpu"]:
-        rows = np.asarray(rows)  # the same memory, of which NumPy takes parts without compiling
-    # Of an array on a device, too, no more than the part is copied.
+        rows = np.asarray(rows)  # the same memory; NumPy slices it without compiling
+    # Only the slice is copied, also from a device.
     return lambda some, columns: np.asarray(rows[(slice(some.start, max(some.stop, some.start), some.step), *columns)])
 
 
 def of_shards(placement: Placement, leaf: jax.Array) -> Reader:
-    """Read from the shards of another mesh that this process has."""
+    """A reader of a sharded array's shards in this process, in row order."""
     shards = {tuple((s.start, s.stop) for s in x.index): x for x in leaf.addressable_shards}
 
     def read(some: slice, columns: tuple[slice, ...]) -> np.ndarray:

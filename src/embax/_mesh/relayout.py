@@ -1,4 +1,4 @@
-"""Moves: rows on a mesh brought into another layout, a few at a time."""
+"""Relayout: bring rows on a mesh into another layout, a few rows at a time, so that no device holds the whole table."""
 
 import functools
 
@@ -12,7 +12,7 @@ from .._base.dtypes import index_dtype
 from .placement import Placement
 from .sharded import put, take
 
-# Rows are moved in so many steps, if that is not too few rows for one.
+# Rows are moved in 16 steps, but a step has at least 1,024 rows of each device.
 _CHUNKS, _LEAST_ROWS = 16, 1024
 
 
@@ -20,16 +20,16 @@ _CHUNKS, _LEAST_ROWS = 16, 1024
 def moved(
     placement: Placement, leaf: Shaped[Array, "stored *dim"], to: Placement, start: int = 0
 ) -> Shaped[Array, "other *dim"]:
-    """Lay rows out in another way, each device holding little more than its part of both.
+    """Copy rows into another layout. Each device holds little more than its parts of both arrays.
 
     Args:
       placement: Where the rows are.
       leaf: The rows.
-      to: Where they shall be, on the same devices: as many rows as it has, from row `start` on.
-      start: The first row.
+      to: Where they are to be, on the same devices; it takes `to.rows` rows.
+      start: The first row to take.
 
     Returns:
-      The rows, laid out as `to` says; zero where it has no row.
+      The rows, laid out as `to`; its padding is zero.
     """
     dim, index = leaf.shape[1:], index_dtype(max(to.stored_rows, placement.rows))
     spec = to.spec((to.stored_rows, *dim), dim)
@@ -37,7 +37,7 @@ def moved(
     chunk = max(-(-to.block // _CHUNKS), min(to.block, _LEAST_ROWS), 1)
 
     def step(number: Array, out: Shaped[Array, "shards block *dim"]) -> Shaped[Array, "shards block *dim"]:
-        first = jnp.minimum(number.astype(index) * chunk, to.block - chunk)  # the last one meets the one before
+        first = jnp.minimum(number.astype(index) * chunk, to.block - chunk)  # the last chunk may overlap the one before
         shards = jnp.arange(to.shards, dtype=index)[:, None] * to.block
         ids = to.ids(shards + first + jnp.arange(chunk, dtype=index)[None, :])
         rows = take(placement, leaf, jnp.ravel(jnp.where(ids < to.rows, ids + start, placement.rows)), 0)
@@ -59,17 +59,17 @@ def moved_into(
     of: Placement | None,
     rows: Shaped[Array, "others *dim"],
 ) -> Shaped[Array, "stored *dim"]:
-    """Write rows, however they are laid out, into others from row `start` on.
+    """Overwrite rows of a sharded array by rows of any layout.
 
     Args:
-      placement: Where the others are.
-      leaf: The others.
-      start: The first row to be written.
-      of: Where the rows are, or None.
-      rows: The rows.
+      placement: Where the rows of `leaf` are.
+      leaf: The array; it is donated.
+      start: The first row to be overwritten.
+      of: Where the new rows are, or None if they are in row order.
+      rows: The new rows.
 
     Returns:
-      The others, laid out as they were.
+      The array, laid out as before.
     """
     ids = jnp.arange(rows.shape[0], dtype=index_dtype(max(placement.rows, rows.shape[0])))
     exists = ids < rows.shape[0]

@@ -1,4 +1,12 @@
-"""Placed rows: what is done with the rows of a table on a mesh, seen from outside of its devices."""
+"""Operations on the rows of a sharded table, as functions of whole arrays.
+
+Each function makes the batch divisible by the devices, and runs `exchange` on each device by `shard_map`. For instance,
+`take` of 6 ids from a table of 10 rows on four devices: the ids are padded to 8 by the sentinel 10, each device fetches
+the rows of two ids from their owners, and the last two results are cut off.
+
+If rows are split by columns, a *group* is the devices that have parts of the same rows. Each device of a group asks for
+the ids of the whole group, and the devices then swap parts, so that each has the whole rows of its own ids.
+"""
 
 import dataclasses
 import math
@@ -23,13 +31,13 @@ T = TypeVar("T")
 def take(
     placement: Placement, leaf: Shaped[Array, "stored *dim"], ids: Int[Array, "*batch"], fill_value: float
 ) -> Shaped[Array, "*batch_dim"]:
-    """Read a row for each id, the ids being split over all devices: traffic follows their number.
+    """Read a row for each id. The ids are split over all devices, and traffic follows their number.
 
     Args:
       placement: Where the rows are.
       leaf: The rows.
-      ids: Row numbers in `[0, rows)`; any other one stands for no row.
-      fill_value: What stands where an id has no row.
+      ids: Row numbers in `[0, rows)`; any other number stands for no row.
+      fill_value: The value for an id without a row.
 
     Returns:
       The rows, laid out as the ids.
@@ -61,14 +69,14 @@ def put(
     values: Shaped[Array, "length *dim"],
     mode: WriteMode,
 ) -> Shaped[Array, "stored *dim"]:
-    """Set rows, or add to rows, the ids being split over all devices.
+    """Set rows, or add to rows. The ids are split over all devices.
 
     Args:
       placement: Where the rows are.
       leaf: The rows.
-      ids: Row numbers; any outside of `[0, rows)` stands for no row. To set, values of one id must be equal.
-      values: A row for each.
-      mode: What to do.
+      ids: Row numbers; a number outside of `[0, rows)` stands for no row. To set, values of equal ids must be equal.
+      values: A row for each id.
+      mode: Whether to set rows or to add to them.
 
     Returns:
       The new rows, laid out as the old ones.
@@ -97,17 +105,17 @@ def combine(
     dim: tuple[int, ...],
     dtype: DTypeLike | None = None,
 ) -> tuple[Distinct, Int32[Array, ""]]:
-    """Sum the values of each row where it is stored, the ids being split over all devices.
+    """Sum the values of equal ids at the owner of their row. The ids are split over all devices.
 
     Args:
       placement: Where the rows are.
-      ids: Row numbers; any outside of `[0, rows)` stands for no row.
-      values: A row for each.
-      dim: The sizes of a row's axes.
-      dtype: The dtype of the sums. Default: that of the values, in which parts of rows are sent.
+      ids: Row numbers; a number outside of `[0, rows)` stands for no row.
+      values: A row for each id.
+      dim: The shape of a row.
+      dtype: The dtype of the sums. Default: the dtype of the values, in which parts of rows are sent.
 
     Returns:
-      The distinct rows, laid out as their owners are; and whether rows had to be dealt out to others, 0 or 1.
+      The distinct rows on their owners; and 1 if an owner was overloaded, so that rows were dealt out, else 0.
     """
     ids, values = _spread(placement, ids, values)
 
@@ -125,7 +133,7 @@ def combine(
 def gather_at_owners(
     placement: Placement, leaf: Shaped[Array, "stored ..."], ids: Int[Array, " held"], dim: tuple[int, ...]
 ) -> Shaped[Array, "held ..."]:
-    """Read rows for ids as `combine` has laid them out; zero where there is no row."""
+    """Read rows for ids from `combine`, on the devices where these are; zero for the sentinel."""
 
     def local(leaf: Array, ids: Array) -> Array:
         positions = placement.positions(ids)
@@ -145,7 +153,7 @@ def store_at_owners(
     dim: tuple[int, ...],
     mode: WriteMode = "set",
 ) -> Shaped[Array, "stored ..."]:
-    """Set rows, or add to rows, for distinct ids as `combine` has laid them out."""
+    """Set rows, or add to rows, for distinct ids from `combine`, given on the devices where these are."""
 
     def local(leaf: Array, ids: Array, values: Array) -> Array:
         return _exchange.deliver(placement, leaf, placement.positions(ids), values, mode, expected=False)
@@ -157,16 +165,18 @@ def store_at_owners(
 def summed_by(
     placement: Placement, bags: Int[Array, " length"], terms: Shaped[Array, "length *dim"], number: int
 ) -> Shaped[Array, "bags *dim"]:
-    """Sum terms by the bags that they belong to, terms and bags being split over all devices.
+    """Sum terms by bag. Terms and bags are split over all devices.
+
+    The sums are treated as the rows of a sharded table of bags, to which `put` adds the terms.
 
     Args:
-      placement: That of the table that the terms come from.
+      placement: The placement of the table that the terms come from.
       bags: The bag of each term, in `[0, number)`.
       terms: The terms.
       number: The number of bags.
 
     Returns:
-      One sum a bag.
+      One sum for each bag.
     """
     axes = tuple(placement.mesh.axis_names)
     of_bags = dataclasses.replace(placement, axes=axes, columns=None, cyclic=False, rows=number)
@@ -176,7 +186,7 @@ def summed_by(
 
 
 def rounds(placement: Placement, ids: Int[Array, "*batch"]) -> Int32[Array, ""]:
-    """Say in how many rounds `take` reads some ids."""
+    """The number of rounds in which `take` reads some ids."""
     split, _ = _split(placement, ids)
 
     def local(ids: Array) -> Array:
@@ -189,15 +199,15 @@ def rounds(placement: Placement, ids: Int[Array, "*batch"]) -> Int32[Array, ""]:
 def joined(
     placement: Placement | None, arrays: Sequence[Shaped[Array, "_ ..."]], fill_value: float
 ) -> Shaped[Array, "total ..."]:
-    """Put arrays one behind the other; on a mesh, those that are split over all devices on each device for itself.
+    """Concatenate arrays; on a mesh, each device concatenates its own shards.
 
     Args:
-      placement: That of a table, or None.
-      arrays: The arrays; on a mesh, those that cannot be split evenly are filled up.
-      fill_value: With what.
+      placement: The placement of a table, or None.
+      arrays: The arrays; on a mesh, each is padded so that it divides evenly.
+      fill_value: The value of the padding.
 
     Returns:
-      One array. On a mesh, its order is that of the devices.
+      One array. On a mesh, it has the parts of the first device first: of all arrays, padding included.
     """
     if placement is None:
         return jnp.concatenate(arrays)
@@ -211,17 +221,17 @@ def joined(
 def parted(
     placement: Placement | None, array: Shaped[Array, "total ..."], lengths: Sequence[int]
 ) -> list[Shaped[Array, "length ..."]]:
-    """Take apart what has an entry for each entry of what `joined` has put together.
+    """Undo `joined`, for an array with an entry for each entry of its result.
 
     Args:
-      placement: As there.
-      array: The entries.
-      lengths: Those of the arrays.
+      placement: As in `joined`.
+      array: The joined array.
+      lengths: The lengths of the arrays, without padding.
 
     Returns:
       The arrays.
     """
-    # By one split, of which the derivative is one concatenation; that of slices is a sum of as many arrays.
+    # One split: its transpose is one concatenation. The transpose of slices would be a sum of padded arrays.
     if placement is None:
         return list(jax.lax.split(array, lengths))
     sizes = [-(-length // placement.devices) for length in lengths]
@@ -231,7 +241,7 @@ def parted(
 
 
 def first_of(placement: Placement, array: Shaped[Array, "more ..."], length: int) -> Shaped[Array, "length ..."]:
-    """Cut off what an array was filled up with."""
+    """Cut off the padding of an array."""
     if array.shape[0] == length:
         return array
     return resharded(array, placement.mesh, PartitionSpec())[:length]
@@ -240,13 +250,13 @@ def first_of(placement: Placement, array: Shaped[Array, "more ..."], length: int
 def on_devices(
     placement: Placement, function: Callable[..., T], in_specs: PyTree, out_specs: PyTree
 ) -> Callable[..., T]:
-    """Have a function called on each device of a mesh, its arguments laid out as it wants them.
+    """Run a function on each device of a mesh by `shard_map`; on explicit axes, its arguments are resharded first.
 
     Args:
       placement: A placement on the mesh.
       function: Called with each device's parts.
-      in_specs: How each argument is laid out.
-      out_specs: How what it returns is laid out.
+      in_specs: The layout of each argument.
+      out_specs: The layout of its result.
 
     Returns:
       A function of whole arrays.
@@ -259,12 +269,12 @@ def on_devices(
 
 
 def _of_leaf(placement: Placement, dim: tuple[int, ...]) -> Placement:
-    """That of rows which are a number each, and cannot be split, where those of their table are split by columns."""
+    """The placement of an array with one number for each row: it cannot be split by columns."""
     return placement if dim else dataclasses.replace(placement, columns=None)
 
 
 def _split(placement: Placement, ids: Int[Array, "*batch"]) -> tuple[Int[Array, "..."], tuple[int, ...]]:
-    """Make ids divisible by the devices, along their first axis if it is as it stands."""
+    """Make ids divisible by the devices: flatten and pad them, unless their first axis already is."""
     if ids.ndim and ids.shape[0] % placement.devices == 0:
         return ids, ids.shape
     return padded(placement, jnp.reshape(on_every_device(ids), (ids.size,)), placement.rows), (ids.size,)
@@ -280,7 +290,7 @@ def _joined_back(
 
 
 def padded(placement: Placement, array: Shaped[Array, "length ..."], fill_value: float) -> Shaped[Array, "more ..."]:
-    """Fill an array up so that it can be split over all devices."""
+    """Pad an array so that its first axis divides by the number of devices."""
     missing = -array.shape[0] % placement.devices
     if not missing:
         return array
@@ -294,15 +304,15 @@ def _spread(
 
 
 def group_of(placement: Placement, array: Shaped[Array, "ids ..."]) -> Shaped[Array, "more ..."]:
-    """What there is for the ids of all devices that have parts of the same rows."""
+    """Gather an array over this device's group: the devices that have parts of the same rows."""
     return array if placement.columns is None else jax.lax.all_gather(array, placement.columns, tiled=True)
 
 
 def whole_rows(placement: Placement, rows: Shaped[Array, "group *part"]) -> Shaped[Array, "ids *dim"]:
-    """Put together the parts of the rows that this device asks for."""
+    """Swap parts within the group, so that each device has the whole rows of its own ids."""
     return rows if placement.columns is None else jax.lax.all_to_all(rows, placement.columns, 0, 1, tiled=True)
 
 
 def _own_columns(placement: Placement, values: Shaped[Array, "ids *dim"]) -> Shaped[Array, "group *part"]:
-    """Get this device's columns of the values of its group."""
+    """Swap values within the group, so that each device has its columns of the whole group's values."""
     return values if placement.columns is None else jax.lax.all_to_all(values, placement.columns, 1, 0, tiled=True)

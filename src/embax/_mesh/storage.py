@@ -30,25 +30,25 @@ PerToken: TypeAlias = Callable[..., tuple[Array, ...]]
 
 @dataclasses.dataclass(frozen=True)
 class Sharded(Storage):
-    """Rows on a mesh, where a placement says.
+    """Rows on a mesh.
 
     Args:
-      placement: Where they are.
+      placement: Which device owns which rows.
     """
 
     placement: Placement
 
     is_local: ClassVar[bool] = False
     owners_add: ClassVar[bool] = True
-    in_blocks: ClassVar[bool] = False  # each device has its own
-    pools_apart: ClassVar[bool] = True  # they are where their bag is, and not joined with others
+    in_blocks: ClassVar[bool] = False  # each device already handles its own rows only
+    pools_apart: ClassVar[bool] = True  # ids stay with their bag's device, so features are not joined
     name: ClassVar[str] = "placement"
 
     def __repr__(self) -> str:
         return repr(self.placement)
 
     def rows_of(self, stored: int) -> int:
-        """Those of the placement; the padding that sharding adds has no meaning."""
+        """The rows of the placement, without the padding that sharding adds."""
         return self.placement.rows
 
     def stored_rows(self, rows: int) -> int:
@@ -56,11 +56,11 @@ class Sharded(Storage):
         return dataclasses.replace(self.placement, rows=rows).stored_rows
 
     def with_rows(self, rows: int) -> "Sharded":
-        """The same layout."""
+        """The same layout for another number of rows."""
         return Sharded(dataclasses.replace(self.placement, rows=rows))
 
     def check(self, weight: Array) -> None:
-        """It must have the stored rows."""
+        """Require the number of stored rows of the placement."""
         if weight.shape[0] != self.placement.stored_rows:
             raise ValueError(
                 f"`embax.Table(weight=...)` must have the {self.placement.stored_rows} stored rows of its placement, "
@@ -68,12 +68,12 @@ class Sharded(Storage):
             )
 
     def positions(self, ids: Array, rows: int) -> Array:
-        """Block by block, or in turns."""
+        """The stored positions, in blocks or cyclic."""
         return self.placement.positions(ids)
 
     @property
     def descriptions(self) -> tuple[str, ...]:
-        """The placement, its mesh, and its devices."""
+        """The placement; with its mesh; with its devices."""
         mesh = self.placement.mesh
         word = repr(self.placement)
         devices = [device.id for device in mesh.devices.flat] if isinstance(mesh, Mesh) else mesh
@@ -81,12 +81,12 @@ class Sharded(Storage):
 
     @property
     def layout(self) -> Hashable:
-        """The placement, whatever its rows are and however they are exchanged."""
+        """The mesh and how rows are split over it, whatever their number, skew and pooling."""
         return self.placement.mesh, self.placement.axes, self.placement.columns, self.placement.cyclic
 
     @property
     def rows_at_once(self) -> int:
-        """The number of devices that have other rows."""
+        """The number of blocks of rows."""
         return self.placement.shards
 
     @property
@@ -97,20 +97,20 @@ class Sharded(Storage):
     # ---- Rows in and out.
 
     def take(self, leaf: Array, ids: Array, fill_value: float, *, linear: bool = False) -> Array:
-        """By an exchange with their owners."""
+        """Fetch the rows from their owners."""
         return _sharded.take(self.placement, leaf, ids, fill_value)
 
     def put(self, leaf: Array, ids: Array, values: Array, mode: WriteMode) -> Array:
-        """By an exchange with their owners."""
+        """Send the rows to their owners."""
         return _sharded.put(self.placement, leaf, ids, values, mode)
 
-    def replace(self, leaf: Array, ids: Array, function: Callable[[Array, Array], Array]) -> Array:
-        """By two exchanges."""
+    def replace(self, leaf: Array, ids: Array, function: Callable[[Array, Array], Array], fill_value: float) -> Array:
+        """Fetch the rows, call the function, and send the result back."""
         ids = jnp.ravel(ids)
-        return self.put(leaf, ids, function(ids, self.take(leaf, ids, 0)), "set")
+        return self.put(leaf, ids, function(ids, self.take(leaf, ids, fill_value)), "set")
 
     def to_rows(self, leaf: Array) -> Array:
-        """Each process gathers the whole table onto one of its devices."""
+        """Gather the whole table onto one device of each process."""
         rows = self.placement.rows
         if isinstance(leaf, Tracer):
             return self.take(leaf, jnp.arange(rows, dtype=index_dtype(rows)), 0)
@@ -123,14 +123,15 @@ class Sharded(Storage):
         return _relayout.moved(self.placement, leaf, everywhere).addressable_data(0)
 
     def from_rows(self, values: Array | np.ndarray) -> Array:
-        """Each device gets its own; not under `jit`."""
+        """Copy each device's rows to it; not under `jit`."""
         return _placing.stored(self.placement, _placing.of_array(values), values.shape, values.dtype)
 
     # ---- Whole tables made of others.
 
     def created(self, fresh: Callable[[], Array]) -> Array:
-        """Each device makes its own rows."""
-        # XLA splits what it makes by blocks; on explicit axes it would have to be told how.
+        """Have each device make its own rows."""
+        # XLA can split the initialiser over blocks of rows, not over cyclic rows; and on explicit axes the initialiser
+        # itself would have to name its sharding.
         mesh = self.placement.mesh
         mesh = Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
         by_blocks = dataclasses.replace(self.placement, cyclic=False, mesh=mesh)
@@ -147,7 +148,7 @@ class Sharded(Storage):
         return jax.device_put(weight, self.placement.sharding(weight.shape, weight.shape[1:]))
 
     def moved(self, of: Storage, others: Array) -> Array:
-        """Store the rows of another weight, wherever they are, each device getting its own."""
+        """Store the rows of another weight of any storage; each device gets its own rows only."""
         placement, before = self.placement, of.placement
         if before is not None and before.mesh == placement.mesh:
             weight = _relayout.moved(before, others, placement)
@@ -158,17 +159,17 @@ class Sharded(Storage):
         return _placing.stored(placement, reader, (before.rows, *others.shape[1:]), others.dtype)
 
     def overwritten(self, leaf: Array, of: Storage, others: Array) -> Array:
-        """Lay the rows that both have out as these, and write them."""
+        """Bring the common rows into this layout, and write them over the first rows."""
         common = self.with_rows(min(of.rows_of(others.shape[0]), self.placement.rows))
         weight = common.moved(of, others).astype(leaf.dtype)
         sharding: Any = leaf.sharding
         if common != self:
-            # A copy, since it is written in place, and may be an array of the parameters themselves.
+            # A copy, since `moved_into` donates it, and the caller may still use it as a parameter.
             weight = _relayout.moved_into(self.placement, jnp.copy(leaf), 0, common.placement, weight)
         return laid_out(weight, sharding)
 
     def resized(self, call: str, leaf: Array, rows: int, fresh: Callable[[], Array]) -> tuple[Array, Storage]:
-        """Give each device the rows that it is to hold now, and have it make its part of the fresh ones."""
+        """Move rows to their new owners; each device makes its part of the fresh rows."""
         to, before = with_rows(call, self.placement, rows), self.placement.rows
         weight = _relayout.moved(self.placement, leaf, to)
         if rows > before:
@@ -177,7 +178,7 @@ class Sharded(Storage):
         return laid_out(weight, to.sharding(weight.shape, weight.shape[1:])), Sharded(to)
 
     def put_together(self, parts: Sequence[tuple[Storage, Array]]) -> Array:
-        """Write one after the other into zeros."""
+        """Write one part after the other into an array of zeros."""
         if len(parts) == 1 and parts[0][0] == self:
             return parts[0][1]
         leaf = parts[0][1]
@@ -189,22 +190,22 @@ class Sharded(Storage):
         return weight
 
     def part(self, leaf: Array, start: int, rows: int) -> tuple[Array, Storage]:
-        """Lay it out as a table of its own."""
+        """Bring the rows into the layout of a table of their own."""
         to = self.with_rows(rows)
         return _relayout.moved(self.placement, leaf, to.placement, start), to
 
     # ---- What belongs to the ids of a batch.
 
     def flat(self, array: Array, shape: tuple[int, ...]) -> Array:
-        """Reshape, each device its own."""
+        """Reshape; XLA keeps each entry on its device."""
         return jnp.reshape(array, shape)
 
     def joined(self, arrays: Sequence[Array], fill_value: Any) -> Array:
-        """Each device concatenates its own shards."""
+        """Concatenate on each device its own shards."""
         return _sharded.joined(self.placement, arrays, fill_value)
 
     def parted(self, array: Array, lengths: Sequence[int]) -> list[Array]:
-        """Each device splits its own shard."""
+        """Split on each device its own shard."""
         return _sharded.parted(self.placement, array, lengths)
 
     # ---- The rows of a gradient.
@@ -212,7 +213,7 @@ class Sharded(Storage):
     def combine(
         self, slots: Slots, ids: Array, values: PyTree, rows: int, dim: tuple[int, ...]
     ) -> tuple[Slots, Distinct, Array | int]:
-        """Sum at the owners. A second array goes as one more column of the first, so that both take one way."""
+        """Sum at the owners. A second array travels as one more column of the first, in the same exchange."""
         if not isinstance(values, tuple):
             return slots, *_sharded.combine(self.placement, ids, values, dim)
         wide = jnp.concatenate([values[0], values[1][:, None]], axis=1)
@@ -220,17 +221,17 @@ class Sharded(Storage):
         return slots, distinct._replace(values=(distinct.values[:, :-1], distinct.values[:, -1])), crowded
 
     def gather(self, leaf: Array, ids: Array, dim: tuple[int, ...]) -> Array:
-        """Each owner reads its own rows, and asks others for those that were dealt out to it."""
+        """Read rows on the devices of their ids: on their owners, unless an owner was overloaded."""
         if ids.shape[0] == 0:
             return jnp.zeros((0, *leaf.shape[1:]), leaf.dtype)
         return _sharded.gather_at_owners(self.placement, leaf, ids, dim)
 
     def store(self, leaf: Array, ids: Array, values: Array, dim: tuple[int, ...], mode: WriteMode = "set") -> Array:
-        """Each owner writes its own rows."""
+        """Write rows: each owner its own ones, and the rows that others summed for it."""
         return _sharded.store_at_owners(self.placement, leaf, ids, values.astype(leaf.dtype), dim, mode)
 
     def add(self, leaf: Array, ids: Array, values: Array, distinct: bool) -> Array:
-        """At the owners, which first sum duplicates in float32 where the weight is narrower."""
+        """Add at the owners; if the weight is narrower than float32, they first sum duplicates in float32."""
         dim = leaf.shape[1:]
         if not distinct and jnp.finfo(leaf.dtype).bits >= 32:
             return self.put(leaf, ids, values, "add")
@@ -239,48 +240,48 @@ class Sharded(Storage):
         return self.store(leaf, ids, values, dim, "add")
 
     def laid_out(self, leaf: Array, dim: tuple[int, ...]) -> Array:
-        """As the weight, by columns only if its rows are those of the table."""
+        """Shard the leaf like the weight; by columns only if its rows have the table's shape."""
         return laid_out(leaf, self.placement.sharding(leaf.shape, dim))
 
     def everywhere(self, array: Array) -> Array:
-        """A copy on each device of the mesh."""
+        """Replicate the array over the mesh."""
         return laid_out(array, NamedSharding(self.placement.mesh, PartitionSpec()))
 
     # ---- Bags.
 
     def pools(self, table: Table, bags: tuple[int, ...], length: int, weighted: bool) -> bool:
-        """Where devices have parts of rows, and where sums are less to send than rows, if that was asked for."""
+        """Pool at owners if rows are split by columns only, or if `pool_at_owners` is set and sends less."""
         return _bags.is_pooled_where_stored(table, bags, length, weighted)
 
     def pooled(
         self, table: Table, pool: Callable[..., Array], ids: Array, counted: Array, weights: Array | None
     ) -> Array:
-        """Owners sum what they have of each bag."""
+        """Let each owner sum its rows of each bag."""
         return _bags.pooled_where_stored(table, pool, ids, counted, weights)
 
     def summed_by(self, bags: Array, terms: Array, number: int) -> Array:
-        """A term goes to the device that has its bag."""
+        """Send each term to the device of its bag, and add there."""
         return _sharded.summed_by(self.placement, bags, terms, number)
 
     # ---- Heads.
 
     def own_rows(self, stored: int) -> OwnRows:
-        """Those of the device."""
+        """The rows of one device."""
         return ShardedRows(self, self.placement.rows)
 
     def of_device(self, tokens: int, stored: int) -> tuple[int, int]:
-        """Tokens are split over copies, rows over owners."""
+        """Tokens are split over replicas, rows over owners."""
         placement = self.placement
         return -(-tokens // placement.copies), -(-placement.block // placement.column_shards)
 
     def aligned(self, weight: Array, *arrays: Array) -> tuple[Array, ...]:
-        """As they are."""
+        """The arrays themselves: `on_owners` lays them out, and `shard_map` sums their derivatives."""
         return weight, *arrays
 
     def of_tokens(
         self, function: PerToken, weight: Array, batch: int, arrays: Sequence[Array], fills: Sequence[float]
     ) -> tuple[Array, ...]:
-        """Call it on each device, tokens being split over the copies of the rows."""
+        """Call the function on each device, with the tokens split over replicas."""
         tokens = Tokens(self.placement, arrays[0].shape[:batch])
         given = map(tokens.laid_out, arrays, fills)
         found = on_owners(tokens, function, (tokens.spec,) * 3, weight, *given)
@@ -289,7 +290,7 @@ class Sharded(Storage):
     def of_rows_and_tokens(
         self, function: PerToken, weight: Array, batch: int, arrays: Sequence[Array], fills: Sequence[float]
     ) -> tuple[Array, Array]:
-        """Call it on each device, and have the owners take a part each of the sum for tokens."""
+        """Call the function on each device, and sum its second result over owners, a part of the tokens on each."""
         tokens, dtype = Tokens(self.placement, arrays[0].shape[:batch]), arrays[0].dtype
 
         def local(*args: Array) -> tuple[Array, Array]:
@@ -301,9 +302,9 @@ class Sharded(Storage):
         return of_weight, tokens.restored(of_x, arrays[0])
 
     def logits(self, of_rows: Callable[[Array, Array, Array], Array], weight: Array, x: Array) -> Array:
-        """Each device multiplies its own rows, and gets the logits of all for a part of the batch."""
+        """Multiply on each device its own rows; then swap, so that each has all logits of a part of the batch."""
         placement, stored = self.placement, weight.dtype
-        if weight.size == 0:  # there is nothing to be sent, which XLA has no collectives for
+        if weight.size == 0:  # XLA has no collectives of empty arrays
             return of_rows(jnp.arange(placement.rows), jnp.zeros((placement.rows, *weight.shape[1:]), stored), x)
         tokens = Tokens(placement, x.shape[: x.ndim - weight.ndim + 1])
 
@@ -311,13 +312,13 @@ class Sharded(Storage):
             own = self.own_rows(weight.shape[0])
             block = own.read(weight, jnp.zeros((), index_dtype(own.rows)), weight.shape[0])
             rows = block.rows.astype(stored)
-            if own.filled_up:  # by selection, so that what is no row has no gradient: 0 * NaN is NaN
+            if own.filled_up:  # padding gets no gradient; by selection, since 0 * NaN is NaN
                 exist = jnp.expand_dims(own.exist(block.ids), tuple(range(1, rows.ndim)))
                 rows = jnp.where(exist, rows, jnp.zeros((), rows.dtype))
             return (tokens.joined(of_rows(block.ids, rows, vectors.astype(x.dtype))),)
 
-        # Wide, since the gradients that all owners have of a vector are summed; and those that all copies have of a
-        # row, which bfloat16 can be summed in, but not float8.
+        # The transpose sums the gradients of a vector over owners, so vectors are float32 or wider. It sums those of a
+        # row over replicas: bfloat16 collectives exist, float8 ones do not, so float8 rows are widened, too.
         vectors = tokens.laid_out(x.astype(accumulator(x.dtype)))
         rows = weight.astype(accumulator(stored)) if jnp.finfo(stored).bits < 16 else weight
         (logits,) = on_owners(tokens, local, (tokens.parted_spec,), rows, vectors)

@@ -1,7 +1,7 @@
-"""The layer for brainstate: Embedding, its row-sparse training, and a jit that updates its table in place."""
+"""Layers for brainstate: Embedding and EmbeddingBag, their row-sparse training, and a jit that updates in place."""
 
 from . import _interop as _interop  # registers the conversions to other frameworks
-from . import _modules as _modules  # registers how a model's tables are replaced
+from . import _modules as _modules  # registers brainstate's modules with embax.shard
 from ._bag import EmbeddingBag as EmbeddingBag
 from ._embedding import Embedding as Embedding
 from ._grad import grad as grad

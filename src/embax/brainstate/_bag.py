@@ -1,4 +1,4 @@
-"""EmbeddingBag: the layer whose rows are pooled as they are read."""
+"""EmbeddingBag: an Embedding that pools the rows of each bag of indices."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, Self
@@ -19,8 +19,8 @@ from ._weight import Init, split_unit, with_unit
 class EmbeddingBag(PoolsBags, Embedding):
     """A lookup table that returns one vector for each bag of indices, with the arguments of `torch.nn.EmbeddingBag`.
 
-    Bags are pooled by the rules of `embax.embedding_bag`: padding does not count, and a bag of nothing is zero. The
-    rest is as in `Embedding`, write-back included.
+    Bags are pooled by the rules of `embax.embedding_bag`: padding does not count, and an empty bag is zero. Everything
+    else is as in `Embedding`, write-back included.
 
     Args:
       num_embeddings: The number of rows, 0 or more.
@@ -29,7 +29,7 @@ class EmbeddingBag(PoolsBags, Embedding):
       norm_type: As in `Embedding`.
       scale_grad_by_freq: As in `Embedding`.
       mode: `"mean"`, the default, `"sum"`, `"sqrtn"` or `"max"`.
-      include_last_offset: Whether the offsets have one more, at which the last bag ends.
+      include_last_offset: Whether offsets have one more entry, the end of the last bag.
       padding_idx: As in `Embedding`.
       embedding_init: As in `Embedding`.
       freeze: As in `Embedding`.
@@ -105,7 +105,7 @@ class EmbeddingBag(PoolsBags, Embedding):
         mode: Mode = "mean",
         **options: Any,
     ) -> Self:
-        """Make a layer of vectors that exist, frozen unless told otherwise.
+        """Make a layer from existing vectors, frozen by default.
 
         Args:
           embeddings: The weight, `(rows, *dim)`, as in `Embedding.from_pretrained`.
@@ -114,13 +114,13 @@ class EmbeddingBag(PoolsBags, Embedding):
           norm_type: As in the constructor.
           scale_grad_by_freq: As in the constructor.
           mode: As in the constructor.
-          **options: What the constructor takes by name besides.
+          **options: Further keyword arguments of the constructor.
 
         Returns:
           The layer. Its padding row keeps its values.
 
         Raises:
-          TypeError: As the constructor, and for an option that it does not have.
+          TypeError: As the constructor, and for an unknown option.
           ValueError: As the constructor, and for fewer than 2 axes.
 
         Example:
@@ -133,7 +133,7 @@ class EmbeddingBag(PoolsBags, Embedding):
 
     def update(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, input: ArrayLike | Ragged, offsets: ArrayLike | None = None, per_sample_weights: ArrayLike | None = None
-    ) -> Shaped[Array, "*bags_dim"]:
+    ) -> Shaped[Array, "*bags_dim"] | brainunit.Quantity:
         """Read bags of indices and pool their rows; calling the layer does the same.
 
         Args:
@@ -142,7 +142,7 @@ class EmbeddingBag(PoolsBags, Embedding):
           per_sample_weights: A factor for each index, of the shape of the input; not with `"max"`.
 
         Returns:
-          One vector a bag, `(*bags, *embedding_dim)`, in the unit of the table.
+          One vector for each bag, `(*bags, *embedding_dim)`, in the unit of the table.
 
         Raises:
           TypeError: As `embax.embedding_bag`, and for a Ragged with offsets.

@@ -1,4 +1,4 @@
-"""Embedding: the drop-in layer, a weight in a brainstate State read by the core's lookup."""
+"""Embedding: a drop-in for brainstate's layer, whose State is read by `embax.lookup`."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, Self
@@ -30,20 +30,20 @@ class Embedding(brainstate.nn.Module, TableLayer):
     """A lookup table of vectors, with the interface of `brainstate.nn.Embedding`.
 
     `embedding(indices)` reads one row of `weight` for each index, by the rules of `embax.lookup`. The rules are
-    attributes and may be changed between calls. Of a sharded table, `weight.value` is a `StoredRows`: the weight, whose
-    rows are in another order, and what says which.
+    attributes, which may be changed between calls. If the table is sharded, `weight.value` is a `StoredRows`: the
+    stored rows together with their layout.
 
-    With `max_norm`, the rows that are read are also stored clipped: eagerly and under brainstate's own transformations
-    (`jit`, `grad`, `for_loop`, `cond`, `vmap`, `vmap2`, ...). Where only raw JAX transformations are active nothing can
-    be stored, and the output alone is clipped. A raw transformation *inside* a brainstate one cannot be told from it:
-    pass `write_back=False` there and call `renormalize` outside. Storing copies the table once, except under
-    `embax.brainstate.jit`, where it costs the rows that are read. A frozen table is never written.
+    With `max_norm`, a call also stores the clipped rows, both eagerly and under brainstate's own transformations
+    (`jit`, `grad`, `for_loop`, `cond`, `vmap`, `vmap2`, ...). Under raw JAX transformations alone nothing can be
+    stored, and only the output is clipped. A raw transformation *inside* a brainstate one cannot be detected: pass
+    `write_back=False` there, and call `renormalize` outside. Storing copies the table once; under
+    `embax.brainstate.jit` it costs only the rows that are read. A frozen table is never written.
 
     Args:
       num_embeddings: The number of rows, 0 or more.
       embedding_size: The size of a row, or the sizes of its axes.
-      embedding_init: `init(shape)` as brainstate's initialisers, or `init(key, shape, dtype)` as JAX's, told apart by a
-        first parameter named `key`; or an array, NumPy array, nested list, number or brainunit Quantity that broadcasts
+      embedding_init: An initialiser: brainstate's `init(shape)`, or JAX's `init(key, shape, dtype)`, recognised by a
+        first parameter named `key`. Or an array, NumPy array, nested list, number or brainunit Quantity that broadcasts
         to `(num_embeddings, *embedding_size)`. Default: `brainstate.nn.init.LecunUniform()`.
       padding_idx: A row in `[0, num_embeddings)` that starts at zero, never gets a gradient and is never renormalised.
       max_norm: Rows are read clipped to this norm: a number in the unit of the table, or a Quantity. Default: no limit.
@@ -51,15 +51,15 @@ class Embedding(brainstate.nn.Module, TableLayer):
       scale_grad_by_freq: Divide the gradient of a row by the number of times it is read in the call.
       freeze: The weight gets no gradient and is never written.
       name: The name of the module.
-      param_type: What holds the weight: `brainstate.ParamState`, another State, or `brainstate.FakeState`, which no
-        transformation sees.
+      param_type: The type that holds the weight: `brainstate.ParamState`, another State, or `brainstate.FakeState`,
+        which transformations ignore.
       out_of_range: What an index without a row reads: `"error"`, `"clip"`, `"nan"` or `"zero"`, as in `embax.Table`.
       dtype: The dtype of the output. Default: the weight's.
       write_back: With `max_norm`, whether a call stores the rows that it clips.
 
     Raises:
       TypeError: If an argument is of the wrong type, or `max_norm` is given for a table of integers.
-      ValueError: If an argument is outside its range, or `embedding_init` gives another shape.
+      ValueError: If an argument is outside its range, or `embedding_init` returns another shape.
 
     Example:
       >>> import brainstate, embax, jax.numpy as jnp
@@ -67,7 +67,7 @@ class Embedding(brainstate.nn.Module, TableLayer):
       >>> embedding.weight.value.shape
       (10, 3)
 
-      Indices of any shape, from the end where they are negative:
+      Indices may have any shape; negative ones count from the end:
 
       >>> embedding(jnp.array([1, 3, -1])).shape
       (3, 3)
@@ -85,7 +85,7 @@ class Embedding(brainstate.nn.Module, TableLayer):
       Array([[0., 0., 0.],
              [1., 1., 1.]], dtype=float32)
 
-      A limit to the norm holds for what is read and, after that, for what is stored:
+      A limit to the norm applies to rows that are read, and then to the stored rows:
 
       >>> embedding = embax.Embedding(2, 2, embedding_init=jnp.array([[3.0, 4.0], [6.0, 8.0]]), max_norm=1.0)
       >>> embedding(0)
@@ -94,7 +94,7 @@ class Embedding(brainstate.nn.Module, TableLayer):
       Array([[0.6, 0.8],
              [6. , 8. ]], dtype=float32)
 
-      Vectors that exist, frozen, in a state or in none:
+      Existing vectors, frozen, in a state or without one:
 
       >>> vectors = jnp.array([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
       >>> embedding = embax.Embedding.from_pretrained(vectors)
@@ -108,7 +108,7 @@ class Embedding(brainstate.nn.Module, TableLayer):
     """
 
     __module__ = "embax.brainstate"
-    _SIZE = "embedding_size"  # what the constructor calls the size of a row
+    _SIZE = "embedding_size"  # the constructor's argument for the size of a row
 
     def __init__(
         self,
@@ -142,12 +142,12 @@ class Embedding(brainstate.nn.Module, TableLayer):
         weight = initial_weight(embedding_init, (self.num_embeddings, *self.embedding_size))
         if self.padding_idx is not None:
             weight = zero_row(weight, self.padding_idx)
-        self._table(*split_unit(weight))  # its checks are those of the rules
+        self._table(*split_unit(weight))  # checks the rules
         self.weight = param_type(weight)
 
     def __setattr__(self, name: str, value: object) -> None:
         super().__setattr__(name, value)
-        if name == "weight":  # also of a copy, and where layers are tied
+        if name == "weight":  # also for copies and tied layers
             link(value, self)
 
     @classmethod
@@ -163,25 +163,25 @@ class Embedding(brainstate.nn.Module, TableLayer):
         param_type: Callable[[PyTree], brainstate.State] = brainstate.ParamState,
         **options: Any,
     ) -> Self:
-        """Make a layer of vectors that exist, frozen unless told otherwise.
+        """Make a layer from existing vectors, frozen by default.
 
         Args:
           embeddings: The weight, `(rows, *dim)`: an array, NumPy array, nested list or Quantity. Its dtype and its
-            padding row are kept as they are.
-          padding_idx: As in the constructor, but that the row keeps its values.
+            padding row are kept.
+          padding_idx: As in the constructor, except that the row keeps its values.
           max_norm: As in the constructor.
           norm_type: As in the constructor.
           scale_grad_by_freq: As in the constructor.
           freeze: As in the constructor.
           name: As in the constructor.
           param_type: As in the constructor.
-          **options: `out_of_range`, `dtype` and `write_back`, and what the constructor of a subclass takes besides.
+          **options: `out_of_range`, `dtype` and `write_back`, and further arguments of a subclass's constructor.
 
         Returns:
           The layer.
 
         Raises:
-          TypeError: As the constructor, and for an option that it does not have.
+          TypeError: As the constructor, and for an unknown option.
           ValueError: As the constructor, and for fewer than 2 axes.
 
         Example:
@@ -219,12 +219,12 @@ class Embedding(brainstate.nn.Module, TableLayer):
         weight = with_unit(weight, unit)
         layer = cls(num_embeddings=weight.shape[0], embedding_init=weight, **{cls._SIZE: weight.shape[1:]}, **options)
         if layer.padding_idx is not None:
-            layer.weight.value = weight  # with the padding row that the constructor has made zero
+            layer.weight.value = weight  # restores the padding row, which the constructor zeroed
         return layer
 
     @property
     def table(self) -> Table:
-        """The weight and the rules by which it is read; a TypeError where it has a unit, which a Table cannot hold."""
+        """The weight and the rules by which it is read; a TypeError if it has a unit, which a Table cannot hold."""
         weight, unit = split_unit(self.weight.value)
         if unit is not None:
             raise TypeError(
@@ -241,7 +241,7 @@ class Embedding(brainstate.nn.Module, TableLayer):
             logits = logits if part is None else logits * part
         return logits
 
-    def update(self, indices: ArrayLike) -> Shaped[Array, "*batch_dim"]:
+    def update(self, indices: ArrayLike) -> Shaped[Array, "*batch_dim"] | brainunit.Quantity:
         """Read one row for each index; calling the layer does the same.
 
         Args:
@@ -269,9 +269,9 @@ class Embedding(brainstate.nn.Module, TableLayer):
         return with_unit(rows, unit)
 
     def renormalize(self, indices: ArrayLike) -> None:
-        """Store the rows of these indices clipped to `max_norm`, as `embax.renormalize` does.
+        """Store the rows of these indices clipped to `max_norm`, see `embax.renormalize`.
 
-        For a layer with `write_back=False`; nothing happens without `max_norm`, or where the table is frozen.
+        For a layer with `write_back=False`. Does nothing without `max_norm`, or if the table is frozen.
 
         Args:
           indices: Row numbers, as in `update`.
@@ -279,7 +279,7 @@ class Embedding(brainstate.nn.Module, TableLayer):
         Raises:
           TypeError: If the indices are not of an integer dtype.
           IndexError: If a concrete index has no row and `out_of_range` is `"error"`.
-          brainstate.TraceContextError: Inside a raw JAX transformation, where no state can be written.
+          brainstate.TraceContextError: Inside a raw JAX transformation, which does not allow to write states.
 
         Example:
           >>> import embax, jax.numpy as jnp
@@ -297,15 +297,15 @@ class Embedding(brainstate.nn.Module, TableLayer):
         self._store(table, _ids.prepare("embax.Embedding.renormalize(indices=...)", indices, table), unit)
 
     def resize(self, rows: int, key: Key[Array, ""] | None = None, *, init: Initializer | None = None) -> None:
-        """Give the weight another number of rows, as `embax.resize` does; rows keep their ids.
+        """Change the number of rows, like `embax.resize`; rows keep their ids.
 
-        For a vocabulary that grows in mid-training, outside of transformations. The state stays the same one, with
-        another value. An optimizer follows by `optimizer.carry_over(weights)`.
+        For a vocabulary that grows in mid-training. Call it outside of transformations; the state object stays the
+        same. Then convert the optimizer's state by `optimizer.carry_over(weights)`.
 
         Args:
           rows: The new number of rows, 0 or more.
-          key: A JAX random key for the fresh rows. Default: one of `brainstate.random`.
-          init: How fresh rows are made, as in `embax.Table.create`, in the unit of the weight.
+          key: A JAX random key for the fresh rows. Default: a key of `brainstate.random`.
+          init: The initialiser of fresh rows, as in `embax.Table.create`, in the unit of the weight.
 
         Raises:
           TypeError: As `embax.resize`.
@@ -338,7 +338,7 @@ class Embedding(brainstate.nn.Module, TableLayer):
     def _may_store(self, table: Table, ids: _ids.Ids) -> bool:
         if table.max_norm is None or table.freeze:
             return False
-        # Constants alone are no tracers, but what `jit` computes of them is.
+        # Under `jit`, constants are not tracers, but a new array such as `jnp.zeros(())` is.
         leaves = table.weight, ids, jnp.zeros(())
         tracers = [leaf for leaf in leaves if isinstance(leaf, Tracer)]
         if not tracers:
@@ -346,7 +346,7 @@ class Embedding(brainstate.nn.Module, TableLayer):
         if not isinstance(self.weight, brainstate.State):  # no transformation carries its value out
             return False
         try:
-            self.weight.check_valid_trace(str)  # a state of the present trace ends with it
+            self.weight.check_valid_trace(str)  # a state made in the current trace may be written
         except brainstate.TraceContextError:
             return inside_brainstate_transform(tracers[0])
         return True

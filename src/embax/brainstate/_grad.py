@@ -1,4 +1,8 @@
-"""grad: gradients of brainstate states, in which those of an Embedding's weight are the rows that were read."""
+"""grad for brainstate states; the gradient of an Embedding's weight is a RowGrad.
+
+brainstate finds the states that a function reads, and calls `_grad_by_rows` in place of `jax.grad`: with their values,
+by the id() of each state. Values of Embeddings become Tables, and `embax.value_and_grad` differentiates.
+"""
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -38,47 +42,46 @@ def grad(
     on_dense: OnDense = "warn",
     tables: Chooser | None = None,
 ) -> Callable[..., PyTree]:
-    """Differentiate a function of brainstate states; the gradient of an Embedding's weight holds the rows that it read.
+    """Differentiate a function of brainstate states; the gradient of an Embedding's weight holds only the rows read.
 
-    As `brainstate.transform.grad`, but that the weight of an `embax.Embedding` among `grad_states` gets a RowGrad, in
-    which an id occurs as often as it was looked up. Time and memory follow the number of ids, not of rows.
+    Like `brainstate.transform.grad`, except that the weight of an `embax.Embedding` among `grad_states` gets a RowGrad,
+    in which an id occurs as often as it was looked up. Time and memory follow the number of ids, not of rows.
     `embax.brainstate.Optimizer` takes it. A weight that is frozen or not read gets a RowGrad of length 0. All other
-    states and arguments get the gradient that they have in brainstate, and so do weights of integers and with a unit.
+    states and arguments get their usual gradient, and so do weights of integers and weights with a unit.
 
     Reads are followed through `for_loop`, `scan`, `cond`, `vmap`, `jit`, `checkpoint` and JAX's own transformations, as
-    `embax.value_and_grad` says. A weight of which `fun` computes with all rows gets its ordinary gradient, an array,
-    and a warning says which line does so.
+    in `embax.value_and_grad`. If `fun` computes with all rows of a weight, the gradient is an array, and a warning
+    names the line.
 
-    `fun` is traced once for each call, and arguments that are not differentiated reach it as they are given. Put the
-    training step into `embax.brainstate.jit`, and it is traced in its first call only.
+    `fun` is traced once for each call; arguments that are not differentiated are passed on unchanged. Inside of
+    `embax.brainstate.jit`, a training step is traced in its first call only.
 
     Args:
-      fun: A function that returns a scalar, or `(scalar, aux)` with `has_aux`. Left out, the call is a decorator.
-      grad_states: The states to differentiate for: one, or a list or dict of them. The gradients come as these do.
-      argnums: The argument or arguments to differentiate for, 0 or more. Default: none, or the first one where there
-        are no `grad_states`.
+      fun: A function that returns a scalar, or `(scalar, aux)` with `has_aux`. Without it, the call returns a
+        decorator.
+      grad_states: The states to differentiate: one, or a list or dict of them. Gradients have the same structure.
+      argnums: The argument or arguments to differentiate, 0 or more. Default: none; without `grad_states`, the first.
       holomorphic: As in `jax.grad`.
       allow_int: As in `jax.grad`.
-      has_aux: Whether `fun` returns a pair, of which the second is passed on.
+      has_aux: Whether `fun` returns a pair, whose second element is passed on.
       return_value: Whether to return the value of `fun`, too.
-      unit_aware: Whether gradients have units, as in brainstate. A loss that has a unit gives dense gradients then.
+      unit_aware: Whether gradients have units, as in brainstate. A loss with a unit then has dense gradients.
       check_states: Whether a state that `fun` does not read is an error.
       debug_nan: As in `brainstate.transform.grad`.
-      on_dense: What a dense gradient of a weight is: an `"error"`, worth a `"warn"`, or no surprise, `"allow"`.
-      tables: A predicate `(path, leaf) -> bool` that chooses arrays of `grad_states` which are read as tables by other
-        layers: `brainstate.nn.Embedding`, `state.value[ids]` or `jnp.take`. Their gradients are RowGrads, too. The path
-        is that of `jax.tree_util` in the values of `grad_states`: `(DictKey(("embedding", "weight")),)` for a dict as
-        `model.states(brainstate.ParamState)` gives it.
+      on_dense: What to do about a dense gradient of a weight: raise an `"error"`, `"warn"`, or `"allow"` it.
+      tables: A predicate `(path, leaf) -> bool` that chooses arrays of `grad_states` as tables, read by other layers
+        through `brainstate.nn.Embedding`, `state.value[ids]` or `jnp.take`. They get RowGrads, too. The path is that of
+        `jax.tree_util` in the values of `grad_states`, such as `(DictKey(("embedding", "weight")),)` for the dict of
+        `model.states(brainstate.ParamState)`.
 
     Returns:
-      A function of the arguments of `fun` that returns the gradients of the states, or of the arguments, or
-      `(of states, of arguments)` where both are asked for; then, in a tuple, the value and the auxiliary data as they
-      are asked for.
+      A function of the arguments of `fun`. It returns the gradients of the states, or of the arguments, or a pair of
+      both; with `return_value` or `has_aux`, a tuple of these, the value, and the auxiliary data.
 
     Raises:
-      TypeError: As `brainstate.transform.grad` does, and if `tables` is no function.
-      ValueError: As `brainstate.transform.grad` does; with `on_dense="error"` also where a gradient would be dense; if
-        `tables` chooses what is no array of floats with an axis of rows, or has a unit.
+      TypeError: As `brainstate.transform.grad`, and if `tables` is not a function.
+      ValueError: As `brainstate.transform.grad`; for a dense gradient with `on_dense="error"`; if `tables` chooses a
+        leaf with a unit, or one that is not a float array with an axis of rows.
 
     Example:
       >>> import brainstate, embax, jax.numpy as jnp
@@ -107,14 +110,14 @@ def grad(
     asked: dict[str, PyTree] = {"has_aux": has_aux, "return_value": return_value}
     if fun is None:
         return functools.partial(grad, grad_states=grad_states, on_dense=on_dense, tables=tables, **options, **asked)
-    if isinstance(grad_states, dict):  # of a kind of its own, as `states()` gives, which is not a pytree
+    if isinstance(grad_states, dict):  # `states()` returns a subclass that is not a pytree
         grad_states = dict(grad_states)
 
     def plain() -> Callable[..., PyTree]:
-        # Made anew for each call, since it keeps what it has traced, and the rules of a layer may change.
+        # Made for each call: the transform caches its trace, but the rules of a layer may change.
         return brainstate.transform.grad(fun, grad_states, **options, **asked)
 
-    whole = plain()  # whose checks of the arguments are those of this function
+    whole = plain()  # checks the arguments
     named, _ = jax.tree.flatten_with_path(grad_states, is_leaf=lambda x: isinstance(x, brainstate.State))
 
     @functools.wraps(fun)
@@ -148,9 +151,9 @@ def grad(
 
 
 class _Call:
-    """One call of a function, of which brainstate is shown nothing but what it is to differentiate.
+    """One call of a function, such that brainstate gets only the differentiated arguments, and returns only arrays.
 
-    All other arguments reach the function as they were given, and so does what it returns that is no array.
+    Other arguments are passed to the function unchanged, and results that are no arrays bypass brainstate.
     """
 
     def __init__(
@@ -167,10 +170,10 @@ class _Call:
         self.differentiated = [args[number] for number in self.numbers]
         places = [self.numbers.index(number) for number in numbers]
         self.argnums = None if argnums is None else places[0] if isinstance(argnums, int) else tuple(places)
-        self.aux: tuple[PyTreeDef, list[PyTree]] | None = None  # its structure, and its leaves that are no arrays
+        self.aux: tuple[PyTreeDef, list[PyTree]] | None = None  # structure and leaves; None in place of arrays
 
     def run(self, *differentiated: PyTree) -> PyTree:
-        """Call the function; return its value, and with it the arrays of the auxiliary data."""
+        """Call the function; returns its value, and the arrays of the auxiliary data."""
         args = list(self.args)
         for number, value in zip(self.numbers, differentiated, strict=True):
             args[number] = value
@@ -182,7 +185,7 @@ class _Call:
         return out[0], [leaf for leaf in leaves if _is_array(leaf)]
 
     def returned(self, results: PyTree) -> PyTree:
-        """Put the auxiliary data, which come last, together again."""
+        """Restore the auxiliary data, which come last in the results."""
         if self.aux is None:
             return results
         (structure, rest), arrays = self.aux, iter(results[-1])
@@ -206,17 +209,17 @@ def _grad_by_rows(
     holomorphic: bool,
     allow_int: bool,
 ) -> Callable[..., PyTree]:
-    """As `jax.grad` of a function whose first argument holds the values of states, by the identity of these.
+    """`jax.grad` of a function whose first argument holds the values of states, by the id() of each state.
 
     Args:
-      paths: By the identity of a state: its path among those that are differentiated for.
-      rules: By the identity of a state that is the weight of a layer: a Table of its value.
+      paths: For the id() of each state, its path among the differentiated states.
+      rules: For the id() of each state that is a layer's weight, a Table of its value.
       tables: As in `grad`.
       on_dense: As in `grad`.
       unit_aware: As in `grad`.
       fun: The function.
       argnums: As in `jax.grad`.
-      has_aux: As in `jax.grad`; true.
+      has_aux: As in `jax.grad`; always True.
       holomorphic: As in `jax.grad`.
       allow_int: As in `jax.grad`.
 
@@ -261,7 +264,7 @@ def _grad_by_rows(
 
 
 def _with_units(arguments: PyTree, gradients: PyTree) -> PyTree:
-    """Give the gradients of a number the units that they have in brainstate: one over those of the arguments."""
+    """Give gradients of a loss without a unit the units of brainstate: one over the unit of the argument."""
 
     def with_unit(argument: PyTree, gradient: PyTree) -> PyTree:
         mantissa = brainunit.get_mantissa(gradient)

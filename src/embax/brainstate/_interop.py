@@ -1,4 +1,4 @@
-"""Conversion of the layer to other frameworks, by brainstate.interop; a rule that the target lacks is an error."""
+"""Conversion of Embedding to other frameworks by `brainstate.interop`; a rule that the target lacks is an error."""
 
 import brainstate
 from jaxtyping import PyTree
@@ -9,7 +9,7 @@ from ._weight import split_unit
 
 
 class _Nothing:
-    """The foreign side of the mappings: no layer of a framework, so that no conversion of theirs is taken over."""
+    """The foreign class of the mappings: a dummy, so that existing conversions of Flax's and Equinox's layers stay."""
 
 
 def _no_import(module: object, context: object) -> Embedding:
@@ -39,7 +39,7 @@ def _to_equinox(embedding: Embedding, context: object) -> PyTree:
 
 
 def _plain_weight(embedding: Embedding, target: str, out_of_range: tuple[str, ...]) -> PyTree:
-    """Return the weight, if nothing but the weight and these policies are needed to read it."""
+    """Return the weight if the layer has no rules besides one of these policies; else raise a ConversionError."""
     weight, unit = split_unit(embedding.weight.value)
     state = type(embedding.weight)
     lacking: dict[str, PyTree] = {
@@ -66,7 +66,7 @@ def _conversion_error(target: str, lacking: dict[str, PyTree]) -> Exception:
     rules = ", ".join(f"{name}={value!r}" for name, value in lacking.items())
     return brainstate.interop.ConversionError(
         f"`{target}` must not need a rule that it does not have, got an embax.Embedding with {rules}. "
-        "Change the attribute first where it may be lost."
+        "If it may be lost, change the attribute first."
     )
 
 

@@ -1,4 +1,4 @@
-"""A jit for brainstate programs that donates the states they write."""
+"""jit: compile a brainstate program, and donate the states that it writes."""
 
 import functools
 from collections import Counter
@@ -15,19 +15,19 @@ def jit(
     static_argnums: int | Iterable[int] = (),
     static_argnames: str | Iterable[str] = (),
 ) -> Callable[..., PyTree]:
-    """Compile a function that reads and writes brainstate states, which are updated in place.
+    """Compile a function that reads and writes brainstate states, and update the states in place.
 
-    As `brainstate.transform.jit`, but the buffers of the states that the function writes are donated to it, so that the
-    write of a few rows of a table costs those rows and not a copy of the table. An array that was taken out of such a
-    state before the call is deleted by it, as is usual for donation: copy it first where it is still needed.
+    Like `brainstate.transform.jit`, except that the buffers of written states are donated: writing a few rows of a
+    table does not copy the table. As usual with donation, an array that you took out of such a state before the call is
+    deleted by the call; copy it first if you still need it.
 
     Args:
-      fun: The function to compile. Left out, the call is a decorator.
+      fun: The function to compile. Without it, the call returns a decorator.
       static_argnums: The positions of arguments that are compile-time constants, 0 or more.
       static_argnames: The names of keyword arguments that are compile-time constants.
 
     Returns:
-      The compiled function. Its `lower(*args, **kwargs)` gives what `jax.jit`'s gives, to inspect.
+      The compiled function. Its `lower(*args, **kwargs)` returns a `jax.stages.Lowered`, for inspection.
 
     Raises:
       ValueError: If a position is negative.
@@ -73,6 +73,6 @@ def jit(
 
 
 def _unshared(donated: PyTree, others: PyTree) -> PyTree:
-    """Copy each array that is donated and used once more besides: a buffer can be given away only once."""
+    """Copy each donated array that is also used elsewhere: a buffer can be donated only if nothing else uses it."""
     uses = Counter(id(leaf) for leaf in jax.tree.leaves((donated, others)) if isinstance(leaf, jax.Array))
     return jax.tree.map(lambda leaf: leaf.copy() if uses[id(leaf)] > 1 else leaf, donated)

@@ -1,7 +1,7 @@
-"""Which layers hold a state as their weight, and so by which rules it is trained: a state alone does not say."""
+"""A registry of the layers that hold a state as their weight: the rules for training it are theirs, not the state's."""
 
 import weakref
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import brainstate
 
@@ -10,18 +10,19 @@ from .._core.table import Table, shared_rules
 from ._weight import split_unit
 
 
+@runtime_checkable
 class _Layer(Protocol):
     weight: brainstate.State
     padding_idx: int | None
     freeze: bool
 
 
-# A state is hashed by its identity. Neither states nor layers are kept alive from here.
+# States are hashed by identity. The registry keeps neither states nor layers alive.
 _LAYERS: weakref.WeakKeyDictionary[brainstate.State, weakref.WeakSet["_Layer"]] = weakref.WeakKeyDictionary()
 
 
 def link(state: object, layer: _Layer) -> None:
-    """Note that a layer holds a state as its weight; what is no state, such as a FakeState, is left out.
+    """Register that a layer holds a state as its weight. Objects that are no State, such as a FakeState, are skipped.
 
     Args:
       state: The state.
@@ -32,14 +33,13 @@ def link(state: object, layer: _Layer) -> None:
 
 
 def table_of(state: brainstate.State) -> Table | None:
-    """Return the weight that a state holds, with the rules that an optimizer has to keep.
+    """Return the table that a state holds, with the rules that an optimizer must follow.
 
     Args:
       state: The state.
 
     Returns:
-      A Table of its value, in units of that, with the rules that the layers which hold it share; None where no layer
-      does.
+      A Table of its value, without the unit, with the rules that all layers holding it share; None if no layer does.
     """
     layers = [layer for layer in _LAYERS.get(state, ()) if layer.weight is state]
     if not layers:
@@ -50,5 +50,5 @@ def table_of(state: brainstate.State) -> Table | None:
 
 
 def has_unit(state: brainstate.State) -> bool:
-    """Say whether the value of a state is a Quantity, which a RowGrad and a Table cannot hold."""
+    """Whether the value of a state is a Quantity, which a RowGrad and a Table cannot hold."""
     return split_unit(state.value)[1] is not None

@@ -1,4 +1,4 @@
-"""How the tables of a model are replaced, as `embax.shard` asks for it."""
+"""Replace the tables of a model, for `embax.shard` and `embax.unshard`."""
 
 from typing import Any
 
@@ -39,7 +39,7 @@ def with_tables(call: str, module: brainstate.nn.Module, function: OfTable) -> b
                 f"`{call}(tree=...)` must have tables without a unit, got one in {unit} at {path}. Make a layer of "
                 "weight.value.mantissa."
             )
-        if not isinstance(node.weight, brainstate.State):  # a copy has it in common with the module that was given
+        if not isinstance(node.weight, brainstate.State):  # the clone shares a FakeState with the caller's module
             node.weight = type(node.weight)(held(after))
         else:
             node.weight.value = held(after)

@@ -1,4 +1,4 @@
-"""Optimizer: an optax transformation that trains brainstate states, tables by the rows that were read."""
+"""Optimizer: train brainstate states by an optax transformation, with row-sparse training of tables."""
 
 from collections.abc import Hashable, Mapping
 from typing import Self
@@ -21,21 +21,21 @@ from ._weight import split_unit, with_unit
 
 
 class Optimizer(brainstate.nn.Module):
-    """Trains states by an optax transformation, the weights of Embeddings by the rows that were read.
+    """Trains states by an optax transformation; in weights of Embeddings, only the rows that were read.
 
-    Used as the optimizers of braintools: states are registered once, and `update` takes their gradients, a RowGrad
-    among them wherever `embax.brainstate.grad` gives one. Where it runs under `embax.brainstate.jit`, weights and
-    optimizer state are updated in place, and time and temporary memory follow the number of ids, not of rows.
+    Used like the optimizers of braintools: register the states once, and pass their gradients to `update`, with the
+    RowGrads of `embax.brainstate.grad`. Under `embax.brainstate.jit`, weights and optimizer state are updated in place,
+    and time and temporary memory follow the number of ids, not of rows.
 
-    To the transformation, the weight of an `embax.Embedding` is a Table with the layer's `padding_idx` and `freeze`:
-    the padding row never changes, and a frozen weight neither, weight decay included. Where layers share a weight, a
-    rule holds that all of them have. A weight with a unit is the Quantity that it is, trained whole but for these rows,
-    and any other state is the leaf or tree that it holds. An array of another layer is a table if `tx` is told so by
-    `embax.optim.lift(..., tables=...)`, with the predicate that `embax.brainstate.grad` takes.
+    The transformation sees the weight of an `embax.Embedding` as a Table with the layer's `padding_idx` and `freeze`.
+    So a padding row never changes, nor does a frozen weight, even under weight decay. If layers share a weight, a rule
+    holds only if all of them have it. A weight with a unit is a Quantity, trained as a whole except for such rows. Any
+    other state is the leaf or tree that it holds. An array of another layer is a table if
+    `embax.optim.lift(..., tables=...)` chooses it, by the same predicate as in `embax.brainstate.grad`.
 
     Args:
-      tx: A transformation over trees that hold Tables, as `embax.optim` makes them: `embax.optim.rowwise_adagrad(0.1)`,
-        or any one lifted, `embax.optim.lift(optax.adam(1e-3))`. One of optax itself does where no Embedding is trained.
+      tx: A transformation over trees with Tables: one of `embax.optim`, such as `embax.optim.rowwise_adagrad(0.1)`, or
+        a lifted one, such as `embax.optim.lift(optax.adam(1e-3))`. Without Embeddings, any optax transformation.
 
     Attributes:
       opt_state: The state of `tx` in a `brainstate.LongTermState`; None before weights are registered.
@@ -72,13 +72,13 @@ class Optimizer(brainstate.nn.Module):
 
     __module__ = "embax.brainstate"
 
-    # The registered states belong to a model, and come with that where its states are asked for.
+    # The registered states are the model's, so `optimizer.states()` must not list them again.
     graph_invisible_attrs = ("_states", "_rules", "_again", "_chosen")
     opt_state: brainstate.LongTermState | None = None
     _states: Mapping[Hashable, brainstate.State] = {}
-    _rules: Mapping[Hashable, Table | None] = {}  # with a shape for a weight, None for what is no table
-    _again: frozenset[Hashable] = frozenset()  # more keys of the same states
-    _chosen: Mapping[str, jax.ShapeDtypeStruct] = {}  # what `tx` was told to take for tables, by its path
+    _rules: Mapping[Hashable, Table | None] = {}  # Tables of shapes; None for states that are no tables
+    _again: frozenset[Hashable] = frozenset()  # further keys of the same states
+    _chosen: Mapping[str, jax.ShapeDtypeStruct] = {}  # the arrays that `tx` chose as tables, by path
 
     def __init__(self, tx: optax.GradientTransformation):
         super().__init__()
@@ -91,22 +91,22 @@ class Optimizer(brainstate.nn.Module):
         self.opt_state = None
 
     def register_trainable_weights(self, states: Mapping[Hashable, brainstate.State]) -> Self:
-        """Take states to train, and start the transformation's state for all that are registered.
+        """Register states to train, and make a new state of the transformation for all registered states.
 
-        The rules of their Embeddings are those of now, but that what is frozen, or becomes a padding row, later on is
-        left alone, too. After a change of the rules, or of the number of rows, call `carry_over`, or register once
-        more to begin anew.
+        The current rules of the Embeddings are used. Weights that are frozen later, and rows that become padding later,
+        are not changed any more, either. After other changes of rules or rows, call `carry_over`, or register again to
+        start with a new state.
 
         Args:
-          states: The states by their keys, as `model.states(brainstate.ParamState)` gives them. Those of an earlier
-            call stay. One with several keys is trained once, with the gradient of the first.
+          states: The states by key, such as `model.states(brainstate.ParamState)`. States of earlier calls stay
+            registered. A state with several keys is trained once, with the gradient of its first key.
 
         Returns:
           The optimizer.
 
         Raises:
-          TypeError: If it is no dict, if a value is no State, or if the transformation does not take RowGrads.
-          ValueError: If another state has such a key already.
+          TypeError: If it is not a dict of States, or the transformation does not take RowGrads.
+          ValueError: If a key is taken by another state.
 
         Example:
           >>> import embax, optax
@@ -118,21 +118,21 @@ class Optimizer(brainstate.nn.Module):
         return self._start(call, self._states, self._again, states, None)
 
     def carry_over(self, states: Mapping[Hashable, brainstate.State]) -> Self:
-        """Bring the transformation's state to states whose tables have other rows or rules than when it was made.
+        """Convert the transformation's state to the current tables, after their rows or rules changed.
 
-        As `embax.optim.carry_over`: rows that were there before keep their state, new ones begin as after
-        `register_trainable_weights`, and so do tables that are no longer frozen, and states under a new key.
+        Like `embax.optim.carry_over`: rows that existed before keep their state. New rows, unfrozen tables and states
+        with a new key start as after `register_trainable_weights`.
 
         Args:
-          states: All states to train by their keys, as `model.states(brainstate.ParamState)` gives them; they take the
-            place of the ones that were registered.
+          states: All states to train by key, such as `model.states(brainstate.ParamState)`; they replace the registered
+            ones.
 
         Returns:
           The optimizer.
 
         Raises:
           TypeError: As `register_trainable_weights`.
-          ValueError: If no weights are registered, or the value of a state that is no table has another shape.
+          ValueError: If no weights are registered, or a state that is no table has another shape.
 
         Example:
           >>> import embax, optax
@@ -161,7 +161,7 @@ class Optimizer(brainstate.nn.Module):
     def _start(
         self, call: str, kept: Mapping[Hashable, PyTree], again: frozenset[Hashable], states: PyTree, before: PyTree
     ) -> Self:
-        """Start the state of the transformation for states, or carry it over from the parameters that there were."""
+        """Make the state of the transformation; with the old parameters in `before`, carry it over."""
         if not isinstance(states, Mapping):
             raise TypeError(
                 f"`{call}` must be a dict of States, got {type(states).__name__}. "
@@ -206,14 +206,14 @@ class Optimizer(brainstate.nn.Module):
         """Make a step: write the new weights into the states.
 
         Args:
-          grads: The gradient of each registered state by its key: of an Embedding's weight a RowGrad, or an array of
-            all rows.
+          grads: The gradient of each registered state by key; for an Embedding's weight, a RowGrad or an array of all
+            rows.
 
         Raises:
-          TypeError: If it is no dict.
-          ValueError: If no weights are registered, if a key is missing or unknown, if a gradient does not fit its
-            state, if a RowGrad is given for what is no table, or if a weight is no longer frozen, or has another number
-            of rows than when it was registered.
+          TypeError: If it is not a dict.
+          ValueError: If no weights are registered; if a key is missing or unknown; if a gradient does not fit its
+            state; if a RowGrad is given for a state that is no table; if a weight was unfrozen or resized since it was
+            registered (call `carry_over`).
 
         Example:
           >>> import embax, optax
@@ -255,7 +255,7 @@ class Optimizer(brainstate.nn.Module):
             {key: grads[key] for key in params},
             is_leaf=lambda node: isinstance(node, Table | brainunit.Quantity),
         )
-        opt_state = jax.tree.map(jnp.asarray, self.opt_state.value)  # NumPy arrays, where it was restored from a file
+        opt_state = jax.tree.map(jnp.asarray, self.opt_state.value)  # NumPy arrays if it was restored from a file
         as_held: PyTree = {key: _param(state, now[key]) for key, state in self._states.items()}
         current = tables_at(self._chosen, as_held)
         _, new, opt_state = stepped(self.tx, gradients, opt_state, params, current)
@@ -269,7 +269,7 @@ def _shape(weight: PyTree) -> jax.ShapeDtypeStruct:
 
 
 def _refuse_units(chosen: frozenset[str], params: PyTree) -> None:
-    """Raise a ValueError for a Quantity whose mantissa is to be a table."""
+    """Raise a ValueError if a Quantity's mantissa was chosen as a table."""
     for path, node in jax.tree.leaves_with_path(params, is_leaf=lambda x: isinstance(x, Table | brainunit.Quantity)):
         leaves = jax.tree.leaves_with_path(node, is_leaf=is_table)
         inside = {jax.tree_util.keystr((*path, *below)) for below, _ in leaves}
@@ -285,7 +285,7 @@ def _without_values(table: Table) -> Table:
 
 
 def _param(state: brainstate.State, rules: Table | None) -> PyTree:
-    """What a transformation sees of a state."""
+    """The parameter that a transformation gets for a state."""
     return state.value if rules is None or has_unit(state) else as_table(rules, state.value)
 
 
@@ -295,6 +295,6 @@ def _store(state: brainstate.State, rules: Table | None, new: PyTree) -> None:
     elif not rules.freeze:
         old, _ = split_unit(state.value)
         weight, unit = (held(new), None) if isinstance(new, Table) else split_unit(new)
-        if unit is not None and rules.padding_idx is not None:  # of a Table, it has not changed
+        if unit is not None and rules.padding_idx is not None:  # `apply_updates` protects padding of Tables only
             weight = weight.at[rules.padding_idx].set(old[rules.padding_idx])
         state.value = with_unit(weight, unit)

@@ -1,4 +1,4 @@
-"""Initial weights as brainstate knows them: initialisers of two kinds, arrays, quantities with a unit."""
+"""Weights of brainstate's layers: initialisers of two kinds, arrays, and Quantities with a unit."""
 
 import inspect
 from collections.abc import Callable
@@ -16,25 +16,25 @@ from .._core.held import held, table_of
 from .._core.stored_rows import StoredRows
 from .._core.table import with_zero_padding
 
-Weight: TypeAlias = "jax.Array | brainunit.Quantity | StoredRows"  # the latter of a sharded table
+Weight: TypeAlias = "jax.Array | brainunit.Quantity | StoredRows"  # StoredRows for a sharded table
 Init: TypeAlias = Callable[..., PyTree] | ArrayLike | brainstate.nn.init.Initializer  # or a weight
 
 
 def initial_weight(init: object, shape: tuple[int, ...]) -> Weight:
-    """Make the weight that a layer starts with.
+    """Make the initial weight of a layer.
 
     Args:
-      init: `init(shape)` as brainstate's initialisers, `init(key, shape, dtype)` as JAX's, told apart by a first
-        parameter named `key`; or an array, NumPy array, Quantity, State, nested list or number to broadcast. What has
-        no dtype of its own gets brainstate's float dtype.
+      init: An initialiser: brainstate's `init(shape)`, or JAX's `init(key, shape, dtype)`, recognised by a first
+        parameter named `key`. Or an array, NumPy array, Quantity, State, nested list or number to broadcast. Values
+        without a dtype get brainstate's float dtype.
       shape: `(rows, *dim)`.
 
     Returns:
-      An array of that shape, or a Quantity of one; StoredRows as they are.
+      An array of that shape, or a Quantity of one; StoredRows unchanged.
 
     Raises:
       TypeError: If the values are not numbers.
-      ValueError: If there are none, or their shape does not broadcast to `shape`.
+      ValueError: If `init` is None, or the shape does not broadcast to `shape`.
     """
     value = _call(init, shape) if callable(init) else init
     value = value.value if isinstance(value, brainstate.State) else value
@@ -66,21 +66,21 @@ def initial_weight(init: object, shape: tuple[int, ...]) -> Weight:
 
 
 def split_unit(value: PyTree) -> tuple[PyTree, brainunit.Unit | None]:
-    """Take a value apart into its numbers and its unit; None where it is not a Quantity."""
+    """Split a value into its numbers and its unit, None if it is not a Quantity."""
     return (value.mantissa, value.unit) if isinstance(value, brainunit.Quantity) else (value, None)
 
 
 def with_unit(value: PyTree, unit: brainunit.Unit | None) -> PyTree:
-    """Put numbers and their unit together again."""
+    """Undo `split_unit`."""
     return value if unit is None else brainunit.Quantity(value, unit=unit)
 
 
 def in_unit(value: PyTree, unit: brainunit.Unit | None) -> PyTree:
-    """Give the number of units that a value is: a plain number already is one, a Quantity is converted.
+    """Convert a value to a number in a unit; a plain number is in this unit already.
 
     Args:
       value: A number, a Quantity or None.
-      unit: The unit of the table; None for a plain one.
+      unit: The unit of the table, or None.
 
     Returns:
       A number, or None.
@@ -92,7 +92,7 @@ def in_unit(value: PyTree, unit: brainunit.Unit | None) -> PyTree:
 
 
 def _call(init: Callable[..., PyTree], shape: tuple[int, ...]) -> PyTree:
-    # Initialisers divide by the fans. A table without elements has none, so it is cut out of a larger one.
+    # Initialisers divide by the fans, which are 0 for an empty table; so it is cut out of a larger one.
     full = tuple(max(1, size) for size in shape)
     if _takes_key(init):
         value = init(brainstate.random.split_key(), full, brainstate.environ.dftype())
@@ -106,7 +106,7 @@ def _call(init: Callable[..., PyTree], shape: tuple[int, ...]) -> PyTree:
 def _takes_key(init: Callable[..., PyTree]) -> bool:
     try:
         parameters = inspect.signature(init).parameters
-    except (TypeError, ValueError):  # a callable from C that does not tell
+    except (TypeError, ValueError):  # a callable in C without a signature
         return False
     return next(iter(parameters), None) == "key"
 

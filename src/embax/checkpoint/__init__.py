@@ -1,4 +1,4 @@
-"""save and restore: tables and the state of their training as Orbax checkpoints that know nothing of devices."""
+"""save and restore: Orbax checkpoints of tables and their training, independent of devices and layouts."""
 
 from ._restore import restore as restore
 from ._save import save as save

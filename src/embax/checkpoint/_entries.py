@@ -1,4 +1,8 @@
-"""Entries: the arrays of a tree under the names of its nodes and tables."""
+"""Entries: the arrays of a tree by name.
+
+For instance, `{"params": {"film": Table(...)}, "step": 3}` has the entries "params/film/weight" and "step". A table in
+a Collection has its own name, as if it were not stacked.
+"""
 
 import dataclasses
 import math
@@ -19,33 +23,33 @@ from .._features.stacks import cut_out
 from .._gradients.row_grad import RowGrad
 from .._mesh.placement import Placement
 
-# Dtypes that TensorStore, and so Orbax, has no name for.
+# Dtypes that TensorStore, and so Orbax, does not know.
 _UNKNOWN = {"object", "uint2", "uint4", "float8_e4m3"}
 
 
 class Entry(NamedTuple):
-    """One array of a tree, or the rows of a table that are stored in it."""
+    """One array of a tree, or some of its rows, which are a table."""
 
     name: str  # the names of the nodes above it, joined by "/"
     value: PyTree  # an array, a shape or a number
-    placement: Placement | None = None  # where its rows are, if it has those of a placed table
-    start: int = 0  # from which of them on they belong to the table
-    rows: int | None = None  # how many of them; None where it is not a table
+    placement: Placement | None = None  # the placement of a sharded table
+    start: int = 0  # the first row of the table in `value`
+    rows: int | None = None  # the number of rows; None if it is not a table
 
 
 def entries_of(call: str, tree: PyTree) -> list[Entry]:
     """List the arrays of a tree.
 
     Args:
-      call: The call for the messages.
-      tree: A pytree. A Collection in it has its tables for nodes.
+      call: The call, for error messages.
+      tree: A pytree. The tables of a Collection are listed one by one.
 
     Returns:
       The entries, in the order of the tree's leaves.
 
     Raises:
-      TypeError: If a leaf is no array, random key or number.
-      ValueError: If two leaves have one name.
+      TypeError: If a leaf is not an array, random key or number.
+      ValueError: If two leaves have the same name.
     """
     entries = _entries(call, tree, ())
     taken: set[str] = set()
@@ -86,7 +90,7 @@ def _entries(call: str, tree: PyTree, above: tuple[PyTree, ...]) -> list[Entry]:
 
 
 def _of_rows(name: str, table: Table | StoredRows) -> Entry:
-    """The rows of a table: as a placement says, or in the order of their ids."""
+    """The entry of a table: its stored rows if it is sharded, else its rows in row order."""
     storage, weight = table.storage, table.weight
     if storage.placement is None:
         in_order = jax.eval_shape(storage.to_rows, weight) if _is_shape(weight) else storage.to_rows(weight)
@@ -99,7 +103,7 @@ def _is_shape(weight: PyTree) -> bool:
 
 
 def is_node(node: object) -> bool:
-    """Whether a node is written as a table, or as the tables of a Collection, or left out; a gradient is not."""
+    """Whether a node is treated as a whole: a table, a Collection, scratch memory; but not a gradient."""
     return isinstance(node, Table | StoredRows | Collection | Scratch) and not isinstance(node, RowGrad)
 
 
@@ -124,7 +128,7 @@ def is_key(value: PyTree) -> bool:
 
 
 def described(entry: Entry) -> dict[str, PyTree]:
-    """What an entry of a checkpoint has to fit: the shape without what fills up a placed table, and the dtype."""
+    """The shape, without the padding that sharding adds, and the dtype of an entry, as saved and compared."""
     shape = np.shape(entry.value)
     if entry.placement is not None:
         shape = (entry.rows, *shape[1:])
@@ -133,18 +137,18 @@ def described(entry: Entry) -> dict[str, PyTree]:
 
 
 def is_empty(entry: Entry) -> bool:
-    """Whether an entry has no numbers; Orbax takes no such thing."""
+    """Whether an entry has size 0, which Orbax does not accept."""
     return math.prod(described(entry)["shape"]) == 0
 
 
 def descriptions_of(tree: PyTree) -> dict[str, MadeFor]:
-    """List which tables the optimizers' states in a tree were made for, by the names of their nodes."""
+    """List the MadeFor records of the optimizers' states in a tree, by name."""
     nodes, _ = jax.tree.flatten_with_path(tree, is_leaf=_is_description)
     return {_name(path): node for path, node in nodes if _is_description(node)}
 
 
 def with_descriptions(tree: PyTree, saved: dict[str, str]) -> PyTree:
-    """Put what was saved of them into a tree; None where nothing was."""
+    """Put saved MadeFor records into a tree; None for those that were not saved."""
 
     def put(path: KeyPath, node: PyTree) -> PyTree:
         if not _is_description(node):
@@ -156,21 +160,21 @@ def with_descriptions(tree: PyTree, saved: dict[str, str]) -> PyTree:
 
 
 def _is_description(node: object) -> bool:
-    """Whether a node of a tree says which tables a state was made for."""
+    """Whether a node of a tree is a MadeFor record."""
     return isinstance(node, MadeFor)
 
 
 def _name(path: KeyPath) -> str:
-    # The key between a Table and the rows of its gradient is not written.
+    # The path entry of a gradient's rows prints as nothing, and is left out.
     return jax.tree_util.keystr(tuple(key for key in path if str(key)), simple=True, separator="/")
 
 
 def by_blocks(placement: Placement, rows: int) -> Placement:
-    """How rows are laid out that are written or read: in their order, in as many blocks as there are devices.
+    """The layout in which rows are written and read: in row order, with one block for each device.
 
     Args:
-      placement: How they are laid out otherwise.
-      rows: How many there are.
+      placement: The table's own placement.
+      rows: The number of rows.
 
     Returns:
       A placement on the same mesh.

@@ -1,4 +1,4 @@
-"""The steps of a directory, as Orbax manages them."""
+"""Access to Orbax: the directory of a checkpoint, and its steps."""
 
 import os
 
@@ -12,13 +12,13 @@ except ImportError as error:
         'embax.checkpoint needs Orbax, which is not installed: pip install "embax[checkpoint]"'
     ) from error
 
-# The items of a step: the arrays, and what there is to say of them.
+# The items of a step: the arrays, and a JSON description of them.
 ARRAYS, ABOUT = "arrays", "embax"
 FORMAT = 1
 
 
 def path_of(path: str | os.PathLike[str]) -> epath.Path:
-    """A path as Orbax wants it: absolute, and perhaps that of a bucket."""
+    """A path for Orbax: absolute, or the URL of a bucket."""
     return epath.Path(path) if "://" in os.fspath(path) else epath.Path(path).absolute()
 
 
@@ -27,8 +27,8 @@ def manager_of(path: str | os.PathLike[str], keep: int | None, *, writes: bool) 
 
     Args:
       path: The directory.
-      keep: How many steps are kept when another one is written; None for all.
-      writes: Whether to write. If so, the directory is made, and what a process that was killed has left is removed.
+      keep: The number of steps to keep when another one is written; None for all.
+      writes: Whether to write. If so, the directory is made, and remains of killed processes are removed.
 
     Returns:
       The manager, a context manager.
@@ -40,7 +40,7 @@ def manager_of(path: str | os.PathLike[str], keep: int | None, *, writes: bool) 
 
 
 def nested(values: dict[str, PyTree]) -> dict[str, PyTree]:
-    """Make a tree of what has names of nodes, joined by "/": Orbax keeps the names of a tree."""
+    """Turn names joined by "/" into a tree of dicts, whose names Orbax keeps."""
     tree: dict[str, PyTree] = {}
     for name, value in values.items():
         *nodes, last = name.split("/")
@@ -52,7 +52,7 @@ def nested(values: dict[str, PyTree]) -> dict[str, PyTree]:
 
 
 def taken(tree: dict[str, PyTree], name: str) -> PyTree:
-    """Take a value out of such a tree."""
+    """Take a value out of a tree of `nested`, by its name."""
     *nodes, last = name.split("/")
     for node in nodes:
         tree = tree[node]

@@ -1,4 +1,4 @@
-"""restore: each device reads a block of rows, and gives those to the others that they are to hold."""
+"""restore: each device reads a block of rows, then devices exchange rows, so that each has its own."""
 
 import functools
 import math
@@ -24,36 +24,35 @@ from ..optim._states import with_scratch, without_scratch
 from ._entries import Entry, by_blocks, described, entries_of, is_key, is_node, with_descriptions
 from ._orbax import ABOUT, ARRAYS, FORMAT, manager_of, nested, ocp, path_of, taken
 
-# What Orbax and TensorStore raise about files that are cut off, missing or altered.
+# The errors of Orbax and TensorStore about truncated, missing or altered files.
 _OF_DAMAGE = (KeyError, TypeError, ValueError, OSError)
 
 
 def restore(path: str | os.PathLike[str], like: PyTree, *, step: int | None = None, partial: bool = False) -> PyTree:
-    """Read a tree that `save` has written, laid out as another one is.
+    """Read a tree that `save` wrote, into the layout of another tree.
 
-    A table may come back on another number of devices, in another layout, in another Collection, or on no mesh at all.
-    Each device reads a block of rows, and sends to the others what they are to hold; none has the whole.
+    A table may be restored to another number of devices, another layout, another Collection, or without a mesh. Each
+    device reads a block of rows, then devices exchange rows; no device holds a whole table.
 
-    The state of an optimizer comes back as that of the tables that it was made for: where they have other padding rows
-    now, or others of them are trained, the optimizer refuses it, and `embax.optim.carry_over` brings it along. So it
-    does to tables with other rows: restore what was saved, then resize.
+    The state of an optimizer remembers the tables that it was made for. If their padding rows, or the set of trained
+    tables, differ now, the optimizer refuses the state; `embax.optim.carry_over` converts it. To change the number of
+    rows, restore the saved shapes first, then call `embax.resize` and `carry_over`.
 
     Args:
       path: The directory.
-      like: A pytree of the structure, shapes and dtypes that is wanted: what training began with, or with
-        `jax.ShapeDtypeStruct` for its arrays. The placements of its tables, and the shardings of its arrays, say where
-        everything goes.
-      step: Which checkpoint. Default: the last one.
-      partial: Whether `like` may leave out what is in the checkpoint, which then is not read.
+      like: A pytree with the structure, shapes and dtypes of the saved tree: its arrays, or `jax.ShapeDtypeStruct` in
+        their place. The placements of its tables and the shardings of its arrays determine the layout.
+      step: The number of the checkpoint. Default: the last one.
+      partial: Whether `like` may leave out parts of the checkpoint, which are then not read.
 
     Returns:
       The tree, with the values of the checkpoint.
 
     Raises:
-      FileNotFoundError: If there is no such directory, or no whole checkpoint in it.
-      TypeError: If a leaf of `like` is no array, random key or number.
-      ValueError: If the checkpoint lacks an array, has one more or one of another shape or dtype, or is damaged or not
-        of `save`.
+      FileNotFoundError: If the directory does not exist, or has no complete checkpoint.
+      TypeError: If a leaf of `like` is not an array, random key or number.
+      ValueError: If an array is missing, unexpected, or of another shape or dtype; if the checkpoint is damaged, or was
+        not written by `save`.
 
     Example:
       >>> import embax, jax, jax.numpy as jnp, tempfile
@@ -73,7 +72,7 @@ def restore(path: str | os.PathLike[str], like: PyTree, *, step: int | None = No
         )
     bare = without_scratch(like)
     wanted, structure = jax.tree.flatten(bare, is_leaf=is_node)
-    # Not the tables of a Collection, but what they would be.
+    # The shapes of a Collection's tables, without cutting them out of their stacks.
     nodes = [jax.eval_shape(lambda c: c.tables, node) if isinstance(node, Collection) else node for node in wanted]
     entries = entries_of(call, structure.unflatten(nodes))
     with manager_of(path, None, writes=False) as manager:
@@ -99,12 +98,12 @@ def restore(path: str | os.PathLike[str], like: PyTree, *, step: int | None = No
 
     def filled_table(in_collection: bool, table: Table, entry: Entry, value: PyTree) -> Table:
         placement, storage = table.placement, table.storage
-        if placement is None:  # rows in the order of their ids, as which a plain storage holds them
+        if placement is None:  # the value is in row order, which a dense storage keeps
             return with_weight(table, value if storage.held(value) is value else storage.from_rows(value))
         if entry.placement is None:
             return with_weight(table, value)
         blocks = by_blocks(placement, table.rows)
-        if in_collection:  # it moves the rows to their places itself
+        if in_collection:  # `restack` brings the rows into the layout of their stack
             return with_weight(table, value, storage=Sharded(blocks))
         if blocks != placement:
             value = _moves.moved(blocks, value, placement)
@@ -125,11 +124,11 @@ def _read(
     entries: Sequence[Entry],
     partial: bool,
 ) -> tuple[dict[str, PyTree], dict[str, str]]:
-    """Read the value of each entry, of a placed table blocks of its rows; and which tables states were made for."""
+    """Read the value of each entry, for a sharded table in blocks of rows; and the MadeFor records of states."""
     if not (path_of(path) / str(step) / ABOUT).exists():
         raise ValueError(
             f"`{call}(path=...)` must be of embax.checkpoint.save, got {os.fspath(path)!r}, whose step {step} is not. "
-            "Read it with what has written it."
+            "Read it with the program that wrote it."
         )
     try:
         about = manager.restore(step, args=ocp.args.Composite(**{ABOUT: ocp.args.JsonRestore()}))[ABOUT]
@@ -165,7 +164,7 @@ def _arrays(
 
     def arguments(name: str, target: PyTree) -> PyTree:
         if isinstance(target.sharding, NamedSharding):
-            # Behind the last row of a table, there may be more or fewer than when it was written.
+            # A table may need more or less padding than when it was written.
             return ocp.ArrayRestoreArgs(
                 sharding=target.sharding, global_shape=target.shape, dtype=target.dtype, strict=name not in of_rows
             )
@@ -193,7 +192,7 @@ def _target(entry: Entry) -> jax.ShapeDtypeStruct:
 
 
 def _sharding(value: object) -> jax.sharding.Sharding | None:
-    """Where an array is; None where it is not bound to a device, so that it goes with others wherever they are."""
+    """The sharding of an array; None if it is not committed to devices, so that it combines with any other array."""
     sharding = getattr(value, "sharding", None)
     loose = isinstance(value, jax.Array) and not value.committed
     abstract = isinstance(sharding, NamedSharding) and not isinstance(sharding.mesh, Mesh)
@@ -204,13 +203,13 @@ def _check_fits(call: str, entries: Sequence[Entry], found: dict[str, PyTree], p
     missing = [entry.name for entry in entries if entry.name not in found]
     if missing:
         raise ValueError(
-            f"`{call}(like=...)` must have what is in the checkpoint, got {_listed(missing)}, which it lacks. It has "
-            f"{_listed(found) or 'nothing'}. Leave that out."
+            f"`{call}(like=...)` must have arrays of the checkpoint, got {_listed(missing)}, which it lacks. It has "
+            f"{_listed(found) or 'nothing'}. Leave them out."
         )
     more = sorted(set(found) - {entry.name for entry in entries})
     if more and not partial:
         raise ValueError(
-            f"`{call}(like=...)` must have all that is in the checkpoint, got nothing for {_listed(more)}. Add it, or "
+            f"`{call}(like=...)` must have all arrays of the checkpoint, got nothing for {_listed(more)}. Add them, or "
             "pass partial=True."
         )
     for entry in entries:
@@ -218,13 +217,13 @@ def _check_fits(call: str, entries: Sequence[Entry], found: dict[str, PyTree], p
         if any(wanted[name] != saved[name] for name in wanted):
             raise ValueError(
                 f"`{call}(like=...)` must have the shapes and dtypes of the checkpoint, got {wanted['dtype']}"
-                f"{wanted['shape']} for {entry.name!r}, which is {saved['dtype']}{saved['shape']}. Ask for that; "
-                "embax.resize and embax.optim.carry_over bring it to other rows."
+                f"{wanted['shape']} for {entry.name!r}, which is {saved['dtype']}{saved['shape']}. Restore this "
+                "shape; to change its rows afterwards, use embax.resize and embax.optim.carry_over."
             )
 
 
 def _is_table(entry: Entry, found: dict[str, PyTree]) -> bool:
-    """Whether an entry is of a table, or was when it was saved: a layer may hold one, or an array in its place."""
+    """Whether an entry is a table now, or was when it was saved: `like` may have a plain array in its place."""
     return entry.rows is not None or found[entry.name].get("table", False)
 
 
@@ -241,15 +240,15 @@ def _damaged(call: str, path: str | os.PathLike[str], step: int, error: Exceptio
 
 
 def _as_wanted(value: PyTree, entry: Entry, target: jax.ShapeDtypeStruct, found: dict[str, PyTree]) -> PyTree:
-    """Give what was read the kind of what was asked for, and put it in its place."""
+    """Convert a value to the type of the leaf in `like`, and put it on its devices."""
     like = entry.value
-    if isinstance(value, jax.Array):  # where it belongs already
+    if isinstance(value, jax.Array):  # already on its devices
         return value
     if _is_table(entry, {entry.name: found}) and entry.placement is None:
-        value = value[: target.shape[0]]  # a table that was saved on a mesh has rows behind its last one
-    if is_key(like):  # of several processes, keys of all of them are made by jit alone
+        value = value[: target.shape[0]]  # cut off the padding of a table that was saved on a mesh
+    if is_key(like):  # with several processes, only jit can make keys on all of them
         impl = jax.random.key_impl(like) if isinstance(like, jax.Array) else None
-        impl = impl if str(impl) == found["impl"] else found["impl"]  # as the ids of a RowGrad, which have no name
+        impl = impl if str(impl) == found["impl"] else found["impl"]  # the ids of a RowGrad have no name for it
         return jax.jit(functools.partial(jax.random.wrap_key_data, impl=impl), out_shardings=_sharding(like))(value)
     if isinstance(like, np.generic):
         return like.dtype.type(value)

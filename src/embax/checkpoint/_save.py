@@ -1,4 +1,4 @@
-"""save: each device writes the rows that it holds, in their order."""
+"""save: write a tree as an Orbax checkpoint; each device writes a block of rows in row order."""
 
 import dataclasses
 import math
@@ -15,35 +15,34 @@ from ..optim._states import without_scratch
 from ._entries import Entry, by_blocks, described, descriptions_of, entries_of, is_empty, is_key
 from ._orbax import ABOUT, ARRAYS, FORMAT, manager_of, nested, ocp, path_of
 
-# Rows are written in pieces of about as many bytes, so that a device which has others to read does not read too much.
+# Rows are written in pieces of about 32 MB, so that a device that restores other rows does not read much more.
 _PIECE = 32 << 20
 
 
 def save(path: str | os.PathLike[str], tree: PyTree, *, step: int | None = None, keep: int | None = 1) -> None:
-    """Write a tree to a directory: parameters, an optimizer's state, whatever training goes on from.
+    """Write a tree to a directory: parameters, an optimizer's state, everything that training needs to continue.
 
-    A checkpoint holds the rows of a table in their order and under the table's own name, however they are laid out on a
-    mesh and in whichever Collection they are stored, so that it can be restored in any other way. Each device writes a
-    block of rows, which it gets from the others where it does not hold it; none has the whole. Counters, schedules and
-    random keys are part of the tree, and so is which tables a state was made for; what `embax.optim.lift` keeps as
-    scratch is left out.
+    A checkpoint has the rows of each table in row order and under the table's own name, whatever its layout on a mesh
+    and whatever Collection stores it. So it can be restored to any other layout. Each device writes a block of rows,
+    which it gets from the owners; no device holds a whole table. Counters, schedules, random keys and the record of the
+    tables that a state was made for are saved; the scratch memory of `embax.optim.lift` is not.
 
-    It is written beside the ones before it and renamed when it is whole: a process that is killed leaves the last whole
-    one. Of several processes, all must call this, with one path that all of them see.
+    A checkpoint is written beside the earlier ones, and renamed when it is complete: if a process is killed, the last
+    complete one remains. With several processes, all of them must call this, with a path that all of them can access.
 
-    What has an entry for each row of a table is known by the Table node that it is in, as in the states of optax and of
-    `embax.optim`. An array elsewhere is written as it is.
+    An array with an entry for each row of a table is recognised by the Table node that holds it, as in the states of
+    optax and of `embax.optim`. Other arrays are written unchanged.
 
     Args:
-      path: The directory; made if need be.
+      path: The directory; created if it does not exist.
       tree: A pytree of Tables, Collections, arrays, random keys and numbers.
-      step: The number of the checkpoint, above that of the last one. Default: the next one; 0 to begin with.
-      keep: How many checkpoints are kept, this one included. None: all.
+      step: The number of the checkpoint, above the last one's. Default: the next number, beginning with 0.
+      keep: The number of checkpoints to keep, this one included. None: all.
 
     Raises:
-      TypeError: If a leaf of the tree is something else, or of a dtype that the files cannot hold.
-      ValueError: If two leaves have one name, the step is not above the last one, a number is outside of its range, or
-        the path is a file.
+      TypeError: If a leaf of the tree is of another type, or of a dtype that the files cannot hold.
+      ValueError: If two leaves have the same name, the step is not above the last one, a number is outside its range,
+        or the path is a file.
 
     Example:
       >>> import embax, jax.numpy as jnp, optax, tempfile
@@ -92,7 +91,7 @@ def save(path: str | os.PathLike[str], tree: PyTree, *, step: int | None = None,
 
 
 def _about(entry: Entry) -> dict[str, PyTree]:
-    of_table = {"table": True} if entry.rows is not None else {}  # whose file may have padding behind its last row
+    of_table = {"table": True} if entry.rows is not None else {}  # its file may end with padding
     of_key = {"impl": str(jax.random.key_impl(entry.value))} if is_key(entry.value) else {}
     return described(entry) | of_table | of_key
 
@@ -105,13 +104,13 @@ def _to_be_written(entry: Entry) -> PyTree:
             value = _moves.moved(entry.placement, value, blocks, entry.start)
     if is_key(value):
         value = jax.random.key_data(value)
-    # Of several processes, one writes what each of them has.
+    # With several processes, only one of them writes an array that each has.
     alone = isinstance(value, jax.Array) and value.is_fully_addressable and jax.process_count() > 1
     return np.asarray(value) if alone or not isinstance(value, jax.Array) else value
 
 
 def _blocks(entry: Entry, placement: Placement) -> Placement:
-    """Blocks of rows that can be written in pieces: as many rows more as it takes for them to be equal."""
+    """Blocks of rows, padded so that each divides into pieces of equal size."""
     blocks = by_blocks(placement, entry.rows or 0)
     piece = max(1, _PIECE // _row_bytes(entry.value))
     rows = -(-blocks.block // piece) * piece * blocks.shards
@@ -119,7 +118,7 @@ def _blocks(entry: Entry, placement: Placement) -> Placement:
 
 
 def _piece(entry: Entry) -> int | None:
-    """How many bytes Orbax is to write at a time: a block, or a part into which it can be divided."""
+    """The bytes that Orbax writes at a time: a block, or an even part of one."""
     value = entry.value
     alone = isinstance(value, np.ndarray) or (isinstance(value, jax.Array) and len(value.sharding.device_set) == 1)
     if is_key(value) or np.ndim(value) == 0 or (entry.placement is None and not alone):

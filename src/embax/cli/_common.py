@@ -1,4 +1,4 @@
-"""What the commands share: options, checks of their values, errors, tables and JSON."""
+"""Helpers of all commands: options, checks of their values, errors, tables and JSON."""
 
 import contextlib
 import json
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
 
 class UserError(Exception):
-    """What the user can mend, in one line."""
+    """An error that the user can fix, printed in one line."""
 
 
 def rule(fits: Callable[[Any], bool], text: str | Callable[[], str]) -> Callable[[Any], Any]:
-    """Check an option's value, in words of our own: Typer's do not name the value."""
+    """Make a callback that checks an option's value; its message names the value, which Typer's own do not."""
 
     def check(value: Any) -> Any:
         if value is not None and not fits(value):
@@ -39,7 +39,7 @@ one_of_formats = rule(lambda value: value in formats(), lambda: f"one of {', '.j
 
 
 def formats() -> tuple[str, ...]:
-    """The names of the formats of files; looked up when they are asked for, as that takes a moment."""
+    """The names of file formats; imported only when needed, since it takes a moment."""
     import embax.files
 
     return embax.files.FORMATS
@@ -60,7 +60,7 @@ def option_of(*names: str, help: str) -> Any:
 
 To = Annotated[
     str | None,
-    option_of_format("The format to write. Default: by the suffix of the output; for - and pipes it has to be given."),
+    option_of_format("The format to write. Default: by the suffix of the output; required for - and pipes."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")]
 Number = Annotated[int, typer.Option("-k", callback=at_least_one, help="How many to print.")]
@@ -68,10 +68,10 @@ Number = Annotated[int, typer.Option("-k", callback=at_least_one, help="How many
 
 @contextlib.contextmanager
 def in_one_line(name: str | None = None) -> Iterator[None]:
-    """Turn what the library raises for bad values into errors of one line, and tell of its warnings.
+    """Turn the library's errors about bad values into errors of one line, and print its warnings as notes.
 
     Args:
-      name: What the message begins with, such as a file.
+      name: The start of the message, such as a file.
     """
     import embax.files
     from embax.vocabulary import UnknownTokenError
@@ -90,7 +90,7 @@ def in_one_line(name: str | None = None) -> Iterator[None]:
         except UnknownTokenError as error:
             raise UserError(str(error)) from None
         except (ValueError, ImportError) as error:
-            # What the call is named in Python is of no use here.
+            # Remove the name of the Python call.
             message = re.sub(r"^`embax\.[^`]*` ", "", str(error))
             raise UserError(message if name is None else f"{name}: {message}") from None
     for warning in caught:
@@ -99,13 +99,13 @@ def in_one_line(name: str | None = None) -> Iterator[None]:
 
 
 def note(message: str) -> None:
-    """Tell of something that is no error."""
+    """Print a note to standard error."""
     print(f"embax: note: {printable(message)}", file=sys.stderr)
 
 
 def printable(token: str) -> str:
-    """Spell out control characters, with which a file could rule the terminal."""
-    if token.isprintable():  # without what the rest has to load
+    """Escape control characters, since a terminal would obey them."""
+    if token.isprintable():  # avoids the import below
         return token
     from embax.vocabulary._vocabulary import printable
 
@@ -113,12 +113,11 @@ def printable(token: str) -> str:
 
 
 def print_json(document: dict[str, Any], written: str | None = None) -> None:
-    r"""Print a document; what is no finite number is null, and a byte of a token that is not UTF-8 is `\xNN`.
+    r"""Print a JSON document; NaN and infinity become null, and a byte of a token that is not UTF-8 becomes `\xNN`.
 
     Args:
-      document: What to print.
-      written: The file that the command has written. Where that is standard output, the document goes to standard
-        error.
+      document: The document.
+      written: The file that the command has written. If it is standard output, the document goes to standard error.
     """
     typer.echo(json.dumps(_finite(document), allow_nan=False, indent=2), err=written is not None and _carries(written))
 
@@ -142,7 +141,7 @@ def _finite(value: Any) -> Any:
 
 
 def plain_table(*columns: str | tuple[str, bool]) -> "Table":
-    """Begin a table without lines; a pair's second says whether numbers stand in the column."""
+    """Make a table without lines; a column may be a pair of its name and whether it holds numbers."""
     from rich.table import Table
     from rich.text import Text
 
@@ -160,22 +159,22 @@ def print_table(renderable: Any) -> None:
     console = Console()
     with console.capture() as capture:
         console.print(renderable)
-    # A terminal that was closed is told to by a short count; rich would end the program by itself.
+    # Typer reports a closed pipe to `main`; rich would end the program itself.
     typer.echo("".join(f"{line.rstrip()}\n" for line in capture.get().splitlines()), nl=False)
 
 
 def name_of(path: str, stream: str = "standard input") -> str:
-    """What people call a file: - is a standard stream."""
+    """The name of a file for messages; `-` is a standard stream."""
     return stream if path == "-" else printable(path)
 
 
 def short_name(path: str) -> str:
-    """The same without the folder."""
+    """The name of a file for messages, without its folder."""
     return name_of(os.path.basename(path) or path)
 
 
 def bytes_in_words(size: float) -> str:
-    """Write a size for people, in powers of 1000."""
+    """Format a size, in powers of 1000."""
     for unit in ("bytes", "kB", "MB", "GB"):
         if size < 999.5:
             return f"{size:,.0f} bytes" if unit == "bytes" else f"{size:.3g} {unit}"
@@ -184,16 +183,16 @@ def bytes_in_words(size: float) -> str:
 
 
 def is_same_file(read: str, written: str) -> bool:
-    """Tell whether a path to read and one to write lead to the same plain file."""
+    """Whether a path to read and a path to write are the same plain file."""
     other = _status(written, 1)
-    # What follows a colon may not be part of the path.
+    # The path may end at any colon: a name inside of the file may follow.
     paths = [read, *(read[: colon.start()] for colon in re.finditer(":", read))]
     found = [one for one in (_status(path, 0) for path in paths) if one is not None and stat.S_ISREG(one.st_mode)]
     return other is not None and any(os.path.samestat(one, other) for one in found)
 
 
 def _status(path: str, standard: int) -> os.stat_result | None:
-    """The status of what a path leads to, if there is anything; of -, that of a standard descriptor."""
+    """The `stat` of a path, None if there is no such file; `-` is the given standard descriptor."""
     try:
         return os.fstat(standard) if path == "-" else os.stat(path)
     except (OSError, ValueError):  # a path with a zero byte is a ValueError

@@ -1,4 +1,4 @@
-"""What `embax info` tells of a file: a description, and the table of it."""
+"""The description of a file that `embax info` prints, as a dict and as a table."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -9,14 +9,14 @@ from ._common import bytes_in_words, plain_table, printable
 if TYPE_CHECKING:
     from embax.files import Contents, Identity
 
-# Rows that are looked at at a time, so that a mapped file is not in memory all at once.
+# Rows that are read at a time, so that a mapped file is not in memory as a whole.
 _BLOCK = 1 << 14
-# Of how many tokens, the first ones, the spelling is shown.
+# The number of first tokens to show.
 _SHOWN = 10
 
 
 def described(file: str, identity: "Identity", contents: "Contents", duplicates: int) -> dict[str, Any]:
-    """Describe a file; the keys are those of the JSON document."""
+    """Describe a file, as the JSON document."""
     vocabulary, weight, counts, subwords = contents
     norms = _norms(weight)
     finite = np.sort(norms[np.isfinite(norms)])
@@ -50,11 +50,11 @@ def described(file: str, identity: "Identity", contents: "Contents", duplicates:
 
 
 def _norms(weight: np.ndarray) -> np.ndarray:
-    """The length of each row, in float64; NaN where a number in it is not finite."""
+    """The length of each row, in float64; NaN if an entry is not finite."""
     norms = np.empty(len(weight))
     for start in range(0, len(weight), _BLOCK):
         block = np.asarray(weight[start : start + _BLOCK], np.float64)
-        # The largest entry is taken out first, so that no square leaves the range.
+        # Divide by the largest entry first, so that no square overflows or underflows.
         largest = np.abs(block).max(axis=1, initial=0)
         largest[~np.isfinite(largest)] = np.nan
         scaled = block / np.where(largest == 0, 1, largest)[:, None]
@@ -63,7 +63,7 @@ def _norms(weight: np.ndarray) -> np.ndarray:
 
 
 def as_table(found: dict[str, Any]) -> Any:
-    """Lay out a description, without what there is nothing to say about."""
+    """Format a description as a table, without empty entries."""
     from rich.text import Text
 
     memory, norms, counts, subwords = (found[name] for name in ("memory", "norms", "counts", "subwords"))

@@ -14,18 +14,18 @@ if TYPE_CHECKING:
 
     from embax.train import Progress
 
-# Seconds between two reports of progress: drawn on a terminal, or printed as lines elsewhere.
+# Seconds between two reports of progress: on a terminal, and as lines elsewhere.
 _REDRAW, _LINE = 0.2, 5.0
-# Seconds before a spinner is drawn: what is over sooner needs none.
+# Seconds before a spinner is drawn; shorter tasks show none.
 _PATIENCE = 0.4
 
 
 @contextlib.contextmanager
 def waiting(message: str) -> Iterator[None]:
-    """Draw a spinner with the time that has passed, where there is a terminal and it takes a while.
+    """Draw a spinner with the elapsed time, on a terminal, if the block takes a while.
 
     Args:
-      message: What is being done.
+      message: A description of the task.
     """
     console = _terminal()
     if console is None:
@@ -43,7 +43,7 @@ def waiting(message: str) -> Iterator[None]:
         yield
     finally:
         begin.cancel()
-        begin.join()  # it may be starting at this moment
+        begin.join()  # it may be starting just now
         spinner.stop()
 
 
@@ -58,7 +58,7 @@ def _terminal() -> "Console | None":
 
 
 class Display:
-    """Progress of training: a bar on a terminal, else a line now and then."""
+    """Progress of training: a bar on a terminal, elsewhere a line every few seconds."""
 
     def __init__(self):
         from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
@@ -83,7 +83,7 @@ class Display:
             self._bar.stop()
 
     def reading(self, sequences: Iterable[list[str]]) -> Iterator[list[str]]:
-        """Pass the sequences on, and tell how many words have passed."""
+        """Pass sequences on, and report the number of words."""
         words, self._shown = 0, time.monotonic()
         for sequence in sequences:
             yield sequence
@@ -92,7 +92,7 @@ class Display:
                 self._show(f"read {words:,} words", None)
 
     def training(self, progress: "Progress") -> None:
-        """Tell how far training has come."""
+        """Report the progress of training."""
         finished = progress.words == progress.total_words
         if self._due() or finished:
             self._show(

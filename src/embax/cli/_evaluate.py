@@ -1,4 +1,4 @@
-"""`embax evaluate`: how good vectors are, by analogies and by people's judgement of pairs."""
+"""`embax evaluate`: evaluate vectors by analogies, and by human judgement of word pairs."""
 
 import importlib.util
 import os
@@ -32,21 +32,21 @@ def evaluate(
     analogies: Annotated[
         str | None,
         typer.Option(
-            metavar="PATH", help="A file of analogies, four words a line, in sections that begin with a colon."
+            metavar="PATH", help="A file of analogies: four words a line, in sections that begin with a colon."
         ),
     ] = None,
     word_pairs: Annotated[
         list[str] | None,
-        typer.Option(metavar="PATH", help="A file of two words and how similar they are a line; may be repeated."),
+        typer.Option(metavar="PATH", help="A file with two words and their similarity a line; may be repeated."),
     ] = None,
     restrict: Annotated[
-        int, typer.Option(callback=at_least_one, help="How many tokens, the first ones, are the vocabulary.")
+        int, typer.Option(callback=at_least_one, help="Use only this many tokens, the first ones.")
     ] = 300_000,
     json: Json = False,
 ) -> None:
-    """Print how well vectors solve analogies, and how well their cosines agree with people's judgement.
+    """Print how well vectors solve analogies, and how well their cosines agree with human judgement.
 
-    Without paths these are Google's analogies, WordSim-353 and SimLex-999 out of the package gensim, if that is there.
+    Default: Google's analogies, WordSim-353 and SimLex-999, from the package gensim, if it is installed.
     """
     are_chosen = analogies is not None or bool(word_pairs)
     if not are_chosen:
@@ -66,7 +66,7 @@ def evaluate(
         except UserError as error:
             if are_chosen:
                 raise
-            # Not all vectors have the words of all files, and there is more to tell.
+            # Vectors may lack the words of one of gensim's files; go on with the others.
             note(str(error))
     found = {
         "file": file,
@@ -87,7 +87,7 @@ def evaluate(
 
 
 def _check_readable(paths: list[str], file: str) -> None:
-    """Check files of words before vectors are loaded, which may take long. A pipe is not opened: it is read once."""
+    """Check that word files can be read before vectors are loaded. A pipe is not opened: it can be read only once."""
     import embax.files
 
     for path in paths:
@@ -98,7 +98,7 @@ def _check_readable(paths: list[str], file: str) -> None:
 
 
 def _of_gensim() -> tuple[str, list[str]]:
-    """Find the files of words in the package gensim, without loading it."""
+    """Find the word files in the package gensim, without importing it."""
     found = importlib.util.find_spec("gensim")
     if found is not None and found.submodule_search_locations:
         folder = os.path.join(next(iter(found.submodule_search_locations)), "test", "test_data")
@@ -107,7 +107,7 @@ def _of_gensim() -> tuple[str, list[str]]:
             return paths[0], paths[1:]
     raise UserError(
         f"there are no words to evaluate with. Pass --analogies with the path of {_ANALOGIES}, or --word-pairs with "
-        "that of a file of pairs, or pip install gensim, which has some."
+        "the path of a file of pairs, or pip install gensim, which has some."
     )
 
 

@@ -1,4 +1,4 @@
-"""`embax info` and `embax convert`: what a file holds, and the same in another format."""
+"""`embax info` and `embax convert`: describe a file of vectors, and write it in another format."""
 
 import os
 import warnings
@@ -32,7 +32,7 @@ def info(
     reading: Reading,
     json: Json = False,
 ) -> None:
-    """Print what a file of vectors holds: its format, size, norms, tokens and what is odd about it."""
+    """Describe a file of vectors: its format, size, norms, first tokens and irregularities."""
     import embax.files
 
     from ._describe import as_table, described
@@ -76,7 +76,7 @@ def convert(
         typer.Option(
             callback=rule(lambda value: value in _DTYPES, f"one of {', '.join(_DTYPES)}"),
             autocompletion=lambda: list(_DTYPES),
-            help="Convert the numbers to float16, bfloat16, float32 or float64. Default: as they are.",
+            help="Convert the numbers to float16, bfloat16, float32 or float64. Default: no conversion.",
         ),
     ] = None,
     json: Json = False,

@@ -1,4 +1,4 @@
-"""The program: its commands, and what becomes of errors."""
+"""The program: its commands, and its exit status after errors."""
 
 import os
 import sys
@@ -15,14 +15,14 @@ from ._map import map_
 from ._queries import analogy, neighbors
 from ._train import train
 
-# What a shell reports for a program that an interrupt ended: 128 and the signal's number.
+# The exit status of an interrupted program in a shell: 128 plus the signal's number.
 _INTERRUPTED = 130
-# Typer completes instead of running a command where this says so.
+# If this environment variable is set, Typer prints completions instead of running a command.
 _COMPLETE = "_EMBAX_COMPLETE"
 _SHELLS = ("bash", "zsh", "fish", "powershell")
 
 app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False)
-# In the list of commands a line has room for so much.
+# Short enough for one line in the list of commands.
 for _name, _command, _help in (
     ("train", train, "Learn word vectors from a text."),
     ("info", info, "Print what a file of vectors holds."),
@@ -36,17 +36,17 @@ for _name, _command, _help in (
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
-    """Run the command line and exit: status 0, or 2 and one line on standard error for what the user can mend.
+    """Run the command line and exit: with status 0, or 2 and one line on standard error if the user can fix it.
 
     Args:
-      arguments: What follows the program's name. Default: the process's own.
+      arguments: The arguments after the program's name. Default: the process's own.
 
     Raises:
       SystemExit: Always.
     """
     _choose_shell(sys.argv[1:] if arguments is None else arguments)
     try:
-        # Typer itself exits, without a word and with status 1, where the output is a pipe that was closed.
+        # If the output is a closed pipe, Typer itself exits, silently and with status 1.
         status = app(arguments, prog_name="embax", standalone_mode=False) or 0
     except (typer.Abort, KeyboardInterrupt):
         status = _INTERRUPTED
@@ -64,7 +64,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
 
         if not isinstance(error, embax.files.FormatError):
             raise
-        # Some explain over several lines how to convert a file.
+        # Some messages have several lines, about how to convert a file.
         status = _complain(*str(error).splitlines())
     finally:
         os.environ.pop(_COMPLETE, None)
@@ -72,7 +72,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
 
 
 def _choose_shell(arguments: list[str]) -> None:
-    """Let `--show-completion` take the name of a shell: alone, it asks which one has started it."""
+    """Let `--show-completion` take the name of a shell; without it, Typer detects the shell that started it."""
     if len(arguments) == 2 and arguments[0] == "--show-completion":
         if arguments[1] not in _SHELLS:
             sys.exit(_complain(f"--show-completion must be one of {', '.join(_SHELLS)}, got {arguments[1]!r}."))

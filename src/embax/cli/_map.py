@@ -1,4 +1,4 @@
-"""`embax map`: a picture of some tokens."""
+"""`embax map`: draw a map of some tokens."""
 
 from typing import Annotated
 
@@ -40,7 +40,7 @@ def map_(
         str | None,
         option_of(
             *_KINDS,
-            help="What to draw: png or html. Default: by the suffix of the output; for - and pipes it has to be given.",
+            help="What to draw: png or html. Default: by the suffix of the output; required for - and pipes.",
         ),
     ] = None,
     words: Annotated[
@@ -48,16 +48,16 @@ def map_(
         typer.Option(metavar="A,B,...", help="The tokens to draw, with commas between them; may be repeated."),
     ] = None,
     first: Annotated[
-        int, typer.Option(callback=at_least_one, help="Draw the first tokens of the file, as many.")
+        int, typer.Option(callback=at_least_one, help="Draw this many tokens, the first ones of the file.")
     ] = 300,
     method: Annotated[
         str,
         option_of("pca", "umap", help='How directions become points: pca, or umap, which needs "embax[umap]".'),
     ] = "pca",
-    seed: Annotated[int, typer.Option(callback=not_negative, help="Of umap's random numbers.")] = 0,
+    seed: Annotated[int, typer.Option(callback=not_negative, help="The seed of umap's random numbers.")] = 0,
     json: Json = False,
 ) -> None:
-    """Draw a map of tokens: those whose vectors have like directions lie near each other."""
+    """Draw a map of tokens: tokens whose vectors have similar directions are near each other."""
     import numpy as np
 
     import embax.files
@@ -93,7 +93,7 @@ def map_(
 
 
 def _split(words: list[str]) -> list[str]:
-    """Cut lists of words at commas; a word given twice is drawn once."""
+    """Split lists of words at commas; a repeated word is drawn once."""
     return list(dict.fromkeys(word.strip() for part in words for word in part.split(",") if word.strip()))
 
 

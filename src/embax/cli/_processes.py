@@ -1,4 +1,4 @@
-"""Several processes that run one command together."""
+"""Several processes that run one command together, by `jax.distributed`."""
 
 import atexit
 import contextlib
@@ -14,22 +14,22 @@ import typer
 
 from ._common import UserError
 
-# Seconds without a heartbeat after which JAX counts a process as lost, and in which all others have ended then. JAX
-# sends one every 10 seconds, from a C++ thread that needs no lock of Python. On a processor with four times more to do
-# than it has cores, healthy runs got by with a limit of 2 seconds.
+# Seconds without a heartbeat after which JAX counts a process as lost, and seconds until all others have ended then.
+# JAX sends a heartbeat every 10 seconds, from a C++ thread that does not need Python's lock. Even on a machine with
+# four times as many busy threads as cores, healthy runs passed with a limit of 2 seconds.
 _HEARTBEAT, _END = 20, 30
 # Seconds that a process waits for the others to begin.
 _JOIN = 300
 # Seconds that the others wait at the end for the first process, which writes the file.
 _LAST_WRITE = 3600
-# What the collectives of CPUs and GPUs, and JAX's coordinator, say when another process has gone.
+# Words in the errors of CPU and GPU collectives, and of JAX's coordinator, when another process is gone.
 _LOST = re.compile(
     r"gloo|nccl|socket|connection|heartbeat|coordination|another task|UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED", re.I
 )
 
 
 class Address(NamedTuple):
-    """Where the processes meet; None where that is to be found out from the cluster."""
+    """How a process finds the others; None for values that JAX detects from the cluster."""
 
     coordinator: str | None
     number: int | None
@@ -40,16 +40,16 @@ def address(distributed: bool, coordinator: str | None, number: int | None, proc
     """Check the options by which a process finds the others.
 
     Args:
-      distributed: Whether there are others at all.
-      coordinator: Where the first one listens, `host:port`.
-      number: How many there are.
-      process: Which of them this is.
+      distributed: Whether there are other processes.
+      coordinator: The address where the first process listens, `host:port`.
+      number: The number of processes.
+      process: The number of this process.
 
     Returns:
-      The address, or None where this process is alone.
+      The address, or None if this process is alone.
 
     Raises:
-      BadParameter: If the options do not go together.
+      BadParameter: If the options do not fit together.
     """
     given = [coordinator is not None, number is not None, process is not None]
     if any(given) and not distributed:
@@ -65,16 +65,16 @@ def address(distributed: bool, coordinator: str | None, number: int | None, proc
 def together(where: Address | None, lost: str) -> Iterator[bool]:
     """Join the other processes, and end when one of them is lost.
 
-    A process that fails ends without waiting for the others. JAX raises an error in those whose connections to it
-    break, and aborts the rest once heartbeats are missing. It has no public hook for the abort, so every process prints
-    how to go on before it begins.
+    A process that fails ends without waiting for the others. JAX then raises an error in processes whose connection to
+    it breaks, and aborts the rest when heartbeats are missing. There is no public hook for the abort, so every process
+    prints at the start what to do in this case.
 
     Args:
-      where: Where they meet; None for a process that is alone.
-      lost: What to do when another process is lost, as a sentence.
+      where: The address; None for a process that is alone.
+      lost: A sentence that tells what to do when another process is lost.
 
     Yields:
-      Whether this process is the first one, which alone writes and prints.
+      Whether this is the first process; only the first one writes and prints.
 
     Raises:
       UserError: If the others cannot be joined, or one of them is lost.
@@ -86,7 +86,7 @@ def together(where: Address | None, lost: str) -> Iterator[bool]:
 
     on_terminate = signal.getsignal(signal.SIGTERM) or signal.SIG_DFL
     _join(where)
-    # JAX would take it for a notice that this process is to end soon, and let it run on.
+    # JAX's own handler takes SIGTERM as a notice of preemption, and lets the process run on.
     signal.signal(signal.SIGTERM, on_terminate)
     if where.number != 1:
         note = f"embax: note: if another process is lost, this one ends within {_END} seconds. {lost}"
@@ -96,7 +96,7 @@ def together(where: Address | None, lost: str) -> Iterator[bool]:
             yield jax.process_index() == 0
             jax.distributed.shutdown()
         except BaseException as error:
-            # Before the one of JAX, which waits for the others.
+            # Exit handlers run in reverse order: ours ends the process before JAX's, which would wait for the others.
             atexit.register(_leave, 130 if isinstance(error, KeyboardInterrupt) else 2)
             if _is_loss(error):
                 raise UserError(f"another process was lost. {lost}") from None
@@ -107,7 +107,7 @@ def _join(where: Address) -> None:
     import jax
 
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    # JAX would abort with a message about fatal errors.
+    # Without this timer, JAX would abort the process with a C++ error.
     message = f"the other processes have not come within {_JOIN} seconds. Start all of them with one address."
     too_late = threading.Timer(_JOIN, _complain_and_leave, [message])
     too_late.daemon = True
@@ -136,9 +136,9 @@ def _first_line(error: Exception) -> str:
 
 
 def _is_loss(error: BaseException) -> bool:
-    """Whether an error is one of JAX's runtime, which begin with a status, and tells of a broken connection.
+    """Whether an error of JAX's runtime reports a broken connection.
 
-    While the backend starts, JAX names it before the status.
+    Such errors begin with a status, such as "UNAVAILABLE: "; while the backend starts, its name comes before.
     """
     return isinstance(error, ValueError | RuntimeError) and bool(
         re.match(r"(Unable to initialize backend '\w+': )?[A-Z_]+: ", str(error)) and _LOST.search(str(error))
@@ -147,7 +147,7 @@ def _is_loss(error: BaseException) -> bool:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep standard output clean: Gloo prints its connections there, from C++."""
+    """Redirect standard output, where Gloo prints its connections from C++."""
     sys.stdout.flush()
     kept, nothing = os.dup(1), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nothing, 1)

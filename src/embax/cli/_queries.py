@@ -1,4 +1,4 @@
-"""`embax neighbors` and `embax analogy`: what is near what."""
+"""`embax neighbors` and `embax analogy`: print the nearest words."""
 
 from typing import Annotated, Any
 
@@ -29,13 +29,13 @@ def neighbors(
         bool,
         typer.Option(
             "--approx",
-            help="Ask an index, which may miss a few: FILE.usearch if that is there, or else one made for this call. "
+            help="Search an index, which may miss a few words: FILE.usearch if it exists, else one made for this call. "
             'Needs "embax[approximate]".',
         ),
     ] = False,
     save_index: Annotated[
         bool,
-        typer.Option("--save-index", help="With --approx, keep the index as FILE.usearch, which later calls find."),
+        typer.Option("--save-index", help="With --approx, save the index as FILE.usearch, for later calls."),
     ] = False,
     json: Json = False,
 ) -> None:
@@ -88,7 +88,7 @@ def analogy(
 
 
 def _side_by_side(nearest: dict[str, list[tuple[str, float]]]) -> Any:
-    """Lay out one table a word, as many beside each other as the terminal is wide."""
+    """Lay out one table for each word, side by side as far as the terminal is wide."""
     from rich.columns import Columns
 
     return Columns([_column(word, found, "cosine") for word, found in nearest.items()], padding=(1, 4))

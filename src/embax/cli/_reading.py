@@ -1,12 +1,12 @@
-"""How the commands read a file of vectors: the options that they share, and loading with them.
+"""The options for reading a file of vectors, which several commands share, and loading with them.
 
-A command that reads a file takes one parameter, `reading`, and is decorated:
+A command that reads a file has one parameter, `reading`, and a decorator:
 
     @reads_vectors
     def info(file: VectorsFile, reading: Reading, json: Json = False): ...
 
-On the command line it has `--format`, `--limit`, `--encoding`, `--errors` and `--max-expansion` instead, before its
-last option.
+On the command line, the options `--format`, `--limit`, `--encoding`, `--errors` and `--max-expansion` replace
+`reading`. They come before the command's last option.
 """
 
 import codecs
@@ -30,7 +30,7 @@ _above_zero = rule(lambda value: 0 < value < math.inf, "a number above 0")
 
 def _is_encoding(name: str) -> bool:
     try:
-        # Some, such as "rot13", are no encodings of text.
+        # Some codecs, such as "rot13", do not encode text to bytes.
         return bool("a".encode(codecs.lookup(name).name))
     except (LookupError, ValueError):  # a name with a zero character is a ValueError
         return False
@@ -40,35 +40,35 @@ VectorsFile = Annotated[
     str,
     typer.Argument(
         metavar="FILE",
-        help="A file of vectors of any format embax knows, plain or compressed, or the folder of a model; - is "
-        "standard input. A tensor, or a file in an archive, is named after a colon.",
+        help="A file of vectors of any supported format, plain or compressed, or the folder of a model; - is standard "
+        "input. Append a colon and a name to read a tensor, or a file in an archive.",
     ),
 ]
 Format = Annotated[
     str | None,
-    option_of_format("The format of the file. Default: that of its content."),
+    option_of_format("The format of the file. Default: recognised by its content."),
 ]
-Limit = Annotated[int | None, typer.Option(callback=at_least_one, help="Read the first rows only, as many.")]
+Limit = Annotated[int | None, typer.Option(callback=at_least_one, help="Read only this many rows, the first ones.")]
 Encoding = Annotated[
     str,
-    typer.Option(callback=rule(_is_encoding, "an encoding such as latin-1"), help="Of the tokens in the file."),
+    typer.Option(callback=rule(_is_encoding, "an encoding such as latin-1"), help="The encoding of the tokens."),
 ]
 Errors = Annotated[
     str,
     option_of(
         *_ERRORS,
-        help="What becomes of tokens that are not of the encoding: escape keeps their bytes, replace puts U+FFFD, "
-        "strict ends with an error.",
+        help="How to treat tokens that are not of the encoding: escape keeps their bytes, replace puts U+FFFD, strict "
+        "ends with an error.",
     ),
 ]
 MaxExpansion = Annotated[
     float,
-    typer.Option(callback=_above_zero, help="How many times its size a compressed file may grow to."),
+    typer.Option(callback=_above_zero, help="How many times its size a compressed file may expand to."),
 ]
 
 
 class Reading(NamedTuple):
-    """How a file is read: arguments of `embax.files.load` by their names, and options of the command line."""
+    """The options for reading a file: arguments of `embax.files.load`, and options of the command line."""
 
     format: Format = None
     limit: Limit = None
@@ -78,7 +78,7 @@ class Reading(NamedTuple):
 
 
 def reads_vectors(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command the options of `Reading` in place of its parameter `reading`, before its last parameter."""
+    """Replace a command's parameter `reading` by the options of `Reading`, before its last parameter."""
     signature = inspect.signature(command)
     keyword = inspect.Parameter.KEYWORD_ONLY
     options = [
@@ -99,7 +99,7 @@ def reads_vectors(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def load(file: str, reading: Reading) -> "Vectors":
-    """Load vectors, with a spinner where that takes a while."""
+    """Load vectors, with a spinner if it takes a while."""
     with waiting(f"loading {short_name(file)}"):
         import embax.vectors
 

@@ -1,4 +1,4 @@
-"""`embax train`: a text to vectors."""
+"""`embax train`: learn word vectors from a text."""
 
 import contextlib
 import re
@@ -46,14 +46,14 @@ def train(
     min_count: Annotated[int, typer.Option(callback=at_least_one, help="Leave out words that occur less often.")] = 5,
     sample: Annotated[
         float,
-        typer.Option(callback=_share, help="Words of a greater share in the text are thinned out; 0: none."),
+        typer.Option(callback=_share, help="Words with a larger share of the text are dropped at random; 0: none."),
     ] = 1e-3,
     learning_rate: Annotated[
         float,
         typer.Option(
             callback=_rate,
-            help="The size of the first step, as word2vec counts it; it falls linearly to nearly 0. Larger values suit "
-            "short texts. 0.01 to 0.1 is sensible.",
+            help="The initial learning rate, as in word2vec; it falls linearly to nearly 0. From 0.01 to 0.1; larger "
+            "values suit short texts.",
         ),
     ] = 0.025,
     seed: Annotated[
@@ -62,20 +62,20 @@ def train(
     checkpoint: Annotated[
         str | None,
         typer.Option(
-            help="A directory in which training is saved now and then, and from which the same command goes on where "
-            "it was ended. All processes have to see it.",
+            help="A directory in which training is saved at intervals, and from which the same command resumes it. All "
+            "processes must have access to it.",
         ),
     ] = None,
     checkpoint_every: Annotated[
-        int, typer.Option(callback=at_least_one, help="Steps of training from one checkpoint to the next.")
+        int, typer.Option(callback=at_least_one, help="The number of steps between checkpoints.")
     ] = 10_000,
     distributed: Annotated[
         bool,
         typer.Option(
             "--distributed",
-            help="Train together with other processes that run the same command, as Slurm, MPI or Kubernetes start "
-            "them. Each learns from its part of the text; the first one prints and writes. If one is lost, the others "
-            "end within 30 seconds.",
+            help="Train together with other processes that run the same command, started by Slurm, MPI or Kubernetes. "
+            "Each learns from its part of the text; the first one prints and writes. If one is lost, the others end "
+            "within 30 seconds.",
         ),
     ] = False,
     coordinator: Annotated[
@@ -83,15 +83,15 @@ def train(
         typer.Option(
             callback=_host_and_port,
             metavar="HOST:PORT",
-            help="With --distributed, where the first process listens. Default: what the cluster says.",
+            help="With --distributed, the address where the first process listens. Default: detected from the cluster.",
         ),
     ] = None,
     num_processes: Annotated[
-        int | None, typer.Option(callback=at_least_one, help="With --coordinator, how many processes there are.")
+        int | None, typer.Option(callback=at_least_one, help="With --coordinator, the number of processes.")
     ] = None,
     process_id: Annotated[
         int | None,
-        typer.Option(callback=not_negative, help="With --coordinator, which one of them this is, from 0 up."),
+        typer.Option(callback=not_negative, help="With --coordinator, the number of this process, from 0."),
     ] = None,
     json: Json = False,
 ) -> None:
@@ -136,7 +136,7 @@ def train(
 
 
 def _train(text: str, output: str, to: str | None, options: dict[str, Any], is_first: bool) -> Any:
-    """Train, and if this process is the first one, tell of it and write what it gives."""
+    """Train; the first process also reports progress and writes the vectors."""
     import embax.files
     import embax.train
 

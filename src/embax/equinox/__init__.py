@@ -1,4 +1,4 @@
-"""The layer for Equinox: Embedding and EmbeddingBag, modules that hold a Table."""
+"""Layers for Equinox: Embedding and EmbeddingBag, modules that hold a Table."""
 
 try:
     import equinox  # noqa: F401

@@ -1,4 +1,4 @@
-"""EmbeddingBag: an Embedding whose rows are pooled as they are read."""
+"""EmbeddingBag: an Embedding that pools the rows of each bag of ids."""
 
 from collections.abc import Sequence
 from typing import Any, ClassVar
@@ -16,14 +16,14 @@ from ._embedding import Embedding
 class EmbeddingBag(PoolsBags, Embedding):
     """A lookup table that returns one vector for each bag of ids, by the rules of `embax.embedding_bag`.
 
-    Padding does not count, and a bag of nothing is zero. The rest is as in `Embedding`.
+    Padding does not count, and an empty bag is zero. Everything else is as in `Embedding`.
 
     Args:
       num_embeddings: As in `Embedding`.
       embedding_size: As in `Embedding`.
       mode: `"mean"`, the default, `"sum"`, `"sqrtn"` or `"max"`.
-      include_last_offset: Whether offsets have one more, at which the last bag ends.
-      **options: As `Embedding`, by name.
+      include_last_offset: Whether offsets have one more entry, the end of the last bag.
+      **options: Keyword arguments of `Embedding`.
 
     Raises:
       TypeError: As `Embedding`.
@@ -73,7 +73,7 @@ class EmbeddingBag(PoolsBags, Embedding):
           key: Ignored, as in Equinox's layers.
 
         Returns:
-          One vector a bag, `(*bags, *embedding_size)`.
+          One vector for each bag, `(*bags, *embedding_size)`.
 
         Raises:
           TypeError: As `embax.embedding_bag`, and for a Ragged with offsets.

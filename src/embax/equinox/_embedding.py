@@ -1,4 +1,4 @@
-"""Embedding: a module that holds a Table and reads it by the core's lookup."""
+"""Embedding: an Equinox module that holds a Table, read by `embax.lookup`."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any, Self
@@ -20,26 +20,25 @@ class Embedding(eqx.Module, TableLayer):
     """A lookup table of vectors, with the interface of `equinox.nn.Embedding` and the rules of `embax.Table`.
 
     `embedding(ids)` reads one row of `table` for each id, of any shape, by the rules of `embax.lookup`. With
-    `max_norm`, what is read is clipped; `embedding.renormalized(ids)` is a module in which these rows are stored
-    clipped.
+    `max_norm`, rows are clipped when they are read; `embedding.renormalized(ids)` returns a module that stores these
+    rows clipped.
 
-    `embax.value_and_grad` sees the table in any module, and so gives it a RowGrad; `equinox.filter_grad` gives it a
-    dense gradient.
+    `embax.value_and_grad` finds the table in any module and gives it a RowGrad; `equinox.filter_grad` gives it a dense
+    gradient.
 
     Args:
-      num_embeddings: The number of rows, 0 or more; needed without a weight.
-      embedding_size: The size of a row, or the sizes of its axes; needed without a weight.
+      num_embeddings: The number of rows, 0 or more; required without a weight.
+      embedding_size: The size of a row, or the sizes of its axes; required without a weight.
       weight: The weight, `(num_embeddings, *embedding_size)`, padding row included.
-      dtype: The dtype of a new weight. Default: float32, or float64 where JAX is in 64-bit mode.
-      key: A JAX random key; needed without a weight.
+      dtype: The dtype of a new weight. Default: float32, or float64 if JAX is in 64-bit mode.
+      key: A JAX random key; required without a weight.
       init: Called as `init(key, shape, dtype)`. Default: the standard normal distribution, as in Equinox. A new padding
         row is zero.
       **rules: The rules of `embax.Table`, by name.
 
     Raises:
       TypeError: As `embax.Table`.
-      ValueError: As `embax.Table`, for a weight of another shape, and where both a weight and what makes one are
-      missing.
+      ValueError: As `embax.Table`; for a weight of another shape; without a weight, if a size or the key is missing.
 
     Example:
       >>> import embax.equinox, equinox as eqx, jax
@@ -93,7 +92,7 @@ class Embedding(eqx.Module, TableLayer):
 
     @property
     def weight(self) -> Any:
-        """The weight of the table, `(num_embeddings, *embedding_size)`; of a sharded one, a `StoredRows`."""
+        """The weight of the table, `(num_embeddings, *embedding_size)`; a `StoredRows` if the table is sharded."""
         return held(self.table)
 
     @property
@@ -126,7 +125,7 @@ class Embedding(eqx.Module, TableLayer):
         return lookup(self.table, x, dtype)
 
     def renormalized(self, ids: ArrayLike) -> Self:
-        """Return the module with the rows of these ids stored clipped to `max_norm`, as `embax.renormalize` does.
+        """Return a module that stores the rows of these ids clipped to `max_norm`, see `embax.renormalize`.
 
         Args:
           ids: Row numbers, as in a call.
@@ -147,15 +146,15 @@ class Embedding(eqx.Module, TableLayer):
         return eqx.tree_at(lambda module: module.table, self, renormalize(self.table, ids))
 
     def resized(self, rows: int, key: Key[Array, ""] | None = None, *, init: Initializer | None = None) -> Self:
-        """Return the module with another number of rows, as `embax.resize` does; rows keep their ids.
+        """Return a module with another number of rows, see `embax.resize`; rows keep their ids.
 
         Args:
           rows: The new number of rows, 0 or more.
-          key: A JAX random key for the fresh rows. Needed where the table grows.
-          init: How fresh rows are made, as in `embax.Table.create`.
+          key: A JAX random key for the fresh rows. Required if the table grows.
+          init: The initialiser of fresh rows, as in `embax.Table.create`.
 
         Returns:
-          A new module; this one is not changed. The state of an optimizer goes on with `embax.optim.carry_over`.
+          A new module; this one is not changed. Convert an optimizer's state by `embax.optim.carry_over`.
 
         Raises:
           TypeError: As `embax.resize`.

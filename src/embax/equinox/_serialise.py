@@ -1,4 +1,4 @@
-"""Files of leaves, as Equinox writes them, with the rows of tables in the order of their ids."""
+"""Equinox's files of leaves, with the rows of tables in row order."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -16,17 +16,16 @@ IsLeaf: TypeAlias = Callable[[PyTree], bool] | None
 
 
 def tree_serialise_leaves(path_or_file: File, pytree: PyTree, is_leaf: IsLeaf = None) -> None:
-    """Write the leaves of a tree to a file, as `equinox.tree_serialise_leaves` does, whatever the layout of its tables.
+    """Write the leaves of a tree to a file, like `equinox.tree_serialise_leaves`, with tables in row order.
 
-    The rows of a table are in the order of their ids, so that the file of a sharded model is that of the model off the
-    mesh, byte for byte, and each loads into the other. `equinox.tree_serialise_leaves` writes the stored rows, which
-    only a model in the same layout can read. Each table passes through one device; `embax.checkpoint` is for those that
-    are too large for that.
+    So the file of a sharded model equals the file of the dense model, byte for byte, and each loads into the other.
+    `equinox.tree_serialise_leaves` writes stored rows, which only a model of the same layout can read. Each table
+    passes through one device; for larger tables, use `embax.checkpoint`.
 
     Args:
-      path_or_file: As there.
-      pytree: As there.
-      is_leaf: As there; a Table is a leaf always.
+      path_or_file: As in `equinox.tree_serialise_leaves`.
+      pytree: As in `equinox.tree_serialise_leaves`.
+      is_leaf: As in `equinox.tree_serialise_leaves`; a Table is always a leaf.
 
     Example:
       >>> import embax.equinox, io, jax
@@ -50,18 +49,18 @@ def tree_serialise_leaves(path_or_file: File, pytree: PyTree, is_leaf: IsLeaf = 
 
 
 def tree_deserialise_leaves(path_or_file: File, like: PyTree, is_leaf: IsLeaf = None) -> PyTree:
-    """Read what `tree_serialise_leaves` wrote, or Equinox of a model off the mesh, into the layout of another tree.
+    """Read a file of `tree_serialise_leaves`, or Equinox's file of a dense model, into the layout of another tree.
 
     Args:
       path_or_file: As in `equinox.tree_deserialise_leaves`.
-      like: As there: its tables say how many rows are wanted, and where they go.
-      is_leaf: As there; a Table is a leaf always.
+      like: As in `equinox.tree_deserialise_leaves`; its tables determine the shapes and layouts.
+      is_leaf: As in `equinox.tree_deserialise_leaves`; a Table is always a leaf.
 
     Returns:
-      A tree as `like`, with the values of the file.
+      A tree like `like`, with the values of the file.
 
     Raises:
-      RuntimeError: As there; the rows of a table have another shape or dtype in the file.
+      RuntimeError: As `equinox.tree_deserialise_leaves`, and if a table in the file has another shape or dtype.
 
     Example:
       >>> import embax.equinox, equinox as eqx, io, jax
@@ -83,7 +82,7 @@ def tree_deserialise_leaves(path_or_file: File, like: PyTree, is_leaf: IsLeaf = 
         if rows.shape != (node.rows, *node.dim) or rows.dtype != node.dtype:
             raise RuntimeError(
                 f"`embax.equinox.tree_deserialise_leaves(like=...)` must have the tables of the file, got {node!r} for "
-                f"one of {rows.dtype}{list(rows.shape)}. Ask for that; embax.resize brings it to other rows."
+                f"one of {rows.dtype}{list(rows.shape)}. Read it in this shape; embax.resize changes its rows."
             )
         in_order: Any = np.asarray(rows)
         return with_weight(node, node.storage.from_rows(in_order))

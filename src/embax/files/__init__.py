@@ -1,4 +1,4 @@
-"""Files: text corpora in, vectors in and out, one module a format."""
+"""Files: read text corpora, read and write vectors. Each format has a module in `_formats`."""
 
 from ._formats.registry import FORMATS as FORMATS
 from ._formats.safetensors.file import read_safetensors as read_safetensors

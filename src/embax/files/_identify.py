@@ -1,4 +1,4 @@
-"""What a file of vectors is, before it is read."""
+"""Find out the format and compression of a file of vectors, without reading its vectors."""
 
 import os
 from typing import NamedTuple
@@ -8,32 +8,32 @@ from ._io.open import MAX_EXPANSION, Source, opened, split_path
 
 
 class Identity(NamedTuple):
-    """What a file of vectors is."""
+    """The format, compression and size of a file of vectors."""
 
-    path: str  # the file, without what follows a colon
-    member: str | None  # what does: a tensor, or a file in an archive
+    path: str  # the file: the part of the given path before the colon
+    member: str | None  # the part after the colon: the name of a tensor, or of a file in an archive
     format: str  # one of `FORMATS`
-    # "gzip", "xz", "bz2", "zstd", "zip", "tar", or such as "tar and gzip"; None for a plain file.
+    # "gzip", "xz", "bz2", "zstd", "zip", "tar", or a combination such as "tar and gzip"; None for a plain file.
     compression: str | None
-    size: int | None  # in bytes, on disk; of a stream, as many as were read, None before
+    size: int | None  # in bytes, on disk; for a stream, the number of bytes read, or None before it is read
 
 
 def identify(
     path: str | os.PathLike[str], *, format: str | None = None, max_expansion: float = MAX_EXPANSION
 ) -> Identity:
-    """Tell what a file of vectors is by its first bytes.
+    """Find out the format and compression of a file of vectors from its first bytes.
 
     Args:
-      path: The file; see `embax.Vectors.load`. Of a stream, the bytes that are looked at are gone then:
-        `load_identified` does both.
-      format: The name of its format, where that is known. Default: that of the content.
-      max_expansion: How many times its size a compressed file may grow to; 16 MiB are always allowed.
+      path: The file; see `embax.Vectors.load`. The first bytes of a stream are consumed, so that it cannot be loaded
+        afterwards: use `load_identified` for streams.
+      format: The name of its format, if you know it. Default: the format is recognised by the content.
+      max_expansion: The uncompressed data may be up to so many times as large as the file; 16 MiB are always allowed.
 
     Returns:
-      What it is.
+      The format, compression and size.
 
     Raises:
-      FormatError: If it is of no format that is known here.
+      FormatError: If the format is not recognised.
       OSError: If it cannot be opened or read.
 
     Example:
@@ -48,11 +48,11 @@ def identify(
 
 
 def identity_of(path: str | os.PathLike[str], source: Source, format: str) -> Identity:
-    """Tell what an open file is.
+    """Return the identity of an open file.
 
     Args:
-      path: As the caller gave it.
-      source: The file.
+      path: The path that the caller gave.
+      source: The open file.
       format: The name of its format.
     """
     file, member = split_path(path)

@@ -1,4 +1,4 @@
-"""Loading and saving: which format a file is of, and what the caller wants of it."""
+"""Load and save vectors: choose the format, check the arguments, and call the format's reader or writer."""
 
 import os
 from pathlib import PurePath
@@ -29,26 +29,26 @@ def load(
     errors: Errors = "escape",
     max_expansion: float = MAX_EXPANSION,
 ) -> Contents:
-    r"""Read what a file of vectors holds; `embax.Vectors.load` says how.
+    r"""Read the tokens, rows and counts of a file of vectors; see `embax.Vectors.load`.
 
     Args:
       path: The file; `-` is standard input.
-      format: One of `FORMATS`. Default: that of the content.
-      limit: Read the first rows only, as many.
+      format: One of `FORMATS`. Default: the format is recognised by the content.
+      limit: Read only the first `limit` rows.
       dtype: Convert the rows to this dtype of floats.
       mmap: Whether the rows are mapped into memory.
-      encoding: Of the tokens.
-      errors: What becomes of tokens that are not of the encoding: `"escape"` keeps their bytes, `"replace"` puts U+FFFD
-        for what cannot be decoded, `"strict"` raises an error.
-      max_expansion: How many times its size a compressed file may grow to.
+      encoding: The encoding of the tokens.
+      errors: How tokens that are invalid in the encoding are read: `"escape"` keeps their bytes, `"replace"` puts
+        U+FFFD in place of invalid bytes, `"strict"` raises an error.
+      max_expansion: The uncompressed data may be up to so many times as large as the file.
 
     Returns:
       The contents.
 
     Raises:
-      FormatError: If the file is of no known format, truncated or corrupt, or a token is not of the encoding and that
-        is to be an error.
-      ValueError: If an argument is not as above.
+      FormatError: If the file is of no known format, truncated or corrupt, or a token is invalid in the encoding and
+        `errors="strict"`.
+      ValueError: If an argument is invalid.
       OSError: If it cannot be opened or read.
 
     Example:
@@ -72,25 +72,25 @@ def load_identified(
     errors: Errors = "escape",
     max_expansion: float = MAX_EXPANSION,
 ) -> tuple[Identity, Contents]:
-    r"""Do what `identify` and `load` do, opening the file once: what comes out of a stream can be read only once.
+    r"""Do the work of `identify` and `load` together. A stream can be read only once, so it needs this function.
 
     Args:
-      path: As `load`.
-      format: As `load`.
-      limit: As `load`.
-      dtype: As `load`.
-      mmap: As `load`.
-      encoding: As `load`.
-      errors: As `load`.
-      max_expansion: As `load`.
+      path: See `load`.
+      format: See `load`.
+      limit: See `load`.
+      dtype: See `load`.
+      mmap: See `load`.
+      encoding: See `load`.
+      errors: See `load`.
+      max_expansion: See `load`.
 
     Returns:
-      What the file is, and what it holds.
+      The identity of the file, and its contents.
 
     Raises:
-      FormatError: As `load`.
-      ValueError: As `load`.
-      OSError: As `load`.
+      FormatError: See `load`.
+      ValueError: See `load`.
+      OSError: See `load`.
 
     Example:
       >>> import embax.files, pathlib, tempfile
@@ -135,15 +135,15 @@ def read(path: str | os.PathLike[str], asked: Asked) -> tuple[Identity, Contents
 
 
 def save(path: str | os.PathLike[str], contents: Contents, *, format: str | None = None) -> None:
-    """Write what a file of vectors holds; `embax.Vectors.save` says how.
+    """Write vectors to a file; see `embax.Vectors.save`.
 
     Args:
-      path: The destination; `-` is standard output, and any other stream is written to as it is.
-      contents: What to write.
-      format: One of `FORMATS`. Default: by the suffix, and the package's own where there is none. A stream needs one.
+      path: The destination; `-` is standard output. Streams are written to directly, files are replaced.
+      contents: The tokens, rows and counts to write.
+      format: One of `FORMATS`. Default: chosen by the suffix; "safetensors" if there is none. A stream needs a format.
 
     Raises:
-      ValueError: If the suffix is of no format, a stream has none, or the format cannot hold the contents.
+      ValueError: If no format has the suffix, a stream has no format, or the format cannot hold the contents.
       OSError: If the file cannot be written.
 
     Example:
@@ -160,17 +160,17 @@ def save(path: str | os.PathLike[str], contents: Contents, *, format: str | None
 
 
 def format_to_write(path: str | os.PathLike[str], format: str | None = None) -> str:
-    """Return the name of the format that `save` would write, before there is anything to write.
+    """Return the name of the format that `save` would write, so that mistakes show before long work.
 
     Args:
       path: The destination.
-      format: As in `save`.
+      format: See `save`.
 
     Returns:
       One of `FORMATS`.
 
     Raises:
-      ValueError: If the suffix is of no format, a stream has none, or the format cannot be written there.
+      ValueError: If no format has the suffix, a stream has no format, or the format cannot be written there.
 
     Example:
       >>> import embax.files
@@ -197,7 +197,7 @@ def _format_of(path: str | os.PathLike[str]) -> str:
             f"`embax.files.save(path=...)` must end in one of {suffixes}, or have no suffix, got {name!r}. "
             "Rename it, or pass format=."
         )
-    # Of ".bin" and ".fasttext.bin", the longer one.
+    # The longest suffix wins: "a.fasttext.bin" ends in ".bin", too.
     return (max(fits, key=lambda fit: len(fit[0]))[1] if fits else _safetensors.FORMAT).name
 
 

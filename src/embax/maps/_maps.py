@@ -1,4 +1,4 @@
-"""Maps: vectors as points in a plane, drawn as a picture or as a page to explore."""
+"""project and draw_html: place vectors in a plane, and draw them as an interactive page."""
 
 import base64
 import hashlib
@@ -21,9 +21,9 @@ from ..vocabulary._vocabulary import printable
 from ._picture import checked
 from ._picture import draw_png as draw_png
 
-# UMAP's own default; of fewer points, as many as there are others.
+# UMAP's own default; with fewer points, all others are neighbours.
 _UMAP_NEIGHBORS = 15
-# UMAP places points by eigenvectors, of which it needs one more than there are axes, and some points besides.
+# UMAP's initial places are eigenvectors, one more than there are axes, for which it needs a few points more.
 _UMAP_LEAST = 5
 
 
@@ -33,19 +33,19 @@ def project(
     """Place vectors in a plane.
 
     Args:
-      weight: One vector a point, `(points, dim)`.
-      method: `"pca"`, the two directions in which the vectors differ most, exactly; or `"umap"`, which keeps
-        neighbours by cosine together and needs `embax[umap]`.
-      seed: Of the random numbers that UMAP uses. The same seed gives the same points on the same machine.
+      weight: One vector for each point, `(points, dim)`.
+      method: `"pca"`: the two directions of the largest variance, computed exactly. `"umap"`: keeps neighbours by
+        cosine together; requires `embax[umap]`.
+      seed: The seed of UMAP's random numbers. The same seed gives the same points on the same machine.
 
     Returns:
-      A place for each. Those of PCA are in units of the vectors, around 0; the vector's greatest part of either axis
-      has a positive sign, so that the same vectors give the same picture.
+      A place for each vector. With PCA, places are in units of the vectors, around 0; each axis is oriented so that its
+      largest component is positive, so the same vectors give the same picture.
 
     Raises:
-      ImportError: If UMAP is asked for and not installed.
-      ValueError: If the vectors are not of that shape or hold NaN or infinity, there are fewer than 5 for UMAP, or the
-        method is unknown.
+      ImportError: If UMAP is requested and not installed.
+      ValueError: If the vectors have another shape, NaN or infinity, if there are fewer than 5 for UMAP, or the method
+        is unknown.
 
     Example:
       >>> import embax.maps
@@ -61,8 +61,8 @@ def project(
     vectors = np.asarray(weight, np.float64)
     if vectors.ndim != 2:
         raise ValueError(
-            f"`embax.maps.project(weight=...)` must have a vector a point, (points, dim), got shape {vectors.shape}. "
-            "Reshape it."
+            f"`embax.maps.project(weight=...)` must have a vector for each point, (points, dim), got shape "
+            f"{vectors.shape}. Reshape it."
         )
     if not np.isfinite(vectors).all():
         row = int(np.argmin(np.isfinite(vectors).all(axis=1)))
@@ -81,21 +81,21 @@ def draw_html(
     caption: str = "",
     nearest: Sequence[Sequence[tuple[str, float]]] | None = None,
 ) -> None:
-    """Draw points with their tokens as a page to move about, zoom and search in.
+    """Draw points with their tokens as an HTML page with panning, zoom and search.
 
-    It is one file that loads nothing, and that no token can make run anything.
+    The page is one file that loads nothing. Tokens are escaped, so that they cannot run code in it.
 
     Args:
       path: The file to write.
       tokens: The label of each point.
-      points: Their places, `(points, 2)`.
-      title: What stands above.
-      caption: What stands beside it.
-      nearest: For each token its neighbours and their cosines, as of `Vectors.most_similar_batch`; shown beside a
-        token that is pointed at.
+      points: The places of the tokens, `(points, 2)`.
+      title: The title of the page.
+      caption: A text beside the title.
+      nearest: The neighbours and cosines of each token, from `Vectors.most_similar_batch`; shown when the pointer is at
+        a token.
 
     Raises:
-      ValueError: If there is not one finite point, and one list of neighbours, a token.
+      ValueError: If there is not exactly one finite point, and one list of neighbours, for each token.
       OSError: If the file cannot be written.
 
     Example:
@@ -109,7 +109,7 @@ def draw_html(
     if nearest is not None and len(nearest) != len(tokens):
         raise ValueError(
             f"`embax.maps.draw_html(nearest=...)` must have a list for each of {len(tokens)} tokens, got "
-            f"{len(nearest)}. Pass one a token."
+            f"{len(nearest)}. Pass one for each token."
         )
     folder = importlib.resources.files("embax.maps")
     script = folder.joinpath("map.js").read_text("utf-8")
@@ -130,14 +130,14 @@ def draw_html(
         "script_hash": _hash(script),
         "data": _harmless(json.dumps(data, separators=(",", ":"))),
     }
-    # In one pass, so that nothing put in is replaced in turn.
+    # In one pass, so that inserted text is not searched for placeholders again.
     page = re.sub(r"@(\w+)@", lambda found: parts[found[1]], folder.joinpath("map.html").read_text("utf-8"))
     with replacing(path) as file:
         file.write(page.encode("utf-8"))
 
 
 def _components(vectors: Float64[np.ndarray, "points dim"]) -> Float64[np.ndarray, "points 2"]:
-    # The largest entry is taken out first, so that no square leaves the range.
+    # Divide by the largest entry first, so that no square overflows or underflows.
     largest = np.abs(vectors).max(initial=0) or 1.0
     centred = vectors / largest
     if len(centred):
@@ -159,7 +159,7 @@ def _umap(vectors: Float64[np.ndarray, "points dim"], seed: int) -> Float64[np.n
         )
     neighbors = min(_UMAP_NEIGHBORS, len(vectors) - 1)
     with warnings.catch_warnings():
-        # It tells that it does without TensorFlow, and that a seed takes away its threads.
+        # It warns about missing TensorFlow, and that a seed disables its threads.
         warnings.simplefilter("ignore")
         try:
             import umap  # pyright: ignore[reportMissingImports]
@@ -179,10 +179,10 @@ def _unit_square(places: Float64[np.ndarray, "points 2"]) -> Float64[np.ndarray,
 
 
 def _harmless(text: str) -> str:
-    """Spell JSON so that nothing in it ends or begins anything in a page; U+2028 and the like are ASCII already."""
+    """Escape JSON so that it cannot end its script element or begin another one; json.dumps wrote only ASCII."""
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
 
 
 def _hash(text: str) -> str:
-    """What a page's policy calls a script or a style that may be in it."""
+    """The hash by which the page's content security policy allows a script or a style."""
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()

@@ -1,4 +1,4 @@
-"""A map as a picture, by matplotlib."""
+"""draw_png: a map as a picture, by matplotlib."""
 
 import os
 import warnings
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
     from matplotlib.backend_bases import RendererBase
     from matplotlib.text import Text
 
-# In inches and dots an inch: 2000 x 1500 dots.
+# In inches and dots per inch: 2000 x 1500 dots.
 _SIZE, _DPI = (12.5, 9.375), 160
 _INK, _QUIET, _DOT, _PAPER = "#1c2430", "#6b7684", "#2f6db5", "#fbfbf9"
-# Where a label may stand: how much of its width and height it is moved by, and in which direction off its point.
+# The positions of a label around its point: a shift in units of its width and height, and the direction of a gap.
 _PLACES = ((0, -0.5, 1, 0), (-1, -0.5, -1, 0), (-0.5, 0, 0, 1), (-0.5, -1, 0, -1))
 _PLACES += ((0, 0, 0.7, 0.7), (-1, 0, -0.7, 0.7), (0, -1, 0.7, -0.7), (-1, -1, -0.7, -0.7))
 
@@ -35,21 +35,21 @@ def draw_png(
 ) -> int:
     """Draw points with their tokens as a picture of 2000 x 1500 dots.
 
-    All points are drawn. A label is, where there is room beside its point, those of the first tokens before others.
+    All points are drawn. A label is drawn if there is room beside its point; earlier tokens take precedence.
 
     Args:
       path: The file to write.
       tokens: The label of each point.
-      points: Their places, `(points, 2)`.
-      title: What stands above.
-      caption: What stands below.
+      points: The places of the tokens, `(points, 2)`.
+      title: A title above the picture.
+      caption: A text below it.
 
     Returns:
-      How many labels are drawn.
+      The number of labels drawn.
 
     Raises:
       ImportError: If matplotlib is not installed: `pip install "embax[map]"`.
-      ValueError: If there is not one finite point a token.
+      ValueError: If there is not exactly one finite point for each token.
       OSError: If the file cannot be written.
 
     Example:
@@ -73,9 +73,9 @@ def draw_png(
         side.set_color("#d8dbd6")
     figure.text(0.03, 0.945, printable(title), fontsize=17, fontweight="bold", color=_INK, parse_math=False)
     figure.text(0.03, 0.018, printable(caption), fontsize=10, color=_QUIET, parse_math=False)
-    # A token may have dollar signs in it, which are no mathematics.
+    # `parse_math=False`: dollar signs in a token do not mean mathematics.
     with warnings.catch_warnings():
-        # The font has no signs of some scripts, and draws boxes.
+        # The font lacks some scripts, and draws boxes.
         warnings.filterwarnings("ignore", message="Glyph .* missing", category=UserWarning)
         labels = [
             axes.text(x, y, printable(token), fontsize=9, va="bottom", zorder=3, color=_INK, parse_math=False)
@@ -89,7 +89,7 @@ def draw_png(
 
 
 def checked(argument: str, tokens: Sequence[str], points: ArrayLike) -> Float64[np.ndarray, "points 2"]:
-    """Check that there is a finite place a token, and bring the places into [-1, 1]: only proportions are drawn."""
+    """Check that there is a finite place for each token, and scale the places to [-1, 1]."""
     places = np.asarray(points, np.float64)
     if places.shape != (len(tokens), 2) or not np.isfinite(places).all():
         raise ValueError(
@@ -100,7 +100,7 @@ def checked(argument: str, tokens: Sequence[str], points: ArrayLike) -> Float64[
 
 
 def _frame(axes: "Axes", places: Float64[np.ndarray, "points 2"]) -> None:
-    """Let all points be seen, with the same scale along both axes and some room for labels."""
+    """Set the limits of the axes: all points visible, one scale for both axes, and some room for labels."""
     low, high = (places.min(axis=0), places.max(axis=0)) if len(places) else (np.zeros(2), np.zeros(2))
     width, height = np.asarray(_SIZE) * axes.get_position().bounds[2:]
     half = 1.12 * max((high[0] - low[0]) / width, (high[1] - low[1]) / height) / 2 or 0.5
@@ -109,19 +109,19 @@ def _frame(axes: "Axes", places: Float64[np.ndarray, "points 2"]) -> None:
 
 
 def _thin(labels: list["Text"], axes: "Axes", renderer: "RendererBase", places: Float64[np.ndarray, "points 2"]) -> int:
-    """Move each label to where it covers no other, and hide those for which there is no such place.
+    """Move each label to a position where it covers no other, or hide it if there is none.
 
     Returns:
-      How many are left.
+      The number of visible labels.
     """
     frame, gap = axes.get_window_extent(renderer), 0.055 * _DPI
     dots = axes.transData.transform(places) if len(places) else places
     radius = 0.012 * _DPI
-    taken = np.empty((2 * len(labels), 4))  # left, bottom, right, top: of the points, and of the labels
+    taken = np.empty((2 * len(labels), 4))  # left, bottom, right, top of the points, then of drawn labels
     taken[: len(labels)] = np.concatenate([dots - radius, dots + radius], axis=1)
     drawn = 0
     for label, (x, y) in zip(labels, dots, strict=True):
-        box = label.get_window_extent(renderer)  # placed by its left and lower edge
+        box = label.get_window_extent(renderer)
         label.set_visible(False)
         for right, up, off_x, off_y in _PLACES:
             left, bottom = x + right * box.width + off_x * gap, y + up * box.height + off_y * gap

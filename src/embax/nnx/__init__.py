@@ -1,4 +1,4 @@
-"""The layer for Flax NNX: Embedding, EmbeddingBag and their row-sparse training."""
+"""Layers for Flax NNX: Embedding and EmbeddingBag, with gradients and an optimizer for row-sparse training."""
 
 try:
     import flax.nnx  # noqa: F401

@@ -1,4 +1,4 @@
-"""EmbeddingBag: an Embedding whose rows are pooled as they are read."""
+"""EmbeddingBag: an Embedding that pools the rows of each bag of ids."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -15,14 +15,14 @@ from ._embedding import Embedding
 class EmbeddingBag(PoolsBags, Embedding):
     """A lookup table that returns one vector for each bag of ids, by the rules of `embax.embedding_bag`.
 
-    Padding does not count, and a bag of nothing is zero. The rest is as in `Embedding`, write-back included.
+    Padding does not count, and an empty bag is zero. Everything else is as in `Embedding`, write-back included.
 
     Args:
       num_embeddings: The number of rows, 0 or more.
       features: The size of a row, or the sizes of its axes.
       mode: `"mean"`, the default, `"sum"`, `"sqrtn"` or `"max"`.
-      include_last_offset: Whether offsets have one more, at which the last bag ends.
-      **options: As `Embedding`, by name; `rngs` is needed.
+      include_last_offset: Whether offsets have one more entry, the end of the last bag.
+      **options: Keyword arguments of `Embedding`; `rngs` is required.
 
     Raises:
       TypeError: As `Embedding`.
@@ -64,7 +64,7 @@ class EmbeddingBag(PoolsBags, Embedding):
           per_sample_weights: A factor for each id, of the shape of the input; not with `"max"`.
 
         Returns:
-          One vector a bag, `(*bags, *features)`.
+          One vector for each bag, `(*bags, *features)`.
 
         Raises:
           TypeError: As `embax.embedding_bag`, and for a Ragged with offsets.

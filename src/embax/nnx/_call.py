@@ -1,4 +1,9 @@
-"""Call: one call of a function of NNX modules, as a pure function of trees in which Tables stand for Params."""
+"""Call: turn a function of NNX modules into a pure function of trees, with Tables in place of Params, for one call.
+
+For instance, `f(model, ids)` with a model that has an Embedding "embed" and a Linear "head": the trees are
+`{"embed": {"embedding": Table}, "head": {"kernel": array, "bias": array}}` and `ids`. `run` puts such trees back into
+the model and calls `f`; `update` then writes everything that `f` changed into the caller's model.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -11,20 +16,20 @@ from .._base.typing import PyTreeDef
 from .._core.table import Table
 from ._params import tables_of, tree_of, with_values
 
-CONTEXT = "embax"  # of `nnx.update_context`, in which a call is made
+CONTEXT = "embax"  # the name of the `nnx.update_context` of a call
 
 
 class Call:
-    """One call of a function, whose modules are taken apart for it and put together again.
+    """One call of a function of modules.
 
     Args:
-      f: The function; it returns a pair, of which the second is passed on.
-      filters: By the positions of the arguments to differentiate for: which Variables of their modules.
-      args: Its arguments.
-      kwargs: Its arguments by name.
+      f: The function; returns a pair, whose second element is passed on.
+      filters: For the position of each differentiated argument, a filter for the Variables of its modules.
+      args: Its positional arguments.
+      kwargs: Its keyword arguments.
 
     Attributes:
-      trees: The arguments, in which a nested dict stands for each module: of what is differentiated, arrays and Tables.
+      trees: The arguments, with a nested dict of the differentiated arrays and Tables in place of each module.
     """
 
     def __init__(
@@ -37,7 +42,7 @@ class Call:
         self.f = f
         self.args = [_flatten(arg) for arg in args]
         self.kwargs = {name: _flatten(arg) for name, arg in kwargs.items()}
-        # Modules and Variables by argument and by their place among its leaves.
+        # Modules and Variables, by argument and by their position among its leaves.
         nodes = (
             {number: _nodes(leaves) for number, (leaves, _) in enumerate(self.args)},
             {name: _nodes(leaves) for name, (leaves, _) in self.kwargs.items()},
@@ -46,7 +51,7 @@ class Call:
 
         def is_wanted(path: KeyPath, value: PyTree) -> bool:
             by_name, argument, _, *inside = path
-            # A Variable that is an argument by itself is wanted whatever it is.
+            # A Variable that is itself an argument is differentiated, whatever the filter.
             return not by_name and argument in wanted and (not inside or wanted[argument](tuple(inside), value))
 
         with nnx.split_context(CONTEXT) as context:
@@ -64,7 +69,7 @@ class Call:
         ]
 
     def run(self, *trees: PyTree) -> tuple[PyTree, tuple[PyTree, PyTree]]:
-        """Call the function; return its value, and the state of everything afterwards, for `update`."""
+        """Call the function; returns its value, and the new state of all modules, for `update`."""
         states = {
             number: {
                 place: with_values(state, self._parts(number, trees[number])[place])
@@ -91,14 +96,14 @@ class Call:
         return value, (state, [None if _is_node(leaf) else leaf for leaf in leaves])
 
     def update(self, outcome: PyTree) -> PyTree:
-        """Give the modules what the function has left in them, and return its auxiliary output."""
+        """Write the new state into the modules, and return the function's auxiliary output."""
         state, leaves = outcome
         with nnx.merge_context(CONTEXT, inner=False) as context:
             _, nodes = context.merge(self.changed, state)
         return self.structure.unflatten([nodes.get(place, leaf) for place, leaf in enumerate(leaves)])
 
     def gradient(self, number: int, tree: PyTree) -> PyTree:
-        """Give the gradient of an argument the form of the argument, with a State for each module."""
+        """Convert the gradient of an argument from a tree to the argument's structure, with a State for each module."""
         leaves, structure = self.args[number]
         parts = enumerate(self._parts(number, tree))
         return structure.unflatten(

@@ -1,4 +1,4 @@
-"""Embedding: an `nnx.Param` read by the core's lookup."""
+"""Embedding: an NNX layer whose Param is read by `embax.lookup`."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -24,8 +24,8 @@ from .._core.write_back import clipped_table
 from .._heads.attend import attend
 from .._layers.layer import TableLayer
 
-# That of `nnx.Embed`, so that the same seed gives the same weights.
 OutSharding = PartitionSpec | NamedSharding | None
+# The initialiser of `nnx.Embed`, so that equal seeds give equal weights.
 _INIT = jax.nn.initializers.variance_scaling(1.0, "fan_in", "normal", out_axis=0)
 
 
@@ -33,22 +33,22 @@ class Embedding(nnx.Module, TableLayer):
     """A lookup table of vectors, with the interface of `flax.nnx.Embed` and the rules of `embax.Table`.
 
     `embedding(ids)` reads one row of the Param `embedding` for each id, by the rules of `embax.lookup`. The rules are
-    attributes and may be changed between calls. Of a sharded table, the value of the Param is a
-    `StoredRows`: the weight, whose rows are in another order, and what says which.
+    attributes, which may be changed between calls. If the table is sharded, the value of the Param is a `StoredRows`:
+    the stored rows together with their layout.
 
-    With `max_norm`, the rows that are read are also stored clipped in the Param, eagerly and under NNX's
-    transformations. Where NNX lets no Variable be written, in a raw JAX transformation, or drops what is
-    written, in an `nnx.scan` to which the module is broadcast, the output alone is clipped.
+    With `max_norm`, a call also stores the clipped rows in the Param, both eagerly and under NNX's transformations. In
+    a raw JAX transformation, NNX does not allow to write Variables, and an `nnx.scan` with a broadcast module drops the
+    changes; there, only the output is clipped.
 
     Args:
       num_embeddings: The number of rows, 0 or more.
       features: The size of a row, or the sizes of its axes.
       dtype: The dtype of the output; the rows are cast, never the table. Default: the weight's.
       param_dtype: The dtype of the weight.
-      embedding_init: Called as `init(key, (num_embeddings, *features), param_dtype)`; `nnx.with_partitioning` of one is
-        one. Default: that of `nnx.Embed`.
-      promote_dtype: As in `nnx.Embed`; asked for the dtype of the output, not given the table. Default: `dtype`.
-      rngs: Where the key comes from: the stream `params`.
+      embedding_init: Called as `init(key, (num_embeddings, *features), param_dtype)`; may be wrapped by
+        `nnx.with_partitioning`. Default: the initialiser of `nnx.Embed`.
+      promote_dtype: As in `nnx.Embed`; only asked for the dtype of the output, with an empty array. Default: `dtype`.
+      rngs: The random keys; the stream `params` is used.
       embedding_metadata: Metadata of the Param, such as `{"out_sharding": ("model", None)}`.
       padding_idx: As in `embax.Table`. The row starts at zero.
       max_norm: As in `embax.Table`.
@@ -112,7 +112,7 @@ class Embedding(nnx.Module, TableLayer):
         options = {"rngs": nnx.Rngs(0), "param_dtype": table.dtype, **rules_of(table), **options}
         value = held(dataclasses.replace(table, weight=table.weight.astype(options["param_dtype"])))
         layer = cls(table.rows, table.dim, embedding_init=lambda *_: value, **options)
-        layer.embedding.set_value(value)  # with the padding row, zeroed before
+        layer.embedding.set_value(value)  # restores the padding row, which the constructor zeroed
         return layer
 
     @property
@@ -125,7 +125,7 @@ class Embedding(nnx.Module, TableLayer):
 
         Args:
           inputs: Ids in `[-num_embeddings, num_embeddings)` of any integer dtype and any shape, or a nested list.
-          out_sharding: How the rows are laid out on a mesh with explicit axes. Default: as the ids.
+          out_sharding: The sharding of the rows on a mesh with explicit axes. Default: like the ids.
 
         Returns:
           The rows, `(*inputs.shape, *features)`.
@@ -143,15 +143,15 @@ class Embedding(nnx.Module, TableLayer):
     def attend(  # pyright: ignore[reportIncompatibleMethodOverride] (NNX's names)
         self, query: ArrayLike, out_sharding: OutSharding = None, *, mask_padding: bool = False
     ) -> Float[Array, "*batch rows"]:
-        """Multiply vectors by every row: the logits of a head that is tied to this layer, as `embax.attend`.
+        """Multiply vectors by every row: the logits of a head tied to this layer, see `embax.attend`.
 
         Args:
           query: Vectors `(*batch, *features)`.
-          out_sharding: How the logits are laid out on a mesh. Default: XLA chooses.
+          out_sharding: The sharding of the logits on a mesh. Default: XLA chooses.
           mask_padding: Whether the logits of padding rows are minus infinity.
 
         Returns:
-          One logit a row, `(*batch, num_embeddings)`, in the dtype of the output of the layer.
+          One logit for each row, `(*batch, num_embeddings)`, in the dtype of the layer's output.
 
         Raises:
           TypeError: As `embax.attend`.
@@ -163,15 +163,15 @@ class Embedding(nnx.Module, TableLayer):
         return logits if out_sharding is None else laid_out(logits, out_sharding)
 
     def resize(self, rows: int, key: Key[Array, ""] | None = None, *, init: Initializer | None = None) -> None:
-        """Give the Param another number of rows, as `embax.resize` does; rows keep their ids.
+        """Change the number of rows, like `embax.resize`; rows keep their ids.
 
-        For a vocabulary that grows in mid-training, outside of NNX's transformations. An optimizer follows by
-        `optimizer.carry_over(model)`.
+        For a vocabulary that grows in mid-training. Call it outside of NNX's transformations, then convert the
+        optimizer's state by `optimizer.carry_over(model)`.
 
         Args:
           rows: The new number of rows, 0 or more.
-          key: A JAX random key for the fresh rows. Needed where the table grows.
-          init: How fresh rows are made, as in `embax.Table.create`.
+          key: A JAX random key for the fresh rows. Required if the table grows.
+          init: The initialiser of fresh rows, as in `embax.Table.create`.
 
         Raises:
           TypeError: As `embax.resize`.
@@ -187,7 +187,7 @@ class Embedding(nnx.Module, TableLayer):
         """
         table = resize(self.table, rows, key, init=init)
         self.embedding.set_value(held(table))
-        # Counted from the start: a padding row -1 would be another one now.
+        # The table counts padding from the start; an attribute of -1 would now name another row.
         self.num_embeddings, self.padding_idx = table.rows, table.padding_idx
 
     def _output_dtype(self, table: Table) -> np.dtype | None:
@@ -201,5 +201,5 @@ class Embedding(nnx.Module, TableLayer):
             return
         try:
             self.embedding.set_value(held(with_weight(table, clipped_table(table, ids))))
-        except TraceContextError:  # in a raw JAX transformation, which would not carry the new value out
+        except TraceContextError:  # in a raw JAX transformation
             pass

@@ -1,4 +1,4 @@
-"""value_and_grad and grad: of NNX modules, in which the gradient of an Embedding is the rows that were read."""
+"""value_and_grad and grad for NNX modules; the gradient of an Embedding's Param is a RowGrad."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -26,37 +26,37 @@ def value_and_grad(
     on_dense: OnDense = "warn",
     tables: Chooser | None = None,
 ) -> Callable[..., PyTree]:
-    """Differentiate a function of NNX modules; the gradient of an Embedding's Param holds the rows that were read.
+    """Differentiate a function of NNX modules; the gradient of an Embedding's Param holds only the rows that were read.
 
-    As `nnx.value_and_grad`, but that the Param of an `embax.nnx.Embedding` gets a `RowGrad`, in which an id occurs as
-    often as it was looked up. Time and memory follow the number of ids, not of rows. `embax.nnx.Optimizer` takes it.
-    What the function changes in the modules is kept, rows that `max_norm` has clipped among it.
+    Like `nnx.value_and_grad`, except that the Param of an `embax.nnx.Embedding` gets a `RowGrad`, in which an id occurs
+    as often as it was looked up. Time and memory follow the number of ids, not of rows. `embax.nnx.Optimizer` takes it.
+    Changes that the function makes to the modules are kept, such as rows clipped to `max_norm`.
 
-    Reads are followed through `nnx.vmap`, `scan`, `remat`, `cond`, `jit` and JAX's own transformations, as
-    `embax.value_and_grad` says; so does a warning where a gradient is dense. `f` runs once.
+    Reads are followed through `nnx.vmap`, `scan`, `remat`, `cond`, `jit` and JAX's own transformations, and a warning
+    is given for a dense gradient, as in `embax.value_and_grad`. `f` runs once.
 
     Args:
-      f: A function of modules and pytrees that returns a scalar, or `(scalar, aux)` with `has_aux`. Left out, the call
-        is a decorator.
-      argnums: The arguments to differentiate for: numbers, for the Params of modules and all of other arguments, or
-        `nnx.DiffState(number, filter)`.
-      has_aux: Whether `f` returns a pair, of which the second is passed on.
+      f: A function of modules and pytrees; returns a scalar, or `(scalar, aux)` with `has_aux`. Without it, the call
+        returns a decorator.
+      argnums: The arguments to differentiate: numbers, or `nnx.DiffState(number, filter)`. A number means the Params of
+        a module, or all of any other argument.
+      has_aux: Whether `f` returns a pair, whose second element is passed on.
       holomorphic: As in `jax.value_and_grad`.
       allow_int: As in `jax.value_and_grad`.
-      on_dense: What a dense gradient of a table is: an `"error"`, worth a `"warn"`, or no surprise, `"allow"`.
-      tables: A predicate `(path, leaf) -> bool` that chooses Params of other layers which are read as tables, by
-        `nnx.Embed`, `param[ids]` or `jnp.take`. Their gradients are RowGrads, too. The path is that of `jax.tree_util`
-        in the pure State of the module, such as `(DictKey("encoder"), DictKey("embedding"))`; the leaf is the array.
+      on_dense: What to do about a dense gradient of a table: raise an `"error"`, `"warn"`, or `"allow"` it.
+      tables: A predicate `(path, leaf) -> bool` that chooses Params of other layers as tables, read by `nnx.Embed`,
+        `param[ids]` or `jnp.take`. They get RowGrads, too. The path is that of `jax.tree_util` in the pure State of the
+        module, such as `(DictKey("encoder"), DictKey("embedding"))`; the leaf is the array.
 
     Returns:
       A function of the same arguments that returns `(value, gradient)`, or `((value, aux), gradient)` with `has_aux`.
       The gradient of a module is an `nnx.State`.
 
     Raises:
-      TypeError: If `argnums` is neither, or `tables` no function; when called, as `embax.value_and_grad`, and if there
-        is no such argument.
-      ValueError: When called, as `embax.value_and_grad`, if an argument is named twice, and if `tables` chooses what is
-        no array of floats with an axis of rows.
+      TypeError: If `argnums` or `tables` is of another type. When called: as `embax.value_and_grad`, and if an argument
+        does not exist.
+      ValueError: When called: as `embax.value_and_grad`, if an argument is named twice, and if `tables` chooses a leaf
+        that is not a float array with an axis of rows.
 
     Example:
       >>> import embax.nnx
@@ -82,23 +82,23 @@ def grad(
     on_dense: OnDense = "warn",
     tables: Chooser | None = None,
 ) -> Callable[..., PyTree]:
-    """Differentiate a function of NNX modules as `embax.nnx.value_and_grad` does, and return the gradient only.
+    """Differentiate a function of NNX modules, like `embax.nnx.value_and_grad`, and return the gradient only.
 
     Args:
-      f: As there.
-      argnums: As there.
-      has_aux: As there.
-      holomorphic: As there.
-      allow_int: As there.
-      on_dense: As there.
-      tables: As there.
+      f: As in `embax.nnx.value_and_grad`.
+      argnums: As in `embax.nnx.value_and_grad`.
+      has_aux: As in `embax.nnx.value_and_grad`.
+      holomorphic: As in `embax.nnx.value_and_grad`.
+      allow_int: As in `embax.nnx.value_and_grad`.
+      on_dense: As in `embax.nnx.value_and_grad`.
+      tables: As in `embax.nnx.value_and_grad`.
 
     Returns:
       A function that returns the gradient, or `(gradient, aux)` with `has_aux`.
 
     Raises:
-      TypeError: As there.
-      ValueError: As there.
+      TypeError: As in `embax.nnx.value_and_grad`.
+      ValueError: As in `embax.nnx.value_and_grad`.
 
     Example:
       >>> import embax.nnx
@@ -159,6 +159,6 @@ def _position(call: str, number: int, length: int) -> int:
         least = number + 1 if number >= 0 else -number
         raise TypeError(
             f"`{call}(argnums={number})` requires at least {least} positional arguments, got {length}. "
-            "Pass what is differentiated by its position."
+            "Pass differentiated arguments by position."
         )
     return number % length

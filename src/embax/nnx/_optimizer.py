@@ -1,4 +1,4 @@
-"""Optimizer: that of NNX, with tables trained by the rows that were read."""
+"""Optimizer: NNX's Optimizer with row-sparse training of tables."""
 
 from collections.abc import Callable
 from typing import Any
@@ -23,25 +23,25 @@ _CALL = "embax.nnx.Optimizer"
 
 
 class ScratchArray(nnx.OptArray, Scratch):
-    """Memory of an optimizer that means nothing to a checkpoint."""
+    """Scratch memory of an optimizer, which checkpoints leave out."""
 
 
 class Optimizer(nnx.Optimizer):
-    """Trains a module by an optax transformation, the Params of Embeddings by the rows that were read.
+    """Trains a module by an optax transformation; in Params of Embeddings, only the rows that were read.
 
-    Used as `nnx.Optimizer`. `update` takes gradients of `embax.nnx.value_and_grad`, a RowGrad wherever it gives one,
-    and those of `nnx.value_and_grad`. Where model and optimizer are donated, `nnx.jit(step, donate_argnums=(0, 1))`,
-    both are updated in place, and time and temporary memory follow the number of ids, not of rows.
+    Used like `nnx.Optimizer`. `update` takes gradients from `embax.nnx.value_and_grad`, with their RowGrads, and from
+    `nnx.value_and_grad`. If model and optimizer are donated, by `nnx.jit(step, donate_argnums=(0, 1))`, both are
+    updated in place, and time and temporary memory follow the number of ids, not of rows.
 
-    To the transformation, the Param of an `embax.nnx.Embedding` is a Table with the layer's `padding_idx` and `freeze`:
-    the padding row never changes, and a frozen weight neither, weight decay included. Where layers share a Param, a
-    rule holds that all of them have. A Param of another layer is a table if `tx` is told so by
-    `embax.optim.lift(..., tables=...)`, with the predicate that `embax.nnx.value_and_grad` takes.
+    The transformation sees the Param of an `embax.nnx.Embedding` as a Table with the layer's `padding_idx` and
+    `freeze`. So a padding row never changes, nor does a frozen weight, even under weight decay. If layers share a
+    Param, a rule holds only if all of them have it. A Param of another layer is a table if
+    `embax.optim.lift(..., tables=...)` chooses it, by the same predicate as in `embax.nnx.value_and_grad`.
 
     Args:
       model: The module.
-      tx: A transformation over trees that hold Tables, as `embax.optim` makes them: `embax.optim.rowwise_adagrad(0.1)`,
-        or any one lifted, `embax.optim.lift(optax.adam(1e-3))`.
+      tx: A transformation over trees with Tables: one of `embax.optim`, such as `embax.optim.rowwise_adagrad(0.1)`, or
+        a lifted one, such as `embax.optim.lift(optax.adam(1e-3))`.
       wrt: Which Variables are trained, as in `nnx.Optimizer`.
 
     Attributes:
@@ -83,7 +83,7 @@ class Optimizer(nnx.Optimizer):
         self._start(params, opt_state, chosen)
 
     def _start(self, params: PyTree, opt_state: PyTree, chosen: frozenset[str]) -> None:
-        """Keep a state, and note for which tables it was made."""
+        """Store a state, and record the tables it was made for."""
         self.opt_state = nnx.data(_as_variables(opt_state))
         self._chosen = chosen
         nodes, _ = _flatten(params)
@@ -97,23 +97,22 @@ class Optimizer(nnx.Optimizer):
 
         Args:
           model: The module that the optimizer was made for.
-          grads: Its gradient, an `nnx.State`: of an Embedding's Param a RowGrad, or an array of all rows.
-          **kwargs: What `tx` takes besides.
+          grads: Its gradient, an `nnx.State`; for an Embedding's Param, a RowGrad or an array of all rows.
+          **kwargs: Further arguments for `tx`.
 
         Returns:
-          The updates, a nested dict: of an Embedding's Param a RowGrad or a Table.
+          The updates, a nested dict; for an Embedding's Param, a RowGrad or a Table.
 
         Raises:
-          ValueError: If a gradient is missing or does not fit, if a RowGrad is given for what is no table, if a table
-            is no longer frozen, or if one has another number of rows than the state was made for; `carry_over` brings
-            it along.
+          ValueError: If a gradient is missing or does not fit; if a RowGrad is given for a Param that is no table; if a
+            table was unfrozen or resized since the state was made (call `carry_over`).
         """
         call = f"{_CALL}.update"
         state = nnx.state(model, self.wrt)
         now = tables_at(self._chosen, tree_of(state, tables_of(model)))
         nodes, structure = _flatten(now)
         names = [jax.tree_util.keystr(path) for path, _ in nodes]
-        # The state of `tx` is of these rules; what became padding or frozen since is left alone at the end.
+        # `tx` gets the rules that its state was made for. `apply_updates` below follows the current rules.
         params = [self._at_start(call, name, param) for name, (_, param) in zip(names, nodes, strict=True)]
         try:
             given = structure.flatten_up_to(tree_of(nnx.state(grads, self.wrt), {}))
@@ -133,13 +132,13 @@ class Optimizer(nnx.Optimizer):
         return updates
 
     def carry_over(self, model: nnx.Pytree) -> None:
-        """Bring the state to the model as it is now, whose tables have other rows or rules than before.
+        """Convert the state to the model's current tables, after their rows or rules changed.
 
-        As `embax.optim.carry_over`: rows that were there before keep their state, new ones begin as in a new optimizer,
-        and so do tables that are no longer frozen, and Embeddings that were not in the model.
+        Like `embax.optim.carry_over`: rows that existed before keep their state. New rows, unfrozen tables and new
+        Embeddings start as in a new optimizer.
 
         Args:
-          model: The module, whose other Variables are of the shapes that they had.
+          model: The module. Variables that are no tables must have the same shapes as before.
 
         Raises:
           ValueError: If a Variable that is no table has another shape.
@@ -158,7 +157,7 @@ class Optimizer(nnx.Optimizer):
         self._start(params, carry_over(self._pure_state(), before, params, self.tx), chosen)
 
     def _before(self, name: str, param: PyTree) -> PyTree:
-        """What a parameter was when the state was made; a table that was not there, as a frozen one, which has none."""
+        """A parameter as it was when the state was made; a new table counts as one that was frozen, without a state."""
         if not isinstance(param, Table):
             return param
         if name not in self._rules:
@@ -175,7 +174,7 @@ class Optimizer(nnx.Optimizer):
         return jax.tree.map(_without_variables, self.opt_state, is_leaf=_is_node)
 
     def _at_start(self, call: str, name: str, param: PyTree) -> PyTree:
-        """Give a table the rules that it had when the optimizer was made."""
+        """Give a table the rules that it had when the state was made."""
         if not isinstance(param, Table) or name not in self._rules:
             return param
         padding_idx, freeze = self._rules[name]
@@ -214,7 +213,7 @@ def _is_scratch(node: object) -> bool:
 
 
 def _as_variables(opt_state: PyTree) -> PyTree:
-    """Put each array of a state into a Variable, those of the rows of a table with their storage."""
+    """Put each array of a state into a Variable; rows of a table together with their storage."""
 
     def variable(node: PyTree) -> PyTree:
         if _is_scratch(node):
@@ -229,13 +228,13 @@ def _as_variables(opt_state: PyTree) -> PyTree:
 
 
 def _values(opt_state: PyTree) -> list[PyTree]:
-    """List what the Variables of a state hold."""
+    """List the values for the Variables of a state."""
     nodes = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, Table) and has_weight(node))
     return [held(node) if isinstance(node, Table) else node for node in nodes]
 
 
 def _without_variables(node: PyTree) -> PyTree:
-    """Take a value out of its Variable; of a table, as the table is stored, and not as the Variable says."""
+    """Take a value out of its Variable; refuse rows whose storage is not the table's."""
     if isinstance(node, nnx.Variable):
         return node.get_value()
     if not isinstance(node.weight, nnx.Variable):

@@ -1,4 +1,4 @@
-"""The Params of NNX modules as trees in which a Table stands wherever an Embedding holds one."""
+"""Convert states of NNX modules to trees with Tables for the Params of Embeddings, and back."""
 
 from collections.abc import Callable, Mapping
 
@@ -19,7 +19,7 @@ def tables_of(nodes: PyTree) -> dict[int, Table]:
       nodes: Modules, or a tree of them.
 
     Returns:
-      By the identity of the Param: a Table of it, with the rules that the layers which hold it share.
+      For the id() of each Param, a Table of its value, with the rules that all layers holding it share.
     """
     found: dict[int, list[Table]] = {}
     for _, node in nnx.iter_graph(nodes):
@@ -29,11 +29,11 @@ def tables_of(nodes: PyTree) -> dict[int, Table]:
 
 
 def tree_of(state: PyTree, tables: Mapping[int, Table]) -> PyTree:
-    """Take the values out of a state: Tables where they are known to be tables.
+    """Take the values out of a state, as Tables for Params of Embeddings.
 
     Args:
-      state: A state whose Variables are those of the modules themselves.
-      tables: As `tables_of` gives them.
+      state: A state that holds the modules' own Variables.
+      tables: The result of `tables_of`.
 
     Returns:
       A nested dict of arrays and Tables.
@@ -43,13 +43,13 @@ def tree_of(state: PyTree, tables: Mapping[int, Table]) -> PyTree:
         if not isinstance(variable, nnx.Variable):
             return variable
         value = variable.get_value()
-        return as_table(tables[id(variable)], value) if id(variable) in tables else value  # which may be a Table
+        return as_table(tables[id(variable)], value) if id(variable) in tables else value  # may be a Table itself
 
     return _mapped(state, value)
 
 
 def with_values(state: PyTree, tree: PyTree) -> PyTree:
-    """Put values into the Variables of a state, in new ones; of a layer's Table its weight."""
+    """Copy a state with new values; for a Table of a layer, with its weight."""
 
     def replaced(variable: PyTree, value: PyTree) -> PyTree:
         if not isinstance(variable, nnx.Variable):
@@ -68,7 +68,7 @@ def _mapped(state: PyTree, function: Callable[..., PyTree], *trees: PyTree) -> P
 
 
 def with_tables(call: str, module: nnx.Module, function: OfTable) -> nnx.Module:
-    """Copy a module, and apply a function to the tables of its Embeddings and to those that are Params themselves."""
+    """Copy a module, and apply a function to the tables of its Embeddings and to Tables that are Params."""
     module = nnx.clone(module)
     tables = tables_of(module)
     for _, variable in nnx.iter_graph(module):

@@ -1,4 +1,4 @@
-"""Optimizers over trees in which a Table may stand wherever a parameter does."""
+"""Optimizers over trees of parameters that may hold Tables."""
 
 from ._carry_over import carry_over as carry_over
 from ._clip import clip_by_global_norm as clip_by_global_norm

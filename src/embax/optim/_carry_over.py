@@ -1,4 +1,8 @@
-"""carry_over: the state of an optimizer for tables that have changed in mid-training."""
+"""carry_over: convert the state of an optimizer for tables that changed in mid-training.
+
+For instance, a table grows from 4 rows to 6 under Adam: rows 0 to 3 of both moments keep their values, rows 4 and 5
+are those of a new state, and the step counter goes on.
+"""
 
 import math
 from collections.abc import Mapping
@@ -25,32 +29,32 @@ _CALL = "embax.optim.carry_over"
 
 
 def carry_over(state: PyTree, old_params: PyTree, new_params: PyTree, tx: optax.GradientTransformation) -> PyTree:
-    """Return the state of a transformation for tables that have changed since it was made.
+    """Return the state of a transformation for tables that changed since the state was made.
 
-    For a vocabulary that grows in mid-training, a table that is put on a mesh or laid out in another way, one that is
-    frozen or no longer so, a padding row that changes, or tables that are stored in another Collection. Counters and
-    the state of ordinary parameters go on as they are. Of each table,
+    Use it when a vocabulary grows, when a table is sharded or gets another layout, when a table is frozen or unfrozen,
+    when its padding row changes, or when tables move to another Collection. Counters and the state of ordinary
+    parameters are kept. For each table,
 
-    - a row that was there before keeps its state, bit for bit;
-    - a row that is new, and all rows of a table that was not trained before, begin as `tx.init` has them;
-    - what belonged to rows that are gone, or to a table that is no longer trained, is left out.
+    - a row that existed before keeps its state, bit for bit;
+    - a new row, and every row of a table that was not trained before, starts as `tx.init` makes it;
+    - the state of removed rows, and of a table that is no longer trained, is dropped.
 
-    A table is known by its path in the tree, one of a Collection by its name. An array that `tx` was told to take for a
-    table counts as one.
+    A table is identified by its path in the tree, in a Collection by its name. An array chosen by the `tables=` of `tx`
+    counts as a table.
 
     Args:
       state: The state of `tx`.
-      old_params: The parameters that it was made for, or their shapes: `jax.ShapeDtypeStruct` for the arrays. What was
-        donated will do.
-      new_params: The parameters that training goes on with.
-      tx: The transformation, a lifted one or one with lifted ones in it.
+      old_params: The parameters that the state was made for, or their shapes as `jax.ShapeDtypeStruct`. Donated arrays
+        may be passed, too: only their shapes are read.
+      new_params: The parameters to continue with.
+      tx: The transformation: a lifted one, or one that contains lifted ones.
 
     Returns:
-      The state for `new_params`. Arrays that have not changed are those of the old state.
+      The state for `new_params`. Unchanged arrays are not copied.
 
     Raises:
-      ValueError: If the state does not belong to `old_params`, or if an ordinary parameter, or a row of a table, has
-        another shape.
+      ValueError: If the state does not belong to `old_params`, or an ordinary parameter or a table's rows have another
+        shape.
 
     Example:
       >>> import embax, jax, jax.numpy as jnp
@@ -72,7 +76,7 @@ def carry_over(state: PyTree, old_params: PyTree, new_params: PyTree, tx: optax.
     for table in made_for(new_params).tables:
         if sizes.get(table.path, table.dim) != table.dim:
             raise ValueError(
-                f"`{_CALL}(new_params=...)` must have tables whose rows are of the shape that they had, got "
+                f"`{_CALL}(new_params=...)` must have tables with rows of the same shape as before, got "
                 f"{table.dim} instead of {sizes[table.path]} for params{table.path}. Make the state anew."
             )
     _check_belongs(state, expected)
@@ -98,10 +102,10 @@ def carry_over(state: PyTree, old_params: PyTree, new_params: PyTree, tx: optax.
 
 
 class _Old:
-    """The state that is carried over: its arrays and its tables by their paths."""
+    """The old state: its arrays and its tables by path."""
 
     def __init__(self, state: PyTree, storages: dict[str, Storage]):
-        self.storages = storages  # of the tables of the parameters
+        self.storages = storages  # the storages of the parameters' tables
         self.arrays = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree.flatten_with_path(state)[0]}
         self.tables: dict[str, Table] = {}
         for path, node in jax.tree.flatten_with_path(state, is_leaf=is_node)[0]:
@@ -112,7 +116,7 @@ class _Old:
                 self.tables[name] = node
 
     def array(self, name: str, fresh: PyTree) -> PyTree:
-        """The array of this name, which has no rows of a table; the fresh one where there was none."""
+        """The old array of this name, which has no rows of a table; the fresh array if there is no old one."""
         if name not in self.arrays:
             return fresh
         array = self.arrays[name]
@@ -125,7 +129,7 @@ class _Old:
 
 
 def _check_belongs(state: PyTree, expected: PyTree) -> None:
-    """Refuse a state that is not of the old parameters."""
+    """Refuse a state that was not made for the old parameters."""
     lifted = [
         [node for node in jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, SCRATCH)) if isinstance(node, SCRATCH)]
         for tree in (state, expected)
@@ -147,13 +151,13 @@ def _check_belongs(state: PyTree, expected: PyTree) -> None:
     ]
     if seen:
         raise ValueError(
-            f"`{_CALL}(old_params=...)` must be the parameters that the state was made for by `tx`, got other ones: "
-            f"{seen[0]}. Pass these, or their shapes."
+            f"`{_CALL}(old_params=...)` must be the parameters that `tx` made the state for, got other ones: "
+            f"{seen[0]}. Pass the old parameters, or their shapes."
         )
 
 
 def _carried_collection(name: str, node: Collection, owners: Mapping[str, str], old: _Old) -> Collection:
-    """Carry over the part of a state that is laid out as a Collection."""
+    """Carry over a Collection in a state, table by table."""
     members = node._members
     fresh = _members(node)
     stacks = []
@@ -175,7 +179,7 @@ def _carried_collection(name: str, node: Collection, owners: Mapping[str, str], 
 
 
 def _carried_rows(fresh: Table, before: Table | None) -> Table:
-    """Put the rows that two tables have in common in the place of fresh ones."""
+    """Overwrite fresh rows by the old rows that both tables have."""
     if before is None:
         return fresh
     if (before.rows, before.storage, before.dtype) == (fresh.rows, fresh.storage, fresh.dtype):
@@ -184,7 +188,7 @@ def _carried_rows(fresh: Table, before: Table | None) -> Table:
 
 
 def _where(array: PyTree, fresh: PyTree) -> PyTree:
-    """Put an array on the devices of a fresh one, if it is on others; on these, it stays laid out as it is."""
+    """Move an old array to the devices of the fresh one; on the same devices, its layout is kept."""
     if not all(isinstance(x, jax.Array) and not isinstance(x, Tracer) for x in (array, fresh)):
         return array
     before, after = ((x.sharding.device_set, getattr(x.sharding, "mesh", None)) for x in (array, fresh))
@@ -192,13 +196,13 @@ def _where(array: PyTree, fresh: PyTree) -> PyTree:
         return array
     if fresh.committed:
         return jax.device_put(array, fresh.sharding)
-    # Bound to no device, as the fresh one, so that it goes with arrays on any mesh.
+    # Like the fresh array, make it uncommitted, so that it combines with arrays on any mesh.
     on_mesh = array.committed and array.is_fully_addressable and not jnp.issubdtype(array.dtype, jax.dtypes.prng_key)
     return jnp.asarray(np.asarray(array)) if on_mesh else array
 
 
 def _members(collection: Collection) -> dict[str, Table]:
-    """The tables of a Collection in a state, as far as it has rows of them."""
+    """The tables of a Collection in a state, without tables that have no rows there."""
     return {
         member.name: cut_out(stack, member)
         for member in collection._members
@@ -208,14 +212,17 @@ def _members(collection: Collection) -> dict[str, Table]:
 
 
 def _owners(params: PyTree, tx: optax.GradientTransformation) -> dict[str, str]:
-    """Find the arrays of a state that have an entry a row, by giving each table another number of rows more.
+    """Find the arrays of a state with an entry for each row of a table.
+
+    Table 1 gets one row more, table 2 two rows more, and so on. An array of the state that grows by two belongs to
+    table 2.
 
     Returns:
-      The path of each in the state, and that of its table in the parameters.
+      The path of each such array in the state, with the path of its table in the parameters.
     """
     nodes, structure = jax.tree.flatten_with_path(params, is_leaf=is_table)
     names = [jax.tree_util.keystr(path) for path, _ in nodes]
-    # As many more rows that every device has the same number, since labels for each leaf hold the storage of a table.
+    # In multiples that need no padding on a mesh, so that the stored rows grow by as much.
     step = math.lcm(*(x.storage.rows_at_once for _, x in nodes if isinstance(x, Table)))
 
     def shapes(more: bool) -> dict[str, tuple[int, ...]]:

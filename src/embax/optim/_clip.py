@@ -1,4 +1,4 @@
-"""Clipping by the norm of all gradients, those of tables among them."""
+"""clip_by_global_norm: clip gradients by their common norm, with RowGrads among them."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -20,25 +20,24 @@ from .._kernels.combine import combine
 
 
 class ClipByGlobalNormState(NamedTuple):
-    """What the norm of gradients with duplicates needs."""
+    """Scratch memory that sums duplicates, since the norm is of their sums."""
 
     slots: tuple[_dedupe.Slots, ...]  # int32 (rows,) for each table; None if not trained, or sorted
-    made_for: MadeFor | None = None  # the tables that it belongs to; None from a version that did not note them
+    made_for: MadeFor | None = None  # the tables of the state; None in checkpoints of older versions
 
 
 def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
-    """Scale all gradients down, where their common norm is above a limit.
+    """Scale all gradients down if their common norm is above a limit.
 
-    `g -> g * min(1, max_norm / norm)`, `norm` being `embax.global_norm` of all gradients. As
-    `optax.clip_by_global_norm`, for trees in which a RowGrad may stand; chain it before a lifted transformation.
+    `g -> g * min(1, max_norm / norm)`, where `norm` is `embax.global_norm` of all gradients. Like
+    `optax.clip_by_global_norm`, for trees that may hold RowGrads. Chain it before a lifted transformation.
 
     Args:
-      max_norm: The largest norm that is left as it is, in units of the gradient.
+      max_norm: The largest norm that is not scaled, in units of the gradient.
 
     Returns:
-      The transformation. Its state holds scratch space of 4 bytes a row, where duplicates are summed by slots. It
-      belongs to the tables that it was made for, as that of `lift`. The ids of an array that is read as a table are
-      sorted instead.
+      The transformation. Like the state of `lift`, its state belongs to the tables that it was made for. If duplicates
+      are summed by slots, it holds scratch memory of 4 bytes a row. For an array chosen by `tables=`, ids are sorted.
 
     Raises:
       TypeError: If the limit is not a number.
@@ -63,7 +62,7 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
         nodes, structure = jax.tree.flatten_with_path(updates, is_leaf=lambda node: isinstance(node, RowGrad | Table))
         as_given = [leaf for _, leaf in nodes]
         leaves = [bare(leaf) for leaf in as_given]
-        slots: list[_dedupe.Slots] = [*jax.tree.map(jnp.asarray, state.slots)]  # NumPy's, out of a file
+        slots: list[_dedupe.Slots] = [*jax.tree.map(jnp.asarray, state.slots)]  # NumPy arrays if restored from a file
         numbers = _numbers(nodes, params, len(slots))
         distinct = []
         for leaf, number in zip(leaves, numbers, strict=True):
@@ -91,7 +90,7 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
 
 
 def _numbers(nodes: Sequence[tuple[KeyPath, PyTree]], params: PyTree, slots: int) -> list[int | None]:
-    """Say for each gradient in which slots its table has; None where it has none, as an array that is read as one."""
+    """For each gradient, the number of its table's slots; None if it has none, such as a chosen array."""
     if params is None:
         is_of_table = [isinstance(leaf, RowGrad | Table) for _, leaf in nodes]
     else:

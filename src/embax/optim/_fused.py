@@ -1,8 +1,10 @@
-"""step: update and apply in one call, which runs in one pass over the rows where a kernel knows the optimizer.
+"""step: update and apply in one call; if there is a kernel for the optimizer, in one pass over the rows.
 
-An optimizer of embax carries its form, `Form`: which kernel does the same, where its state holds rows, and the numbers
-of a step. `step` computes what `update` and `apply_updates` make of everything, and gives the kernel's primitive both
-that and the arrays from before; see `_kernels.primitive` for how one of the two is chosen.
+An optimizer of embax has a `Form`: the kernel that does the same, the parts of its state that have rows, and the
+numbers of a step. `step` calls `update` and `apply_updates`, and passes their results and the old arrays to the
+kernel's primitive, which chooses between the results and the kernel (see `_kernels.primitive`). For instance, for `sgd`
+on the ids [3, 5, 3], the kernel sums the two gradients of row 3 and changes the rows 3 and 5, and nothing uses the
+plain result.
 """
 
 from collections.abc import Callable
@@ -24,16 +26,16 @@ from ._moments import Numbers
 
 
 class Form(NamedTuple):
-    """What a kernel has to know of a lifted chain, whose first state holds rows."""
+    """The description of a lifted chain for a kernel. The first state of the chain has rows."""
 
     optimizer: Optimizer
-    states: tuple[str, ...]  # the attributes of the first state that hold rows, in the order of the kernel
-    scalars: Callable[[PyTree], Numbers]  # of the first state, behind the learning rate and the weight decay
+    states: tuple[str, ...]  # the attributes of the first state that have rows, in the order of the kernel
+    scalars: Callable[[PyTree], Numbers]  # from the first state to the numbers after learning rate and weight decay
     learning_rate: optax.ScalarOrSchedule
     weight_decay: float
 
     def step_of(self, inner: PyTree) -> Step:
-        """The numbers of the step that follows a state."""
+        """Return the step that follows a state."""
         rate = self.learning_rate(inner[-1].count) if callable(self.learning_rate) else self.learning_rate
         numbers = (rate, self.weight_decay, *self.scalars(inner[0]))
         scalars = jnp.stack([jnp.asarray(x).astype(jnp.result_type(float)) for x in numbers])
@@ -41,7 +43,7 @@ class Form(NamedTuple):
 
 
 class Fusable(optax.GradientTransformationExtraArgs):
-    """A transformation that carries its form; what is made of it is an ordinary one."""
+    """A transformation with a form. Transformations that are made from it, such as by `optax.chain`, have none."""
 
     form: Form
 
@@ -55,15 +57,15 @@ def fusable(
     weight_decay: float,
     tables: PyTree = None,
 ) -> Fusable:
-    """Lift an optimizer and note its form.
+    """Lift an optimizer and give it a form.
 
     Args:
-      scaling: What it does to a gradient before the learning rate.
+      scaling: The transformation of a gradient before weight decay and learning rate.
       optimizer: The kernel.
       states: As in `Form`.
       scalars: As in `Form`.
       learning_rate: The step size, or a schedule of it.
-      weight_decay: What part of a weight is added to its scaled gradient.
+      weight_decay: The part of a weight that is added to its scaled gradient.
       tables: As in `lift`.
 
     Returns:
@@ -81,15 +83,15 @@ def step(
 ) -> tuple[PyTree, PyTree]:
     """Take a step of an optimizer: update the state, and apply the updates to the parameters.
 
-    As `tx.update` and `embax.apply_updates`, in one call. On a CPU with native kernels, a step of `sgd`, `adagrad`,
-    `rowwise_adagrad`, `adam` or `rowwise_adam` of `embax.optim` is one pass over the rows of a gradient then, which is
-    several times faster; results agree with those of two calls to some units in the last place. Donate `params` and
-    `state`, so that it works in place.
+    One call does the work of `tx.update` and `embax.apply_updates`. On a CPU with native kernels, a step of `sgd`,
+    `adagrad`, `rowwise_adagrad`, `adam` or `rowwise_adam` of `embax.optim` is then one pass over the rows of a
+    gradient, which is several times faster. The results equal those of two calls, except for rounding in the last
+    digits. Donate `params` and `state`, so that the step changes them in place.
 
     Args:
       tx: The transformation.
-      gradients: As `embax.value_and_grad` gives them.
-      state: That of the transformation.
+      gradients: The gradients that `embax.value_and_grad` returns.
+      state: The state of the transformation.
       params: A pytree of arrays and Tables.
       extra_args: Further arguments of `tx.update`.
 
@@ -97,8 +99,8 @@ def step(
       The new parameters, and the new state.
 
     Raises:
-      TypeError: As `tx.update` and `embax.apply_updates`.
-      ValueError: As `tx.update` and `embax.apply_updates`.
+      TypeError: If `tx.update` or `embax.apply_updates` raises it.
+      ValueError: If `tx.update` or `embax.apply_updates` raises it.
 
     Example:
       >>> import embax, jax, jax.numpy as jnp
@@ -123,14 +125,14 @@ def stepped(
     held: PyTree,
     **extra_args: object,
 ) -> tuple[PyTree, PyTree, PyTree]:
-    """Take a step for parameters that the optimizer of a framework sees, and apply it to those that a model holds.
+    """Take a step with the rules that the state was made for, and apply it to tables with their present rules.
 
     Args:
       tx: The transformation.
       gradients: As for `step`.
       state: As for `step`.
-      params: The parameters by the rules that they had when the state was made.
-      held: The same parameters by the rules that they have.
+      params: The parameters, with the rules that they had when the state was made.
+      held: The same parameters, with their present rules.
       extra_args: As for `step`.
 
     Returns:
@@ -146,7 +148,7 @@ def stepped(
 def _by_kernels(
     form: Form, gradients: PyTree, before: tuple[PyTree, LiftState], after: tuple[PyTree, PyTree, PyTree]
 ) -> tuple[PyTree, PyTree]:
-    """Give the rows of tables to the kernel; `after` has what they are without one."""
+    """Run the kernel for each table; `after` has the results without kernels."""
     (params, state), (held, new, new_state) = before, after
     leaves, structure = jax.tree.flatten(params, is_leaf=is_table)
     of_leaves, as_held, updated = (structure.flatten_up_to(tree) for tree in (gradients, held, new))
@@ -170,7 +172,7 @@ def _by_kernels(
 
 
 def _is_of_rows(table: PyTree, gradient: PyTree, held: PyTree) -> bool:
-    """Say whether a table that is held as it was when the state was made has a gradient of its rows."""
+    """Return whether a table has a row-sparse gradient, and the same rules as when the state was made."""
     if not (isinstance(table, Table) and isinstance(held, Table) and isinstance(gradient, RowGrad)):
         return False
     return is_trained(table) and (table.padding_idx, table.freeze) == (held.padding_idx, held.freeze)

@@ -1,4 +1,8 @@
-"""lift: any row-separable optax transformation as one whose cost follows the rows that were read."""
+"""lift: turn an optax transformation into one whose cost follows the rows that were read.
+
+`init` finds out by `_separable` which arrays of the state have an entry for each row, and whether the transformation
+treats rows independently. `update` sums the gradients by row and runs the transformation on these rows (`_step`).
+"""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -25,53 +29,50 @@ _UPDATE = "embax.optim.lift(tx).update"
 class LiftState(NamedTuple):
     """The state of a lifted transformation."""
 
-    inner: PyTree  # of the transformation itself; where it has an entry a row, along the first axis
+    inner: PyTree  # the transformation's own state; entries for rows are along the first axis
     slots: tuple[_dedupe.Slots, ...]  # int32 (rows,) for each table whose duplicates are summed by slots, else None
-    dealt_out: jax.Array  # () int32, how often rows of a placed table crowded on one device; see `embax.shard`
-    made_for: MadeFor | None = None  # the tables that it belongs to; None from a version that did not note them
+    dealt_out: jax.Array  # () int32, how often an owner of a sharded table was overloaded; see `embax.shard`
+    made_for: MadeFor | None = None  # the tables of the state; None in checkpoints of older versions
 
 
 def lift(tx: optax.GradientTransformation, *, tables: Chooser | None = None) -> optax.GradientTransformationExtraArgs:
-    """Make an optax transformation work on the rows of tables that were read, and on nothing else of them.
+    """Make an optax transformation work on only those rows of tables that were read.
 
-    Ordinary leaves go through `tx` as they are. At a Table the gradient is a RowGrad, as `embax.value_and_grad` gives
-    it: the values of duplicate ids are summed, the rows of the table and of its state in `tx` are gathered, `tx` runs
-    on these, and what it makes of the state is scattered back. So time and temporary memory follow the number of ids
-    where parameters and state are donated, and a row that was not read, and its state, stay bit for bit as they were.
-    So do the padding row and frozen tables, weight decay included.
+    Ordinary leaves go through `tx` unchanged. The gradient of a Table is a RowGrad, from `embax.value_and_grad`: `lift`
+    sums the values of duplicate ids, gathers these rows of the table and of its state, runs `tx` on them, and scatters
+    the new state back. If parameters and state are donated, time and temporary memory follow the number of ids. Rows
+    that were not read, and their state, do not change by a bit, nor do padding rows and frozen tables, even under
+    weight decay.
 
-    That is what `tx` would do with all rows, if a row without a gradient stands still. It does under SGD, Adagrad and
-    row-wise Adagrad, which give the same result as dense training. Momentum, Adam and their kin move such a row on by
-    what they remember, and let that decay; here both wait until the row is read again, while bias correction and
-    schedules count all steps. Weight decay shrinks a row only when it is read.
+    The result equals dense training if `tx` leaves a row without a gradient unchanged, as SGD, Adagrad and row-wise
+    Adagrad do. Momentum, Adam and similar transformations go on moving such a row, by moments that decay. Here row and
+    moments wait until the row is read again, while bias correction and schedules count all steps. Weight decay shrinks
+    a row only when it is read.
 
-    A Table whose gradient is dense, that is, another Table, goes through `tx` whole.
+    A Table with a dense gradient, which is another Table, goes through `tx` as a whole.
 
-    A state belongs to the tables that it was made for: their rows, their layout, which of them are trained, and their
-    padding rows. `update` refuses other ones by name, and `carry_over` gives the state for them. The other rules of a
-    table, such as `max_norm`, may change at any time.
+    A state belongs to the tables that it was made for: their rows, layout and padding rows, and which of them are
+    trained. `update` refuses other tables by name; `carry_over` converts the state. Other rules of a table, such as
+    `max_norm`, may change at any time.
 
-    `tx` has to treat each row by itself, whatever other rows there are. Where that does not follow from its jaxpr, it
-    is tried out on small arrays when the state is made. What computes with gradients goes inside, as in
-    `lift(optax.chain(optax.clip(1.0), optax.adam(1e-3)))`. What only chooses may be outside or inside:
+    `tx` must treat each row independently of the others. If this does not follow from its jaxpr, `init` tries it on
+    small arrays. Transformations that compute with gradients go inside, as in
+    `lift(optax.chain(optax.clip(1.0), optax.adam(1e-3)))`. Those that only select may be outside or inside:
     `optax.multi_transform`, `masked`, `freeze`, `selective_transform`, `apply_if_finite` and `inject_hyperparams`, with
-    labels and masks that are made from the parameters or for each table. To `tx`, a Table is a node of the tree with
-    one leaf.
+    labels and masks made from the parameters or for each table. To `tx`, a Table is a tree node with one leaf.
 
     Args:
       tx: The transformation.
-      tables: A predicate `(path, leaf) -> bool` that chooses arrays which are tables, too, as for
-        `embax.value_and_grad`.
+      tables: A predicate `(path, leaf) -> bool` that chooses plain arrays as tables, as for `embax.value_and_grad`.
 
     Returns:
-      The transformation over mixed trees. Its `update` needs `params`, and returns a RowGrad of distinct ids at each
-      Table, for `embax.apply_updates`.
+      The transformation over trees with Tables. Its `update` requires `params`, and returns for each Table a RowGrad of
+      distinct ids, for `embax.apply_updates`.
 
     Raises:
       TypeError: If `tx` is not a transformation.
-      ValueError: If it is `optax.MultiSteps`. When the state is made: if it does not treat rows one by one, or if
-        something in it is lifted already. In `update`: without `params`, if a gradient does not fit its table, or if
-        the state was made for other tables.
+      ValueError: If it is `optax.MultiSteps`. In `init`: if it mixes rows, or contains a lifted transformation. In
+        `update`: without `params`, if a gradient does not fit its table, or if the state was made for other tables.
 
     Example:
       >>> import embax, jax, jax.numpy as jnp, optax
@@ -136,7 +137,7 @@ def lift(tx: optax.GradientTransformation, *, tables: Chooser | None = None) -> 
         if tables is not None:
             updates = with_gradients(given, params, updates)
         check_made_for(_UPDATE, state.made_for, made_for(params))
-        state = jax.tree.map(jnp.asarray, state)  # NumPy arrays, where it was restored from a file
+        state = jax.tree.map(jnp.asarray, state)  # NumPy arrays if it was restored from a file
         leaves, structure = jax.tree.flatten(params, is_leaf=is_table)
         as_given = structure.flatten_up_to(updates)
         _refuse_rows_of_no_table(params, as_given)
@@ -151,9 +152,9 @@ def lift(tx: optax.GradientTransformation, *, tables: Chooser | None = None) -> 
         out, inner = step.run(together)
         for place, rows in alone.items():
             out[place], inner = step.run_alone(place, rows, inner)
-        # As it came, so that a loop over steps compiles once whatever rules have changed.
+        # Keep the structure of the given state, so that a change of rules does not compile a loop over steps again.
         inner = jax.tree.structure(state.inner).unflatten(jax.tree.leaves(inner))
-        # An update has the structure of its gradient, so that other transformations find it where they look for it.
+        # Give updates the structure of the gradients, which transformations after this one expect.
         out = [around(*pair) for pair in zip(as_given, out, strict=True)]
         out = (
             without_tables(given, params, structure.unflatten(out)) if tables is not None else structure.unflatten(out)
@@ -170,11 +171,12 @@ def _summed_by_row(
 
     Args:
       step: The step.
-      slots: The scratch of each trained table.
+      slots: The scratch memory of each trained table.
 
     Returns:
-      The slots; the rows of the tables, by number, that the transformation has to see at once, None for all rows of a
-      dense gradient; the rows of the others by their place among the leaves; and how many rows crowded.
+      The slots; the rows of tables that the transformation must see together, by table number (None: all rows, for a
+      dense gradient); the rows of the other tables, by their position among the leaves; and the number of tables with
+      an overloaded owner.
     """
     slots, crowded = list(slots), 0
     together: dict[int, _dedupe.Distinct | None] = {}
@@ -201,7 +203,7 @@ def _summed_by_row(
 
 
 def _with_rules_of(tx: optax.GradientTransformationExtraArgs, params: PyTree, inner: PyTree) -> PyTree:
-    """Give the Tables in a state the rules that those of the parameters have now, as `tx` compares them."""
+    """Give the Tables in a state the current rules of the parameters' Tables, since `tx` maps over both."""
     structure, expected = state_of(tx, params)
     leaves, given = jax.tree.flatten_with_path(inner)
     if len(leaves) != len(expected):
@@ -213,7 +215,7 @@ def _with_rules_of(tx: optax.GradientTransformationExtraArgs, params: PyTree, in
 
 
 def _refuse_rows_of_no_table(params: PyTree, gradients: Sequence[PyTree]) -> None:
-    """Raise a ValueError for a RowGrad where the parameters have no table."""
+    """Raise a ValueError for a RowGrad whose parameter is not a table."""
     leaves, _ = jax.tree.flatten_with_path(params, is_leaf=is_table)
     for (path, leaf), gradient in zip(leaves, gradients, strict=True):
         if not is_table(leaf) and isinstance(gradient, RowGrad):
@@ -226,13 +228,13 @@ def _refuse_rows_of_no_table(params: PyTree, gradients: Sequence[PyTree]) -> Non
 
 def _of_another(seen: str) -> ValueError:
     return ValueError(
-        f"`{_UPDATE}(state=...)` must be what its `init` gives for the parameters, got {seen}. If an ordinary "
+        f"`{_UPDATE}(state=...)` must fit what its `init` returns for the parameters, got {seen}. If an ordinary "
         "parameter has changed its shape, make the state anew."
     )
 
 
 def _untrained(leaf: PyTree) -> PyTree:
-    """Take away the weight of a table that is not trained, so that `tx` has nothing to do with it."""
+    """Replace the weight of a table that is not trained by None, so that `tx` skips it."""
     return leaf if not is_table(leaf) or is_trained(leaf) else with_weight(leaf, None)
 
 

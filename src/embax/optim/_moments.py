@@ -1,4 +1,4 @@
-"""What optimizers with moments have in common: the checks of their arguments, and the numbers of a step."""
+"""Code that optimizers with moments share: the checks of their arguments, and the numbers of a step."""
 
 from typing import TypeAlias
 
@@ -12,12 +12,12 @@ Numbers: TypeAlias = tuple[float | Array, ...]
 
 
 def of_moments(b1: float, b2: float, steps: Int32[Array, ""]) -> Numbers:
-    """The decays of two moments, what is left of each, and the corrections of their biases in the step that follows.
+    """Return the decays of two moments, one minus each of them, and the bias corrections of the next step.
 
     Args:
       b1: The decay of the first moment.
       b2: The decay of the second moment.
-      steps: How many steps there were so far.
+      steps: The number of steps so far.
 
     Returns:
       `b1, 1 - b1, b2, 1 - b2, 1 / (1 - b1**t), 1 / (1 - b2**t)` with `t = steps + 1`.
@@ -34,5 +34,5 @@ def check_decays(call: str, b1: float, b2: float) -> None:
 
 
 def not_negative(argument: str, value: object) -> float:
-    """Return a number, 0 or more; a ValueError or a TypeError names the argument of another one."""
+    """Return a number, 0 or more; raise a ValueError or a TypeError that names the argument for anything else."""
     return 0.0 if value == 0 else _check.positive(argument, value)

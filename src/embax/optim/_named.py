@@ -1,4 +1,4 @@
-"""SGD, Adagrad and Adam, lifted, in the form that `step` runs in one pass over the rows."""
+"""SGD, Adagrad and Adam, already lifted, for which `step` can run in one pass over the rows."""
 
 import optax
 from jaxtyping import PyTree
@@ -13,15 +13,15 @@ def sgd(
 ) -> optax.GradientTransformationExtraArgs:
     """Plain gradient descent, already lifted: `w[r] -= learning_rate * (g[r] + weight_decay * w[r])`.
 
-    The same as `lift(optax.sgd(learning_rate))`, which `step` runs in one pass over the rows that were read.
+    The same as `lift(optax.sgd(learning_rate))`, but `step` can run it in one pass over the rows that were read.
 
     Args:
       learning_rate: The step size, or a schedule of it.
-      weight_decay: What part of a weight is added to its gradient; of a table, that of the rows that were read.
+      weight_decay: The part of a weight that is added to its gradient; in a table, for the rows that were read.
       tables: As in `lift`.
 
     Returns:
-      A transformation over mixed trees, as `lift` makes it.
+      A transformation over trees with Tables, like that of `lift`.
 
     Raises:
       ValueError: If the weight decay is negative.
@@ -44,17 +44,17 @@ def adagrad(
 ) -> optax.GradientTransformationExtraArgs:
     """Adagrad, already lifted: `s += g**2; w -= learning_rate * (g / sqrt(s + eps) + weight_decay * w)`.
 
-    The same as `lift(optax.adagrad(learning_rate))`, which `step` runs in one pass over the rows that were read.
+    The same as `lift(optax.adagrad(learning_rate))`, but `step` can run it in one pass over the rows that were read.
 
     Args:
       learning_rate: The step size, or a schedule of it.
-      initial_accumulator: Where the sums of squares start, 0 or more.
-      eps: What is added under the root, 0 or more.
+      initial_accumulator: The start value of the sums of squares, 0 or more.
+      eps: The number added under the root, 0 or more.
       weight_decay: As in `sgd`, added to the scaled gradient.
       tables: As in `lift`.
 
     Returns:
-      A transformation over mixed trees, as `lift` makes it.
+      A transformation over trees with Tables, like that of `lift`.
 
     Raises:
       ValueError: If an argument is negative.
@@ -82,19 +82,19 @@ def adam(
 ) -> optax.GradientTransformationExtraArgs:
     """Adam, or AdamW with a weight decay, already lifted.
 
-    The same as `lift(optax.adam(learning_rate))`, or `lift(optax.adamw(learning_rate))`, which `step` runs in one pass
-    over the rows that were read. `lift` says how it differs from dense training.
+    The same as `lift(optax.adam(learning_rate))`, or `lift(optax.adamw(learning_rate))`, but `step` can run it in one
+    pass over the rows that were read. See `lift` for the differences from dense training.
 
     Args:
       learning_rate: The step size, or a schedule of it.
       b1: The decay of the first moment, in [0, 1).
       b2: The decay of the second moment, in [0, 1).
-      eps: What is added to the root, 0 or more.
+      eps: The number added to the root, 0 or more.
       weight_decay: As in `sgd`, added to the scaled gradient.
       tables: As in `lift`.
 
     Returns:
-      A transformation over mixed trees, as `lift` makes it.
+      A transformation over trees with Tables, like that of `lift`.
 
     Raises:
       ValueError: If an argument is outside of its range.

@@ -16,17 +16,17 @@ from ._moments import Numbers, check_decays, not_negative, of_moments
 
 
 class RowwiseAdagradState(NamedTuple):
-    """What row-wise Adagrad remembers."""
+    """The state of row-wise Adagrad."""
 
-    sum_of_squares: PyTree  # float32; for a Table one whose weight is (rows,), else as the parameter
+    sum_of_squares: PyTree  # float32; for a Table, a Table with the weight (rows,); else like the parameter
 
 
 class RowwiseAdamState(NamedTuple):
-    """What row-wise Adam remembers."""
+    """The state of row-wise Adam."""
 
-    steps: Int32[Array, ""]  # so far
-    mean: PyTree  # as the parameters
-    mean_square: PyTree  # float32; for a Table one whose weight is (rows,), else as the parameter
+    steps: Int32[Array, ""]  # number of steps so far
+    mean: PyTree  # like the parameters
+    mean_square: PyTree  # float32; for a Table, a Table with the weight (rows,); else like the parameter
 
 
 def rowwise_adagrad(
@@ -39,19 +39,19 @@ def rowwise_adagrad(
 ) -> optax.GradientTransformationExtraArgs:
     """Adagrad with one accumulator for each row of a table, already lifted.
 
-    `a[r] += mean(g[r]**2); w[r] -= learning_rate * g[r] / (sqrt(a[r]) + eps)`, `g[r]` being the sum of the row's
-    gradients. The state of a table is 4 bytes a row instead of 4 a number. An ordinary leaf has an accumulator for each
-    number: plain Adagrad.
+    `a[r] += mean(g[r]**2); w[r] -= learning_rate * g[r] / (sqrt(a[r]) + eps)`, where `g[r]` is the sum of the row's
+    gradients. The state of a table takes 4 bytes for each row, instead of 4 bytes for each entry. Ordinary leaves get
+    plain Adagrad, with an accumulator for each entry.
 
     Args:
       learning_rate: The step size, or a schedule of it.
-      initial_accumulator: Where the accumulators start, 0 or more.
-      eps: What is added to the root, 0 or more.
-      weight_decay: What part of a weight is added to its scaled gradient; of a table, that of the rows that were read.
+      initial_accumulator: The start value of accumulators, 0 or more.
+      eps: The number added to the root, 0 or more.
+      weight_decay: The part of a weight that is added to its scaled gradient; in a table, for the rows that were read.
       tables: As in `lift`.
 
     Returns:
-      A transformation over mixed trees, as `lift` makes it. It gives the same result as dense training.
+      A transformation over trees with Tables, like that of `lift`. The result equals dense training.
 
     Raises:
       ValueError: If an argument is negative.
@@ -81,7 +81,7 @@ def rowwise_adagrad(
     def update(updates: PyTree, state: PyTree, params: PyTree = None) -> tuple[PyTree, PyTree]:
         sums = _map(lambda g, a: _with_values(a, _values(a) + _square(g)), updates, state.sum_of_squares)
 
-        # Without any gradient so far there is nothing to divide by.
+        # An accumulator of 0 means that there was no gradient yet: the update is 0, not 0 / 0.
         def inverse_root(a: Float[Array, "..."]) -> Float[Array, "..."]:
             return jnp.where(a > 0, 1 / (jnp.sqrt(jnp.where(a > 0, a, 1)) + eps), 0)
 
@@ -107,19 +107,19 @@ def rowwise_adam(
     `m[r] = b1 m[r] + (1 - b1) g[r]; v[r] = b2 v[r] + (1 - b2) mean(g[r]**2);
     w[r] -= learning_rate * m[r] / (1 - b1**t) / (sqrt(v[r] / (1 - b2**t)) + eps)`
 
-    for the rows that were read, `t` counting all steps; see `lift` for how that differs from dense training. An
-    ordinary leaf has a second moment for each number: plain Adam.
+    for the rows that were read, while `t` counts all steps; `lift` describes how this differs from dense training.
+    Ordinary leaves get plain Adam, with a second moment for each entry.
 
     Args:
       learning_rate: The step size, or a schedule of it.
       b1: The decay of the first moment, in [0, 1).
       b2: The decay of the second moment, in [0, 1).
-      eps: What is added to the root, 0 or more.
-      weight_decay: What part of a weight is added to its scaled gradient; of a table, that of the rows that were read.
+      eps: The number added to the root, 0 or more.
+      weight_decay: The part of a weight that is added to its scaled gradient; in a table, for the rows that were read.
       tables: As in `lift`.
 
     Returns:
-      A transformation over mixed trees, as `lift` makes it.
+      A transformation over trees with Tables, like that of `lift`.
 
     Raises:
       ValueError: If an argument is outside of its range.
@@ -131,7 +131,7 @@ def rowwise_adam(
 
     References:
       Kingma, Ba, Adam: a method for stochastic optimization, 2015, https://arxiv.org/abs/1412.6980, algorithm 1.
-      The mean over a row stands in FBGEMM's PARTIAL_ROWWISE_ADAM, too.
+      FBGEMM's PARTIAL_ROWWISE_ADAM takes the mean over a row, too.
     """
     call = "embax.optim.rowwise_adam"
     eps = not_negative(f"{call}(eps=...)", eps)
@@ -164,7 +164,7 @@ def rowwise_adam(
 
 
 def _map(function: Callable[..., PyTree], tree: PyTree, *others: PyTree) -> PyTree:
-    """Map over a tree with Tables for leaves, of which those without a weight have nothing in the other trees."""
+    """Map over a tree with Tables for leaves; a Table without a weight (not trained) becomes None."""
 
     def of_leaf(leaf: PyTree, *rest: PyTree) -> PyTree:
         return None if isinstance(leaf, Table) and not has_weight(leaf) else function(leaf, *rest)
@@ -173,7 +173,7 @@ def _map(function: Callable[..., PyTree], tree: PyTree, *others: PyTree) -> PyTr
 
 
 def _second_moment(leaf: PyTree, start: float) -> PyTree:
-    """What a second moment is before the first step; of a table, a Table with one number a row."""
+    """The second moment before the first step; for a Table, a Table with one number for each row."""
     values = _values(leaf)
     shape = values.shape[:1] if isinstance(leaf, Table) else values.shape
     return _with_values(leaf, jnp.full(shape, start, accumulator(values.dtype)))
@@ -188,14 +188,14 @@ def _with_values(leaf: PyTree, values: PyTree) -> PyTree:
 
 
 def _square(gradient: PyTree) -> Float[Array, "..."]:
-    """The square of a gradient; of a table's, the mean over each row."""
+    """The squares of a gradient; for a Table, their mean over each row."""
     values = _values(gradient)
     squares = jnp.square(jnp.abs(values.astype(accumulator(values.dtype))))
     return squares.mean(axis=tuple(range(1, squares.ndim))) if isinstance(gradient, Table) else squares
 
 
 def _scale(leaf: PyTree, factor: Float[Array, "..."]) -> PyTree:
-    """Multiply a leaf by a factor for each number, a table by one for each row."""
+    """Multiply a leaf by one factor for each entry; a Table by one factor for each row."""
     if not isinstance(leaf, Table):
         return (leaf.astype(factor.dtype) * factor).astype(leaf.dtype)
     factor = jnp.expand_dims(factor, tuple(range(1, leaf.weight.ndim)))

@@ -1,4 +1,12 @@
-"""What lift has to know of a transformation: where its state holds rows, and whether and how it keeps rows apart."""
+"""RowPlan: which arrays of a transformation's state belong to rows, and whether it treats rows independently.
+
+An example: `optax.adam` for one table of 1,000 rows. Its state has the leaves count `()`, mu `(1000, 4)` and nu
+`(1000, 4)`. For a table of 1,001 rows, mu and nu have one row more, so the owners are `(None, 0, 0)`: both moments
+belong to table 0. Its jaxpr has only elementwise operations on rows, so the kind of the table is "rowwise".
+
+If the jaxpr does not prove this, the transformation is run on 128 random rows: alone, in another order, and among
+further rows with zero gradients. If the results differ, it mixes rows and is refused.
+"""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -15,46 +23,46 @@ from .._base.typing import PyTreeDef
 from .._core.table import Table, has_weight, is_table, with_weight
 from ._structure import Kind, follows, is_rowwise, is_scaled, step_jaxpr
 
-# Rows of the small tables that a transformation is tried on. Adafactor factors only axes of 128 and more.
+# Rows of the small tables that a transformation is tried on. Adafactor factors only axes of 128 or more.
 _ROWS = 128
-# How far an update may be off, as a part of the largest: float32 sums in another order.
+# The largest difference allowed, relative to the largest update: float32 sums in another order differ a little.
 _TOLERANCE = 1e-3
-# Rows of an abstract table: a prime that no other axis is likely to have.
+# The number of rows of an abstract table: a prime that no other axis is likely to have.
 _PRIME = 1_000_003
 
-# Of a transformation. The parameters come as their structure and the shapes of their leaves, which can be hashed.
+# Functions of a transformation. For caching, parameters are given as a structure and shapes, which can be hashed.
 Init: TypeAlias = Callable[[PyTree], PyTree]
 Update: TypeAlias = Callable[..., tuple[PyTree, PyTree]]
 Leaves: TypeAlias = tuple[jax.ShapeDtypeStruct, ...]
 Shapes: TypeAlias = tuple[tuple[int, ...], ...]
-Choose: TypeAlias = Callable[[np.ndarray], np.ndarray]  # rows
+Choose: TypeAlias = Callable[[np.ndarray], np.ndarray]  # selects rows
 
 
 class RowPlan(NamedTuple):
-    """How the state of a transformation is laid out, and what it does to the tables."""
+    """Where the state of a transformation has rows, and how the transformation treats each table."""
 
-    owners: tuple[int | None, ...]  # for each leaf of the state, the table whose rows it holds along its first axis
-    kinds: tuple[Kind, ...]  # for each table
+    owners: tuple[int | None, ...]  # for each leaf of the state, the table whose rows are its first axis
+    kinds: tuple[Kind, ...]  # one for each table
 
 
 def plan(tx: optax.GradientTransformationExtraArgs, params: PyTree) -> RowPlan:
-    """Find out what `lift` has to know.
+    """Analyse a transformation for `lift`.
 
     Args:
       tx: The transformation.
-      params: What its state is made for; Tables that are not trained have no weight, and are not counted.
+      params: The parameters; Tables that are not trained have no weight, and are not counted.
 
     Returns:
       The plan.
 
     Raises:
-      ValueError: If rows mix, or the state follows the rows otherwise than along the first axis of a leaf.
+      ValueError: If rows mix, or the state depends on the number of rows in another way than by a first axis.
     """
     return _plan(tx.init, tx.update, *_abstract(params))
 
 
 def state_of(tx: optax.GradientTransformationExtraArgs, params: PyTree) -> tuple[PyTreeDef, Shapes]:
-    """Return the structure of the state that a transformation makes for parameters, and the shapes of its leaves."""
+    """Return the structure of a transformation's state for some parameters, and the shapes of its leaves."""
     return _state_of(tx.init, *_abstract(params))
 
 
@@ -77,12 +85,12 @@ def _plan(init: Init, update: Update, structure: PyTreeDef, leaves: Leaves) -> R
 
 
 def _owners(init: Init, structure: PyTreeDef, leaves: Leaves) -> tuple[int | None, ...]:
-    """Find the leaves of the state that have an entry for each row of a table, by giving it one row more."""
+    """Find the leaves of the state with an entry for each row of a table: they grow if the table gets one row more."""
     params = structure.unflatten(leaves)
     before_structure, before = _state_of(init, structure, leaves)
     owners: list[int | None] = [None] * len(before)
     for k, table in enumerate(_tables(params)):
-        rows = table.weight.shape[0]  # as stored, wherever they are
+        rows = table.weight.shape[0]  # stored rows
         longer = jax.ShapeDtypeStruct((rows + 1, *table.dim), table.dtype)
         after, after_structure = jax.tree.flatten(jax.eval_shape(init, _with_weights(params, {k: longer})))
         if before_structure != after_structure:
@@ -97,7 +105,7 @@ def _owners(init: Init, structure: PyTreeDef, leaves: Leaves) -> tuple[int | Non
 
 
 def _kind(init: Init, update: Update, params: PyTree, number: int, owners: tuple[int | None, ...]) -> Kind:
-    """Read from the jaxpr of a step what the transformation does to the rows of one table."""
+    """Derive from the jaxpr of a step how the transformation treats the rows of one table."""
     table = _tables(params)[number]
     params = _with_weights(params, {number: jax.ShapeDtypeStruct((_PRIME, *table.dim), table.dtype)})
     state, state_structure = jax.tree.flatten(jax.eval_shape(init, params))
@@ -107,7 +115,7 @@ def _kind(init: Init, update: Update, params: PyTree, number: int, owners: tuple
             _with_weights(rest, {number: gradient}),
             state_structure.unflatten(state),
             _with_weights(rest, {number: weight}),
-            value=jnp.ones(()),  # of the loss, which some ask for
+            value=jnp.ones(()),  # the loss, which some transformations require
         )
         of_table = _tables(updates)[number].weight
         return of_table, _with_weights(updates, {number: None}), state_structure.flatten_up_to(new)
@@ -121,10 +129,10 @@ def _kind(init: Init, update: Update, params: PyTree, number: int, owners: tuple
     outputs = [0, *(len(jaxpr.outvars) - len(state) + i for i in owned)]
     if is_rowwise(jaxpr, inputs, outputs, _PRIME):
         return "rowwise"
-    # A norm of gradients is that of the rows that were read. One of weights, or of what rows remember, is not.
+    # A norm of gradients is the same without rows that were not read. A norm of weights, or of a row's state, is not.
     own = follows(jaxpr, [i in inputs and i != 1 for i in range(len(jaxpr.invars))])
     if any(own[len(own) - len(state) + i] for i, owner in enumerate(owners) if owner is None):
-        raise _mixes("a state, shared by all rows, that follows from what each of them holds")
+        raise _mixes("a state shared by all rows that depends on their weights or their state")
     return "joint"
 
 
@@ -132,21 +140,21 @@ def _kind(init: Init, update: Update, params: PyTree, number: int, owners: tuple
 def _difference(
     init: Init, update: Update, structure: PyTreeDef, leaves: Leaves, owners: tuple[int | None, ...]
 ) -> float:
-    """Compare what a transformation does to some rows alone and among others, as a part of the largest.
+    """Compare the update of some rows alone and among others; returns the difference relative to the largest update.
 
-    Neither further rows whose gradient is zero, nor the order of the rows, nor the zeros that stand in unused places
-    may change what it does to a row, whatever its state and however large the gradient.
+    The update of a row must not depend on further rows with zero gradients, on the order of the rows, or on zeros in
+    unused places, whatever its state and however large its gradient.
     """
 
     def step(gradients: PyTree, state: PyTree, params: PyTree, value: Array) -> tuple[PyTree, PyTree]:
         return update(gradients, state, params, value=value)
 
     params = structure.unflatten(leaves)
-    # At once, also where a state is made while another function is traced.
+    # Evaluated at once, even if `init` is called while another function is traced.
     with jax.ensure_compile_time_eval(), np.errstate(all="ignore"):
-        # Only these are compiled, a step for two numbers of rows; all else is done by NumPy.
+        # Only these two are compiled, the step for two numbers of rows; NumPy does the rest.
         compiled = jax.jit(init), jax.jit(step)
-        # Late in training and with large gradients, too, so that neither a warm-up nor a threshold hides anything.
+        # The second case is late in training, with large gradients: a warm-up or a threshold must not hide anything.
         return float(np.max([_case(*compiled, params, owners, *case) for case in [(1.0, None), (1e4, 10_000)]]))
 
 
@@ -204,7 +212,7 @@ def _case(
 
 
 def _abstract(params: PyTree) -> tuple[PyTreeDef, Leaves]:
-    """What the shapes of parameters are, in a form that can be hashed."""
+    """The structure and the shapes of parameters, which can be hashed."""
     leaves, structure = jax.tree.flatten(params)
     return structure, tuple(jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves)
 
@@ -215,7 +223,7 @@ def _tables(params: PyTree) -> list[Table]:
 
 
 def _with_weights(params: PyTree, weights: Mapping[int, PyTree]) -> PyTree:
-    """Give other weights to some of the tables, by their number."""
+    """Replace the weights of some tables, given by their number."""
     leaves, structure = jax.tree.flatten(params, is_leaf=is_table)
     number = -1
     for i, leaf in enumerate(leaves):
@@ -226,7 +234,7 @@ def _with_weights(params: PyTree, weights: Mapping[int, PyTree]) -> PyTree:
 
 
 def _with_rows(params: PyTree, rows: int) -> PyTree:
-    """Give all tables so many rows, as shapes."""
+    """Give all tables `rows` rows, as shapes."""
     shapes = [jax.ShapeDtypeStruct((rows, *table.dim), table.dtype) for table in _tables(params)]
     return _with_weights(params, dict(enumerate(shapes)))
 

@@ -1,4 +1,4 @@
-"""What the optimizers of the frameworks share: gradients as transformations take them, and whether one takes them."""
+"""Helpers of the frameworks' optimizers: prepare gradients for a transformation, and check that it takes tables."""
 
 import jax
 import jax.numpy as jnp
@@ -13,23 +13,24 @@ from .._gradients.row_grad import RowGrad, is_trained, no_rows
 from ._clip import ClipByGlobalNormState
 from ._lift import LiftState
 
-SCRATCH = LiftState, ClipByGlobalNormState  # whose `slots` are scratch memory
+SCRATCH = LiftState, ClipByGlobalNormState  # states with scratch memory, in `slots`
 
 
 def prepared_gradient(call: str, name: object, param: PyTree, gradient: PyTree) -> PyTree:
-    """Put the gradient of a parameter into the form in which transformations take it.
+    """Convert the gradient of a parameter to the form that transformations take.
 
     Args:
-      call: The call for the message.
-      name: The path of the parameter for the message.
-      param: The parameter, a Table where a layer holds it.
-      gradient: Of a table a RowGrad, a Table or an array of all rows, with the storage of the table a StoredRows.
+      call: The call, for error messages.
+      name: The path of the parameter, for error messages.
+      param: The parameter, a Table if a layer holds it.
+      gradient: For a table a RowGrad, a Table, an array of all rows, or a StoredRows; any gradient for other leaves.
 
     Returns:
-      Of a table a RowGrad or a Table, of no rows where it is not trained; of anything else the gradient as it is.
+      For a table, a Table with a RowGrad or a dense weight, of length 0 if the table is not trained; for any other
+      parameter, the gradient unchanged.
 
     Raises:
-      ValueError: If there is a RowGrad for what is no table, or if an array of all rows is laid out as another table.
+      ValueError: If a parameter that is no table has a RowGrad, or a dense gradient has another layout than its table.
     """
     gradient = bare(gradient)
     if not isinstance(param, Table):
@@ -40,7 +41,7 @@ def prepared_gradient(call: str, name: object, param: PyTree, gradient: PyTree) 
                 "weight of an Embedding, make the optimizer anew."
             )
         return gradient
-    if not is_trained(param):  # whatever it is, nothing comes of it
+    if not is_trained(param):  # its gradient is ignored
         return with_weight(param, no_rows(param))
     if isinstance(gradient, Table | RowGrad):
         return gradient if isinstance(gradient, Table) else with_weight(param, gradient)
@@ -55,30 +56,30 @@ def prepared_gradient(call: str, name: object, param: PyTree, gradient: PyTree) 
 
 
 def with_chosen(tx: optax.GradientTransformation, params: PyTree) -> tuple[PyTree, frozenset[str]]:
-    """Put a Table in the place of each array that a transformation is told to take for one.
+    """Wrap each array in a Table that a transformation chooses as one, by its `tables=`.
 
-    Labels and masks in it see the same tree then when its state is made and in each step.
+    So labels and masks in the transformation see the same tree in `init` and in each step.
 
     Args:
       tx: The transformation.
-      params: The parameters, Tables where layers hold them.
+      params: The parameters, with Tables for those of layers.
 
     Returns:
-      The parameters, and the paths of these arrays as `keystr` writes them.
+      The parameters, and the paths of the chosen arrays, written by `keystr`.
     """
     chosen = chosen_at_start(jax.eval_shape(tx.init, params), params)
     return tables_at(chosen, params), chosen
 
 
 def chosen_at_start(opt_state: PyTree, params: PyTree) -> frozenset[str]:
-    """Find the arrays that a transformation was told to take for tables, by the state that it made for them.
+    """Find the arrays that a transformation chose as tables, by the state that it made.
 
     Args:
       opt_state: The state.
-      params: The parameters, Tables where layers hold them.
+      params: The parameters, with Tables for those of layers.
 
     Returns:
-      The path of each such array in the parameters, as `keystr` writes it.
+      The paths of the chosen arrays in the parameters, written by `keystr`.
     """
     states = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, LiftState))
     of_tables = [x.made_for.tables for x in states if isinstance(x, LiftState) and x.made_for is not None]
@@ -88,10 +89,10 @@ def chosen_at_start(opt_state: PyTree, params: PyTree) -> frozenset[str]:
 
 
 def check_takes_tables(call: str, tx: optax.GradientTransformation, opt_state: PyTree, params: PyTree) -> None:
-    """Try a transformation on gradients as it will get them, since optax does not say what is wrong with one.
+    """Trace a transformation with RowGrads, so that one that is not lifted is refused with a clear message.
 
     Args:
-      call: The call for the message.
+      call: The call, for error messages.
       tx: The transformation.
       opt_state: Its state.
       params: A tree of parameters, some of them Tables.
@@ -116,7 +117,7 @@ def check_takes_tables(call: str, tx: optax.GradientTransformation, opt_state: P
 
 
 def without_scratch(tree: PyTree) -> PyTree:
-    """Leave out the scratch memory that states keep from step to step and do not look at."""
+    """Remove the scratch memory of states."""
 
     def of_kind(node: object) -> bool:
         return isinstance(node, SCRATCH)
@@ -125,7 +126,7 @@ def without_scratch(tree: PyTree) -> PyTree:
 
 
 def with_scratch(tree: PyTree, like: PyTree) -> PyTree:
-    """Put it back, as another tree has it."""
+    """Put scratch memory back, as zeros of the shapes that another tree has."""
 
     def put_back(node: PyTree, of_like: PyTree) -> PyTree:
         if not isinstance(node, SCRATCH):

@@ -1,4 +1,16 @@
-"""One step of a transformation, run on any rows of the tables in its tree."""
+"""One step of a lifted transformation: gather the rows that were read, run the transformation, scatter the state.
+
+An example: Adam on a table of 1,000 rows, with a gradient for the ids 3, 5 and 3.
+
+    combine      distinct ids [5, 3, 1000] and the sum of each; 1000 is the sentinel, in an unused place
+    gather       these rows of the weight, of mu and of nu: arrays of 3 rows instead of 1,000
+    tx.update    Adam sees a table of 3 rows
+    scatter      the new rows of mu and nu are written back to rows 3 and 5
+    update       RowGrad([5, 3, 1000], ...)
+
+A table of kind "rowwise" or "scaled" runs alone (`run_alone`), on a CPU in blocks of rows. Ordinary leaves and tables
+of kind "joint", whose rows must be seen together, run in one call of the transformation (`run`).
+"""
 
 import dataclasses
 import math
@@ -16,10 +28,10 @@ from .._gradients.row_grad import RowGrad, is_trained, row_grad
 from ._separable import RowPlan
 from ._structure import Kind
 
-# Numbers in a block of rows, so that the arrays of a step stay in a core's cache.
+# Entries of a block of rows, so that the arrays of a step stay in a core's cache.
 _BLOCK = 1 << 16
 
-# The rows of trained tables, by their numbers, that a run is about: None for all rows of one.
+# The rows of a run, by the number of their trained table; None for all rows of a table.
 Parts = Mapping[int, Distinct | None]
 
 
@@ -29,11 +41,11 @@ class Leaf:
 
     param: PyTree  # an array or a Table
     gradient: PyTree
-    number: int | None  # the place of a trained table among those; None for all else
-    kind: Kind | None  # what the transformation does to the rows of a trained table
+    number: int | None  # the number of a trained table among the trained tables; None for any other leaf
+    kind: Kind | None  # how the transformation treats the rows of a trained table
 
     def seen(self, parts: Parts) -> tuple[PyTree, PyTree]:
-        """The parameter and the gradient that the transformation sees in a run."""
+        """The parameter and the gradient that the transformation gets in a run."""
         table = self.param
         if not isinstance(table, Table):
             return table, self.gradient
@@ -42,13 +54,13 @@ class Leaf:
         rows = parts.get(self.number, _no_rows(table))
         if rows is None:
             return table, with_weight(table, without_padding(table, self.gradient.weight))
-        # A transformation that only scales its gradient does not look at the weight.
+        # A transformation that only scales its gradient does not read the weight.
         scaled = self.kind == "scaled"
         weight = jnp.zeros_like(rows.values) if scaled else _gather(table, table.weight, rows.ids)
         return with_weight(table, weight), with_weight(table, rows.values)
 
     def updated(self, update: PyTree, parts: Parts) -> PyTree:
-        """The update of the parameter, given that of what was seen; None for a table that is not in the parts."""
+        """Convert the transformation's update to one of the whole parameter; None for a table without rows in a run."""
         table = self.param
         if not isinstance(table, Table):
             return update
@@ -64,14 +76,14 @@ class Leaf:
 
 @dataclasses.dataclass(frozen=True)
 class StateLeaf:
-    """An array of the state, and the trained table whose rows it holds along its first axis, if any."""
+    """An array of the state, and the trained table whose rows are its first axis, if any."""
 
     value: Array
     number: int | None
     table: Table | None
 
     def seen(self, parts: Parts) -> Array:
-        """The array that the transformation sees in a run."""
+        """The array that the transformation gets in a run."""
         if self.table is None or self.number is None:
             return self.value
         if self.number not in parts:
@@ -80,7 +92,7 @@ class StateLeaf:
         return self.value if rows is None else _gather(self.table, self.value, rows.ids)
 
     def written(self, new: Array, parts: Parts) -> Array:
-        """The array after a run, given what the transformation made of the array that it saw."""
+        """The whole array after a run that returned `new` for the rows it got."""
         if self.table is None or self.number is None:
             return new
         if self.number not in parts:
@@ -91,11 +103,11 @@ class StateLeaf:
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """The arguments of an update of a mixed tree, and ways to run it in parts."""
+    """The arguments of an update, and ways to run it in parts."""
 
     tx: optax.GradientTransformationExtraArgs
     leaves: Sequence[Leaf]
-    structure: PyTreeDef  # that of the parameters, with Tables for leaves
+    structure: PyTreeDef  # of the parameters, with Tables as leaves
     state: Sequence[StateLeaf]
     state_structure: PyTreeDef
     extra_args: Mapping[str, object]
@@ -110,15 +122,15 @@ class Step:
         inner: PyTree,
         extra_args: Mapping[str, object],
     ) -> "Step":
-        """Put each parameter beside its gradient, and each array of the state beside its table.
+        """Pair each parameter with its gradient, and each array of the state with its table.
 
         Args:
           tx: The transformation.
-          plan: What is known of it.
+          plan: The plan of the transformation.
           params: The parameters.
-          gradients: The gradient of each of their leaves, a Table being one.
+          gradients: One gradient for each leaf; a Table counts as a leaf.
           inner: The state of the transformation.
-          extra_args: Further arguments of its update.
+          extra_args: Further arguments of its `update`.
 
         Returns:
           The step.
@@ -140,13 +152,13 @@ class Step:
         return cls(tx, leaves, structure, state, state_structure, extra_args)
 
     def run(self, parts: Parts) -> tuple[list[PyTree], PyTree]:
-        """Run the step on ordinary leaves and on some rows of some tables, as though there were no others.
+        """Run the step on ordinary leaves and on some rows of some tables; other rows do not take part.
 
         Args:
-          parts: The rows. A table that is not here has none.
+          parts: The rows of each table; a table that is missing here has none.
 
         Returns:
-          The update of each leaf, None for a table that is not in the parts, and the new state.
+          The update of each leaf, None for a table that is not in `parts`, and the new state.
         """
         updates, new = self._call(parts, self.state)
         out = [leaf.updated(update, parts) for leaf, update in zip(self.leaves, updates, strict=True)]
@@ -154,17 +166,17 @@ class Step:
         return out, self.state_structure.unflatten(written)
 
     def run_alone(self, at: int, rows: Distinct, inner: PyTree) -> tuple[RowGrad, PyTree]:
-        """Run the step on some rows of one table which the rest of the tree has no part in.
+        """Run the step on some rows of one table that the rest of the tree does not influence.
 
-        On a CPU it goes block by block, through the places that are taken.
+        On a CPU, a loop takes block after block of the used places.
 
         Args:
-          at: The place of the table among the leaves.
+          at: The position of the table among the leaves.
           rows: The rows.
-          inner: A state, of which the table's rows are those from before the step.
+          inner: A state in which the table's rows are not updated yet.
 
         Returns:
-          The update of the table, and the state with its rows written.
+          The update of the table, and the state with the table's rows updated.
         """
         leaf = self.leaves[at]
         table, number, scaled = leaf.param, leaf.number, leaf.kind == "scaled"
@@ -194,7 +206,7 @@ class Step:
                 ids = jnp.full(padded, table.rows, ids.dtype).at[:length].set(ids)
                 values = jnp.zeros((padded, *table.dim), dtype).at[:length].set(values)
 
-            # Each block of sums gives way to its update. Behind the last one there are zeros, for both.
+            # The update of a block overwrites its sums. Unused places hold zeros before and after.
             def body(i: Array, carry: tuple[Array, list[Array]]) -> tuple[Array, list[Array]]:
                 values, of_table = carry
                 ids_here, values_here = (jax.lax.dynamic_slice_in_dim(x, i * block, block) for x in (ids, values))
@@ -207,12 +219,12 @@ class Step:
         for i, array in zip(owned, new, strict=True):
             arrays[i] = array
         written = self.state_structure.unflatten(arrays)
-        if scaled:  # as they came
+        if scaled:  # the ids are not combined, so they are not at their owners
             return row_grad(rows.ids, update, table.rows), written
         return _update(table, rows.ids, update), written
 
     def _call(self, parts: Parts, state: Sequence[StateLeaf]) -> tuple[list[PyTree], list[Array]]:
-        """Gather the rows of the parts and call the transformation on them."""
+        """Gather the rows and call the transformation on them."""
         pairs = [leaf.seen(parts) for leaf in self.leaves]
         updates, new = self.tx.update(
             self.structure.unflatten([gradient for _, gradient in pairs]),
@@ -224,8 +236,8 @@ class Step:
 
 
 def _block(length: int, size: int) -> int:
-    """How many rows to take at a time."""
-    # Elsewhere than on a CPU, a loop of unknown length waits for the host in every turn.
+    """The number of rows of a block."""
+    # On other devices than a CPU, a loop of unknown length waits for the host in each iteration.
     return max(1, _BLOCK // max(1, size)) if jax.default_backend() == "cpu" else length
 
 
@@ -234,15 +246,15 @@ def _no_rows(table: Table) -> Distinct:
 
 
 def laid_out_state(state: PyTree, owners: Sequence[int | None], tables: Sequence[Table]) -> PyTree:
-    """Lay out the state of a transformation as the rows that it belongs to, and its counters on all devices.
+    """Shard the state of a transformation like its tables, and replicate its counters.
 
     Args:
-      state: The state; first the leaves that `owners` speaks of, then others.
-      owners: For each of its leaves, the table whose rows it holds along its first axis, or None.
-      tables: The tables that are trained.
+      state: The state. Its first leaves are described by `owners`.
+      owners: For each of these leaves, the table whose rows are its first axis, or None.
+      tables: The trained tables.
 
     Returns:
-      The same state.
+      The same state, laid out.
     """
     leaves, structure = jax.tree.flatten(state)
     for i, leaf in enumerate(leaves):
@@ -250,7 +262,7 @@ def laid_out_state(state: PyTree, owners: Sequence[int | None], tables: Sequence
         if owner is not None:
             leaves[i] = tables[owner].storage.laid_out(leaf, tables[owner].dim)
         elif jnp.ndim(leaf) == 0:
-            for table in reversed(tables):  # of several meshes, that of the first table
+            for table in reversed(tables):  # with several meshes, the first table's wins
                 leaves[i] = table.storage.everywhere(leaves[i])
     return structure.unflatten(leaves)
 

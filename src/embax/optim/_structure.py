@@ -1,4 +1,9 @@
-"""What the jaxpr of an update proves of a transformation: it treats rows one by one, or only scales their gradient."""
+"""Proofs from the jaxpr of an update: the transformation treats rows independently, or only scales their gradient.
+
+For instance, in `mu = 0.9 * mu + 0.1 * g; update = -lr * mu`, each operation is elementwise between arrays of rows and
+scalars, so row `r` of the update follows from row `r` of `mu` and `g`: "rowwise". A `reduce_sum` over the axis of rows
+would mix them. The proof is sound but not complete: an unknown operation counts as mixing rows.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
@@ -9,9 +14,9 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Var
 from jax.extend.core import Literal as Constant
 from jaxtyping import PyTree
 
-# `scaled`: the update of a row is its gradient times a number that has nothing to do with tables.
-# `rowwise`: the update of a row, and its state, follow from that row's gradient, weight and state and from numbers that
-#   have nothing to do with tables, and nothing else depends on the rows.
+# `scaled`: the update of a row is its gradient times a factor that does not depend on the table.
+# `rowwise`: the update and the state of a row depend only on that row's gradient, weight and state, and on numbers that
+#   do not depend on tables; and nothing else depends on the rows.
 # `joint`: anything else, such as clipping by a common norm.
 Kind = Literal["scaled", "rowwise", "joint"]
 
@@ -25,16 +30,16 @@ _CALLS = frozenset("jit pjit closed_call core_call custom_jvp_call custom_vjp_ca
 
 
 def is_scaled(jaxpr: Jaxpr, gradient: int, update: int, weight: int) -> bool:
-    """Say whether an update is the gradient times a factor in which the table has no part.
+    """Whether an update is the gradient times a factor that does not depend on the table.
 
     Args:
-      jaxpr: Of a step.
-      gradient: Which of its inputs is the gradient of the table.
-      update: Which of its outputs is the update of the table.
-      weight: Which of its inputs is the weight of the table.
+      jaxpr: The jaxpr of a step.
+      gradient: The input that is the gradient of the table.
+      update: The output that is the update of the table.
+      weight: The input that is the weight of the table.
 
     Returns:
-      Whether it is so.
+      True if this is proved.
     """
     scaled = {jaxpr.invars[gradient]}
     for eqn in jaxpr.eqns:
@@ -52,18 +57,16 @@ _SCALES = (("neg", [True]), ("mul", [True, False]), ("mul", [False, True]), ("di
 
 
 def is_rowwise(jaxpr: Jaxpr, inputs: Sequence[int], outputs: Sequence[int], rows: int) -> bool:
-    """Say whether some outputs follow, row by row, from some inputs, and no other output from these.
-
-    Sound but not complete: an operation that is not known here counts as mixing rows.
+    """Whether some outputs follow row by row from some inputs, and no other output depends on these inputs.
 
     Args:
-      jaxpr: Of a step.
-      inputs: Which of its inputs have the table's rows along their first axis.
-      outputs: Which of its outputs have.
-      rows: The number of rows, which no other axis has.
+      jaxpr: The jaxpr of a step.
+      inputs: The inputs whose first axis is the table's rows.
+      outputs: The outputs whose first axis is the table's rows.
+      rows: The number of rows; no other axis may have this size.
 
     Returns:
-      Whether it is so.
+      True if this is proved.
     """
     found = _by_row(jaxpr, [i in inputs for i in range(len(jaxpr.invars))], rows)
     if found is None:
@@ -72,10 +75,10 @@ def is_rowwise(jaxpr: Jaxpr, inputs: Sequence[int], outputs: Sequence[int], rows
 
 
 def _by_row(jaxpr: Jaxpr, inputs: Sequence[bool], rows: int) -> list[str | None] | None:
-    """Find which outputs have rows along their first axis ("row"), or the same in each row ("constant").
+    """Classify outputs: "row" if their first axis is rows, "constant" if all rows are equal, None otherwise.
 
     Returns:
-      For each output, which of the two, or None; None instead of a list where rows mix.
+      One answer for each output; None instead of the list if rows mix.
     """
     kinds: dict[Var, str | None] = {}
     for variable, has_rows in zip(jaxpr.invars, inputs, strict=True):
@@ -108,10 +111,10 @@ def _by_row(jaxpr: Jaxpr, inputs: Sequence[bool], rows: int) -> list[str | None]
 
 
 def _keeps_rows(eqn: JaxprEqn, of_inputs: Sequence[str | None], rows: int) -> bool:
-    """Say whether an operation makes each row of its result from the same row of its operands."""
+    """Whether an operation computes each row of its result from the same row of its operands."""
     name, params, out = eqn.primitive.name, eqn.params, _shape(eqn.outvars[0])
     if name in _ELEMENTWISE:
-        # An operand without rows must be a scalar: one that has other values in other rows cannot be told apart.
+        # An operand without rows must be a scalar: an array could hold different values for different rows.
         return all(k is not None or not _shape(x) for k, x in zip(of_inputs, eqn.invars, strict=True))
     if out[:1] != (rows,):
         return False
@@ -130,14 +133,14 @@ def _shape(variable: Var | Constant) -> tuple[int, ...]:
 
 
 def follows(jaxpr: Jaxpr, inputs: Sequence[bool]) -> list[bool]:
-    """Say for each output whether it may follow from any of some inputs.
+    """For each output, whether it may depend on some inputs.
 
     Args:
-      jaxpr: Of a step.
-      inputs: Whether each of its inputs is one of them.
+      jaxpr: The jaxpr of a step.
+      inputs: For each input, whether it is one of them.
 
     Returns:
-      For each output, whether it may. Of a loop, all outputs may follow from all inputs.
+      One answer for each output. All outputs of a loop count as depending on all of its inputs.
     """
     reached = {x for x, is_one in zip(jaxpr.invars, inputs, strict=True) if is_one}
     for eqn in jaxpr.eqns:
@@ -166,5 +169,5 @@ def _is_in(variable: Var | Constant, variables: set[Var]) -> bool:
 
 
 def step_jaxpr(update: Callable[..., PyTree], *args: PyTree) -> Jaxpr:
-    """Trace a step of abstract arrays."""
+    """Trace a step for abstract arrays."""
     return jax.make_jaxpr(update)(*args).jaxpr

@@ -1,4 +1,4 @@
-"""Tables over a device mesh."""
+"""Sharded tables: put tables on a device mesh, and plan what a layout will cost."""
 
 from .._core.layout import Layout as Layout
 from .._core.stored_rows import StoredRows as StoredRows

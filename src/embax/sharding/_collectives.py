@@ -1,8 +1,8 @@
-"""The collectives of a step of one table, read from the programs of the step, which JAX traces without devices.
+"""The collectives of a step of one table, found in the programs of the step, which JAX traces without devices.
 
-An example, of a lookup of 2,048 ids on the mesh `{"x": 2, "y": 2}`, rows split over `x` and columns of 32 over `y`:
+For instance, a lookup of 2,048 ids on the mesh `{"x": 2, "y": 2}`, with rows split over `x` and 32 columns over `y`:
 
-    all_gather[y]    int32[1024]          2 devices, 4,096 bytes: each has 512 ids, and those of the other
+    all_gather[y]    int32[1024]          2 devices, 4,096 bytes: a device's own 512 ids and the other's
     all_to_all[x]    int32[2,648]         2 devices, 5,184 bytes: the capacity is 648
     all_to_all[x]    float32[2,648,16]    2 devices, 82,944 bytes
     all_to_all[y]    float32[512,32]      2 devices, 65,536 bytes
@@ -27,7 +27,7 @@ from .._gradients.apply import apply_updates
 from .._gradients.value_and_grad import grad
 from ._results import Collective
 
-# How an optimizer brings gradients to their rows: it adds them, or has their sum for each row.
+# "add": the optimizer adds each gradient to its row (SGD). "sum": it needs the sum of the gradients of each row.
 Update = Literal["add", "sum"]
 
 _COUNTED: dict[str, Collective] = {name: name for name in get_args(Collective)}
@@ -35,18 +35,18 @@ _OTHERS = ("psum", "psum_invariant", "pmax", "pmin", "ppermute", "reduce_scatter
 
 
 class Sent(NamedTuple):
-    """A collective, as each device takes part in it."""
+    """A collective, as one device takes part in it."""
 
     collective: Collective
-    devices: int  # how many exchange with each other
-    numbers: int  # of its result
+    devices: int  # the number of devices that exchange with each other
+    numbers: int  # the size of its result
     dtype: np.dtype
 
 
 class Step(NamedTuple):
-    """The collectives of a step, in their order. Those of ids that crowd on a device are left out."""
+    """The collectives of a step, in order, except those that run only if more ids than the capacity go to an owner."""
 
-    forward: tuple[tuple[Sent, ...], ...]  # of each lookup
+    forward: tuple[tuple[Sent, ...], ...]  # for each lookup
     backward: tuple[Sent, ...]
 
 
@@ -54,16 +54,16 @@ def collectives_of_step(table: Table, lookups: Sequence[int], bag_length: int | 
     """Trace the lookups of a table and the update of its rows.
 
     Args:
-      table: On a mesh, which may be abstract; the weight is a shape, with the padding that sharding adds.
+      table: A table on a mesh, which may be abstract. Its weight is a shape, with the padding that sharding adds.
       lookups: The number of ids of each lookup.
-      bag_length: How many ids a bag has, or None where ids are looked up.
-      update: What an optimizer does; None for a table that is not trained.
+      bag_length: The number of ids of a bag; None if ids are looked up one by one.
+      update: How the optimizer uses gradients; None for a table that is not trained.
 
     Returns:
-      What they send.
+      The collectives.
     """
     weight, structure = jax.tree.flatten(table)
-    # Row numbers that do not fit into 32 bits can only be traced in 64.
+    # Row numbers that do not fit into 32 bits need 64-bit integers, which JAX has to enable.
     with jax.enable_x64(True) if table.rows > np.iinfo(np.int32).max else contextlib.nullcontext():
         return _of_step(structure, weight[0], tuple(lookups), bag_length, update)
 
@@ -115,14 +115,14 @@ def _walk(jaxpr: Jaxpr, sizes: Mapping[str, int]) -> Iterator[Sent]:
             axes = eqn.params["axis_name"]
             devices = math.prod(sizes[axis] for axis in ((axes,) if isinstance(axes, str) else axes))
             yield from (Sent(_COUNTED[name], devices, math.prod(x.shape), np.dtype(x.dtype)) for x in types)
-        elif name in _OTHERS:  # flags
+        elif name in _OTHERS:  # these exchange only flags, which are not counted
             assert all(x.shape == () for x in types), eqn
-        # All conditions of the exchange ask for the rare case, so that the usual path is the branch of false.
+        # All conditions of the exchange test for the rare case, so the usual path is the branch for False.
         inner: Sequence[Any] = eqn.params["branches"][:1] if name == "cond" else list(eqn.params.values())
         for program in inner:
             if isinstance(program, Jaxpr | ClosedJaxpr):
                 found = list(_walk(program.jaxpr if isinstance(program, ClosedJaxpr) else program, sizes))
-                assert name != "while" or not found, eqn  # nobody knows how often
+                assert name != "while" or not found, eqn  # the number of iterations is not known
                 yield from found * (eqn.params["length"] if name == "scan" else 1)
 
 

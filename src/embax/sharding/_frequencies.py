@@ -1,4 +1,4 @@
-"""How often rows are read: by laws and counts, summed over the rows of each device."""
+"""How often rows are read: by a law or by counts, summed over the rows of each owner."""
 
 import math
 from typing import Any, Literal, NamedTuple
@@ -12,32 +12,31 @@ from .._mesh.placement import Placement
 Frequencies = Literal["uniform"] | float | ArrayLike
 
 CALL = "embax.sharding.plan"
-# Of a law over very many rows, the first ones are taken one by one, as many a device at least and as many in all; the
-# others in intervals that grow by a fiftieth, by a quadrature of so many points. Sums are right to nine digits; which
-# device has how much of them, to four.
+# Zipf's law over very many rows: the first rows are summed one by one, at least 64 for each device and 65,536 in total.
+# The rest is cut into intervals that grow by 2 %, each integrated by 4 points. Sums are right to nine digits, the share
+# of each device to four.
 _HEAD_A_DEVICE, _HEAD, _GROWTH, _POINTS = 64, 1 << 16, 1.02, 4
 
 
 class Law(NamedTuple):
-    """How often rows are read: alike ones are held once."""
+    """How often rows are read; rows of equal probability are held once."""
 
-    probability: Float64[np.ndarray, " kinds"]  # of each of the rows of a kind
-    number: Float64[np.ndarray, " kinds"]  # of these rows
-    owner: Int64[np.ndarray, " kinds"]  # which block of rows they are in, or -1 where they are in all alike
+    probability: Float64[np.ndarray, " kinds"]  # the probability of each row of a kind
+    number: Float64[np.ndarray, " kinds"]  # the number of rows of a kind
+    owner: Int64[np.ndarray, " kinds"]  # the owner of these rows, or -1 if all owners have equally many
     shards: int
 
     def by_owner(self, values: Float64[np.ndarray, " kinds"]) -> Float64[np.ndarray, " shards"]:
-        """Sum a value of each row over the rows of each block."""
+        """Sum a value of each row over the rows of each owner."""
         values, known = values * self.number, self.owner >= 0
         of_owner = np.bincount(self.owner[known], values[known], self.shards)
         return of_owner + values[~known].sum() / self.shards
 
     def distinct(self, draws: float) -> tuple[Float64[np.ndarray, " shards"], Float64[np.ndarray, " shards"]]:
-        """The mean and the variance of how many different rows of each block some draws name."""
-        with np.errstate(divide="ignore"):  # of a row that is always drawn
+        """The mean and the variance of the number of distinct rows of each owner among `draws` draws."""
+        with np.errstate(divide="ignore"):  # a row that is always drawn
             missed = np.exp(draws * np.log1p(-self.probability)) if draws else np.ones_like(self.probability)
-        # Of independent draws, each one that names a row names no other: hence the second term (Poisson counts have
-        # only the first).
+        # The second term: a draw that hits one row misses the others. Poisson counts have only the first term.
         spread = self.by_owner(missed * (1 - missed)) - draws * self.by_owner(self.probability * missed) ** 2
         return self.by_owner(1 - missed), np.maximum(spread, 0)
 
@@ -93,7 +92,7 @@ def _zipf(placement: Placement, exponent: float) -> Law:
         edges = edges if placement.cyclic else np.concatenate([edges, np.arange(1, shards) * float(block)])
         edges = np.unique(edges[(edges >= head) & (edges <= rows)])
         points, shares = np.polynomial.legendre.leggauss(_POINTS)
-        # The sum from row a up to row b is close to the integral from a - 1/2 to b - 1/2; row r has the rank r + 1.
+        # The sum over the rows from a up to b is close to the integral from a - 1/2 to b - 1/2; row r has rank r + 1.
         first, length = edges[:-1, None] + 0.5, np.diff(edges)[:, None]
         weight.append(np.ravel((first + length * (points + 1) / 2) ** -exponent))
         number.append(np.ravel(length * shares / 2))

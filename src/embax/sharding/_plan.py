@@ -1,4 +1,4 @@
-"""plan: what a layout of tables will send, hold and balance, computed before anything is allocated."""
+"""plan: the traffic, memory and balance of sharded tables, computed before anything is allocated."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -32,37 +32,37 @@ def plan(
     frequencies: Frequencies | Mapping[str, Frequencies] = "uniform",
     optimizer: Optimizer = "rowwise_adagrad",
 ) -> Plan:
-    """Say what tables on a mesh will send, hold and balance, before anything is allocated.
+    """Compute the traffic, the memory and the balance of tables on a mesh, before anything is allocated.
 
-    No device is needed: the mesh may be far larger than this machine, and the tables are shapes. What is sent follows
-    from the capacity, and so from shapes alone, to the byte: the compiled program sends as much whatever the ids are,
-    as long as they do not crowd. How much of it is useful, and how likely they do, follows from how often each row is
-    read.
+    No device is needed: the mesh may be far larger than this machine, and tables may be shapes. The bytes sent follow
+    from shapes alone, exactly: the compiled program sends as much for any ids, unless some owner is overloaded. The
+    useful part of these bytes, and the probability of an overload, follow from how often each row is read.
 
-    The plan is of a step that looks ids up, which are split evenly over all devices, takes `embax.value_and_grad`, and
-    applies a lifted optimizer, which works where rows are stored and sends nothing but a few flags. Not in it: the
-    model; the counts of `scale_grad_by_freq`; what it takes to bring ids and rows from and to another layout.
+    The plan is for a step that looks ids up, split evenly over all devices, takes `embax.value_and_grad`, and applies a
+    lifted optimizer, which runs on the owners and sends only a few flags. Not included: the model, the counts of
+    `scale_grad_by_freq`, and bringing ids and rows from or to another layout.
 
     Args:
-      tables: Tables by name, or their shapes, `jax.ShapeDtypeStruct((rows, *dim), dtype)`. For a table that is frozen
-        or of integers there is no gradient and no state.
-      mesh: The sizes of the mesh's axes by name, the first one being the major one; or a mesh.
-      ids: How many ids a step looks up in each table, on all devices together: one number for all tables, or a
-        number by table, or the numbers of several lookups in one table.
-      axis: The mesh axis, or axes, over which rows are split; of the layout `"columns"`, the columns.
-      layout: How rows are split: `"rows"`, `"rows-cyclic"`, `"columns"` or `"replicated"`.
-      columns: With a layout of rows: the mesh axis over which the columns are split, too.
-      skew: How many times the mean a device may ask another one for in a round, at least 1, dimensionless.
-      pool_at_owners: Whether the owners of rows sum those of a bag, where a sum is less to send than rows.
-      bag_length: How many ids a bag has, if a table is read by `embax.embedding_bag` in bags of one length, which have
-        no weights and are summed or averaged; by table, or one for all. Default: none, ids are looked up.
-      frequencies: How often each row is read: `"uniform"`; the exponent `s` of Zipf's law, row `r` being read in
-        proportion to `1 / (r + 1)**s`, as in a vocabulary in order of frequency; or one count, or probability, a row.
-        By table, or one for all. Ids are taken to be drawn independently of each other.
-      optimizer: Whose state is counted: `"sgd"`, `"adagrad"`, `"rowwise_adagrad"`, `"adam"` or `"rowwise_adam"`.
+      tables: Tables by name, or their shapes, `jax.ShapeDtypeStruct((rows, *dim), dtype)`. A table that is frozen or of
+        integers has no gradient and no state.
+      mesh: The sizes of the mesh's axes by name, the major one first; or a mesh.
+      ids: The number of ids that a step looks up in a table, on all devices together: one number for all tables, or a
+        number by table, or several numbers for several lookups in one table.
+      axis: The mesh axis, or axes, over which rows are split; for the layout `"columns"`, the axis for columns.
+      layout: How rows are split: `"rows"`, `"rows-cyclic"`, `"columns"` or `"replicated"`; see `embax.shard`.
+      columns: With a layout of rows, a mesh axis over which columns are split as well.
+      skew: The room for rows in one round, as a multiple of the mean number for an owner; 1 or more, dimensionless.
+      pool_at_owners: Whether owners may sum the rows of a bag and send the sum instead of rows, if that is less.
+      bag_length: The number of ids of a bag, if `embax.embedding_bag` reads the table in bags of one length, summed or
+        averaged without weights; by table, or one for all. Default: none, ids are looked up.
+      frequencies: How often each row is read. `"uniform"`; the exponent `s` of Zipf's law, where row `r` is read in
+        proportion to `1 / (r + 1)**s`, as in a vocabulary sorted by frequency; or one count or probability for each
+        row. By table, or one for all. Ids are assumed to be drawn independently.
+      optimizer: The optimizer whose state is counted: `"sgd"`, `"adagrad"`, `"rowwise_adagrad"`, `"adam"` or
+        `"rowwise_adam"`.
 
     Returns:
-      The plan of each table, and sums. Bytes are those of one device in one step, devices being alike.
+      The plan of each table, and sums. Bytes are for one device and one step; all devices are alike.
 
     Raises:
       TypeError: If a table, the mesh or a number is of the wrong type.

@@ -1,4 +1,4 @@
-"""The results of plan: collectives, tables, and their sums as text."""
+"""The results of `plan`: collectives, tables, and a text table of their sums."""
 
 import dataclasses
 import math
@@ -16,15 +16,15 @@ Optimizer = Literal["sgd", "adagrad", "rowwise_adagrad", "adam", "rowwise_adam"]
 
 @dataclasses.dataclass(frozen=True)
 class Transfer:
-    """One collective of a step, as every device takes part in it.
+    """One collective of a step; every device takes part in it.
 
     Args:
-      phase: When it is: in a lookup, or when gradients, or updates, go to where their rows are stored.
-      what: What is sent.
+      phase: `"forward"`: in a lookup. `"backward"`: when gradients or updates are sent to owners.
+      what: The data that is sent.
       collective: `"all_to_all"` or `"all_gather"`.
-      devices: How many devices exchange with each other.
+      devices: The number of devices that exchange with each other.
       buffer: The size of its result on each device in the compiled program, in bytes.
-      useful: What a device sends to others that is no filling, the expected number, in bytes.
+      useful: The expected number of bytes that a device sends to others, without padding.
     """
 
     phase: Phase
@@ -36,32 +36,32 @@ class Transfer:
 
     @property
     def sent(self) -> int:
-        """What a device sends to others, filling included, in bytes; as much comes in."""
+        """The bytes that a device sends to others, padding included; it receives as many."""
         return self.buffer * (self.devices - 1) // self.devices
 
 
 @dataclasses.dataclass(frozen=True)
 class TablePlan:
-    """What one table takes, for each device and each step.
+    """The costs of one table, for each device and each step.
 
     Args:
       name: Its name.
       shape: Its shape, `(rows, *dim)`.
       dtype: Its dtype.
-      placement: Where its rows are to be; the mesh in it may be one of no devices.
+      placement: Where its rows will be; the placement's mesh may have no devices.
       ids: The number of ids of each lookup in a step, on all devices together.
-      transfers: The collectives of a step. Rare paths, which ids take that crowd on one device, are not among them.
+      transfers: The collectives of a step, without the rare ones for an overloaded owner.
       weight_bytes: The size of the weight on a device.
-      state_bytes: That of the optimizer's state.
-      buffer_bytes: An estimate of what a step needs for the rows on their way and in the optimizer.
+      state_bytes: The size of the optimizer's state on a device.
+      buffer_bytes: An estimate of the memory for rows in exchanges and in the optimizer.
       distinct: The expected number of distinct ids in a step.
-      asked: The expected number of distinct ids, summed over the lookups, that a device asks for, its own included.
-      ids_balance: How many of the ids are for the device that stores the most wanted rows, as a multiple of the mean.
-      rows_balance: The same for distinct ids, each device having left out its duplicates, which is what is sent.
+      asked: The expected number of distinct ids that a device asks for, its own rows included, summed over lookups.
+      ids_balance: The number of ids for the owner that gets the most, as a multiple of the mean.
+      rows_balance: The same for the rows that are sent, where each device asks for a distinct id once.
       rounds: The expected number of rounds of the lookup that takes most.
       further: The probability that a lookup takes more than one round on any device.
-      crowded: The probability that gradients go another way than `transfers` say: in further rounds with plain SGD of
-        float32, dealt out to all devices with other optimizers.
+      crowded: The probability that an owner is overloaded by gradients, so that `transfers` does not hold: plain SGD in
+        float32 takes further rounds, other optimizers deal rows out to all devices.
     """
 
     name: str
@@ -82,11 +82,11 @@ class TablePlan:
     crowded: float
 
     def sent(self, phase: Phase | None = None) -> int:
-        """What a device sends in a phase of the step, or in all of it, in bytes."""
+        """The bytes that a device sends in a phase of the step; default: in both."""
         return sum(x.sent for x in self.transfers if phase in (None, x.phase))
 
     def useful(self, phase: Phase | None = None) -> float:
-        """The expected part of it that is no filling, in bytes."""
+        """The expected bytes of `sent` that are not padding."""
         return sum(x.useful for x in self.transfers if phase in (None, x.phase))
 
     @property
@@ -96,13 +96,13 @@ class TablePlan:
 
     @property
     def memory(self) -> int:
-        """Their sum."""
+        """Weight, state and buffers of a device together, in bytes."""
         return sum(self.held)
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What some tables take, for each device and each step; `str` makes a table of it.
+    """The costs of some tables, for each device and each step; `str` formats them as a table.
 
     Args:
       tables: The plan of each table, by name.
@@ -111,16 +111,16 @@ class Plan:
     tables: Mapping[str, TablePlan]
 
     def sent(self, phase: Phase | None = None) -> int:
-        """What a device sends for all tables in a phase of the step, or in all of it, in bytes."""
+        """The bytes that a device sends for all tables in a phase of the step; default: in both."""
         return sum(table.sent(phase) for table in self.tables.values())
 
     def useful(self, phase: Phase | None = None) -> float:
-        """The expected part of it that is no filling, in bytes."""
+        """The expected bytes of `sent` that are not padding."""
         return sum(table.useful(phase) for table in self.tables.values())
 
     @property
     def memory(self) -> int:
-        """Weights, states and buffers of a device, in bytes."""
+        """Weights, states and buffers of a device together, in bytes."""
         return sum(table.memory for table in self.tables.values())
 
     def __str__(self) -> str:

@@ -1,4 +1,4 @@
-"""shard and unshard: tables onto a mesh and back."""
+"""shard and unshard: bring tables onto a mesh, and back."""
 
 import functools
 from collections.abc import Sequence
@@ -36,48 +36,47 @@ def shard(
 ) -> Any:
     """Split the tables of a tree over the devices of a mesh.
 
-    A table that is placed is used as any other, in an ordinary `jax.jit` over the same mesh, whose axes may be explicit
-    or not: `lookup`, `embedding_bag`, `Collection`, `attend`, the cross-entropies, `value_and_grad`, the optimizers and
-    `apply_updates` give what they give for the table as it was. The state that an optimizer makes for it is split
-    as the table is.
+    A sharded table is used like any other, in an ordinary `jax.jit` over the same mesh, with explicit axes or without:
+    `lookup`, `embedding_bag`, `Collection`, `attend`, the cross-entropies, `value_and_grad`, the optimizers and
+    `apply_updates` return the same results as for the dense table. Optimizers split their state like the table.
 
     A lookup splits its ids over all devices. Each device asks the owners for the distinct rows that it needs, by an
-    all-to-all in which it can ask each of them for `skew` times the mean number. Where ids crowd on one owner there are
-    further rounds until all is answered; `embax.sharding.rounds` says how many. Gradients take the way back, and are
-    summed where the row is stored; where too many crowd there, the rows of that step are dealt out to all devices, and
-    `LiftState.dealt_out` counts these steps. So traffic and temporary memory follow the number of ids, divided by that
-    of the devices, and no id is lost.
+    all-to-all with room for `skew` times the mean number of rows for each owner. If more ids fall on one owner, further
+    rounds follow until all are answered; `embax.sharding.rounds` counts them. Gradients are sent the other way, and
+    summed by the owner of their row. If an owner is overloaded, the rows of that step are dealt out to all devices;
+    `LiftState.dealt_out` counts such steps. So traffic and temporary memory of a device follow the number of ids
+    divided by the number of devices, and no id is lost.
 
     - `"rows"`: device `k` has the `k`-th block of rows.
-    - `"rows-cyclic"`: row `r` is on device `r mod n`, which balances ids of which the small ones are frequent.
+    - `"rows-cyclic"`: row `r` is on device `r mod n`, which balances the load if low ids are frequent.
     - `"columns"`: each device has a part of every row.
     - `"replicated"`: each device has all rows; an update is sent to all.
 
-    Over the axes of the mesh that are not named, rows are replicated.
+    Rows are replicated over mesh axes that are not named.
 
-    A model of Flax NNX or brainstate is copied, and its Embeddings hold sharded tables then; the model that is given
-    stays as it is. Make its optimizer afterwards, or carry its state over.
+    A model of Flax NNX or brainstate is copied, and the Embeddings of the copy hold sharded tables. Make its optimizer
+    afterwards, or carry the state over.
 
     Args:
-      tree: A pytree with Tables, such as parameters, a Collection, an optimizer's state, or models of Equinox, Flax NNX
-        and brainstate, whose other leaves stay as they are; a NumPy array or memory map, or what has one for its
-        `weight`, such as Vectors. From it, each device gets its own rows and no others.
+      tree: A pytree with Tables: parameters, a Collection, an optimizer's state, or a model of Equinox, Flax NNX or
+        brainstate; other leaves are unchanged. Or a NumPy array, a memory map, or an object whose `weight` is one, such
+        as Vectors; each device reads only its own rows.
       mesh: The mesh.
-      axis: The mesh axis, or axes, over which rows are split; of `"columns"`, the columns.
-      layout: How rows are split: `"rows"`, `"rows-cyclic"`, `"columns"` or `"replicated"`.
-      columns: With a layout of rows: the mesh axis over which the columns are split, too.
-      skew: How many times the mean a device may ask another one for in a round, at least 1, dimensionless.
-      pool_at_owners: Whether the owners of rows sum, or average, those of a bag, and send a partial sum for each bag
-        instead of its rows. They do so for bags of one length wherever less is sent that way: where bags are longer, by
-        and large, than there are devices for rows. A bag is then summed in another order, owner by owner, so that it is
-        that of the table off the mesh to rounding, and not bit for bit. Gradients go the same way as without.
-      **rules: Of an array: the rules of the Table that is made of it.
+      axis: The mesh axis, or axes, over which rows are split; for `"columns"`, the axis that splits columns.
+      layout: How rows are split: `"rows"`, `"rows-cyclic"`, `"columns"` or `"replicated"`, see above.
+      columns: With a layout of rows, a mesh axis over which columns are split as well.
+      skew: The room for rows in one round, as a multiple of the mean number for an owner; 1 or more, dimensionless.
+      pool_at_owners: Whether owners may sum or average the rows of a bag, and send one partial sum for each bag instead
+        of rows. They do so for bags of one length if that sends less, roughly if bags are longer than the number of
+        owners. Each owner then sums its part of a bag first, so results equal those of the dense table up to rounding,
+        not bit for bit. Gradients are not affected.
+      **rules: For an array, the rules of the new Table.
 
     Returns:
-      The same tree, the tables with a `placement`; of an array, a Table.
+      The same tree, whose tables have a `placement`; for an array, a Table.
 
     Raises:
-      TypeError: If the mesh is none, a table is traced, or there is an optimizer of a model in the tree.
+      TypeError: If `mesh` is not a mesh, a table is traced, or the tree has an optimizer of a model.
       ValueError: If the axes or the layout do not fit, or the columns cannot be divided.
 
     Example:
@@ -102,7 +101,7 @@ def shard(
         )
 
     def on_mesh(node: Any) -> Any:
-        if isinstance(node, MadeFor):  # of an optimizer's state, whose tables are on the mesh then
+        if isinstance(node, MadeFor):  # part of an optimizer's state
             return node.placed(storage_of)
         if is_module(node):
             return with_tables("embax.shard", node, on_mesh)
@@ -110,13 +109,13 @@ def shard(
             return held(on_mesh(table_of(node)))
         if not isinstance(node, Table):
             return node
-        if isinstance(node.weight, HeldRows):  # of a gradient, which are where its ids are
+        if isinstance(node.weight, HeldRows):  # a gradient: its rows stay with their ids
             return with_weight(node, node.weight, storage=storage_of((node.rows, *node.dim)))
         if not has_weight(node):
             return node
         if isinstance(node.weight, Tracer):
             raise TypeError(
-                f"`embax.shard(tree=...)` must be called outside of `jit`, got the traced {node!r}. Shard what goes in."
+                f"`embax.shard(tree=...)` must be called outside of `jit`, got the traced {node!r}. Shard it before."
             )
         storage = storage_of((node.rows, *node.dim))
         return with_weight(node, storage.moved(node.storage, node.weight), storage=storage)
@@ -127,17 +126,17 @@ def shard(
 def unshard(tree: Any) -> Any:
     """Take the tables of a tree off the mesh.
 
-    Each of them becomes one array on one device, of every process. That is a whole copy: `embax.checkpoint` writes
-    tables that are too large for one.
+    Each table becomes a whole array on one device of each process. To save a table that is too large for one device,
+    use `embax.checkpoint`.
 
     Args:
-      tree: A pytree with Tables, placed or not, or with models that have some.
+      tree: A pytree with Tables, sharded or not, or with models that have some.
 
     Returns:
-      The same tree, without placements; a model is a copy.
+      The same tree, without placements; models are copied.
 
     Raises:
-      TypeError: If there is an optimizer of a model in the tree.
+      TypeError: If the tree has an optimizer of a model.
 
     Example:
       >>> import embax, jax, jax.numpy as jnp
@@ -161,18 +160,18 @@ def unshard(tree: Any) -> Any:
 
 
 def rounds(table: Table, ids: Any) -> Int32[Array, ""]:
-    """Say in how many rounds a lookup in a placed table is answered: 1 where the capacity suffices.
+    """Count the rounds of a lookup in a sharded table: 1 if no owner is overloaded.
 
     Args:
-      table: A table with a placement.
+      table: A sharded table.
       ids: The ids of the lookup.
 
     Returns:
-      A number, to be logged or averaged: with more than 1 as a rule, give `embax.shard` a greater `skew`.
+      The number of rounds, to be logged or averaged. If it is often above 1, pass a larger `skew` to `embax.shard`.
 
     Raises:
       TypeError: If the ids are not of an integer dtype.
-      ValueError: If the table has no placement.
+      ValueError: If the table is not sharded.
       IndexError: As `lookup`.
 
     Example:

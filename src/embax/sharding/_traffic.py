@@ -1,8 +1,9 @@
-"""What a step of one table sends, how much of it is useful, and what it needs.
+"""The traffic and memory of a step of one sharded table.
 
-`_collectives` counts the collectives of the traced programs; the expected useful part, and how often ids crowd, follow
-from how often rows are read. For instance, if 1,024 ids of a device are expected to name 600 distinct rows, 450 of them
-on other devices, 450 of the 1,296 ids that it sends are useful.
+`_collectives` counts the bytes of the collectives in the traced programs. This module computes how many of them are
+expected to be useful, and how likely ids exceed the capacity, from how often rows are read. For instance, if 1,024 ids
+of a device are expected to have 600 distinct rows, 450 of them on other devices, then 450 of the 1,296 ids that it
+sends are useful.
 """
 
 import dataclasses
@@ -37,12 +38,12 @@ class Useful(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class TableStep:
-    """A step of one table, as seen from a device."""
+    """A step of one table, from the view of one device."""
 
-    table: Table  # as it is to be placed; its weight is a shape
+    table: Table  # with its future placement; its weight is a shape
     law: Law
     ids: tuple[int, ...]
-    bag_length: int | None  # None where they are not pooled
+    bag_length: int | None  # None if ids are not pooled
     optimizer: Optimizer | None
 
     def planned(self, name: str) -> TablePlan:
@@ -79,23 +80,23 @@ class TableStep:
 
     @property
     def placement(self) -> Placement:
-        """Where the rows are to be."""
+        """Where the rows will be."""
         placement: Any = self.table.placement
         return placement
 
     @property
     def dtype(self) -> np.dtype:
-        """That of the rows."""
+        """The dtype of rows."""
         return np.dtype(self.table.dtype)
 
     @property
     def part(self) -> int:
-        """How many numbers of a row a device has."""
+        """The number of entries of a row that a device has."""
         return math.prod(self.table.dim) // self.placement.column_shards
 
     @property
     def lookups(self) -> tuple[int, ...]:
-        """The ids of the lookups that read anything."""
+        """The numbers of ids of lookups that read anything."""
         return tuple(number for number in self.ids if number and self.placement.rows and self.part)
 
     @property
@@ -105,7 +106,7 @@ class TableStep:
 
     @property
     def adds(self) -> bool:
-        """Whether the optimizer only scales gradients, so that they are added to the rows as they come."""
+        """Whether the optimizer only scales gradients, so that they are added to rows without being summed first."""
         return self.optimizer == "sgd" and accumulator(self.dtype) == self.dtype
 
     @property
@@ -117,11 +118,11 @@ class TableStep:
 
     @property
     def _group(self) -> int:
-        """How many ids of all lookups a device has, with columns those of its group: `embax._mesh.sharded.joined`."""
+        """The ids of all lookups on a device or, with columns, in its group: `embax._mesh.sharded.joined`."""
         return sum(map(self.placement.ids_of_device, self.lookups))
 
     def real(self, ids: int) -> float:
-        """How many ids a device sees to, without those that fill them up; with columns, those of its group."""
+        """The number of ids of a device or, with columns, of its group, without padding."""
         return ids / self.placement.devices * self.placement.column_shards
 
     @property
@@ -148,7 +149,7 @@ class TableStep:
         return length is not None and is_pooled_where_stored(self.table, (ids // length,), length, weighted=False)
 
     def _forward(self, ids: int) -> list[Useful]:
-        """What is useful of the collectives of a lookup: see `embax._mesh.sharded.take`."""
+        """The useful part of the collectives of a lookup: see `embax._mesh.sharded.take`."""
         if self._is_pooled(ids):
             return self._forward_of_bags(ids)
         columns, shards = self.placement.column_shards, self.placement.shards
@@ -162,7 +163,7 @@ class TableStep:
         ]
 
     def _forward_of_bags(self, ids: int) -> list[Useful]:
-        """What is useful of the collectives of bags that are pooled where rows are: see `embax._mesh.bags`."""
+        """The useful part of the collectives of bags that owners pool: see `embax._mesh.bags`."""
         columns, shards, length = self.placement.column_shards, self.placement.shards, self.bag_length or 1
         own, share = self.real(ids), self.law.by_owner(self.law.probability)
         of_others = own * (columns - 1) / columns
@@ -181,16 +182,16 @@ class TableStep:
         ]
 
     def _backward(self) -> tuple[list[Useful], float]:
-        """What is useful of the collectives of an optimizer's step, and the probability that rows crowd.
+        """The useful part of the collectives of a step, and the probability that an owner is overloaded.
 
-        See `embax._mesh.sharded.put`, by which SGD adds gradients to rows, and `embax._mesh.sharded.combine`,
-        which sums them for the other optimizers.
+        SGD adds gradients to rows by `embax._mesh.sharded.put`; other optimizers sum them by
+        `embax._mesh.sharded.combine`.
         """
         placement, part = self.placement, self.part
         columns, shards, copies = placement.column_shards, placement.shards, placement.copies
         group = self._group
         capacity, own = placement.capacity(group), self.real(sum(self.lookups)) / columns
-        # To add, each device sums what it has, and nobody looks at what is alike in a group.
+        # SGD: each device sums its own duplicates only; the same id on two devices of a group is sent twice.
         draws, times = (own, columns) if self.adds else (own * columns, 1)
         means, variances = (times * x for x in self.law.distinct(draws))
         arriving = float(np.minimum(means, capacity).sum())
@@ -206,7 +207,7 @@ class TableStep:
         if self.adds:
             if copies > 1:
                 send("all_gather", (copies - 1) * means.sum() / shards)
-            arriving *= (shards - 1) / shards  # its own rows have been added
+            arriving *= (shards - 1) / shards  # a device adds its own rows itself
         if shards > 1:
             send("all_to_all", arriving if self.adds else arriving * (shards - 1) / shards)
         if copies > 1 and (shards > 1 or not self.adds):
@@ -219,7 +220,7 @@ class TableStep:
         placement, group = self.placement, self.placement.ids_of_device(ids)
         means, variances = self.law.distinct(self.real(ids))
         askers = placement.copies * (placement.shards - 1)
-        if self._is_pooled(ids):  # duplicates and its own ids, too
+        if self._is_pooled(ids):  # duplicates and a device's own rows are sent, too
             share, askers = self.law.by_owner(self.law.probability), placement.copies * placement.shards
             means = self.real(ids) * share
             variances = means * (1 - share)
@@ -233,18 +234,18 @@ class TableStep:
         return expected, further
 
     def _buffers(self) -> int:
-        """About what XLA takes for the rows of a step, counted in the arrays that were seen alive at once on a CPU."""
+        """An estimate of XLA's memory for the rows of a step: the arrays that are alive at once on a CPU."""
         placement, group = self.placement, self._group
         sent = placement.shards * placement.capacity(group) if placement.shards > 1 else 0
         held = (sent or group) * placement.copies
         dtype = accumulator(self.dtype) if self.optimizer else self.dtype
-        entry = self.part * dtype.itemsize + 2 * self.index  # an id, and a place in some order
+        entry = self.part * dtype.itemsize + 2 * self.index  # a row, its id, and its place in a sorted order
         if not self.optimizer:
             return entry * (group + 2 * sent)
-        own = group * (3 if sent else 1)  # gradients; in the order of their rows; summed
+        own = group * (3 if sent else 1)  # gradients, gradients sorted by row, and their sums
         if self.adds:
             return entry * (own + max(2 * sent, held))
-        # What was sent, what came in; in order, summed, the update; and rows of the state.
+        # Sent and received rows; received rows sorted, their sums, the update; and rows of the state.
         states = {"adagrad": 1, "adam": 2, "rowwise_adam": 1}.get(self.optimizer, 0)
         return entry * (own + 2 * sent + (3 + states) * held)
 
@@ -256,16 +257,16 @@ def _balance(loads: Float64[np.ndarray, " shards"]) -> float:
 def _any_above(
     means: Float64[np.ndarray, " shards"], variances: Float64[np.ndarray, " shards"], capacity: int, askers: int
 ) -> float:
-    """The probability that any of some devices asks any owner for more rows than the capacity says.
+    """The probability that any device asks any owner for more rows than the capacity.
 
-    Each number of rows is taken for binomial, of the given mean and variance, and independent of the others.
+    Each number of rows is assumed to be binomial, with the given mean and variance, and independent of the others.
     """
     from scipy import special
 
     chance = np.clip(1 - variances / np.maximum(means, 1e-300), 0, 1)
     number = means / np.maximum(chance, 1e-300)
-    poisson = (chance < 1e-6) | (number > 1e12)  # where the other one loses its digits
-    above = np.where(means > capacity, 1.0, 0.0)  # of a number without variance
+    poisson = (chance < 1e-6) | (number > 1e12)  # where the binomial formula loses precision
+    above = np.where(means > capacity, 1.0, 0.0)  # without variance
     some = ~poisson & (number > capacity) & (chance < 1)
     above[some] = special.betainc(capacity + 1, (number - capacity)[some], chance[some])
     above[some | poisson] = np.where(poisson, special.gammainc(capacity + 1, means), above)[some | poisson]

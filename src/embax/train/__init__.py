@@ -1,4 +1,4 @@
-"""Training: sequences of tokens in, vectors out."""
+"""Training of word vectors: sequences of words in, vectors out."""
 
 from ._corpus import CorpusError as CorpusError
 from ._corpus import paragraphs as paragraphs

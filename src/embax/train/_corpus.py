@@ -1,4 +1,8 @@
-"""Corpora: text to sequences of words, and those to a vocabulary and one array of ids."""
+"""Corpora: cut text into sequences of words, and number them.
+
+For instance, the text "The king. The crown." is the sequence `["the", "king", "the", "crown"]`. Numbered by falling
+count, then by spelling, the tokens are `["the", "crown", "king"]` and the ids `[0, 2, 0, 1, -1]`: -1 ends a sequence.
+"""
 
 import array
 import collections
@@ -15,22 +19,22 @@ from jaxtyping import Int32, Int64
 
 from ._parts import Parts
 
-# Stands between two sequences in `Corpus.ids`.
+# Ends each sequence in `Corpus.ids`.
 BREAK = -1
 # A blank line ends a paragraph; lines of verse and wrapped lines belong together.
 _PARAGRAPH = re.compile(r"\n[^\S\n]*\n")
-# The zero-width non-joiner and joiner: inside a word, they say how letters are written (Unicode Annex 29, rule WB4).
+# The zero-width non-joiner and joiner: inside a word, they control how letters join (Unicode Annex 29, rule WB4).
 _JOINERS = "\u200c\u200d"
 _ASCII_WORD = re.compile(r"\w+(?:'\w+)*")
-# Characters that a paragraph is looked for in. One without an end, such as a whole corpus on one line, is cut here.
+# The most characters of a paragraph. A longer one, such as a whole corpus on one line, is cut.
 _LONGEST = 1 << 20
 
 
 class CorpusError(ValueError):
-    """A corpus in which there is nothing to learn.
+    """A corpus has no words to learn.
 
     Args:
-      reason: What it lacks, as a sentence about "it".
+      reason: A sentence about "it", the corpus.
     """
 
     def __init__(self, reason: str):
@@ -42,12 +46,12 @@ class Corpus(NamedTuple):
     """A text as row numbers of its vocabulary."""
 
     tokens: list[str]  # (rows,), the most frequent first
-    counts: Int64[np.ndarray, " rows"]  # how often each occurs
+    counts: Int64[np.ndarray, " rows"]  # how often each token occurs
     ids: Int32[np.ndarray, " length"]  # row numbers, with BREAK after each sequence
 
 
 class Paragraph:
-    """A paragraph of text that is cut into words only when it is iterated over.
+    """A paragraph of text that is cut into words only when it is iterated.
 
     Args:
       text: The text.
@@ -63,16 +67,15 @@ class Paragraph:
 
 
 def paragraphs(pieces: Iterable[str]) -> Iterator[Paragraph]:
-    r"""Cut text into paragraphs whose words nobody has looked for yet.
+    r"""Cut text into paragraphs that are not cut into words yet.
 
-    Of several processes that train together, each has to know how many paragraphs there are, but looks for the words of
-    its own ones only.
+    If several processes train together, each of them must count all paragraphs, but needs the words of its own only.
 
     Args:
       pieces: As in `tokenize`.
 
     Yields:
-      The paragraphs as `tokenize` cuts them, those without words included.
+      The paragraphs that `tokenize` cuts, including those without words.
 
     Example:
       >>> import embax.train
@@ -95,16 +98,16 @@ def paragraphs(pieces: Iterable[str]) -> Iterator[Paragraph]:
 def tokenize(pieces: Iterable[str]) -> Iterator[list[str]]:
     r"""Cut text into paragraphs of lower-cased words.
 
-    A word is a run of letters, digits and combining marks, with apostrophes and zero-width joiners and non-joiners
-    inside: `King's` is `king's`. Composed and decomposed accents make the same word, and so do straight and curly
-    apostrophes. Soft hyphens are dropped. A blank line ends a paragraph. Languages that are written without spaces have
-    to be segmented first.
+    A word is a run of letters, digits and combining marks; inside, it may have apostrophes and zero-width joiners and
+    non-joiners: `King's` becomes `king's`. Composed and decomposed accents give the same word, as do straight and curly
+    apostrophes. Soft hyphens are dropped. A blank line ends a paragraph. Languages without spaces between words must be
+    segmented first.
 
     Args:
-      pieces: The text in order, as `embax.files.read_text` gives it; words may be cut anywhere between pieces.
+      pieces: The text in order, such as from `embax.files.read_text`; pieces may end inside of a word.
 
     Yields:
-      The words of each paragraph that has any; of one longer than a million characters, its parts.
+      The words of each paragraph that has any. A paragraph of more than a million characters is cut into parts.
 
     Example:
       >>> import embax.train
@@ -117,22 +120,22 @@ def tokenize(pieces: Iterable[str]) -> Iterator[list[str]]:
 
 
 def encode(sequences: Iterable[Iterable[str]], min_count: int, parts: Parts) -> list[Corpus]:
-    """Number the words of a corpus in one pass, four bytes a word; its text is not kept.
+    """Number the words of a corpus in one pass, with four bytes for each word; the text is not kept.
 
-    Sequence `i` belongs to part `i mod n`. A process keeps the sequences of its own parts, counts their words, and adds
-    up the counts with the other processes.
+    Sequence `i` belongs to part `i mod n`. A process keeps the sequences of its own parts, counts their words, and sums
+    the counts over all processes.
 
     Args:
-      sequences: The words of each sequence, the same in all processes. No window reaches from one into another.
-      min_count: Words that occur less often are left out, as though they had not been there.
+      sequences: The words of each sequence, the same in all processes. A window never reaches into another sequence.
+      min_count: Words that occur less often are removed.
       parts: The parts.
 
     Returns:
-      For each part of this process, the vocabulary of all, by falling count and then by spelling, and the part in its
-      row numbers.
+      For each part of this process: the vocabulary of the whole corpus, by falling count and then by spelling, and the
+      row numbers of this part.
 
     Raises:
-      TypeError: If a sequence is a string, whose items are characters.
+      TypeError: If a sequence is a string, whose items would be characters.
       CorpusError: If no word occurs often enough.
     """
     seen: collections.defaultdict[str, int] = collections.defaultdict()
@@ -162,7 +165,7 @@ def encode(sequences: Iterable[Iterable[str]], min_count: int, parts: Parts) -> 
 def _of_all_processes(
     spellings: list[str], counts: Int64[np.ndarray, " distinct"], parts: Parts
 ) -> tuple[list[str], Int64[np.ndarray, " distinct"]]:
-    """Add up the counts of all processes, word by word."""
+    """Sum the counts of each word over all processes."""
     if not parts.is_shared:
         return spellings, counts
     total: collections.Counter[str] = collections.Counter()
@@ -184,7 +187,7 @@ def _why_empty(spellings: list[str], counts: Int64[np.ndarray, " distinct"], min
 def _words_of(text: str) -> list[str]:
     word = _ASCII_WORD
     if not text.isascii():
-        # Soft hyphens go first: a combining mark behind one belongs to the letter before it.
+        # Drop soft hyphens first: a combining mark behind one belongs to the letter before it.
         text = unicodedata.normalize("NFC", text.replace("\u00ad", "")).replace("\u2019", "'")
         word = _any_word(has_joiners=any(joiner in text for joiner in _JOINERS))
     return word.findall(text.lower().replace("_", " "))
@@ -192,12 +195,12 @@ def _words_of(text: str) -> list[str]:
 
 @functools.cache
 def _any_word(has_joiners: bool) -> re.Pattern[str]:
-    # `\w` has no combining marks, without which a word of Hindi falls apart at its vowel signs. As ranges: the single
-    # characters make the pattern ten times slower.
+    # `\w` lacks combining marks, so Hindi words would be cut at their vowel signs. Ranges make the pattern ten times
+    # faster than single characters.
     codes = [code for code in range(sys.maxunicode + 1) if unicodedata.category(chr(code))[0] == "M"]
     firsts = [code for code in codes if unicodedata.category(chr(code - 1))[0] != "M"]
     lasts = [code for code in codes if unicodedata.category(chr(code + 1))[0] != "M"]
     marks = "".join(f"{chr(first)}-{chr(last)}" for first, last in zip(firsts, lasts, strict=True))
-    # Most texts have no joiners, and the pattern without them is faster.
+    # The pattern without joiners is faster, and most texts have none.
     inside = f"(?:[{_JOINERS}]+(?:'[{_JOINERS}]*)?|'[{_JOINERS}]*)" if has_joiners else "'"
     return re.compile(rf"[\w{marks}]+(?:{inside}[\w{marks}]+)*")

@@ -1,4 +1,4 @@
-"""Parts: a corpus dealt out to the devices of a mesh, and what the processes tell each other of theirs."""
+"""Parts: a corpus split over the devices of a mesh, and the communication between processes."""
 
 import functools
 from typing import Any, NamedTuple
@@ -15,14 +15,14 @@ AXIS = "devices"
 
 
 class Parts(NamedTuple):
-    """The parts of a corpus, one for each device of a mesh; without a mesh, the whole is the one part."""
+    """The parts of a corpus, one for each device of a mesh; without a mesh, the corpus is one part."""
 
     mesh: Mesh | None
     number: int
-    own: tuple[int, ...]  # those of this process
+    own: tuple[int, ...]  # the numbers of this process's parts
 
     def everywhere(self, array: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
-        """Give each device a copy of an array, or a key, that is the same in all processes."""
+        """Replicate an array, or a random key, that is the same in all processes."""
         if self.mesh is None:
             return array
         if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
@@ -31,7 +31,7 @@ class Parts(NamedTuple):
         return jax.device_put(array, NamedSharding(self.mesh, PartitionSpec()))
 
     def split(self, array: Shaped[np.ndarray, "steps own *slots"]) -> Shaped[Array | np.ndarray, "steps batch *slots"]:
-        """Put what this process has of a batch, part by part, onto its devices."""
+        """Put this process's share of a batch onto its devices, one part on each."""
         if self.mesh is None:
             return array
         size = array.shape[1] // len(self.own)
@@ -44,17 +44,17 @@ class Parts(NamedTuple):
         return jax.make_array_from_callback(shape, NamedSharding(self.mesh, PartitionSpec(None, AXIS)), of_device)
 
     def total(self, numbers: Int64[np.ndarray, "..."]) -> Int64[np.ndarray, "..."]:
-        """Add up numbers over the processes."""
+        """Sum numbers over all processes."""
         if not self.is_shared:
             return numbers
         shape, found = numbers.shape, self.gather(numbers.astype(np.int64).tobytes())
         return np.sum([np.frombuffer(x, np.int64) for x in found], axis=0).reshape(shape)
 
     def gather(self, data: bytes) -> list[bytes]:
-        """Return what each process has given, in the order of the processes."""
+        """Return the data of all processes, in the order of the processes."""
         if not self.is_shared:
             return [data]
-        # As bytes, since JAX would narrow integers of 64 bits.
+        # As bytes, since JAX would cut 64-bit integers to 32 bits.
         size = np.frombuffer(np.int64(len(data)).tobytes(), np.uint8)
         sizes = [int(np.frombuffer(row.tobytes(), np.int64)[0]) for row in multihost_utils.process_allgather(size)]
         padded = np.zeros(max(sizes), np.uint8)
@@ -68,22 +68,22 @@ class Parts(NamedTuple):
         return self.mesh is not None and len(self.own) < self.number
 
 
-# A corpus in one part.
+# The whole corpus as one part.
 WHOLE = Parts(None, 1, (0,))
 
 
 def parts_of(call: str, mesh: Mesh | None) -> Parts:
-    """Check a mesh, and see which of its devices are those of this process.
+    """Check a mesh, and find the devices of this process.
 
     Args:
-      call: The call for the message.
-      mesh: A mesh, or None for no mesh at all.
+      call: The call, for error messages.
+      mesh: A mesh, or None.
 
     Returns:
       The parts.
 
     Raises:
-      TypeError: If it is no mesh.
+      TypeError: If `mesh` is not a mesh.
       ValueError: If it lacks devices of a process.
     """
     if mesh is None:

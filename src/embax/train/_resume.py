@@ -1,4 +1,4 @@
-"""Checkpoints of training: to go on where a run was ended, as though it had not been."""
+"""Checkpoints of training: resume an interrupted run, with the same result as without the interruption."""
 
 import hashlib
 import json
@@ -15,11 +15,11 @@ from ._parts import Parts
 
 
 class CheckpointError(ValueError):
-    """A directory of checkpoints that a run cannot go on from.
+    """A run cannot be resumed from a directory of checkpoints.
 
     Args:
       path: The directory.
-      reason: What is wrong with it, as a sentence about "it".
+      reason: A sentence about "it", the checkpoint.
     """
 
     def __init__(self, path: str | os.PathLike[str], reason: str):
@@ -28,17 +28,17 @@ class CheckpointError(ValueError):
 
 
 class Checkpoints:
-    """Where a run is saved now and then, and may go on from.
+    """Saves a run at intervals, and resumes it.
 
     Args:
-      path: A directory that all processes see.
-      every: How many calls of the compiled program there are from one checkpoint to the next.
-      of_run: What tells this run from others, as `fingerprint` gives it.
+      path: A directory that all processes can access.
+      every: The number of calls of the compiled program between checkpoints.
+      of_run: The run's `fingerprint`.
       parts: The parts of the corpus.
     """
 
     def __init__(self, path: str | os.PathLike[str], every: int, of_run: UInt32[np.ndarray, " words"], parts: Parts):
-        # Here, as it needs Orbax, which training without checkpoints does not.
+        # Imported here, since it needs Orbax, which training without checkpoints does not.
         from .. import checkpoint
 
         os.makedirs(path, exist_ok=True)
@@ -48,13 +48,13 @@ class Checkpoints:
         """Read the last checkpoint, if there is one.
 
         Args:
-          state: What training begins with.
+          state: The initial state of training.
 
         Returns:
-          The state, and how many calls have led to it.
+          The state, and the number of calls that were made until it.
 
         Raises:
-          CheckpointError: If it is damaged or of another run, or not all processes find the same one.
+          CheckpointError: If the checkpoint is damaged, or of another run, or processes find different ones.
         """
         nothing = {"run": self._of_run, "calls": 0}
         about: dict[str, Any]
@@ -65,35 +65,37 @@ class Checkpoints:
         except ValueError as error:
             raise CheckpointError(
                 self._path,
-                f"what is saved there is damaged or of something else ({_rule_of(error)}). Name a new directory.",
+                f"it is damaged, or not a checkpoint of training ({_rule_of(error)}). Name a new directory.",
             ) from error
         if not np.array_equal(about["run"], self._of_run):
             raise CheckpointError(
                 self._path,
                 "it is of another text, other options or another number of devices. Name a new directory, or run with "
-                "what it was made with.",
+                "the same ones.",
             )
         found = {int(calls) for calls in self._parts.gather(str(about["calls"]).encode())}
         if len(found) > 1:
-            raise CheckpointError(self._path, "not all processes see the same one. Name one on a shared file system.")
+            raise CheckpointError(
+                self._path, "not all processes find the same one. Name a directory on a shared file system."
+            )
         calls = about["calls"]
         if calls:
             state = self._orbax.restore(self._path, {"state": state}, step=calls, partial=True)["state"]
         return state, calls
 
     def save(self, state: PyTree, calls: int) -> None:
-        """Write a checkpoint, if it is time to."""
+        """Write a checkpoint, if one is due after this number of calls."""
         if calls % self._every == 0:
             self._orbax.save(self._path, {"state": state, "run": self._of_run, "calls": calls}, step=calls)
 
 
 def _rule_of(error: ValueError) -> str:
-    """What an error of `embax.checkpoint` says, without the call, which the user has not made."""
+    """The message of an error of `embax.checkpoint`, without the call, which the user did not make."""
     return re.sub(r"^`embax\.[^`]*` ", "", str(error)).rstrip(".")
 
 
 def fingerprint(corpora: Sequence[Corpus], parts: Parts, options: Mapping[str, object]) -> UInt32[np.ndarray, " words"]:
-    """Sum up a corpus and the options of a run in a few numbers, which are other ones for another run."""
+    """A hash of a corpus and the options of a run, to tell runs apart."""
     digests = np.zeros((parts.number, 4), np.int64)
     for number, corpus in zip(parts.own, corpora, strict=True):
         digests[number] = np.frombuffer(hashlib.sha256(corpus.ids.tobytes()).digest(), np.int64)

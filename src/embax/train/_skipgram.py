@@ -1,4 +1,13 @@
-"""Skip-gram with negative sampling: a corpus to vectors, by a jitted step over two tables."""
+"""Skip-gram with negative sampling: learn word vectors from a corpus, by a jitted step over two tables.
+
+For the sequence "the king holds the crown", the centre "holds" with one word on either side gives the pairs (king,
+holds) and (the, holds). With five noise words, shared by both pairs, the step raises the product of each pair's two
+vectors, and lowers the products of "king" and "the" with the noise words.
+
+A step sums the gradients of up to 1,024 centres, all at the same weights. A frequent word would move too far: if "the"
+occurs in 300 pairs of a step, at a rate of 0.025 it would move by 300 x 0.025 = 7.5 times its mean gradient. So a row
+moves at most 0.8 times its mean gradient, which limits words in more than 32 pairs of a step.
+"""
 
 import functools
 import math
@@ -29,41 +38,41 @@ from ._resume import Checkpoints, fingerprint
 from ._windows import STEPS_A_CALL, batches
 
 # The most that a row moves in a step, in units of its mean gradient. The logistic loss has a curvature of at most
-# |row|^2 / 4, and rows stay shorter than about 3, so that 0.8 keeps clear of the edge of stability at 2 / curvature.
+# |row|^2 / 4, and rows stay shorter than about 3, so 0.8 is below the limit of stability, 2 / curvature = 0.89.
 _LARGEST_MOVE = 0.8
-# The learning rate falls to this part of itself; word2vec.c has the same.
+# The learning rate falls to this fraction of itself, as in word2vec.c.
 _LAST_RATE = 1e-4
 
 
 class Progress(NamedTuple):
-    """How far training has come."""
+    """The progress of training."""
 
-    epoch: int  # the one under way, from 1
+    epoch: int  # the current epoch, from 1
     epochs: int
-    words: int  # so far, of all epochs, before subsampling
-    total_words: int  # of all epochs
-    loss: Array  # () float32, in nats a pair; to read it is to wait for the device
+    words: int  # words so far in all epochs, before subsampling
+    total_words: int  # words of all epochs
+    loss: Array  # () float32, in nats for each pair; reading it waits for the device
     seconds: float  # since the first step began, compilation included
-    words_before: int = 0  # of the words, those of the run that this one goes on from
+    words_before: int = 0  # words of the earlier run that this one resumes
 
     @property
     def words_per_second(self) -> float:
-        """The mean speed so far."""
+        """The mean speed so far, in words a second."""
         return (self.words - self.words_before) / max(self.seconds, 1e-9)
 
     @property
     def seconds_left(self) -> float:
-        """The time that the rest will take at the mean speed so far."""
+        """The remaining time, at the mean speed so far."""
         return (self.total_words - self.words) / max(self.words_per_second, 1e-9)
 
 
 class State(NamedTuple):
-    """What a step changes."""
+    """The state of training, which a step updates."""
 
-    inputs: Table  # (rows, dim) float32, the vectors that are kept
-    outputs: Table  # (rows, dim) float32, what they are compared with
+    inputs: Table  # (rows, dim) float32, the vectors that are returned
+    outputs: Table  # (rows, dim) float32, the vectors that they are multiplied with
     key: Key[Array, ""]  # draws the negatives
-    slots: tuple[_dedupe.Slots, _dedupe.Slots]  # int32 (rows,), to sum the gradients of a row, or None
+    slots: tuple[_dedupe.Slots, _dedupe.Slots]  # int32 (rows,), scratch for summing gradients of a row, or None
 
 
 def skipgram(
@@ -84,39 +93,39 @@ def skipgram(
 ) -> Vectors:
     """Learn word vectors by skip-gram with negative sampling.
 
-    `loss = -sum_(centre, context) [log s(v_context . u_centre) + sum_k log s(-v_context . u_noise_k)]`, `s` being the
-    logistic function, `v` the vectors that are returned.
+    `loss = -sum_(centre, context) [log s(v_context . u_centre) + sum_k log s(-v_context . u_noise_k)]`, where `s` is
+    the logistic function and `v` are the vectors that are returned.
 
-    The noise words of a centre are shared by the words of its window (Ji et al.). A step descends the summed gradient
-    of up to 1024 centres. As it stands that would diverge for rows that occur in hundreds of them, so no row moves
-    further than 0.8 times its mean gradient. The same seed gives the same vectors on the same machine.
+    The words of a window share the noise words of their centre (Ji et al.). A step descends the summed gradient of up
+    to 1024 centres. This would diverge for rows that occur in hundreds of them, so no row moves by more than 0.8 times
+    its mean gradient. The same seed gives the same vectors on the same machine.
 
-    On a mesh, each device holds its part of both tables and learns from its part of the corpus, which is every `n`-th
-    sequence. The mesh may be one of several processes. Each of them then calls this with the same arguments and goes
-    through all sequences, but looks into and keeps only those of its own devices; each gets the same vectors. These
-    depend on the number of devices, but not on that of the processes they belong to. `embax.train.paragraphs` gives
-    sequences that take no work until they are looked into.
+    On a mesh, each device holds its part of both tables, and learns from its part of the corpus: every `n`-th sequence.
+    With several processes, each of them calls this function with the same arguments and iterates over all sequences,
+    but reads and keeps only the sequences of its own devices; all processes return the same vectors. The vectors depend
+    on the number of devices, not on the number of processes. `embax.train.paragraphs` yields sequences that take no
+    work until they are read.
 
     Args:
-      sequences: The words of each sequence, such as `embax.train.tokenize` gives; read once. No window reaches from one
-        into another.
+      sequences: The words of each sequence, such as from `embax.train.tokenize`; iterated once. A window never reaches
+        into another sequence.
       dim: The size of a vector.
       window: The most words on either side of a centre that are its context; each centre draws its own width up to it.
-      negative: Noise words for each centre, drawn by the 0.75th power of their frequency.
-      epochs: Passes over the corpus.
-      min_count: Words that occur less often are left out.
-      sample: The frequency, as a part of all words, above which words are left out at random, the more the more
-        frequent; in [0, 1], and 0 keeps all.
-      learning_rate: The size of the first step, as word2vec counts it: what the gradient of one pair is multiplied by.
-        It falls linearly to a ten-thousandth. In (0, 1].
-      seed: Any number from 0 up; the start of all that is random.
-      progress: Called after each few steps. It need not read `Progress.loss` each time.
-      mesh: A mesh of all devices that take part. Default: none, and the default device alone.
-      checkpoint: A directory that all processes see, in which the run is saved now and then. If it holds a checkpoint
-        of the same run, with the same arguments and as many devices, the run goes on from there, and gives what it
-        would have given without the interruption. Default: none.
-      checkpoint_every: The number of steps from one checkpoint to the next, rounded up to a multiple of 16. An epoch
-        has about 512 steps, or as many as there are times 1024 words.
+      negative: The number of noise words for each centre, drawn by the 0.75th power of their frequency.
+      epochs: The number of passes over the corpus.
+      min_count: Words that occur less often are removed.
+      sample: Words whose share of the text is larger are dropped at random, more often the more frequent they are; in
+        [0, 1], and 0 keeps all.
+      learning_rate: The initial learning rate, as in word2vec: the factor of the gradient of one pair. It falls
+        linearly to a ten-thousandth of itself. In (0, 1].
+      seed: The seed of all random numbers, 0 or more.
+      progress: Called after every few steps. It need not read `Progress.loss` each time.
+      mesh: A mesh of all devices to use. Default: none, only the default device.
+      checkpoint: A directory that all processes can access, in which the run is saved at intervals. If it holds a
+        checkpoint of the same run, with the same arguments and number of devices, the run is resumed, with the same
+        result as without the interruption. Default: none.
+      checkpoint_every: The number of steps between checkpoints, rounded up to a multiple of 16. An epoch has about 512
+        steps; a corpus of more than 512 x 1024 words has one step for each 1024 words.
 
     Returns:
       The vectors, by falling count and then by spelling.
@@ -126,7 +135,7 @@ def skipgram(
       CheckpointError: If the directory holds checkpoints of another run, or damaged ones; a ValueError.
       TypeError: If an argument is of the wrong type.
       ValueError: If an argument is outside its range.
-      ImportError: If there is to be a checkpoint, and Orbax is not installed.
+      ImportError: With `checkpoint`, if Orbax is not installed.
 
     Example:
       >>> import embax.train
@@ -146,7 +155,7 @@ def skipgram(
         _at_least_one(f"{call}({name}=...)", value) for name, value in sizes.items()
     )
     learning_rate = _at_most_one(f"{call}(learning_rate=...)", learning_rate)
-    # Above a frequency that no word has, nothing is left out.
+    # 0 means no subsampling: no frequency is above infinity.
     sample = _at_most_one(f"{call}(sample=...)", sample) if sample != 0 else math.inf
     seed = _check.size(f"{call}(seed=...)", seed)
     parts = parts_of(call, mesh)
@@ -174,7 +183,7 @@ def skipgram(
         centres, contexts = parts.split(windows.centres), parts.split(windows.contexts)
         state, loss = _train(state, noise, centres, contexts, rate, negative)
         calls += 1
-        # One call is prepared while the one before it runs, and no more: else they would pile up in memory.
+        # Prepare only one call while the one before it runs: more would pile up in memory.
         jax.block_until_ready(loss_before)
         loss_before = loss
         if saved is not None:
@@ -194,7 +203,7 @@ def _train(
     rate: Float32[Array, ""],
     negative: int,
 ) -> tuple[State, Float32[Array, ""]]:
-    """Run one step after the other; return also their mean loss."""
+    """Run the steps of one call; returns the state and their mean loss."""
 
     def step(state: State, batch: tuple[Array, Array]) -> tuple[State, tuple[Array, Array]]:
         key, key_now = jax.random.split(state.key)
@@ -214,7 +223,7 @@ def _train(
 def _loss(
     tables: tuple[Table, Table], targets: Int32[Array, "batch targets"], contexts: Int32[Array, "batch slots"]
 ) -> Float32[Array, ""]:
-    """Sum `-log s(v . u)` over the pairs of the corpus, which come first among the targets, and `-log s(-v . u)`."""
+    """Sum `-log s(v . u)` over pairs with the centre, the first target, and `-log s(-v . u)` over pairs with noise."""
     inputs, outputs = tables
     logits = jnp.einsum("bsd,btd->bst", lookup(inputs, contexts), lookup(outputs, targets))
     # 1 for the centre, -1 for noise.
@@ -227,7 +236,7 @@ def _loss(
 def _targets(
     key: Key[Array, ""], noise: UInt32[Array, " rows"], centres: Int32[Array, " batch"], negative: int
 ) -> Int32[Array, "batch targets"]:
-    """Put noise words behind each centre; one that happens to be the centre itself is no row at all."""
+    """Append noise words to each centre; a noise word that equals the centre becomes the sentinel."""
     rows = noise.shape[0]
     words = draw_pieces(key, noise, (centres.shape[0], negative))
     words = jnp.where((words == centres[:, None]) | (centres[:, None] == rows), jnp.int32(rows), words)
@@ -241,9 +250,9 @@ def _descend(
     rate: Float32[Array, ""],
     slots: _dedupe.Slots,
 ) -> tuple[Table, _dedupe.Slots]:
-    """Take a step down the gradient, its length limited for rows that were used often."""
+    """Take a step down the gradient, limited for rows that were used often."""
     storage, uses = table.storage, jnp.ravel(uses).astype(jnp.float32)
-    values = gradient.values, storage.joined([uses], 0)  # in the order of the gradient
+    values = gradient.values, storage.joined([uses], 0)  # laid out like the gradient's ids
     slots, distinct, _ = storage.combine(slots, gradient.ids, values, table.rows, table.dim)
     summed, total = distinct.values
     rates = jnp.minimum(rate, _LARGEST_MOVE / jnp.maximum(total, 1))
@@ -252,24 +261,24 @@ def _descend(
 
 
 def _exists(ids: Int32[Array, "*batch"], table: Table) -> Bool[Array, "*batch"]:
-    """Tell rows from the number that stands for none."""
+    """Which ids are rows, not the sentinel."""
     return ids < table.rows
 
 
 def _start(key: Key[Array, ""], rows: int, dim: int, parts: Parts = WHOLE) -> State:
-    """Start as word2vec does: small random inputs, outputs of zero."""
+    """The initial state, as in word2vec: small random inputs, outputs of zero."""
     key_inputs, key = jax.random.split(key)
 
     def small(key: Key[Array, ""], shape: tuple[int, ...], dtype: DTypeLike) -> Array:
         return jax.random.uniform(key, shape, dtype, -0.5 / dim, 0.5 / dim)
 
-    # An id without a row reads zero and trains nothing, so that padding needs no mask but in the loss.
+    # The sentinel reads zero and has no gradient, so only the loss has to mask it.
     rules: dict[str, Any] = {"out_of_range": "zero"}
     if parts.mesh is None:
         inputs = Table.create(key_inputs, rows, dim, init=small, **rules)
         outputs = Table(jnp.zeros((rows, dim), jnp.float32), **rules)
         return State(inputs, outputs, key, (_dedupe.scratch(rows), _dedupe.scratch(rows)))
-    # Rows are in the order of their frequency: in blocks, the first device would have all the work.
+    # Rows are sorted by frequency: with blocks of rows, the first device would have most of the work.
     rules |= {"mesh": parts.mesh, "axis": AXIS, "layout": "rows-cyclic"}
     inputs = Table.create(key_inputs, rows, dim, init=small, **rules)
     outputs = Table.create(key_inputs, rows, dim, init=jax.nn.initializers.zeros, **rules)
@@ -281,7 +290,7 @@ def _without_scratch(state: State) -> State:
 
 
 def _noise(counts: Int64[np.ndarray, " rows"]) -> UInt32[Array, " rows"]:
-    """The distribution of noise words: by the 0.75th power of their counts."""
+    """The distribution of noise words, proportional to the 0.75th power of their counts."""
     return jnp.asarray(pieces(counts**0.75))
 
 

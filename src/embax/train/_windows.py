@@ -1,4 +1,9 @@
-"""Windows: a corpus to batches of centres and their contexts, of one shape throughout."""
+"""Windows: cut a corpus into batches of centres and their contexts, all of one shape.
+
+For instance, the sequence "the king holds the crown" has the ids `[0, 2, 3, 0, 1]`, of 4 rows. With a window of 2, a
+centre has four slots, for the positions -2, -1, 1 and 2. The centre 3 ("holds"), which drew the width 1, has the
+contexts `[4, 2, 0, 4]`: 4 is the sentinel for no word.
+"""
 
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -9,33 +14,33 @@ from jaxtyping import Float64, Int32, Int64
 from ._corpus import BREAK, Corpus
 from ._parts import Parts
 
-# Centres in a step: few against the frequency of rows, as all of them see the same weights. A short corpus gets fewer,
-# so that an epoch still has about 512 steps.
+# Centres in a step. All centres of a step see the same weights, so there should not be too many. A short corpus gets
+# fewer, so that an epoch still has about 512 steps.
 _SMALLEST_BATCH, _LARGEST_BATCH, _STEPS_AN_EPOCH = 32, 1024, 512
 # Steps in one call of the compiled program.
 STEPS_A_CALL = 16
-# Ids that are subsampled, windowed and shuffled together.
+# Ids of a part that are subsampled and shuffled together.
 _SHUFFLED = 1 << 20
 
 
 class Windows(NamedTuple):
-    """Batches for a few steps; `rows` where there is no word."""
+    """Batches for one call of the compiled program; `rows` is the sentinel for no word."""
 
     epoch: int  # from 1
-    words: int  # of the corpus, before subsampling, in all epochs up to the end of these
-    words_before: int  # the same, up to the end of those before these
+    words: int  # words of all epochs up to the end of these windows, before subsampling
+    words_before: int  # words of all epochs before these windows
     centres: Int32[np.ndarray, "steps batch"]
     contexts: Int32[np.ndarray, "steps batch slots"]  # slots = 2 * window
 
 
 class _Block(NamedTuple):
-    """Some words of a part, drawn and shuffled."""
+    """Some words of a part, after subsampling, with a random order and random widths."""
 
     words: int  # before subsampling
     ids: Int32[np.ndarray, " words"]
-    sequence: Int64[np.ndarray, " words"]  # the number of the one that each is in
-    order: Int64[np.ndarray, " words"]
-    width: Int64[np.ndarray, " words"]
+    sequence: Int64[np.ndarray, " words"]  # the number of each word's sequence
+    order: Int64[np.ndarray, " words"]  # a permutation
+    width: Int64[np.ndarray, " words"]  # the width of each word's window
 
 
 def batches(
@@ -47,22 +52,20 @@ def batches(
     rngs: Sequence[np.random.Generator],
     skip: int = 0,
 ) -> Iterator[Windows]:
-    """Draw the windows of a corpus, epoch after epoch, those of each part in a place of their own.
+    """Yield the windows of a corpus, epoch after epoch; each part has its own columns of a batch.
 
     Args:
       corpora: The parts of this process.
       parts: All parts.
       window: The most words on either side of a centre.
-      epochs: How often to pass over the corpus.
-      sample: The frequency above which words are left out at random; infinity keeps all.
-      rngs: For each of the parts of this process, what draws the words that are left out, the widths of the windows,
-        and the order.
-      skip: How many Windows to leave out at the beginning. What they were made of is drawn, so that the rest is as it
-        would be after them.
+      epochs: The number of passes over the corpus.
+      sample: The frequency above which words are dropped at random; infinity keeps all.
+      rngs: A generator for each part of this process; it draws dropped words, widths and the order.
+      skip: The number of Windows to skip at the beginning. Their random numbers are still drawn, so that the rest does
+        not change.
 
     Yields:
-      Windows of one shape, the parts of this process side by side; the last ones are filled up with windows of no
-      words.
+      Windows of one shape, the parts of this process side by side; the last ones are padded with the sentinel.
     """
     rows, counts = len(corpora[0].tokens), corpora[0].counts
     kept, batch = _kept(counts, sample), -(-_batch(int(counts.sum())) // parts.number)
@@ -94,7 +97,7 @@ def batches(
 
 
 def _batch(words: int) -> int:
-    """How many centres a step has."""
+    """The number of centres of a step."""
     batch = 2 ** int(np.log2(max(words // _STEPS_AN_EPOCH, 1)))
     return min(max(batch, _SMALLEST_BATCH), _LARGEST_BATCH)
 
@@ -109,7 +112,7 @@ def _block(
 
 
 def _kept(counts: Int64[np.ndarray, " rows"], sample: float) -> Float64[np.ndarray, " rows"]:
-    """Return the probability of each row to be kept, by the formula of word2vec.c, which the paper simplifies."""
+    """The probability of keeping each word, by the formula of word2vec.c, which the paper simplifies."""
     relative = sample * counts.sum() / counts
     return np.minimum(1.0, np.sqrt(relative) + relative)
 
@@ -117,9 +120,9 @@ def _kept(counts: Int64[np.ndarray, " rows"], sample: float) -> Float64[np.ndarr
 def _subsample(
     part: Int32[np.ndarray, " length"], kept: Float64[np.ndarray, " rows"], rng: np.random.Generator
 ) -> tuple[Int32[np.ndarray, " words"], Int64[np.ndarray, " words"]]:
-    """Leave out words at random; return the others and the number of the sequence that each is in."""
+    """Drop words at random; returns the others, and the number of each one's sequence."""
     sequence = np.cumsum(part == BREAK)
-    # BREAK reads the last row's probability, which does not matter as it is left out anyway.
+    # BREAK, -1, reads the probability of the last row, but is dropped anyway.
     stays = (part != BREAK) & (rng.random(len(part)) < kept[part])
     return part[stays], sequence[stays]
 
@@ -127,20 +130,20 @@ def _subsample(
 def _windows(
     block: _Block, start: int, size: int, window: int, rows: int
 ) -> tuple[Int32[np.ndarray, " centres"], Int32[np.ndarray, "centres slots"]]:
-    """Look up some centres, and the contexts of each."""
+    """Some centres, and the contexts of each."""
     ids, sequence, chosen = block.ids, block.sequence, block.order[start : start + size]
     offsets = np.concatenate([np.arange(-window, 0), np.arange(1, window + 1)])
     positions = chosen[:, None] + offsets
     inside = (positions >= 0) & (positions < len(ids)) & (np.abs(offsets) <= block.width[chosen][:, None])
     positions = np.where(inside, positions, 0)
-    if not len(chosen):  # of a part that has come to its end before others
+    if not len(chosen):  # this part has ended before others
         return ids[:0], np.zeros(positions.shape, np.int32)
     inside &= sequence[positions] == sequence[chosen][:, None]
     return ids[chosen], np.where(inside, ids[positions], np.int32(rows))
 
 
 def _fill(values: Int32[np.ndarray, "centres *slots"], shape: tuple[int, int], rows: int) -> Int32[np.ndarray, "..."]:
-    """Fill up to the shape of a whole call with `rows`, which reads as no word."""
+    """Pad with the sentinel `rows` to the shape of a whole call."""
     full = np.full((shape[0] * shape[1], *values.shape[1:]), rows, np.int32)
     full[: len(values)] = values
     return full.reshape(*shape, *values.shape[1:])

@@ -1,4 +1,4 @@
-"""Vectors: a vocabulary and a weight, with queries by token."""
+"""Vectors: a vector for each token of a vocabulary, with queries by token."""
 
 from ..vocabulary import UnknownTokenError as UnknownTokenError
 from ._vectors import Filled as Filled

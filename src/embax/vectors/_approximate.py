@@ -1,4 +1,4 @@
-"""Nearest rows by an index of usearch's: most of them, in a fraction of the time of comparing with all."""
+"""Approximate nearest rows by an index of usearch: finds almost all of them, in a fraction of the time."""
 
 import contextlib
 import hashlib
@@ -18,15 +18,15 @@ from . import _nearest as _queries
 
 _MAGIC = b"embax approximate index 1\n"
 _KEY = 32  # bytes
-_RECORD = 4096  # bytes at most of the line that describes the index
-# usearch's own defaults, but for the last: looking at 64 rows finds 99.5 % of the ten nearest of 400,000 words of GloVe
-# in 50 dimensions, at 256 rows 99.9 % in one and a half times the time of one query.
+_RECORD = 4096  # the most bytes of the line that describes the index
+# usearch's defaults, except for the last: with usearch's 64 rows in view, 99.5 % of the ten nearest among 400,000 words
+# of GloVe (50 dimensions) are found; with 256 rows 99.9 %, in one and a half times the time.
 _CONNECTIVITY, _EXPANSION_ADD, _EXPANSION_SEARCH = 16, 128, 256
-_BLOCK = 1 << 16  # rows that are added, or hashed, at once
+_BLOCK = 1 << 16  # rows that are added or hashed at a time
 
 
 class StaleIndexError(ValueError):
-    """An index that was made of other vectors than those it is loaded for."""
+    """An index that was made from other vectors than it is loaded for."""
 
 
 @final
@@ -34,7 +34,7 @@ class Approximate:
     """An index of unit rows.
 
     Args:
-      index: What usearch made of them.
+      index: usearch's index.
     """
 
     def __init__(self, index: Any):
@@ -42,10 +42,10 @@ class Approximate:
 
     @classmethod
     def build(cls, unit: Float32[np.ndarray, "rows dim"]) -> "Approximate":
-        """Make an index on all processors.
+        """Make an index, using all processors.
 
         Args:
-          unit: Rows of length 1; those of NaN are left out.
+          unit: Rows of length 1; rows of NaN are left out.
 
         Returns:
           The index.
@@ -65,10 +65,10 @@ class Approximate:
     def beside(
         cls, path: str | None, unit: Float32[np.ndarray, "rows dim"], weight: Float[np.ndarray, "rows dim"]
     ) -> "Approximate":
-        """Load the index beside a file of vectors; make one, which is not saved, where there is none that fits.
+        """Load the index beside a file of vectors; if there is none that fits, make one without saving it.
 
         Args:
-          path: The file of vectors, or None where they come from none.
+          path: The file of vectors, or None if they come from no file.
           unit: The vectors, scaled to length 1.
           weight: The vectors.
 
@@ -90,17 +90,16 @@ class Approximate:
         k: int,
         exclude: Int64[np.ndarray, "queries excluded"] | None = None,
     ) -> tuple[Int64[np.ndarray, "queries k"], Float32[np.ndarray, "queries k"]]:
-        """Find most of the rows of the highest product with each query.
+        """Find most of the rows with the highest product with each query.
 
         Args:
-          unit: The rows that the index was made of.
-          queries: Any vectors. One that is not finite finds no row.
-          k: How many rows to find.
-          exclude: Row numbers to leave out, for each query; -1 is none.
+          unit: The rows that the index was made from.
+          queries: Any vectors. A vector that is not finite finds no row.
+          k: The number of rows to find.
+          exclude: Row numbers to leave out, for each query; -1 excludes nothing.
 
         Returns:
-          Rows and products as from `nearest`. The products are exact; a row may be missed for one further away, or for
-          none.
+          Rows and products like those of `nearest`. Products are exact, but a near row may be missing.
         """
         rows = np.full((queries.shape[0], k), -1, np.int64)
         products = np.full((queries.shape[0], k), np.nan, np.float32)
@@ -111,10 +110,10 @@ class Approximate:
         if exclude is None:
             exclude = np.empty((queries.shape[0], 0), np.int64)
         count = min(k + exclude.shape[1], len(self._index))
-        # How many rows the index keeps in view: fewer than twice those wanted, and more are missed.
+        # The rows that the index keeps in view: with fewer than twice the wanted rows, more are missed.
         self._index.expansion_search = max(_EXPANSION_SEARCH, 2 * count)
         matches = self._index.search(prepared.scaled[places], count)
-        # Of one query usearch gives the rows alone, of more it fills up what it did not find.
+        # For one query usearch returns only the rows found; for several it pads the result.
         of_query = [matches] if places.size == 1 else matches
         for place, match in zip(places, of_query, strict=True):
             found = match.keys.astype(np.int64)
@@ -126,10 +125,10 @@ class Approximate:
         return rows, products
 
     def save(self, path: str | os.PathLike[str], weight: Float[np.ndarray, "rows dim"]) -> None:
-        """Write the index beside a file of vectors, with checksums of both, its own under a key that this user has.
+        """Write the index beside a file of vectors, with a checksum of them, and one of itself under the user's key.
 
         Args:
-          path: The file of vectors; the index's has `.usearch` behind its name.
+          path: The file of vectors; the index's file has `.usearch` appended.
           weight: The vectors.
 
         Raises:
@@ -145,8 +144,8 @@ class Approximate:
     def load(cls, path: str | os.PathLike[str], weight: Float[np.ndarray, "rows dim"]) -> "Approximate":
         """Read the index beside a file of vectors.
 
-        usearch trusts the bytes that it reads, and some that are not its own end the process. So they come to it only
-        where this user has written them, as a checksum under a key of their own tells.
+        usearch trusts the bytes that it reads, and a forged file can crash the process. So only files that this user
+        wrote are passed on, which a checksum with the user's key proves.
 
         Args:
           path: The file of vectors.
@@ -156,10 +155,10 @@ class Approximate:
           The index.
 
         Raises:
-          FormatError: If the file is not such an index, damaged, or of another user or machine.
+          FormatError: If the file is not an index, or damaged, or written by another user or on another machine.
           ImportError: If usearch is not installed.
           OSError: If it cannot be opened.
-          StaleIndexError: If it was made of other vectors; a ValueError.
+          StaleIndexError: If it was made from other vectors; a ValueError.
         """
         path = beside(path)
         index = _empty(weight.shape[1])
@@ -176,12 +175,12 @@ class Approximate:
 
 
 def beside(path: str | os.PathLike[str]) -> str:
-    """The file of the index of a file of vectors."""
+    """The name of the index's file beside a file of vectors."""
     return f"{os.fspath(path)}.usearch"
 
 
 def _read(path: str) -> tuple[dict[str, Any], bytes]:
-    """Read a file and check it against its own record."""
+    """Read a file, and check it against the record in its second line."""
     with open(path, "rb") as file:
         left = os.fstat(file.fileno()).st_size
         start = file.readline(len(_MAGIC))
@@ -206,18 +205,18 @@ def _read(path: str) -> tuple[dict[str, Any], bytes]:
 
 
 def _signature(data: bytes, key: bytes) -> str:
-    """A checksum that nobody can make who does not have the user's key."""
+    """A checksum that only a holder of the user's key can compute."""
     return hashlib.blake2b(data, key=key, digest_size=16).hexdigest()
 
 
 def _key() -> bytes | None:
-    """The user's key; None before an index was saved."""
+    """The user's key; None if no index was saved yet."""
     with contextlib.suppress(FileNotFoundError), open(_key_file(), "rb") as file:
         return file.read(_KEY)
 
 
 def _made_key() -> bytes:
-    """The user's key, which is made where there is none."""
+    """The user's key; made if there is none."""
     path = _key_file()
     os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
     with (

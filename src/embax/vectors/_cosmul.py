@@ -1,4 +1,4 @@
-"""Best rows by a product of cosines, 3CosMul, for many questions at once."""
+"""3CosMul: find the best rows by a product of cosines, for many questions at once."""
 
 import jax
 import jax.numpy as jnp
@@ -7,11 +7,11 @@ from jaxtyping import Float32, Float64, Int64
 
 from . import _nearest as _queries
 
-# What is added to the divisor, from Levy & Goldberg 2014, equation 4.
+# Added to the divisor, from Levy & Goldberg 2014, equation 4.
 _EPSILON = 1e-6
-_BLOCK = 128  # questions, each with three products a row
-# Float32 scores are off by less than this part of them, unless a divisor is below 1 in 100: a row that points away from
-# `a` like no row of real vectors does.
+_BLOCK = 128  # questions at a time; each takes three products with every row
+# A bound of the relative error of float32 scores. It holds unless a divisor is below 0.01, for a row that points away
+# from `a` more than any row of real vectors does.
 _ERROR = 1e-3
 
 
@@ -22,18 +22,17 @@ def best(
     k: int,
     exclude: Int64[np.ndarray, "questions excluded"],
 ) -> tuple[Int64[np.ndarray, "questions k"], Float32[np.ndarray, "questions k"]]:
-    """Find the rows of the highest `near(x, b) near(x, c) / (near(x, a) + 1e-6)`, where `near = (1 + cos) / 2`.
+    """Find the rows with the highest `near(x, b) near(x, c) / (near(x, a) + 1e-6)`, where `near = (1 + cos) / 2`.
 
     Args:
       unit: Rows of length 1.
       positive: Unit vectors `b` and `c` of each question.
       negative: Unit vectors `a`.
-      k: How many rows to find.
+      k: The number of rows to find.
       exclude: Row numbers to leave out, for each question.
 
     Returns:
-      The rows, the best first and of equal ones the lower row first, and what they are ranked by; -1 and NaN in the
-      places left over.
+      The rows and their scores, the best first, the lower row first if scores are equal; -1 and NaN in unused places.
     """
     number, dim = negative.shape
     rows, scores = np.full((number, k), -1, np.int64), np.full((number, k), np.nan, np.float32)

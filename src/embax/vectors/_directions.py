@@ -1,4 +1,8 @@
-"""Queries by token: the direction that each asks for."""
+"""Queries by token: parse them, and compute the direction that each asks for.
+
+For instance, the query `(["king", "woman"], ["man"])` asks for `unit(king) + unit(woman) - unit(man)`, scaled to
+length 1; the rows of these three tokens are left out of the answers.
+"""
 
 import mmap
 import warnings
@@ -16,29 +20,29 @@ from . import _nearest as _queries
 if TYPE_CHECKING:
     from ._queries import Queries
 
-# Rows that are looked at at a time, so that temporary memory stays small.
+# Rows that are checked at a time, so that temporary memory stays small.
 _BLOCK = 1 << 14
 
-# A token or a vector, several whose directions are added, or a pair of those and of others that are subtracted.
+# A token or a vector; a list of them, whose directions are added; or a pair of such lists, the second one subtracted.
 Query = Any
 
 
 class NotFiniteWarning(UserWarning):
-    """Some vectors hold NaN or infinity: queries leave them out."""
+    """Some vectors have NaN or infinity, and are left out of queries."""
 
 
 def as_list(items: Query) -> list[Query]:
-    """Make a list of one token or vector, or of several."""
+    """Return a list of tokens and vectors, given one or several."""
     if isinstance(items, str) or is_vector(items):
         return [items]
     return list(items)
 
 
 def names_of(tokens: Any) -> list[str]:
-    """Make a list of one token or of several.
+    """Return a list of tokens, given one or several.
 
     Raises:
-      TypeError: If there is something else.
+      TypeError: If one is not a token.
     """
     names = [tokens] if isinstance(tokens, str) or not isinstance(tokens, Iterable) else list(tokens)
     others = [name for name in names if not isinstance(name, str)]
@@ -50,7 +54,7 @@ def names_of(tokens: Any) -> list[str]:
 
 
 def is_vector(item: Any) -> bool:
-    """Tell whether a query is one vector: an array of one axis, of any library, or a list of numbers."""
+    """Whether a query is one vector: a 1-D array of any library, or a list of numbers."""
     if hasattr(item, "ndim"):
         return item.ndim == 1
     return isinstance(item, list | tuple) and len(item) > 0 and all(isinstance(number, Real) for number in item)
@@ -59,20 +63,20 @@ def is_vector(item: Any) -> bool:
 def directions_of(
     call: str, vectors: "Queries", unit: Float32[np.ndarray, "rows dim"], queries: Sequence[Query]
 ) -> tuple[Float32[np.ndarray, "queries dim"], Int64[np.ndarray, "queries most"]]:
-    """Add the directions of each query up.
+    """Sum the directions of each query.
 
     Args:
-      call: The call and its argument for the messages.
+      call: The call and its argument, for error messages.
       vectors: The vectors.
-      unit: Their directions.
-      queries: Tokens and vectors, several of which may make up a query.
+      unit: The vectors, scaled to length 1.
+      queries: The queries; each has one or more tokens and vectors.
 
     Returns:
-      A direction a query, of length 1 or 0; and the rows of the tokens that it names, -1 in the places left over.
+      A direction for each query, of length 1 or 0; and the rows of the tokens it names, -1 in unused places.
 
     Raises:
-      UnknownTokenError: If there is no vector of a token.
-      ValueError: If a query is empty, a vector is of another shape, or one holds NaN or infinity.
+      UnknownTokenError: If a token has no vector.
+      ValueError: If a query is empty, or a vector is of another shape, or has NaN or infinity.
     """
     parts = [_parts(call, query) for query in queries]
     asked = np.full((len(parts), max(map(len, parts), default=0)), -1, np.int64)
@@ -100,16 +104,16 @@ def directions_of(
     if bad.size:
         names = ", ".join(quoted(item) if isinstance(item, str) else "a vector" for item, _ in parts[bad[0]])
         raise ValueError(
-            f"`{call}` must have finite vectors, got {names}, of which one holds NaN or infinity. Ask for others."
+            f"`{call}` must have finite vectors, got {names}, one of which has NaN or infinity. Leave it out."
         )
     return _queries.unit_rows(total), asked
 
 
 def of_subwords(vectors: "Queries", tokens: Sequence[str]) -> Float32[np.ndarray, "tokens dim"]:
-    """Return the vectors of tokens that are not in the vocabulary, which fastText's n-grams may give.
+    """Return the vectors of tokens that are not in the vocabulary, from fastText's n-grams.
 
     Raises:
-      UnknownTokenError: If there is none.
+      UnknownTokenError: If a token has no n-grams, or the vectors have none.
     """
     subwords = vectors.subwords
     covered = np.zeros(len(tokens), bool) if subwords is None else subwords.covers(tokens)
@@ -120,16 +124,16 @@ def of_subwords(vectors: "Queries", tokens: Sequence[str]) -> Float32[np.ndarray
 
 
 def warn_of_not_finite(name: str, weight: Float[np.ndarray, "rows dim"]) -> None:
-    """Say how many rows hold NaN or infinity, if any do.
+    """Warn with the number of rows that have NaN or infinity, if there are any.
 
     Args:
-      name: What the message begins with.
+      name: The start of the message.
       weight: The rows.
     """
     number = 0
     for start in range(0, len(weight), _BLOCK):
         block = weight[start : start + _BLOCK]
-        # A sum is not finite where a number is not; where the sum is too large, the numbers are looked at.
+        # A row with a finite sum is finite. The others are checked entry by entry: a sum may also overflow.
         with np.errstate(all="ignore"):
             suspects = block[~np.isfinite(block @ np.ones(block.shape[1], block.dtype))]
         number += int((~np.isfinite(suspects).all(axis=1)).sum())
@@ -142,30 +146,30 @@ def warn_of_not_finite(name: str, weight: Float[np.ndarray, "rows dim"]) -> None
 
 
 def is_mapped(array: object) -> bool:
-    """Tell whether an array lies in a file that is mapped into memory."""
+    """Whether an array is a view of a memory-mapped file."""
     while array is not None and not isinstance(array, np.memmap | mmap.mmap):
         array = getattr(array, "base", None)
     return array is not None
 
 
 def read_only(values: ArrayLike, dtype: DTypeLike) -> np.ndarray:
-    """View an array that must not change under the figures computed from it; the caller's own stays writable."""
+    """A read-only view of an array, since results computed from it are cached; the caller's array stays writable."""
     array = np.asarray(values, dtype).view()
     array.flags.writeable = False
     return array
 
 
 def float_dtype(values: object) -> np.dtype:
-    """The dtype of an array of floats, float32 for all else."""
+    """The dtype of a float array; float32 for anything else."""
     dtype = np.dtype(getattr(values, "dtype", object))
     if dtype.kind == "f":
-        return dtype.newbyteorder("=")  # another machine's order of bytes is of no use here
-    # The floats of ml_dtypes, such as bfloat16, are of no kind of NumPy's.
+        return dtype.newbyteorder("=")  # JAX accepts only the native byte order
+    # The floats of ml_dtypes, such as bfloat16, do not have NumPy's kind "f".
     return dtype if "float" in dtype.name else np.dtype(np.float32)
 
 
 def _parts(call: str, query: Query) -> list[tuple[Query, float]]:
-    """The tokens and vectors of a query, with the sign of each."""
+    """The tokens and vectors of a query, each with its sign."""
     is_pair = isinstance(query, tuple) and len(query) == 2 and not is_vector(query)
     if is_pair and not any(isinstance(part, str) for part in query):
         positive, negative = map(as_list, query)
@@ -179,7 +183,7 @@ def _parts(call: str, query: Query) -> list[tuple[Query, float]]:
 
 def _direction(call: str, vector: object, dim: int) -> Float32[np.ndarray, " dim"]:
     vector = np.asarray(vector)
-    # The floats of ml_dtypes, such as bfloat16, are of no kind of NumPy's.
+    # The floats of ml_dtypes, such as bfloat16, do not have NumPy's kind "f".
     if vector.shape != (dim,) or not (vector.dtype.kind in "iuf" or "float" in vector.dtype.name):
         raise ValueError(
             f"`{call}` must be tokens, or vectors of {dim} numbers, got {vector.dtype} of shape {vector.shape}. Pass "

@@ -1,4 +1,4 @@
-"""A weight for a vocabulary of one's own, out of vectors that exist."""
+"""fill: make a weight for another vocabulary from existing vectors."""
 
 import warnings
 from collections.abc import Iterable
@@ -13,26 +13,26 @@ from ..vocabulary._vocabulary import UnknownTokenError, Vocabulary, quoted
 if TYPE_CHECKING:
     from ._vectors import Vectors
 
-# Rows that are added up at a time, so that temporary memory stays small.
+# Rows that are summed at a time, so that temporary memory stays small.
 _BLOCK = 1 << 14
 
 Missing = Literal["mean", "random", "zero", "error"]
 
 
 class MissingTokensWarning(UserWarning):
-    """Some tokens have no vector, and got one made up."""
+    """Some tokens have no vector, and got a mean, random or zero one."""
 
 
 class Filled(NamedTuple):
-    """A weight for another vocabulary, and what was not there to fill it with."""
+    """A weight for another vocabulary, with a report of the missing tokens."""
 
     weight: Float[np.ndarray, "tokens dim"]
-    missing: tuple[str, ...]  # tokens without a vector, in their order
-    found: int  # how many have one
+    missing: tuple[str, ...]  # tokens without a vector, in the vocabulary's order
+    found: int  # number of tokens with a vector
 
 
 def filled(vectors: "Vectors", tokens: Vocabulary | Iterable[str], missing: Missing, seed: int) -> Filled:
-    """`Vectors.fill`."""
+    """The function behind `Vectors.fill`."""
     missing = _check.choice("embax.Vectors.fill(missing=...)", missing, Missing)
     vocabulary = tokens if isinstance(tokens, Vocabulary) else Vocabulary(tokens)
     names = vocabulary.tokens()
@@ -56,19 +56,19 @@ def filled(vectors: "Vectors", tokens: Vocabulary | Iterable[str], missing: Miss
 
 
 def warn_of_missing(call: str, filled: Filled) -> None:
-    """Say how many tokens have no vector, if there are any."""
+    """Warn with the number of tokens that have no vector, if there are any."""
     if filled.missing:
         few = ", ".join(map(quoted, filled.missing[:5]))
         warnings.warn(
             f"`{call}`: {len(filled.missing):,} of {len(filled.weight):,} tokens have no vector, such as {few}. "
-            "Theirs are made up. Pass return_report=True for all of them.",
+            "They were filled in. Pass return_report=True for a list of them.",
             MissingTokensWarning,
             stacklevel=3,
         )
 
 
 def _moments(weight: Float[np.ndarray, "rows dim"]) -> tuple[Float64[np.ndarray, " dim"], Float64[np.ndarray, " dim"]]:
-    """The mean and the standard deviation of each column, of rows that are finite."""
+    """The mean and the standard deviation of each column, over finite rows."""
     number, total, squares = 0, np.zeros(weight.shape[1]), np.zeros(weight.shape[1])
     for start in range(0, len(weight), _BLOCK):
         block = weight[start : start + _BLOCK].astype(np.float64)

@@ -1,4 +1,4 @@
-"""Queries: what is near what in vectors, by exact or approximate search."""
+"""Queries: the methods of Vectors that compare directions, by exact or approximate search."""
 
 import functools
 import os
@@ -26,7 +26,7 @@ class Queries:
     weight: Float[np.ndarray, "rows dim"]
     subwords: "Subwords | None"
     _path: str | None  # the file that the vectors were loaded from
-    _said: bool  # whether a warning has told of rows that are not finite
+    _said: bool  # whether the warning about rows that are not finite was given
 
     def __len__(self) -> int:
         return len(self.vocabulary)
@@ -34,22 +34,22 @@ class Queries:
     def most_similar(
         self, positive: Query, negative: Query = (), k: int = 10, *, approx: bool = False
     ) -> list[tuple[str, float]]:
-        """Find the tokens nearest in direction to a sum of tokens.
+        """Find the tokens whose direction is nearest to a sum of tokens.
 
         `cos(weight[i], sum_p unit(weight[p]) - sum_n unit(weight[n]))`
 
         Args:
-          positive: Tokens or vectors that are added, or one.
-          negative: Tokens or vectors that are subtracted, or one.
-          k: How many to return, where there are as many.
-          approx: Whether to ask an index instead of all rows, as in `most_similar_batch`.
+          positive: One or more tokens or vectors to add.
+          negative: One or more tokens or vectors to subtract.
+          k: The number of answers, as far as there are enough tokens.
+          approx: Whether to search an index instead of all rows, as in `most_similar_batch`.
 
         Returns:
-          Tokens and their cosines, the nearest first; the tokens asked for are left out.
+          Tokens and their cosines, the nearest first, without the tokens of the query.
 
         Raises:
-          UnknownTokenError: If there is no vector of one of the tokens; a KeyError.
-          ValueError: If no token is given, `k` is negative, or a vector holds NaN or infinity.
+          UnknownTokenError: If a token has no vector; a KeyError.
+          ValueError: If no token is given, `k` is negative, or a vector has NaN or infinity.
 
         Example:
           >>> import embax
@@ -66,18 +66,18 @@ class Queries:
 
         Args:
           queries: For each query a token, a vector, a list of them, or a pair of lists `(positive, negative)`.
-          k: How many to return for each, where there are as many.
-          approx: Whether to ask an index of usearch's instead of comparing with all rows: a few in a thousand of the
-            nearest may be missed. It is made at first use, which takes minutes for a million rows, unless `save_index`
-            has left one beside the file that the vectors were loaded from. Needs `embax[approximate]`.
+          k: The number of answers for each query, as far as there are enough tokens.
+          approx: Whether to search an index of usearch instead of comparing with all rows; a few in a thousand of the
+            nearest rows may be missed. The index is made at first use, which takes minutes for a million rows, or
+            loaded if `save_index` has saved it beside the file of the vectors. Requires `embax[approximate]`.
 
         Returns:
-          For each query the tokens and their cosines, as `most_similar`.
+          For each query the tokens and their cosines, as in `most_similar`.
 
         Raises:
           UnknownTokenError: As `most_similar`.
           ValueError: As `most_similar`.
-          ImportError: If `approx` is asked for and usearch is not installed.
+          ImportError: With `approx`, if usearch is not installed.
 
         Example:
           >>> import embax
@@ -97,7 +97,7 @@ class Queries:
         """Save the index of `approx=True` beside the file of the vectors, where later runs find it.
 
         Args:
-          path: The file of the vectors. Default: the one that they were loaded from.
+          path: The file of the vectors. Default: the file that they were loaded from.
 
         Returns:
           The file of the index, `<file>.usearch`.
@@ -105,13 +105,13 @@ class Queries:
         Raises:
           ImportError: If usearch is not installed.
           OSError: If the file cannot be written.
-          ValueError: If the vectors were loaded from no file, and none is named.
+          ValueError: If the vectors were not loaded from a file, and no file is given.
         """
         path = self._path if path is None else os.fspath(path)
         if path is None or files.is_stream(path):
             raise ValueError(
-                "`embax.Vectors.save_index(path=...)` must name the file of the vectors where they were loaded from "
-                f"none, got {path!r}. Save them, and pass that file."
+                "`embax.Vectors.save_index(path=...)` must name the file of the vectors if they were not loaded from "
+                f"one, got {path!r}. Save the vectors, and pass their file."
             )
         from ._approximate import beside
 
@@ -123,18 +123,18 @@ class Queries:
     ) -> list[tuple[str, float]]:
         """Answer "a is to b as c is to what?": man is to king as woman is to queen.
 
-        `"add"`, 3CosAdd: `cos(x, b) - cos(x, a) + cos(x, c)`, given as the cosine to the sum of directions.
-        `"mul"`, 3CosMul: `cos(x, b) cos(x, c) / (cos(x, a) + 1e-6)`, of cosines moved to `[0, 1]`.
+        `"add"`, 3CosAdd: `cos(x, b) - cos(x, a) + cos(x, c)`; the score is the cosine to the sum of directions.
+        `"mul"`, 3CosMul: `cos(x, b) cos(x, c) / (cos(x, a) + 1e-6)`, with cosines mapped to `[0, 1]`.
 
         Args:
-          a: The first token of the pair that is known.
-          b: The second one.
-          c: The first token of the pair whose second one is asked for.
-          k: How many to return, where there are as many.
-          method: How they are ranked.
+          a: The first token of the known pair.
+          b: The second token of the known pair.
+          c: The first token of the other pair, whose second one is wanted.
+          k: The number of answers, as far as there are enough tokens.
+          method: How answers are scored.
 
         Returns:
-          Tokens and what they are ranked by, the best first; the three themselves are left out.
+          Tokens and their scores, the best first, without `a`, `b` and `c`.
 
         Raises:
           UnknownTokenError: As `most_similar`.
@@ -168,7 +168,7 @@ class Queries:
           b: The same.
 
         Returns:
-          A number in `[-1, 1]`; 0 where one of them is zero.
+          A number in `[-1, 1]`; 0 if one of the vectors is zero.
 
         Raises:
           UnknownTokenError: As `most_similar`.
@@ -183,17 +183,17 @@ class Queries:
         return float(left @ right)
 
     def doesnt_match(self, tokens: Iterable[str]) -> str:
-        """Return the token that is farthest in direction from the mean of all.
+        """Return the token whose direction is farthest from the mean of all.
 
         Args:
-          tokens: Two or more.
+          tokens: Two or more tokens.
 
         Returns:
-          One of them.
+          One of the tokens.
 
         Raises:
           UnknownTokenError: As `most_similar`.
-          ValueError: If there is none, or a vector holds NaN or infinity.
+          ValueError: If no token is given, or a vector has NaN or infinity.
 
         Example:
           >>> import embax
@@ -209,11 +209,11 @@ class Queries:
         return tokens[int(np.argmin(directions @ mean))]
 
     def _at_most_all(self, argument: str, k: object) -> int:
-        """Check how many tokens are asked for: where there are fewer, all, since memory is taken for each."""
+        """Check `k`, and limit it to the number of tokens, since memory is allocated for each answer."""
         return min(_check.size(argument, k), len(self))
 
     def _named(self, rows: np.ndarray, scores: np.ndarray) -> list[list[tuple[str, float]]]:
-        """Name the rows that each query found, and leave out the places left over."""
+        """Convert the rows that each query found to tokens, without unused places."""
         return [
             list(zip(self.vocabulary.tokens(found[found >= 0]), of_found[found >= 0].tolist(), strict=True))
             for found, of_found in zip(rows, scores, strict=True)

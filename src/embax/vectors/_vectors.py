@@ -1,4 +1,4 @@
-"""Vectors: a vocabulary and a weight, with queries by token."""
+"""Vectors: a vector for each token of a vocabulary, with queries by token."""
 
 import os
 from collections.abc import Iterable, Iterator
@@ -35,20 +35,20 @@ if TYPE_CHECKING:
 class Vectors(Queries):
     """One vector for each token of a vocabulary.
 
-    `embax.Table(vectors.weight)`, or `vectors.to_table()`, is a table of them, with the row numbers that
-    `vectors.vocabulary.ids(tokens)` gives.
+    `vectors.to_table()`, or `embax.Table(vectors.weight)`, is a table of the vectors; `vectors.vocabulary.ids(tokens)`
+    are its row numbers.
 
-    A vector of zeros has a cosine of 0 to every other. One that holds NaN or infinity has none: queries leave it out.
+    A vector of zeros has the cosine 0 to every other. A vector with NaN or infinity is left out of queries.
 
     Args:
-      tokens: A Vocabulary, or the token of each row, no two the same.
-      weight: One row a token, `(rows, dim)`; an array of floats keeps its dtype, all else becomes float32.
-      counts: How often each token occurred in the text that it was learned from. Default: 0 each.
-      subwords: fastText's n-grams, from a file that has them: they give tokens that are not in the vocabulary a vector.
+      tokens: A Vocabulary, or the token of each row, without repetitions.
+      weight: One row for each token, `(rows, dim)`; a float array keeps its dtype, anything else becomes float32.
+      counts: How often each token occurred in the training text. Default: 0 for each.
+      subwords: The n-grams of a fastText file, which give a vector to tokens that are not in the vocabulary.
 
     Raises:
       TypeError: If a token is not a string.
-      ValueError: If the arguments differ in their number of rows, or a token occurs twice.
+      ValueError: If the arguments have different numbers of rows, or a token occurs twice.
 
     Example:
       >>> import embax
@@ -94,33 +94,33 @@ class Vectors(Queries):
         errors: Errors = "escape",
         max_expansion: float = files.MAX_EXPANSION,
     ) -> "Vectors":
-        """Read vectors from a file of any format that `embax.files` knows.
+        """Read vectors from a file of any format that `embax.files` supports.
 
-        The format is told by the file's content, not by its name. Files that gzip, xz, bz2 or zstd compressed, and zip
-        and tar archives, are read as they are. A tensor of a safetensors file, and a file in an archive, is named after
-        a colon: `model.safetensors:embeddings.word_embeddings.weight`.
+        The format is recognised by the file's content, not by its name. Files compressed by gzip, xz, bz2 or zstd, and
+        zip and tar archives, are read directly. Append a colon and a name to read one tensor of a safetensors file, or
+        one file of an archive: `model.safetensors:embeddings.word_embeddings.weight`.
 
         Args:
-          path: The file, or the folder of a Hugging Face model; `-` is standard input, and a pipe is read, too.
-          format: The name of the format, one of `embax.files.FORMATS`. Default: that of the content.
-          limit: Read the first rows only, as many.
-          dtype: Convert the rows to this dtype of floats. Default: that of the file; float32 for text.
-          mmap: Whether the rows are mapped into memory and read when they are used, which only files of arrays that
-            need no conversion allow. Default: where they do.
-          encoding: Of the tokens, where the format does not say.
-          errors: What becomes of tokens that are not of the encoding, such as one cut inside a character: `"escape"`
-            keeps their bytes, as `Vocabulary` says, so that the same format is written with the same bytes, `"replace"`
-            puts U+FFFD for what cannot be decoded, `"strict"` raises an error. A warning counts them.
-          max_expansion: How many times its size a compressed file may grow to; 16 MiB are always allowed.
+          path: The file, or the folder of a Hugging Face model; `-` is standard input. Pipes can be read, too.
+          format: The name of the format, one of `embax.files.FORMATS`. Default: recognised by content.
+          limit: Read only the first `limit` rows.
+          dtype: A float dtype to convert the rows to. Default: the file's; float32 for text.
+          mmap: Whether to map the rows into memory, and read them when they are used. Possible only for files of arrays
+            that need no conversion. Default: if possible.
+          encoding: The encoding of the tokens, if the format does not define it.
+          errors: How to treat tokens that are not of the encoding, such as one cut inside a character. `"escape"` keeps
+            their bytes, see `Vocabulary`, so that saving writes the same bytes; `"replace"` puts U+FFFD in place of
+            undecodable bytes; `"strict"` raises an error. A warning counts such tokens.
+          max_expansion: How many times its size a compressed file may expand to; 16 MiB are always allowed.
 
         Returns:
-          The vectors. Of tokens that the file has twice, the first; a warning counts the others.
+          The vectors. If the file has a token several times, the first one; a warning counts the others.
 
         Raises:
-          embax.files.FormatError: If the file is of no known format, truncated or corrupt, naming the place, or a token
-            is not of the encoding and that is to be an error.
+          embax.files.FormatError: If the file is of no known format, truncated or corrupt, naming the position; with
+            `errors="strict"`, if a token is not of the encoding.
           ValueError: If an argument is not as above.
-          OSError: If it cannot be opened or read.
+          OSError: If the file cannot be opened or read.
 
         Example:
           See `save`.
@@ -128,22 +128,22 @@ class Vectors(Queries):
         asked = Asked(format, limit, dtype, mmap, encoding, errors, max_expansion)
         vectors = cls(*read(path, asked)[1])
         vectors._path = None if files.is_stream(split_path(path)[0]) else os.fspath(path)
-        if not is_mapped(vectors.weight):  # of which nothing is read before it is used
+        if not is_mapped(vectors.weight):  # a mapped file should not be read before it is used
             vectors._say_what_is_not_finite(os.fspath(path))
         return vectors
 
     def save(self, path: str | os.PathLike[str], format: str | None = None) -> None:
-        """Write the vectors to a file, which takes the place of an older one when it is whole.
+        """Write the vectors to a file; an older file is replaced when the new one is complete.
 
         Args:
-          path: The destination. `-` is standard output; that, a pipe or a device is written to as it is.
-          format: The name of a format, one of `embax.files.FORMATS`. Default: by the suffix: `.safetensors`, or none,
-            for the package's own, which keeps all; `.txt` and `.vec` for word2vec's text, `.bin` for its binary form,
-            `.npy`, `.parquet`, `.arrow`. What is no plain file and has no suffix needs one.
+          path: The destination. `-` is standard output. Standard output, pipes and devices are written to directly.
+          format: The name of a format, one of `embax.files.FORMATS`. Default: by suffix. `.safetensors`, or no suffix,
+            is the package's own format, which keeps everything; `.txt` and `.vec` are word2vec's text, `.bin` is its
+            binary form; also `.npy`, `.parquet`, `.arrow`. Required for a pipe or device without a suffix.
 
         Raises:
-          ValueError: If the suffix is of no format, or missing where it is needed, or the format cannot hold these
-            vectors.
+          ValueError: If the suffix belongs to no format, or is missing for a pipe or device, or the format cannot hold
+            these vectors.
           OSError: If the file cannot be written.
 
         Example:
@@ -156,9 +156,9 @@ class Vectors(Queries):
         files.save(path, files.Contents(self.vocabulary, self.weight, self.counts, self.subwords), format=format)
 
     def normalized(self) -> "Vectors":
-        """Return the same directions with vectors of length 1, in float32; vectors of zeros stay.
+        """Return the vectors scaled to length 1, in float32; vectors of zeros stay zero.
 
-        fastText's n-grams are kept: the vectors that they give have length 1, too.
+        fastText's n-grams are kept; the vectors that they give have length 1, too.
         """
         subwords = None if self.subwords is None else self.subwords.normalized()
         return Vectors(self.vocabulary, self._unit, self.counts, subwords)
@@ -167,13 +167,13 @@ class Vectors(Queries):
         """Return the vectors of some tokens, in the order given.
 
         Args:
-          tokens: Tokens of the vocabulary, no two the same.
+          tokens: Tokens of the vocabulary, without repetitions.
 
         Returns:
           Their vectors.
 
         Raises:
-          UnknownTokenError: If the vocabulary does not have one of them; a KeyError.
+          UnknownTokenError: If the vocabulary lacks a token; a KeyError.
           ValueError: If a token is given twice.
 
         Example:
@@ -193,7 +193,7 @@ class Vectors(Queries):
         """Return a table of the vectors.
 
         Args:
-          **rules: As in `embax.Table`. Where the vocabulary has a padding token, it is the padding row by default.
+          **rules: As in `embax.Table`. The vocabulary's padding token, if it has one, is the default padding row.
 
         Returns:
           The table; its weight is a JAX array.
@@ -218,16 +218,16 @@ class Vectors(Queries):
 
         Args:
           tokens: The other vocabulary, or its tokens. Its padding token, if it has one, gets zeros.
-          missing: What a token gets that has no vector: the mean of all vectors, normal random numbers with the mean
-            and the standard deviation of each column, zeros, or an error. Tokens that fastText's n-grams give a vector
-            are not missing.
-          seed: Of the random numbers.
+          missing: The row of a token without a vector. `"mean"`: the mean of all vectors. `"random"`: normal random
+            numbers with the mean and the standard deviation of each column. `"zero"`: zeros. `"error"`: raise an error.
+            A token with a vector from fastText's n-grams is not missing.
+          seed: The seed of the random numbers.
 
         Returns:
-          The weight, the tokens that were missing, and how many were found.
+          The weight, the missing tokens, and the number of tokens found.
 
         Raises:
-          UnknownTokenError: If a token is missing and that is to be an error; a KeyError.
+          UnknownTokenError: If a token is missing, with `missing="error"`; a KeyError.
           ValueError: If `missing` is none of these.
 
         Example:

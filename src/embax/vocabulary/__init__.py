@@ -1,4 +1,4 @@
-"""Vocabulary: tokens to row numbers and back, without a Python object a token."""
+"""Vocabulary: convert tokens to row numbers and back."""
 
 from ._vocabulary import UnknownTokenError as UnknownTokenError
 from ._vocabulary import Vocabulary as Vocabulary

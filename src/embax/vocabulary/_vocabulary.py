@@ -1,4 +1,4 @@
-"""Vocabulary: tokens to row numbers and back, without a Python object a token."""
+"""Vocabulary: convert tokens to row numbers and back; tokens are kept in one buffer, not as Python objects."""
 
 import difflib
 from collections.abc import Iterable, Iterator, Mapping
@@ -12,9 +12,9 @@ from .._base import check as _check
 from .._base import escapes as _escapes
 from .._base import strings as _strings
 
-# A look-up of one token searches the text, which costs as much as making the index a few times over.
+# The first look-ups search the whole text. After about this many, making the index would have been cheaper.
 _SEARCHES = 8
-# Of how many tokens, the first ones, the spelling is compared.
+# `closest` compares the spelling of this many tokens, the first ones.
 _COMPARED = 50_000
 
 Unknown = Literal["error", "skip"] | int
@@ -22,11 +22,11 @@ Errors = Literal["strict", "replace", "escape"]
 
 
 class UnknownTokenError(KeyError):
-    """A token that the vocabulary does not have; the message offers the closest spellings.
+    """A token is not in the vocabulary; the message offers the closest spellings.
 
     Args:
       token: The token.
-      closest: Tokens of the vocabulary that are spelled alike, the closest first.
+      closest: Tokens of the vocabulary with a similar spelling, the closest first.
     """
 
     def __init__(self, token: str, closest: Iterable[str] = ()):
@@ -43,20 +43,20 @@ class UnknownTokenError(KeyError):
 class Vocabulary:
     r"""Tokens, numbered from 0 in the order given.
 
-    They are held as one buffer of UTF-8, and found by a hash: a million tokens take about 30 MB.
+    They are kept in one buffer of UTF-8, and found by hash: a million tokens take about 30 MB.
 
     A token from a file may have bytes that are not UTF-8, such as half a character. Its str has a surrogate for each of
-    these bytes, "\udcc3" for 0xC3 (PEP 383); `token.encode(errors="surrogateescape")` gives the bytes. Files of bytes,
-    which are word2vec's, GloVe's and fastText's, are written with these bytes. All other files and the terminal get
-    `\xc3`, as `escaped` has it.
+    these bytes, "\udcc3" for 0xC3 (PEP 383); `token.encode(errors="surrogateescape")` returns the bytes. The formats of
+    word2vec, GloVe and fastText are written with these bytes. All other files and the terminal get `\xc3`, see
+    `escaped`.
 
     Args:
-      tokens: Any strings, no two the same.
-      special: Some of the tokens by what they stand for, such as `{"padding": "[PAD]", "unknown": "[UNK]"}`.
+      tokens: Any strings, without repetitions.
+      special: Some of the tokens by their role, such as `{"padding": "[PAD]", "unknown": "[UNK]"}`.
 
     Raises:
       TypeError: If a token is not a string.
-      ValueError: If a token occurs twice or is not valid Unicode, or a special one is not among them.
+      ValueError: If a token occurs twice or is not valid Unicode, or a special token is not among the tokens.
 
     Example:
       >>> import embax
@@ -109,23 +109,23 @@ class Vocabulary:
         special: Mapping[str, int] | None = None,
         errors: Errors = "strict",
     ) -> "Vocabulary":
-        """Make a vocabulary of a buffer, without a Python object a token.
+        """Make a vocabulary from a buffer, without making Python objects of tokens.
 
-        Of tokens that occur twice, `ids` finds the first; `repeated` tells which they are.
+        Tokens may occur several times; `ids` then finds the first one, and `repeated` marks the others.
 
         Args:
           text: The tokens in UTF-8, one after the other: bytes, or a uint8 array.
-          offsets: Where each begins, and where the last ends, in bytes.
-          special: The ids of special tokens, by what they stand for.
-          errors: What becomes of a token that is not UTF-8: `"strict"` raises an error, `"escape"` keeps its bytes,
-            `"replace"` puts U+FFFD for what cannot be decoded.
+          offsets: Where each token begins, and where the last one ends, in bytes.
+          special: The ids of special tokens, by role.
+          errors: How to treat a token that is not UTF-8: `"strict"` raises an error, `"escape"` keeps its bytes,
+            `"replace"` puts U+FFFD in place of undecodable bytes.
 
         Returns:
           The vocabulary.
 
         Raises:
-          ValueError: If the offsets do not rise from 0 to the length of the text, a token is not UTF-8 and that is to
-            be an error, or there is no token of a special id.
+          ValueError: If the offsets do not rise from 0 to the length of the text, or a special id has no token; with
+            `errors="strict"`, if a token is not UTF-8.
 
         Example:
           >>> import embax
@@ -162,12 +162,12 @@ class Vocabulary:
 
     @property
     def special(self) -> dict[str, int]:
-        """The ids of special tokens, by what they stand for."""
+        """The ids of special tokens, by role."""
         return dict(self._special)
 
     @property
     def utf8(self) -> tuple[UInt8[np.ndarray, " bytes"], Int64[np.ndarray, " number_and_1"]]:
-        """The text and the offsets that `from_utf8` takes; not to be written to."""
+        """The text and the offsets, as `from_utf8` takes them; do not write to them."""
         return self._strings.text[: self._strings.offsets[-1]], self._strings.offsets
 
     @overload
@@ -178,16 +178,16 @@ class Vocabulary:
         """Return the ids of tokens.
 
         Args:
-          tokens: Tokens, or one.
-          unknown: What to do about a token that the vocabulary does not have: `"error"`, `"skip"`, which leaves it
-            out, or an id to give it, which may be -1 or another that no token has.
+          tokens: One or more tokens.
+          unknown: How to treat a token that is not in the vocabulary: `"error"`, `"skip"` to leave it out, or an id for
+            it, such as -1.
 
         Returns:
-          One id a token, int64; an int for one token.
+          One id for each token, int64; an int for one token.
 
         Raises:
-          UnknownTokenError: If a token is unknown and that is to be an error; a KeyError.
-          ValueError: If `unknown` is none of these, or one token is to be skipped.
+          UnknownTokenError: If a token is unknown, with `unknown="error"`; a KeyError.
+          ValueError: If `unknown` is none of these, or is `"skip"` for a single token.
         """
         is_id = isinstance(unknown, int | np.integer) and not isinstance(unknown, bool)
         if not (is_id or unknown in ("error", "skip")) or (unknown == "skip" and isinstance(tokens, str)):
@@ -213,14 +213,14 @@ class Vocabulary:
         """Return the tokens of ids.
 
         Args:
-          ids: Ids in `[0, len(vocabulary))`, or one. Default: all of them in order.
+          ids: One or more ids in `[0, len(vocabulary))`. Default: all of them in order.
 
         Returns:
-          One token an id; a str for one id.
+          One token for each id; a str for one id.
 
         Raises:
           TypeError: If the ids are not integers.
-          IndexError: If there is no such token.
+          IndexError: If an id is out of range.
         """
         text, offsets = self._strings.text.data, self._strings.offsets
         if ids is None:
@@ -244,11 +244,11 @@ class Vocabulary:
         return [str(text[start:end], "utf-8", "surrogateescape") for start, end in zip(starts, ends, strict=True)]
 
     def repeated(self) -> Bool[np.ndarray, " number"]:
-        """Tell which tokens have an equal before them, as `from_utf8` allows."""
+        """Which tokens occurred before, which only `from_utf8` allows."""
         return ~_strings.first_of_each(self._index, self._strings)
 
     def take(self, ids: Int64[np.ndarray, " some"]) -> "Vocabulary":
-        """Make a vocabulary of some of the tokens, in the order of the ids; special ones stay special."""
+        """Make a vocabulary of some of the tokens, in the order of the ids; special tokens stay special."""
         vocabulary = object.__new__(Vocabulary)
         numbers = {int(old): new for new, old in enumerate(ids)} if self._special else {}
         special = {role: numbers[old] for role, old in self._special.items() if old in numbers}
@@ -259,10 +259,10 @@ class Vocabulary:
         r"""Return the same tokens as text: with `\xNN` in place of each byte that is not UTF-8.
 
         Returns:
-          The vocabulary; itself where all tokens are UTF-8.
+          The vocabulary; itself if all tokens are UTF-8.
 
         Raises:
-          ValueError: If another token is spelled so already.
+          ValueError: If another token already has such a spelling.
 
         Example:
           >>> import embax
@@ -289,13 +289,13 @@ class Vocabulary:
         return vocabulary
 
     def closest(self, token: str, k: int = 5) -> list[str]:
-        """Return tokens that are spelled alike, the closest first, of the first 50,000.
+        """Return tokens with a similar spelling, the closest first, among the first 50,000.
 
-        Upper and lower case do not matter, so that "King" finds "king".
+        Case does not matter: "King" finds "king".
         """
         lengths = np.diff(self._strings.offsets[: _COMPARED + 1])
         size = len(token.encode(errors="replace"))
-        # What is shorter or longer than this has less than 0.6 of its letters in common.
+        # A token whose length is outside this range cannot reach the similarity of 0.6.
         alike = np.flatnonzero((lengths * 7 >= size * 3) & (lengths * 3 <= size * 7))
         lowered = {known.lower(): known for known in reversed(self.tokens(alike))}
         return [lowered[match] for match in difflib.get_close_matches(token.lower(), lowered, n=k, cutoff=0.6)]
@@ -334,7 +334,7 @@ class Vocabulary:
         return self._find_encoded(encoded)
 
     def _find_escaped(self, tokens: list[str]) -> Int64[np.ndarray, " tokens"]:
-        """Find tokens of which some have surrogates; where these stand for no bytes, there is no such token."""
+        """Find tokens, some with surrogates; a surrogate that stands for no byte is in no token."""
         encoded: list[bytes] = []
         exists = np.ones(len(tokens), bool)
         for place, token in enumerate(tokens):
@@ -352,7 +352,7 @@ class Vocabulary:
         return _strings.find(self._index, self._strings, _strings.packed(encoded))
 
     def _search(self, token: bytes) -> int:
-        """Find one token in the text, for those who ask for a few only: an index takes longer to make."""
+        """Find one token by searching the text: for a few tokens, this is faster than making an index."""
         text, offsets = self._strings.text.tobytes(), self._strings.offsets
         if not token:
             empty = np.flatnonzero(offsets[1:] == offsets[:-1])
@@ -367,14 +367,14 @@ class Vocabulary:
 
 
 def _not_utf8(text: np.ndarray, offsets: np.ndarray, rows: Int64[np.ndarray, " some"]) -> str:
-    """Name a token that is not UTF-8; one that begins inside a character tells most."""
+    """An error message that names a token that is not UTF-8; best one that begins inside a character."""
     inside = rows[(text[offsets[rows]] & 0xC0) == 0x80]
     row = int((inside if inside.size else rows)[0])
     return f"token {row} is not UTF-8: {text[offsets[row] : offsets[row + 1]].tobytes()[:40]!r}"
 
 
 def printable(token: str) -> str:
-    r"""Spell out control characters: a terminal obeys some, fonts have no sign of them, others turn a text around.
+    r"""Escape control characters: terminals obey some of them, fonts lack them, and some reverse the text's direction.
 
     A byte that is not UTF-8 becomes `\xNN`.
     """
@@ -383,6 +383,6 @@ def printable(token: str) -> str:
 
 
 def quoted(token: str) -> str:
-    """Quote a token for a message; control characters are spelled out, as they could rule the terminal."""
+    """Quote a token for a message, with control characters escaped, since a terminal would obey them."""
     shown = _escapes.spelled_out(token)
     return f'"{shown}"' if shown.isprintable() else repr(token)

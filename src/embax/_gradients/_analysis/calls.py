@@ -1,12 +1,12 @@
-"""Calls, scans, conds and shard_maps run with rows for some of their outputs, once for these and all other outputs.
+"""Run equations that hold programs (calls, scan, cond, shard_map) so that some outputs come out as rows.
 
-An example: a scan whose body adds the rows `(ids, values)` of each of 10 steps to a carry. It runs without the carry,
-the rows come out stacked, `(10, 4)` ids and `(10, 4, dim)` values, and are the terms of the sum that was carried:
+An example: a scan of 10 steps, whose body adds 4 rows to a carry in each step. It runs without the carry. The rows come
+out stacked, `(10, 4)` ids and `(10, 4, dim)` values, and are the terms of the sum that was carried:
 
     scan(body, zeros)    ->    terms of zeros, Rows(stacked ids, stacked values)
 
-Each equation is run by a function of its own that stays for as long as JAX keeps the program in it, so that eager calls
-find what is compiled.
+An equation runs once, for its outputs as arrays and as rows together. The function that runs it is kept as long as JAX
+keeps the equation's program, so that eager calls do not compile again.
 """
 
 import functools
@@ -43,16 +43,16 @@ def run_equation(
     """Run an equation that holds programs.
 
     Args:
-      evaluate: Runs a program, as `program.evaluate`, given what is known of its inputs.
+      evaluate: `program.evaluate`, with `known` bound.
       eqn: The equation.
-      known: What is known of its operands, where it calls a program.
-      arrays: Outputs that are wanted as arrays.
-      terms: Outputs that are wanted as terms.
+      known: What is known of its operands, if it is a call.
+      arrays: The outputs that are wanted as arrays.
+      terms: The outputs that are wanted as terms.
       given: The operands; None for one that is not needed as an array.
       taken: The operands that are needed as terms.
 
     Returns:
-      Both.
+      The arrays, and the terms.
     """
     programs = programs_of(eqn)
     held = _Held.of(eqn)
@@ -65,12 +65,12 @@ def run_equation(
     return runners[key]([inner(program)[1] for program in programs], given, taken)
 
 
-# By the first of an equation's programs. They are held weakly by the functions, too.
+# The key is the first of an equation's programs. The functions hold programs weakly, too, so none is kept alive.
 _RUNNERS: weakref.WeakKeyDictionary[Any, dict[Any, Any]] = weakref.WeakKeyDictionary()
 
 
 class _Held(NamedTuple):
-    """An equation that does not keep its programs."""
+    """An equation that holds its programs by weak references."""
 
     primitive: Primitive
     programs: tuple[weakref.ref[Any], ...]
@@ -87,14 +87,14 @@ class _Held(NamedTuple):
 
     @property
     def params(self) -> dict[str, PyTree]:
-        """Its parameters, for `programs_of`."""
+        """The equation's parameters, for `programs_of`."""
         programs = tuple(program() for program in self.programs)
         name = "branches" if self.primitive.name == "cond" else "jaxpr"
         return dict(self.rest) | {name: programs if name == "branches" else programs[0]}
 
     @property
     def jaxprs(self) -> list[Jaxpr]:
-        """Its programs without their constants."""
+        """The equation's programs, without their constants."""
         return [inner(program)[0] for program in programs_of(self)]
 
 
@@ -102,7 +102,7 @@ _PROGRAMS = frozenset({"jaxpr", "call_jaxpr", "branches"})
 
 
 def _named(held: _Held) -> Callable[..., PyTree]:
-    """A function of the name that a program has in profiles."""
+    """A function with the equation's name, by which profiles show it."""
 
     def function() -> None:
         pass
@@ -111,7 +111,7 @@ def _named(held: _Held) -> Callable[..., PyTree]:
     return function
 
 
-# ---- Each kind of equation. `consts` are the constants of its programs.
+# ---- One function for each kind of equation. `consts` are the constants of its programs.
 
 
 def _run_call(
@@ -145,11 +145,11 @@ def _run_remat(
         return leaves
 
     closed = jax.make_jaxpr(run)(*flat)
-    # Bound as JAX has bound it: `jax.checkpoint` has no way to say that this is a derivative already, behind whose
-    # barrier nothing may be shared with the program before.
+    # JAX's primitive is bound directly: this is already a backward pass, and `jax.checkpoint` has no option to keep XLA
+    # from sharing its results with the forward pass.
     made, more = without_constants(closed)
     params: dict[str, PyTree] = {**held.params, "jaxpr": made}
-    if isinstance(params.get("prevent_cse"), tuple):  # one for each input, which are others now
+    if isinstance(params.get("prevent_cse"), tuple):  # one for each input, but the inputs changed
         params["prevent_cse"] = any(params["prevent_cse"])
     return found[0].unflatten(held.primitive.bind(*more, *flat, **params))
 
@@ -196,7 +196,7 @@ def _run_cond(
     axes = [frozenset().union(*(axes for form in of_output for axes in form.axes)) for of_output in forms]
 
     def branch(k: int, *operands: Any) -> PyTree:
-        # The terms of operands are those of the output, whichever branch runs.
+        # Terms of operands are added after the cond: they are the same in all branches.
         none = {operand - 1: () for operand in taken}
         values, found = evaluate(held.jaxprs[k], consts[k], operands, none, arrays, terms)
         filled = [_filled(x, n, held.types[j], a) for x, n, j, a in zip(found, lengths, terms, axes, strict=True)]
@@ -209,7 +209,7 @@ def _run_cond(
 
 
 def _filled(terms: Sequence[PyTree], length: int, type_: Any, axes: frozenset[str]) -> Rows:
-    """Put rows together, and fill them up with ids of no row."""
+    """Concatenate rows, and pad them to `length` with the sentinel."""
     rows, dim = type_.shape[0], type_.shape[1:]
     joined = _joined(terms, type_, axes)
     missing = length - joined.ids.size
@@ -244,7 +244,7 @@ def _run_shards(
     def of_device(consts: Any, *args: PyTree) -> PyTree:
         first = len(whole.outvars)
         values, found = evaluate(jaxpr, consts, args, {}, arrays, tuple(range(first, first + len(terms))), memo)
-        # Rows that are summed over the same devices go together.
+        # Concatenate rows that are to be summed over the same devices.
         parted = [
             [_joined([x for x in rows if x.axes == axes], held.types[j], NO_AXES) for axes in of_output]
             for rows, j, of_output in zip(found, terms, kinds, strict=True)

@@ -1,8 +1,8 @@
-"""Equations that hold programs of their own: calls, scans, conds and `shard_map`, as the versions of JAX write them.
+"""Equations that hold programs of their own: calls, scan, cond and shard_map, in the forms of several JAX versions.
 
-For instance, `jit` holds one program, whose inputs are its operands; `scan` holds its body, whose inputs are constants,
-then what is carried, then the values of one step; `cond` holds its branches, whose inputs are all its operands but the
-first.
+For instance, `jit` holds one program, with the same inputs as the equation. `scan` holds its body, whose inputs are
+constants, the carry, and the values of one step. `cond` holds its branches, whose inputs are the equation's operands
+without the first one, the index of the branch.
 """
 
 from collections.abc import Sequence
@@ -11,19 +11,19 @@ from typing import Any, NamedTuple
 from jax.extend.core import Jaxpr, JaxprEqn
 from jaxtyping import PyTree
 
-# Equations that call one program, by the names of their primitives.
+# The primitives that call one program.
 CALLS = frozenset({"jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint"})
 
 
 def inner(program: Any) -> tuple[Jaxpr, Sequence[PyTree]]:
-    """Take a program that an equation holds apart into a jaxpr and its constants."""
+    """Split a program that an equation holds into its jaxpr and its constants."""
     if hasattr(program, "jaxpr"):
         return program.jaxpr, program.consts
     return program, ()
 
 
 def programs_of(eqn: Any) -> list[PyTree]:
-    """The programs that a call, a scan, a cond or a shard_map holds."""
+    """The programs of a call, a scan, a cond or a shard_map."""
     if eqn.primitive.name == "cond":
         return list(eqn.params["branches"])
     return [eqn.params["jaxpr"] if "jaxpr" in eqn.params else eqn.params["call_jaxpr"]]
@@ -42,7 +42,7 @@ class ScanSizes(NamedTuple):
 
     @classmethod
     def of(cls, eqn: JaxprEqn) -> "ScanSizes":
-        """Tell them by the axis of the steps, since the versions of JAX say it in different ways."""
+        """Find the sizes: only values of steps have one axis more than the body's. The parameters vary by version."""
         body, _ = inner(programs_of(eqn)[0])
         of_steps = sum(len(shape_of(x)) > len(shape_of(y)) for x, y in zip(eqn.invars, body.invars, strict=True))
         stacked = sum(len(shape_of(x)) > len(shape_of(y)) for x, y in zip(eqn.outvars, body.outvars, strict=True))
@@ -54,10 +54,10 @@ NO_AXES: frozenset[str] = frozenset()
 
 
 def before_sum(eqn: Any, j: int) -> tuple[Any, frozenset[str]]:
-    """What of a shard_map's body is summed over devices to give an output, and over which axes.
+    """Return the variable of a shard_map's body that a final psum turns into output `j`, and the axes of the psum.
 
-    With `check_vma=False`, the gradient of what all devices have in common ends with a sum that JAX has added. With
-    `check_vma=True` it need not come last, and the body has a primitive of its own for it, so that it has a rule.
+    With `check_vma=False`, JAX ends the gradient of a replicated input by a psum, which is skipped here. With
+    `check_vma=True`, JAX sums by `psum_invariant`, anywhere in the body, for which `linear` has a rule.
     """
     body, _ = inner(programs_of(eqn)[0])
     v = body.outvars[j]
@@ -71,7 +71,7 @@ def before_sum(eqn: Any, j: int) -> tuple[Any, frozenset[str]]:
 
 
 def without_constants(program: Any) -> tuple[Jaxpr, list[PyTree]]:
-    """Make the constants of a program its first inputs: they may be tracers, which nothing that stays may hold."""
+    """Turn the constants of a program into its first inputs: they may be tracers, which must not be kept."""
     jaxpr, consts = inner(program)
     more = {"consts": ()} if hasattr(jaxpr, "consts") else {}
     return jaxpr.replace(constvars=[], invars=[*jaxpr.constvars, *jaxpr.invars], **more), list(consts)

@@ -1,7 +1,7 @@
-"""Form: what each variable of a gradient's program is a sum of.
+"""Form: the terms that a variable of a gradient's program is a sum of.
 
-For instance, `Form({0: True}, ids=4)` is input 0 of the program, added once and as it is, and rows of 4 ids; `Form()`
-is nothing but zeros; and `Form(dense={Reason(eqn)})` is one array of all rows, which `eqn` computes.
+For instance, a variable of the form `Form({0: True}, ids=4)` is the sum of input 0, added once and unchanged, and rows
+of 4 ids. `Form()` is zeros, and `Form(dense={Reason(eqn)})` is one array of all rows that the equation `eqn` computes.
 """
 
 from collections.abc import Iterable, Mapping
@@ -13,11 +13,11 @@ from .opening import Kind, Opening
 
 
 class Reason:
-    """Why a term is of all rows.
+    """Why a term is an array of all rows.
 
     Attributes:
-      eqn: The equation that computes it; None for a constant.
-      is_expected: Whether that is by design, and no surprise.
+      eqn: The equation that computes the term; None for a constant.
+      is_expected: Whether it is dense by design, so that no warning is due.
     """
 
     __slots__ = ("eqn", "is_expected")
@@ -27,26 +27,26 @@ class Reason:
 
 
 class Form(NamedTuple):
-    """What a variable is a sum of."""
+    """The terms that a variable is a sum of."""
 
-    inputs: Mapping[int, bool] = {}  # inputs of the program; whether each is added once, as it is
-    ids: int = 0  # number of ids that are added
-    axes: frozenset[frozenset[str]] = frozenset()  # of the rows, as in `Rows`
-    kinds: frozenset[Kind] = frozenset()  # of the rows
-    dense: frozenset[Reason] = frozenset()  # why there are terms of all rows
-    needs: int = 0  # inputs, as bits, that are needed as arrays to compute the terms
-    laned: frozenset[Reason] = frozenset()  # why there are rows that have lanes
+    inputs: Mapping[int, bool] = {}  # inputs of the program; True if added once and unchanged
+    ids: int = 0  # number of ids of all rows
+    axes: frozenset[frozenset[str]] = frozenset()  # the `axes` of the rows, see `Rows`
+    kinds: frozenset[Kind] = frozenset()  # the kinds of the rows
+    dense: frozenset[Reason] = frozenset()  # why there are terms that are arrays of all rows
+    needs: int = 0  # a bit for each input that is needed as an array to compute the terms
+    laned: frozenset[Reason] = frozenset()  # why there are rows with lanes
 
 
 class Known(NamedTuple):
-    """What is known of an input of a program that is a sum of rows and of nothing else."""
+    """What the caller knows of an input of a program: that it is a sum of rows only, and of how many."""
 
     ids: int
     axes: frozenset[frozenset[str]]
     kinds: frozenset[Kind]
 
 
-# What is known of each input; empty where there is nothing.
+# One entry for each input; empty if nothing is known of any.
 AllKnown = tuple[Known | None, ...]
 
 
@@ -54,12 +54,12 @@ class Forms:
     """The forms of a program's variables, which the pass in `forms` fills in.
 
     Attributes:
-      jaxpr: The program, which these keep alive.
-      known: What is known of its inputs, by their places.
+      jaxpr: The program, kept alive.
+      known: The known inputs, by their places.
       of: The form of each variable.
-      openings: How each variable that can be taken apart is taken apart.
-      depends: Inputs, as bits, that are needed to compute each variable as an array.
-      effects: Inputs, as bits, that the effects of the program need.
+      openings: The opening of each variable that an equation makes as a sum.
+      depends: For each variable, a bit for each input that is needed to compute it as an array.
+      effects: A bit for each input that the program's effects need.
     """
 
     def __init__(self, jaxpr: Jaxpr, known: AllKnown = ()):
@@ -77,10 +77,10 @@ class Forms:
         known = self.known.get(k)
         if known is None:
             return Form({k: True})
-        return Form({k: True}, *known) if known.ids else Form()  # which is zeros
+        return Form({k: True}, *known) if known.ids else Form()  # no rows: zeros
 
     def known_of(self, eqn: JaxprEqn) -> AllKnown:
-        """What is known of the operands of an equation that calls a program."""
+        """Return what is known of the operands of a call."""
         known = tuple(self._known(v) for v in eqn.invars)
         return known if any(x is not None for x in known) else ()
 
@@ -89,24 +89,24 @@ class Forms:
         return None if self.lanes(v) is None else Known(form.ids, form.axes, form.kinds)
 
     def form(self, v: Any) -> Form:
-        """The form of a variable or a literal."""
+        """Return the form of a variable or a literal."""
         return Form(dense=frozenset({Reason(None)})) if isinstance(v, Literal) else self.of[v]
 
     def opening(self, v: Any) -> Opening | None:
-        """How a variable is to be taken apart; None where it is one array, or an input."""
+        """Return how a variable is a sum; None if it is one array, or an input."""
         if isinstance(v, Literal):
             return None
         form = self.of[v]
         return None if form.dense and not form.ids and not form.inputs else self.openings.get(v)
 
     def lanes(self, v: Any) -> int | None:
-        """The number of lanes of a sum of rows and of nothing else, which may be zeros; None for others."""
+        """Return the number of lanes of a variable that is a sum of rows only, or zeros; None for any other."""
         form = self.form(v)
         unknown = form.dense or any(self.known.get(place) is None for place in form.inputs)
         return None if unknown else max((kind.lanes for kind in form.kinds), default=0)
 
     def bits(self, eqn: JaxprEqn, operands: Iterable[int]) -> int:
-        """Inputs, as bits, that are needed to compute some operands of an equation as arrays."""
+        """Return a bit for each input that is needed to compute these operands of an equation as arrays."""
         bits = 0
         for k in operands:
             v = eqn.invars[k]

@@ -1,17 +1,17 @@
-"""Forms: for each variable of a gradient's program, what it is a sum of.
+"""Forms: for each variable of a gradient's program, the terms that it is a sum of.
 
-One pass over the equations, from the first to the last, says of every variable: which inputs of the program it adds,
-and whether each as it is; how many rows it adds; and why some of its terms are arrays of all rows. An example, of the
-program of a gradient whose loss looks up in the body of a scan, with the body's carry `a`:
+One pass from the first equation to the last finds for every variable: the inputs of the program that it adds, and
+whether each is unchanged; how many rows it adds; and the reasons for terms that are arrays of all rows. An example: a
+loss that looks up 4 ids in each step of a scan. The body of the gradient's scan has the carry `a`:
 
     scan body:  b = add_rows values ids       b: 4 ids
-                c = add_any a b               c: input a, as it is, and 4 ids
+                c = add_any a b               c: input a, unchanged, and 4 ids
     program:    z = broadcast_in_dim 0.0      z: nothing
-                g = scan[10 steps] z ...      g: nothing (of z), and 40 ids, which the scan can stack
+                g = scan[10 steps] z ...      g: nothing (from z), and 40 ids, which the scan can stack
 
-A variable that no rule understands is one term, the array itself, so that a gap in the rules costs speed and never a
-value. `linear` has the rules of one equation, `nested` those of equations that hold programs, and `program` runs a
-program by its forms.
+If no rule knows an equation, its output is one term: the array itself. So a missing rule costs speed, but never gives a
+wrong value. `linear` has the rules of single equations, `nested` those of equations that hold programs, and `program`
+runs a program by its forms.
 """
 
 from jax.extend.core import Jaxpr, JaxprEqn
@@ -25,13 +25,13 @@ from .opening import Kind, Opening
 
 
 class Memo:
-    """The forms of programs that were looked at already, for as long as one program is taken apart."""
+    """A cache of the forms of programs, for the analysis of one gradient."""
 
     def __init__(self):
         self._forms: dict[tuple[int, AllKnown], Forms] = {}
 
     def forms(self, jaxpr: Jaxpr, known: AllKnown = ()) -> Forms:
-        """The forms of a program, given what is known of its inputs."""
+        """The forms of a program whose inputs are known as `known` says."""
         key = id(jaxpr), known
         if key not in self._forms:
             forms = Forms(jaxpr, known)
@@ -61,7 +61,7 @@ def _add(forms: Forms, eqn: JaxprEqn, memo: Memo) -> None:
 
 
 def _outputs(eqn: JaxprEqn, known: AllKnown, forms: Forms, memo: Memo) -> tuple[Openings, Operands]:
-    """How each output is a sum, or the reasons why it is none; and the operands that each needs as an array."""
+    """Return the opening of each output, or the reasons why it is dense; and the operands that each needs as arrays."""
     name = eqn.primitive.name
     if name in NESTED:
         return NESTED[name](eqn, known, memo.forms)
@@ -72,7 +72,7 @@ def _outputs(eqn: JaxprEqn, known: AllKnown, forms: Forms, memo: Memo) -> tuple[
 
 
 def _opened(forms: Forms, eqn: JaxprEqn, opening: Opening) -> Form | frozenset[Reason] | None:
-    """Combine the forms of the operands that an output sums; or say why that cannot be done, if it is known."""
+    """Combine the forms of the operands that an output sums; else return the reasons, or None if there are none."""
     inputs: dict[int, bool] = {}
     ids, axes, kinds, dense = opening.ids, opening.axes, opening.kinds, opening.dense
     laned = opening.laned
@@ -85,7 +85,7 @@ def _opened(forms: Forms, eqn: JaxprEqn, opening: Opening) -> Form | frozenset[R
             return None
         for place, once in form.inputs.items():
             inputs[place] = as_it_is and once and place not in inputs
-        if any(opening.summed_over & of_rows for of_rows in form.axes):  # twice over the same devices
+        if any(opening.summed_over & of_rows for of_rows in form.axes):  # rows may be summed over devices once only
             return None
         needs |= form.needs
         if k in opening.told:
@@ -101,11 +101,11 @@ def _opened(forms: Forms, eqn: JaxprEqn, opening: Opening) -> Form | frozenset[R
         return laned
     if len(kinds) > 1 or (opening.by_place and any(kind.storage != DENSE for kind in kinds)):
         return None
-    # An input may stand for rows of which these things are not known.
+    # An input of the program may be rows of any kind, so nothing that depends on the kind is allowed.
     unknown = any(forms.known.get(place) is None for place in inputs)
     if unknown and (opening.joined or opening.summed_over or opening.by_place):
         return None
-    # Where nothing but arrays comes in, this is the equation to name.
+    # If all operands are arrays of all rows, the warning shall name this equation.
     if opening.arrays and not (inputs or ids) and not all(reason.is_expected for reason in dense):
         return None
     laned = laned if any(kind.lanes for kind in kinds) else frozenset()

@@ -1,12 +1,12 @@
 """Linear equations: how one equation of a gradient's program makes a sum of rows from other sums.
 
-The program of a gradient adds, scales and casts arrays of the weight's shape that are zero but for some rows. Each rule
-here says of a primitive how its output is such a sum; `terms` computes the sum. For instance:
+The program of a gradient adds, scales and casts arrays of the weight's shape in which most rows are zero. Each rule
+here states for a primitive how its output is a sum; `terms` computes the terms. For instance:
 
-    a = add_rows values ids    adds rows of its own, and needs both operands
-    b = mul a 0.5              is a sum of the terms of a, each times 0.5
-    c = dot x y                has no rule: it is one term, the array
-    d = add_any b c            is a sum of the terms of b and of c, as they are
+    a = add_rows values ids    rows of its own; needs both operands as arrays
+    b = mul a 0.5              the terms of a, each times 0.5
+    c = dot x y                no rule: one term, the array
+    d = add_any b c            the terms of b and the terms of c, unchanged
 """
 
 import math
@@ -23,14 +23,14 @@ from .parts import PARTS
 
 
 def opening_of(eqn: JaxprEqn, lanes: Lanes) -> Opening | None:
-    """Say how an output of an equation without inner programs is a sum, or each of several outputs.
+    """Say how the outputs of an equation without inner programs are sums; one answer for all outputs.
 
     Args:
       eqn: The equation.
-      lanes: What is known of operands.
+      lanes: Returns the number of lanes of an operand that is a sum of rows only; None for others.
 
     Returns:
-      None where no rule knows.
+      The opening; None if there is no rule.
     """
     name = eqn.primitive.name
     if name in PARTS:
@@ -82,7 +82,7 @@ def _scaled(eqn: JaxprEqn, lanes: Lanes) -> Opening | None:
     a = eqn.invars[0]
     summed = 0 if eqn.primitive.name == "div" or (lanes(a) is not None and not _is_scalar(a)) else 1
     if isinstance(eqn.invars[summed], Literal) or shape_of(eqn.invars[summed]) != shape_of(eqn.outvars[0]):
-        return None  # an axis of size 1 is repeated
+        return None  # the sum is broadcast
     return Opening({summed: False}, (1 - summed,), by_place=not _is_scalar(eqn.invars[1 - summed]))
 
 
@@ -99,13 +99,13 @@ def _added(eqn: JaxprEqn) -> Opening:
 
 
 def _joined(eqn: JaxprEqn) -> Opening | None:
-    """The sum of lanes."""
+    """A sum over lanes: the rows of all lanes."""
     axes = eqn.params["axes"]
     return Opening({0: False}, joined=len(axes), lanes=1 + max(axes)) if axes else Opening({0: True})
 
 
 def _summed_over_devices(eqn: JaxprEqn) -> Opening | None:
-    # JAX sums so the gradient of what all devices have in common.
+    # JAX sums the gradient of a replicated array by this primitive.
     axes = frozenset(eqn.params["axes"])
     return Opening({0: False}, summed_over=axes) if all(isinstance(axis, str) for axis in axes) else None
 

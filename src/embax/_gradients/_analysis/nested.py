@@ -1,13 +1,13 @@
 """Rules of equations that hold programs: how the outputs of a call, a scan, a cond or a shard_map are sums.
 
-Each rule reads the forms of the inner programs and says them of the outer equation's operands. For instance, of a scan
-of 10 steps whose body adds 4 ids to a carry that is its operand 2:
+Each rule turns the forms of the inner programs into openings in terms of the outer equation's operands. For instance,
+the body of a scan of 10 steps adds 4 ids to the carry, which is operand 2:
 
-    body:   out 0 = Form({2: True}, ids=4)      the carry, as it is, and 4 ids
+    body:   out 0 = Form({2: True}, ids=4)         the carry, unchanged, and 4 ids
     scan:   output 0 = Opening({2: True}, ids=40)
 
-A rule gives None for an output that is no such sum, and reasons where it is known why. It also says which operands each
-output needs as an array: None for all of them.
+If an output is no such sum, its opening is None, or the reasons if they are known. A rule also returns, for each
+output, the operands that it needs as arrays; None for all of them.
 """
 
 import math
@@ -24,14 +24,14 @@ from .opening import Kind, Opening
 Openings = list[Opening | frozenset[Reason] | None]
 Operands = list[Sequence[int] | None]
 
-# Gives the forms of a program, and takes what is known of its inputs.
+# Returns the forms of a program, given the known inputs.
 FormsOf = Callable[..., Forms]
 
 _Item = TypeVar("_Item")
 
 
 def needed_by_effects(eqn: JaxprEqn, known: AllKnown, openings: Openings, forms_of: FormsOf) -> Sequence[int]:
-    """Operands of an equation that its effects need as arrays."""
+    """Return the operands of an equation that its effects need as arrays."""
     if eqn.primitive.name in CALLS:
         return _positions(forms_of(inner(programs_of(eqn)[0])[0], known).effects)
     summed = {k for x in openings if isinstance(x, Opening) for k in x.terms} if eqn.primitive.name == "scan" else ()
@@ -57,7 +57,7 @@ def _of_call(eqn: JaxprEqn, known: AllKnown, forms_of: FormsOf) -> tuple[Opening
 
 
 def _of_scan(eqn: JaxprEqn, known: AllKnown, forms_of: FormsOf) -> tuple[Openings, Operands]:
-    """A sum that is carried, and used for nothing but to be added to, gives the rows of each step."""
+    """A carry that the body only adds to is a sum of the rows of each step."""
     forms, sizes = forms_of(inner(programs_of(eqn)[0])[0]), ScanSizes.of(eqn)
     outvars = forms.jaxpr.outvars
     openings: Openings = [None] * len(outvars)
@@ -69,7 +69,7 @@ def _of_scan(eqn: JaxprEqn, known: AllKnown, forms_of: FormsOf) -> tuple[Opening
             if _outgrow(length * form.ids, form, eqn.outvars[j].aval):
                 openings[j] = frozenset({Reason(eqn, is_expected=True)})
             else:
-                # Which operands it needs cannot be said by their places in the body, where it may be through the carry.
+                # The needed operands are set below: the body may need one by way of another carry.
                 openings[j] = Opening(
                     {sizes.consts + j: True}, (), length * form.ids, form.axes, form.kinds, laned=form.laned
                 )
@@ -83,7 +83,7 @@ def _of_scan(eqn: JaxprEqn, known: AllKnown, forms_of: FormsOf) -> tuple[Opening
 
 
 def _used_otherwise(forms: Forms, sizes: ScanSizes, candidates: Sequence[int]) -> list[int]:
-    """Which of the sums that a scan carries are used in its body, besides to be added to."""
+    """Return the carried sums that the body also uses in another way than adding to them."""
     bits = forms.effects
     for j, v in enumerate(forms.jaxpr.outvars):
         if j in candidates:
@@ -94,7 +94,7 @@ def _used_otherwise(forms: Forms, sizes: ScanSizes, candidates: Sequence[int]) -
 
 
 def _outgrow(ids: int, form: Form, aval: Any) -> bool:
-    """Tell whether rows that a scan stacks take more memory than an array of all rows."""
+    """Return whether the rows that a scan stacks take more memory than an array of all rows."""
     if not ids:
         return False
     lanes = max(kind.lanes for kind in form.kinds)
@@ -103,7 +103,7 @@ def _outgrow(ids: int, form: Form, aval: Any) -> bool:
 
 
 def _of_cond(eqn: JaxprEqn, known: AllKnown, forms_of: FormsOf) -> tuple[Openings, Operands]:
-    """Rows of whichever branch runs, filled up to the length of the longest."""
+    """The rows of the branch that runs, padded to the largest number of ids of any branch."""
     branches = [forms_of(inner(branch)[0]) for branch in programs_of(eqn)]
     openings: Openings = []
     for j in range(len(eqn.outvars)):
@@ -127,7 +127,7 @@ def _of_cond(eqn: JaxprEqn, known: AllKnown, forms_of: FormsOf) -> tuple[Opening
 
 
 def _of_one_kind(kinds: frozenset[Kind]) -> bool:
-    """Tell whether rows can be put one behind the other: of one kind, without lanes."""
+    """Return whether rows can be concatenated: they are of one kind, without lanes."""
     return len(kinds) <= 1 and not any(kind.lanes for kind in kinds)
 
 
@@ -136,7 +136,7 @@ def _union(sets: Iterable[frozenset[_Item]]) -> frozenset[_Item]:
 
 
 def _of_shards(eqn: JaxprEqn, known: AllKnown, forms_of: FormsOf) -> tuple[Openings, Operands]:
-    """Rows that each device has of its own, where the output is their sum over devices."""
+    """An output that is summed over devices is the rows of all devices."""
     number = len(eqn.outvars)
     return [_of_shard(eqn, j, forms_of) for j in range(number)], [None] * number
 
@@ -156,7 +156,7 @@ def _of_shard(eqn: JaxprEqn, j: int, forms_of: FormsOf) -> Opening | frozenset[R
     return Opening({}, range(len(eqn.invars)), devices * form.ids, frozenset({NO_AXES}), form.kinds)
 
 
-# The rule of each primitive. A rule takes the equation, what is known of the operands of a call, and `FormsOf`.
+# The rule of each primitive. Its arguments are the equation, the known operands of a call, and a `FormsOf`.
 NESTED: dict[str, Callable[[JaxprEqn, AllKnown, FormsOf], tuple[Openings, Operands]]] = {
     **dict.fromkeys(CALLS, _of_call),
     "scan": _of_scan,

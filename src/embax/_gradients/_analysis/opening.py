@@ -1,7 +1,8 @@
-"""Openings: how one output of an equation is a sum of its operands and of rows.
+"""Openings: how one output of an equation is a sum of its operands and of new rows.
 
-For instance, `d = add_any b c` has `Opening({0: True, 1: True})`: the terms of both operands, as they are. With 4 ids,
-`add_rows values ids` has `Opening(arrays=(0, 1), ids=4)`: it sums no operand, needs both as arrays, and adds 4 rows.
+For instance, `d = add_any b c` has `Opening({0: True, 1: True})`: both operands are summed, unchanged. The output of
+`add_rows values ids`, of 3 ids, has `Opening({}, (0, 1), ids=3, ...)`: no operand is summed, but it needs both as
+arrays and has 3 ids of its own.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -15,50 +16,50 @@ from ..._core.dense import DENSE
 from ..._core.storage import Storage
 from .equations import NO_AXES
 
-# A part of an array is held as rows if the array has so many times as many.
+# A part of an array is held as rows if the array has at least this many times its rows.
 FEW = 2
 
 
 class Kind(NamedTuple):
-    """How ids are to be understood; rows of two kinds do not go together."""
+    """What the ids of rows refer to; rows of two kinds cannot be joined."""
 
-    lanes: int = 0  # number of leading axes of the array that have rows of their own
-    storage: Storage = DENSE  # which says in what order the array has its rows
+    lanes: int = 0  # number of leading axes of the array that are lanes
+    storage: Storage = DENSE  # the order of the array's rows
 
 
 class Opening(NamedTuple):
     """How an output of an equation is a sum."""
 
-    terms: Mapping[int, bool] = {}  # operands that are summed; whether as they are, or after a linear map of their rows
-    arrays: Sequence[int] = ()  # other operands that are needed
+    terms: Mapping[int, bool] = {}  # operands that are summed: True if unchanged, False if their rows are mapped
+    arrays: Sequence[int] = ()  # operands that are needed as arrays
     ids: int = 0  # number of ids that the equation itself adds
-    axes: frozenset[frozenset[str]] = frozenset()  # of the rows that it adds, as in `Rows`
-    kinds: frozenset[Kind] = frozenset()  # of the rows that it adds
-    dense: frozenset[Any] = frozenset()  # reasons for terms of all rows that it adds
-    summed_over: frozenset[str] = NO_AXES  # axes of devices that the operands' rows are to be added over
-    of_zeros: bool = False  # whether it is a sum only if the operands are nothing but zeros
-    joined: int = 0  # number of lanes that are summed; below 0, of axes of size 1 that are added in front
-    lanes: int = 0  # number of leading axes of the operands that have to be lanes
-    by_place: bool = False  # whether rows are treated by where they are in the array
+    axes: frozenset[frozenset[str]] = frozenset()  # the `axes` of these rows, see `Rows`
+    kinds: frozenset[Kind] = frozenset()  # the kinds of these rows
+    dense: frozenset[Any] = frozenset()  # reasons for arrays of all rows that it adds
+    summed_over: frozenset[str] = NO_AXES  # axes of a `shard_map` over which the operands' rows are to be summed
+    of_zeros: bool = False  # whether it is a sum only if the operands are zeros
+    joined: int = 0  # number of lanes that are summed over; if negative, number of axes of size 1 added in front
+    lanes: int = 0  # number of leading axes of the operands that must be lanes
+    by_place: bool = False  # whether rows are treated by their position in the array
     times: int = 1  # how many ids each id of the operands becomes
-    laned: frozenset[Any] = frozenset()  # reasons for its rows' having lanes
-    told: frozenset[int] = frozenset()  # operands whose rows are counted in the numbers and kinds above already
+    laned: frozenset[Any] = frozenset()  # reasons why its rows have lanes
+    told: frozenset[int] = frozenset()  # operands whose rows are already counted in `ids`, `axes` and `kinds`
 
 
-# Tells how many leading axes of a variable are lanes, if it is a sum of rows and of nothing else; None for others.
+# Returns how many leading axes of a variable are lanes, if it is a sum of rows only; None for any other variable.
 Lanes = Callable[[Any], int | None]
 
 
 def rows_of_arrays(
     operands: Sequence[int], ids: int, lanes: int = 0, terms: Mapping[int, bool] | None = None, **options: Any
 ) -> Opening:
-    """Make the opening of an equation that has some operands for rows, and sums others."""
+    """The opening of an equation that turns some operands into rows, and sums others (`terms`)."""
     return Opening(terms or {}, operands, ids, frozenset({NO_AXES}), frozenset({Kind(lanes)}), **options)
 
 
 def is_zero(x: Any) -> bool:
-    """Tell whether an operand is a literal of zeros."""
-    # The gradient of an integer has no numbers at all.
+    """Whether an operand is a literal of zeros."""
+    # float0, the gradient of an integer, has no values to compare.
     return (
         isinstance(x, Literal) and jax.typeof(x.val).dtype != jax.dtypes.float0 and bool(np.all(np.asarray(x.val) == 0))
     )

@@ -1,13 +1,14 @@
-"""Parts of an array: rows that an equation of a gradient's program writes, moves or cuts out by their place.
+"""Parts of an array: equations of a gradient's program that move rows to other positions, or cut some out.
 
-The gradient of a part is written into zeros of the whole, and that of a whole is cut into parts. Each primitive here
-has a rule, as in `linear`, and the terms that it gives, as in `terms`. For instance, of `weight[2:8:3][[1, 1]]`:
+The gradient of a slice is padded with zeros, and the gradient of a padding is sliced. Each primitive here has a rule,
+as in `linear`, and a function that computes its terms, as in `terms`. For instance, the gradient of
+`weight[2:8:3][[1, 1]]`, for a weight of 40 rows:
 
     a = add_rows [u, v] [1, 1]     rows 1 and 1 of a part of two rows
     b = pad a (2, 34, 2)           rows 5 and 5 of all 40: row k of the part is row 2 + 3 k
-    c = pad x (0, 30, 0)           x is an array of 10 rows: these are rows 0 to 9 of 40, and its numbers
+    c = pad x (0, 30, 0)           x is an array of 10 rows: they become rows 0 to 9 of 40
 
-A part that is an array is held as rows if it is at most half of the whole; else the whole array holds it better.
+An array that is a part is turned into rows if it is at most half of the whole; else the whole array is cheaper.
 """
 
 import math
@@ -29,25 +30,25 @@ from .scattered import scattered_opening, scattered_terms
 
 
 class Part(NamedTuple):
-    """What is known of a primitive."""
+    """The rule and the terms of a primitive."""
 
     opening: Callable[[JaxprEqn, Lanes], Opening | None]
-    terms: Callable[..., list[Term]]  # of an equation, an output, its opening, and what reads arrays and terms
+    terms: Callable[..., list[Term]]  # called as `terms(eqn, j, opening, read, terms)`, like `terms.terms_of`
 
 
 def _moved(
     rows: Rows, sizes: tuple[int, int], place: Callable[[Array], Array], values: Callable[[Array], Array]
 ) -> Rows:
-    """Move rows to other places of another array.
+    """Move rows to other positions, in an array of another size.
 
     Args:
       rows: The rows.
-      sizes: The number of rows of the array that they are in, and of the other one.
-      place: Gives the new places; any that is outside of the other array stands for none.
-      values: Gives the numbers of a row.
+      sizes: The number of rows of the array before and after.
+      place: Maps ids to new ids; a result outside of the new array drops the row.
+      values: Maps the values of one row.
 
     Returns:
-      The rows there.
+      The moved rows.
     """
     before, after = sizes
     rows = replicated(rows)
@@ -60,7 +61,7 @@ def _moved(
     return Rows(jnp.where(exists, there, after).astype(index_dtype(after)), function(rows.values), rows.axes)
 
 
-# ---- pad: the gradient of a slice, and of strides.
+# ---- pad: the gradient of a slice, with or without strides.
 
 
 def _pad_opening(eqn: JaxprEqn, lanes: Lanes) -> Opening | None:
@@ -107,7 +108,7 @@ def _lanes(rows: Rows, v: Any) -> int:
     return len(shape_of(v)) - 1 - (rows.values.ndim - rows.ids.ndim)
 
 
-# ---- slice and split: the gradient of what pads or concatenates.
+# ---- slice and split: the gradients of padding and of concatenation.
 
 
 def _slice_opening(eqn: JaxprEqn, lanes: Lanes) -> Opening | None:
@@ -143,7 +144,7 @@ def _split_terms(eqn: JaxprEqn, j: int, opening: Opening, read: Any, terms: Any)
     return [_cut(eqn, j, x, starts, limits, None) for x in terms(eqn.invars[0])]
 
 
-# ---- rev: the gradient of what is read backwards.
+# ---- rev: the gradient of reading in reverse order.
 
 
 def _rev_opening(eqn: JaxprEqn, lanes: Lanes) -> Opening | None:
@@ -206,13 +207,13 @@ def _concatenate_terms(eqn: JaxprEqn, j: int, opening: Opening, read: Any, terms
     return found
 
 
-# ---- reshape: rows that are seen as rows of another shape, or several rows as one.
+# ---- reshape: rows of another shape, or each row as several rows.
 
 
 def _reshape_opening(eqn: JaxprEqn, lanes: Lanes) -> Opening | None:
     before, after, leading = shape_of(eqn.invars[0]), shape_of(eqn.outvars[0]), lanes(eqn.invars[0])
     added = len(after) - len(before)
-    if added > 0 and after == (*[1] * added, *before):  # lanes, as of what has none under `jax.vmap`
+    if added > 0 and after == (*[1] * added, *before):  # new lanes, as under `jax.vmap` for an array without them
         return Opening({0: False}, joined=-added)
     zeros = Opening({0: False}, of_zeros=True)
     if leading is None or before[:leading] != after[:leading] or len(after) <= leading or not math.prod(before):
@@ -245,7 +246,7 @@ def _reshape_terms(eqn: JaxprEqn, j: int, opening: Opening, read: Any, terms: An
     return [in_lanes(x) if opening.joined else moved(x) for x in terms(eqn.invars[0])]
 
 
-# ---- dynamic_update_slice: the gradient of `weight[k]` and of a window, for a traced number `k`.
+# ---- dynamic_update_slice: the gradient of `weight[k]`, or of a window from `k` on, for a traced `k`.
 
 
 def _update_opening(eqn: JaxprEqn, lanes: Lanes) -> Opening | None:
@@ -260,7 +261,7 @@ def _update_terms(eqn: JaxprEqn, j: int, opening: Opening, read: Any, terms: Any
     operand, update, start, *others = eqn.invars
     values, (total, *dim) = on_every_device(read(update)), shape_of(operand)
     rows, index = values.shape[0], index_dtype(total)
-    # As it is where the slice would reach beyond the end.
+    # XLA moves a slice that would reach beyond the end.
     first = jnp.clip(jnp.asarray(read(start)), 0, total - rows).astype(index)
     if values.shape[1:] != tuple(dim):
         zeros = jnp.zeros((rows, *dim), values.dtype)

@@ -1,17 +1,17 @@
-"""Programs run with rows for outputs: what of a gradient's program is still needed, and how it is computed.
+"""Run a gradient's program with rows for some outputs: decide which equations are needed, and run these.
 
-A pass over the equations, from the last to the first, decides which variables are needed as arrays and which as terms
-(`forms` says how each is a sum), and leaves out the rest. An example, of `lookup(table, ids).sum() * 2`, of which the
-gradient is wanted as terms:
+A pass from the last equation to the first decides which variables are needed as arrays and which as terms (`forms` says
+how each is a sum); all others are left out. An example: the gradient of `lookup(table, ids).sum() * 2`, wanted as
+terms:
 
     a = broadcast_in_dim 2.0     needed as an array, by b
     b = add_rows a ids           needed as terms: Rows(ids, a)
-    c = broadcast_in_dim 0.0     needed as terms: none
-    d = add_any c b              needed as terms: those of c and of b
+    c = broadcast_in_dim 0.0     needed as terms: there are none
+    d = add_any c b              needed as terms: the terms of c and of b
 
-What is needed as it is runs as JAX has made it, in segments as long as possible, with its names, contexts and effects.
-A call, a scan or a cond that gives both arrays and terms runs once for both (`calls`). A value that is missing raises
-a KeyError: none is ever made up.
+Equations whose outputs are needed as arrays run unchanged, in segments as long as possible, with their names, contexts
+and effects. A call, a scan or a cond with both kinds of outputs runs once for both (`calls`). A missing value raises a
+KeyError; no value is ever assumed.
 """
 
 import functools
@@ -32,7 +32,7 @@ from .terms import terms_of
 
 
 class Segment(NamedTuple):
-    """Equations that run as they are."""
+    """Consecutive equations that run unchanged."""
 
     run: Callable[..., Sequence[PyTree]]
     invars: list[Var]
@@ -40,19 +40,19 @@ class Segment(NamedTuple):
 
 
 class Opened(NamedTuple):
-    """An equation of which some outputs are wanted as terms."""
+    """An equation with outputs that are wanted as terms."""
 
     eqn: JaxprEqn
     arrays: tuple[int, ...]  # outputs that are wanted as arrays
     terms: tuple[int, ...]  # outputs that are wanted as terms
-    given: frozenset[int]  # operands that it needs as arrays
-    taken: frozenset[int]  # operands that it needs as terms
-    opening: Opening  # how its first such output is a sum
-    known: AllKnown  # of its operands, where it calls a program
+    given: frozenset[int]  # operands that are needed as arrays
+    taken: frozenset[int]  # operands that are needed as terms
+    opening: Opening  # the opening of the first output in `terms`
+    known: AllKnown  # what is known of the operands, if it is a call
 
 
 class Schedule(NamedTuple):
-    """What is to be run for some outputs."""
+    """The steps that compute some outputs."""
 
     steps: list[Segment | Opened]
     arrays: frozenset[int]  # inputs that are needed as arrays
@@ -74,15 +74,15 @@ def evaluate(
     Args:
       jaxpr: The program.
       consts: Its constants.
-      args: Its inputs; None for one that is not needed.
+      args: Its inputs; None for one that is not needed as an array.
       terms: Inputs that are given as terms.
       arrays_out: Outputs that are wanted as arrays.
       terms_out: Outputs that are wanted as terms.
-      memo: Forms of programs that are made already.
+      memo: A cache of forms.
       known: What is known of its inputs.
 
     Returns:
-      Both.
+      The arrays, and the terms of each output in `terms_out`.
     """
     schedule = schedule_of(jaxpr, tuple(arrays_out), tuple(terms_out), memo or Memo(), known)
     arrays: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
@@ -117,20 +117,20 @@ def evaluate(
 def schedule_of(
     jaxpr: Jaxpr, arrays_out: tuple[int, ...], terms_out: tuple[int, ...], memo: Memo, known: AllKnown = ()
 ) -> Schedule:
-    """Decide what is to be run."""
+    """Decide which equations to run."""
     return _Scheduler(jaxpr, memo.forms(jaxpr, known), memo).schedule(arrays_out, terms_out)
 
 
 class _Scheduler:
-    """Goes through a program from its end."""
+    """Goes through a program from its end, and collects the steps."""
 
     def __init__(self, jaxpr: Jaxpr, forms: Forms, memo: Memo):
         self.jaxpr, self.forms, self.memo = jaxpr, forms, memo
-        self.arrays: set[Var] = set()  # that are needed by what comes later
-        self.terms: set[Var] = set()
+        self.arrays: set[Var] = set()  # variables that later equations need as arrays
+        self.terms: set[Var] = set()  # variables that later equations need as terms
         self.steps: list[Segment | Opened] = []
-        self.plain: list[JaxprEqn] = []  # of the segment at hand, the last one first
-        self.after: set[Var] = set()  # arrays that are needed by what comes after it
+        self.plain: list[JaxprEqn] = []  # the equations of the open segment, last one first
+        self.after: set[Var] = set()  # arrays that are needed after the open segment
 
     def schedule(self, arrays_out: tuple[int, ...], terms_out: tuple[int, ...]) -> Schedule:
         for j in arrays_out:
@@ -166,7 +166,7 @@ class _Scheduler:
         known = self.forms.known_of(eqn) if eqn.primitive.name in CALLS else ()
         given, taken = self._operands(eqn, arrays, terms, known)
         holds_programs = eqn.primitive.name in RUNNERS
-        if arrays and not holds_programs:  # it is wanted in both ways
+        if arrays and not holds_programs:  # wanted in both ways: run it, and compute its terms
             self._run_as_it_is(eqn)
         self._close()
         opening = self.forms.openings[eqn.outvars[terms[0]]]
@@ -204,7 +204,7 @@ class _Scheduler:
             self._need(v)
 
     def _close(self) -> None:
-        """End the segment at hand."""
+        """Turn the open segment into a step."""
         if not self.plain:
             return
         eqns = self.plain[::-1]

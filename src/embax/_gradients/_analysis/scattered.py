@@ -1,11 +1,11 @@
-"""scatter-add: the gradient of `weight[ids]`, of windows and of columns, and of their `jax.vmap`.
+"""scatter-add: the gradient of `weight[ids]`, of windows and of columns, also under `jax.vmap`.
 
-For instance, of 40 rows of 3 numbers:
+For instance, the gradients of these reads of a weight of 40 rows and 3 columns have the rows:
 
-    weight[[7, 9]]                       rows 7 and 9
-    dynamic_slice(weight, (k, 0), (2, 3)) in lanes with k = 5 and 6     rows 5, 6 and 6, 7
-    weight[[7, 9], 1]                    rows 7 and 9, zero in their first and last numbers
-    weight[:, [0, 2]]                    rows 0 and 2 of 40 lanes, for all that can be seen here: no rows of a table
+    weight[[7, 9]]                                                 7 and 9
+    dynamic_slice(weight, (k, 0), (2, 3)), vmapped over k = 5, 6   5, 6 and 6, 7
+    weight[[7, 9], 1]                                              7 and 9, zero in columns 0 and 2
+    weight[:, [0, 2]]                                              0 and 2 in each of 40 lanes: no rows of the table
 """
 
 import functools
@@ -27,21 +27,21 @@ from .rows import Rows, Term
 
 
 class _Scattered(NamedTuple):
-    """What a scatter-add does with rows."""
+    """A scatter-add in terms of rows."""
 
-    batching: int  # leading axes that are lanes, of the indices and updates, too
-    lanes: int  # leading axes that are lanes; those above `batching` have the same ids
-    component: int  # of an index, that is a row
-    rows: int  # that are written for each index
-    window: tuple[int, ...]  # what is written for each index
-    is_whole: bool  # whether it is whole rows
+    batching: int  # leading axes that are lanes of the operand, the indices and the updates
+    lanes: int  # leading axes that are lanes of the operand; lanes beyond `batching` share their ids
+    component: int  # the component of an index that is the row number
+    rows: int  # number of rows that are written for each index
+    window: tuple[int, ...]  # the shape that is written for each index
+    is_whole: bool  # whether whole rows are written
 
     @classmethod
     def of(cls, eqn: JaxprEqn) -> "_Scattered | None":
-        """Understand a scatter-add; None if its operand has no axis of rows."""
+        """Describe a scatter-add; None if its operand has no axis of rows."""
         operand, _, updates = eqn.invars
         numbers, shape = eqn.params["dimension_numbers"], shape_of(operand)
-        batching, axes = len(numbers.operand_batching_dims), numbers.scatter_dims_to_operand_dims
+        batching, axes = len(numbers.operand_batching_dims), tuple(map(int, numbers.scatter_dims_to_operand_dims))
         if not numbers.operand_batching_dims == tuple(range(batching)) == numbers.scatter_indices_batching_dims:
             return None
         lanes = min(axes, default=batching)
@@ -63,7 +63,7 @@ def scattered_opening(eqn: JaxprEqn, lanes: Lanes) -> Opening | None:
         return None
     shape = shape_of(operand)
     ids = math.prod(shape_of(indices)[:-1]) * math.prod(shape[scattered.batching : scattered.lanes]) * scattered.rows
-    # Of columns, the numbers between are zeros that rows hold, too.
+    # Rows that are written in some columns only hold zeros in the others, which must not outweigh a dense array.
     if not scattered.is_whole and FEW * ids > math.prod(shape[: scattered.lanes + 1]):
         return None
     return rows_of_arrays((1, 2), ids, scattered.lanes, terms={0: True})
@@ -87,7 +87,7 @@ def _written(
     total, *dim = shape[leading:]
     values = jnp.moveaxis(values, window, range(values.ndim - len(window), values.ndim))
     first = _in_range(index[..., scattered.component], total, scattered.rows, mode)
-    # Lanes that have the same ids come before all of these.
+    # Insert the lanes that share their ids.
     same = range(batching, leading)
     values = jnp.moveaxis(values, range(first.ndim, first.ndim + len(same)), same)
     first = jnp.expand_dims(first, same)
@@ -102,7 +102,7 @@ def _written(
 
 
 def _in_range(first: Array, total: int, rows: int, mode: Any) -> Array:
-    """Bring first rows to where they are written; `total` where nothing is."""
+    """The first row that is written for each index, by the scatter's mode; `total` if nothing is written."""
     first, last = _ids.narrow(first, total, jnp), total - rows
     if mode == GatherScatterMode.CLIP:
         return jnp.clip(first, 0, last)
@@ -112,7 +112,7 @@ def _in_range(first: Array, total: int, rows: int, mode: Any) -> Array:
 def _in_columns(
     index: Array, values: Array, scattered: _Scattered, shape: tuple[int, ...], numbers: Any, mode: Any
 ) -> Array:
-    """Write into zeros of the shape of some rows, for each index."""
+    """Scatter the values of each index into zero rows of their own."""
     lanes = scattered.lanes
     window = len(scattered.window) - (lanes - scattered.batching)
     of_index = lax.ScatterDimensionNumbers(

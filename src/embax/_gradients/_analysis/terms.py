@@ -1,6 +1,6 @@
-"""Terms: the arrays and the rows that a variable of a gradient's program is a sum of, computed without the sum itself.
+"""Terms: compute the rows and arrays that a variable is a sum of, without computing the sum.
 
-A term is an array of all rows, or `Rows`. Continuing the example of `linear`, with the ids `[1, 3]`:
+A term is an array of all rows, or `Rows`. The example of `linear`, with the ids `[1, 3]` and the values `[u, v]`:
 
     terms of a: Rows([1, 3], [u, v])
     terms of b: Rows([1, 3], [u / 2, v / 2])
@@ -29,14 +29,14 @@ from .rows import Rows, Term
 def terms_of(
     eqn: JaxprEqn, j: int, opening: Opening, read: Callable[[Any], Any], terms: Callable[[Any], list[Term]]
 ) -> list[Term]:
-    """Compute the terms of an output that `opening_of` has opened.
+    """Compute the terms of an output.
 
     Args:
       eqn: The equation.
       j: The number of the output.
-      opening: How the output is a sum.
-      read: Gives the value of a variable.
-      terms: Gives the terms of a variable.
+      opening: How the output is a sum, from `linear.opening_of`.
+      read: Returns the value of a variable.
+      terms: Returns the terms of a variable.
 
     Returns:
       The terms.
@@ -79,13 +79,13 @@ def _terms_of_scaled(eqn: JaxprEqn, read: Any, terms: PyTree, summed: int) -> li
 
 
 def _at_rows(array: Any, eqn: JaxprEqn, rows: Rows) -> PyTree:
-    """Read an array, or a number, where rows are; one where an id has none."""
+    """Read an array at the ids of rows; 1 where an id has no row. A scalar is returned unchanged."""
     if jnp.ndim(array) == 0:
         return array
     array = jnp.broadcast_to(array, shape_of(eqn.outvars[0]))
 
     def of_lane(array: Array, ids: Array) -> Array:
-        # Where axes are explicit, as the ids; a row is whole.
+        # On explicit axes, sharded as the ids, with whole rows.
         sharding = explicit_sharding(ids, array.ndim - 1)
         return array.at[ids].get(mode="fill", fill_value=1, wrap_negative_indices=False, out_sharding=sharding)
 
@@ -133,7 +133,7 @@ def _terms_of_joined(eqn: JaxprEqn, read: Any, terms: PyTree) -> list[Term]:
 
 
 def _terms_of_devices(eqn: JaxprEqn, read: Any, terms: PyTree) -> list[Term]:
-    # Each device keeps its own rows.
+    # Each device keeps its own rows; the sum is left to the caller, by `axes`.
     axes = frozenset(eqn.params["axes"])
     return [
         dataclasses.replace(term, axes=term.axes | axes)
@@ -148,7 +148,7 @@ def _terms_of_operand(eqn: JaxprEqn, read: Any, terms: PyTree) -> list[Term]:
 
 
 def _terms_of_resharded(eqn: JaxprEqn, read: Any, terms: Any) -> list[Term]:
-    """Lay arrays out as JAX does; rows are copied to all devices where they leave or enter explicit axes."""
+    """Reshard arrays as JAX does; rows are replicated if they leave or enter a mesh with explicit axes."""
     output: Any = eqn.outvars[0].aval
     whole = output.sharding
 

@@ -1,1 +1,1 @@
-"""Formats of vector files."""
+"""The formats of vector files, one module or package for each."""

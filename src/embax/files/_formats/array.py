@@ -1,4 +1,4 @@
-"""Tables of numbers that lie in a file as they are: mapped into memory, or read block by block."""
+"""Read a table of plain binary numbers: map it into memory, or read it block by block."""
 
 import numpy as np
 from jaxtyping import Float
@@ -6,7 +6,7 @@ from jaxtyping import Float
 from .._io.contents import Options, make_room
 from .._io.open import Source
 
-# Read at once: large against the cost of a call, small against a table.
+# Bytes read at once: large enough that the cost of a call does not matter, small compared with a table.
 _BLOCK = 1 << 23
 
 
@@ -16,18 +16,18 @@ def table_of(
     """Read a table.
 
     Args:
-      source: The file. Where its size is known, the caller has checked that the table lies within.
-      options: What the caller wants.
-      dtype: Of the numbers in the file.
-      shape: Of the table, before the caller's limit.
-      begin: The byte at which it begins.
-      by_column: Whether it lies column by column.
+      source: The file. If its size is known, the caller has checked that the table fits into it.
+      options: The options of the caller.
+      dtype: The dtype of the numbers in the file.
+      shape: The shape of the whole table in the file.
+      begin: The byte at which the table begins.
+      by_column: Whether the numbers are stored column by column.
 
     Returns:
-      The table, up to the caller's limit.
+      The table, or its first `options.limit` rows.
 
     Raises:
-      FormatError: If the data end within the table, or it is to be mapped and cannot.
+      FormatError: If the data end within the table, or `options.mmap` is True and the table cannot be mapped.
     """
     wanted = options.dtype or dtype.newbyteorder("=")
     reason = None
@@ -44,7 +44,7 @@ def table_of(
     rows = shape[0] if options.limit is None else min(shape[0], options.limit)
     if 0 in (rows, shape[1]):
         return np.empty((rows, shape[1]), wanted)
-    # By column, a row is spread over the whole file, which suits no look-up; only who asks for it gets that.
+    # A table stored by column is mapped only on request: each row is spread over the whole file, so look-ups are slow.
     if reason is None and (options.mmap or (options.mmap is None and not by_column)):
         order = "F" if by_column else "C"
         return np.memmap(source.as_file(), dtype, "r", begin, shape, order)[:rows].view(np.ndarray)
@@ -55,7 +55,7 @@ def table_of(
 
 
 def _read_by_row(source: Source, dtype: np.dtype, wanted: np.dtype, rows: int, dim: int) -> np.ndarray:
-    # What can only be read in order may be less than it says: there, memory is taken for what has come.
+    # A stream or compressed file may be shorter than its header says, so memory grows with the data that are read.
     weight = np.empty((rows if source.in_order is None else 0, dim), wanted)
     step = max(1, _BLOCK // (dim * dtype.itemsize))
     for first in range(0, rows, step):

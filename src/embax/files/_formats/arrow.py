@@ -1,4 +1,4 @@
-"""Vectors in the record batches of an Arrow IPC file, which Feather is, too, or of an IPC stream."""
+"""Vectors in an Arrow IPC file (Feather is the same format) or an IPC stream."""
 
 import os
 
@@ -8,7 +8,7 @@ from .columns import arrow, checked, columns_of, gathered, write_batches
 from .format import Format
 
 _MAGIC = b"ARROW1"
-# A stream begins with a message: this, the size of its metadata, and the metadata, which take a few bytes at the least.
+# A stream begins with a message: these bytes, the size of its metadata, and the metadata (16 bytes or more).
 _CONTINUED = b"\xff\xff\xff\xff"
 _LEAST, _MOST = 16, 1 << 30
 
@@ -24,7 +24,7 @@ def _read(source: Source, options: Options) -> Contents:
         raise source.error("an Arrow file cannot be mapped into memory as one table. Leave mmap=True out.")
     pa = arrow()
     with checked(source), pa.OSFile(source.as_file(), "rb") as file:
-        # What is no file may be a stream, also one of the oldest, which nothing marks.
+        # Anything that is not a file is tried as a stream: the oldest streams have no mark.
         open_it = pa.ipc.open_file if source.start.startswith(_MAGIC) else pa.ipc.open_stream
         schema = open_it(file).schema
         columns = columns_of(source, schema)
@@ -39,7 +39,7 @@ def _read(source: Source, options: Options) -> Contents:
 
 
 def write_arrow(path: str | os.PathLike[str], contents: Contents) -> None:
-    """Write an Arrow IPC file, as `write_batches` lays it out."""
+    """Write an Arrow IPC file with the columns of `write_batches`."""
     write_batches(path, contents, arrow().ipc.new_file)
 
 

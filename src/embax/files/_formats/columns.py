@@ -1,4 +1,4 @@
-"""Tokens, vectors and counts out of the columns of Arrow's record batches, and into them."""
+"""Read and write tokens, vectors and counts as columns of Arrow's record batches, for parquet and Arrow files."""
 
 import contextlib
 import os
@@ -12,29 +12,29 @@ from .._io.atomic import replacing
 from .._io.contents import Contents, Gathered, Options
 from .._io.open import Source
 
-# Of the vectors that are turned into a record batch at once.
+# The bytes of vectors in one record batch.
 _BLOCK = 1 << 23
 _TOKEN, _VECTOR, _COUNT = ("token",), ("vector",), ("count", "counts")
 
 
 class Columns(NamedTuple):
-    """Which columns hold what."""
+    """The names of the columns with tokens, vectors and counts."""
 
     token: str
-    vector: tuple[str, ...]  # one of lists, or one a number
+    vector: tuple[str, ...]  # one column of lists, or one column for each number of a vector
     counts: str | None
     is_list: bool
-    dim: int | None  # None where only the lists tell
+    dim: int | None  # None if the lists have no fixed length
     dtype: np.dtype
 
     @property
     def names(self) -> list[str]:
-        """All of them."""
+        """The names of all these columns."""
         return [self.token, *self.vector, *([self.counts] if self.counts else [])]
 
 
 def arrow() -> Any:
-    """Import pyarrow, which is large and needed for some formats only."""
+    """Import pyarrow. Only these formats need it, and it is large."""
     import pyarrow
     import pyarrow.compute
 
@@ -43,7 +43,7 @@ def arrow() -> Any:
 
 @contextlib.contextmanager
 def checked(source: Source) -> Iterator[None]:
-    """Turn what pyarrow says about a damaged file into a FormatError."""
+    """Turn pyarrow's errors about a damaged file into FormatErrors."""
     pa = arrow()
     try:
         yield
@@ -56,10 +56,10 @@ def checked(source: Source) -> Iterator[None]:
 
 
 def columns_of(source: Source, schema: Any) -> Columns:
-    """Find the columns of tokens and vectors: by their names, or else the only ones of their kind.
+    """Find the columns of tokens and vectors by their names, or else take the only columns of the right types.
 
     Raises:
-      FormatError: If they are not there, or others could be meant as well.
+      FormatError: If there is no such column, or several fit.
     """
     texts = [field.name for field in schema if is_text(field.type)]
     lists = {field.name: field.type for field in schema if _float_of(_item_of(field.type)) is not None}
@@ -88,14 +88,14 @@ def columns_of(source: Source, schema: Any) -> Columns:
 
 
 def gathered(source: Source, options: Options, columns: Columns, batches: Iterable[Any], expected: int) -> Contents:
-    """Put together what record batches hold.
+    """Collect the contents of record batches.
 
     Args:
       source: The file, for messages.
-      options: What the caller wants.
-      columns: Which columns hold what.
+      options: The options of the caller.
+      columns: The columns with tokens, vectors and counts.
       batches: The record batches.
-      expected: How many rows there will be, where that is borne out; 0 else.
+      expected: The number of rows to allocate memory for, if the size of the file allows so many; else 0.
 
     Returns:
       The contents.
@@ -115,7 +115,7 @@ def gathered(source: Source, options: Options, columns: Columns, batches: Iterab
         text, lengths = packed(source, batch.column(columns.token), source.limit - size)
         numbers, dim = _numbers(source, columns, batch, dim, first)
         size += len(text) + numbers.nbytes
-        if size > source.limit:  # of Arrow's batches, each compressed, or one that is named many times
+        if size > source.limit:  # Arrow's batches may be compressed, or the same one may occur many times
             raise source.error(f"holds more than {source.limit:,} bytes. Raise max_expansion if it is to be trusted.")
         if all_ is None:
             all_ = Gathered(source, options, dim, columns.dtype, min(expected, options.limit or expected))
@@ -138,7 +138,7 @@ def packed(source: Source, column: Any, limit: int) -> tuple[bytes, Int64[np.nda
     """Return the strings of a column, one after the other, and their lengths in bytes.
 
     Raises:
-      FormatError: If they are longer than the limit, in bytes: few strings can be named many times.
+      FormatError: If they have more bytes than the limit. In a dictionary, a long string can occur many times.
     """
     pa = arrow()
     if isinstance(column, pa.DictionaryArray):
@@ -166,11 +166,11 @@ def write_batches(
 
     Args:
       path: The destination.
-      contents: What to write.
-      writer_to: Given a file and a schema, pyarrow's writer of the format.
+      contents: The contents to write.
+      writer_to: Returns pyarrow's writer of the format for a file and a schema.
 
     Raises:
-      ValueError: If the vectors have no number.
+      ValueError: If the vectors have no numbers.
       OSError: If the file cannot be written.
     """
     schema, batches = _schema_and_batches(contents)
@@ -182,7 +182,7 @@ def write_batches(
 def _schema_and_batches(contents: Contents) -> tuple[Any, Iterator[Any]]:
     pa = arrow()
     weight = np.asarray(contents.weight)
-    # Arrow knows neither bfloat16 nor numbers of the other byte order.
+    # Arrow has no bfloat16, and no numbers in the other byte order.
     dtype = weight.dtype.newbyteorder("=") if weight.dtype.kind == "f" else np.dtype(np.float32)
     dim = weight.shape[1]
     if not dim:
@@ -212,7 +212,7 @@ def _record_batches(pa: Any, schema: Any, contents: Contents, weight: np.ndarray
 
 
 def lengths_of(batch: Any, columns: Columns) -> Int64[np.ndarray, " rows"]:
-    """Return how many numbers each of the lists has; a missing one has none."""
+    """Return the length of each list; 0 for a missing list."""
     lists = _stored(batch.column(columns.vector[0]))
     return np.asarray(arrow().compute.list_value_length(lists).fill_null(0), np.int64)
 
@@ -244,13 +244,13 @@ def check_nulls(source: Source, column: Any, name: str, first: int) -> None:
 
 
 def only(names: list[str], called: tuple[str, ...]) -> str | None:
-    """Return the first of these names that is there, or else the only one."""
+    """Return the first of the names in `called` that occurs, or the only name, or None."""
     found = [name for name in called if name in names]
     return found[0] if found else names[0] if len(names) == 1 else None
 
 
 def is_text(kind: Any) -> bool:
-    """Tell whether a type is of strings, which may be stored once each."""
+    """Return whether a type is of strings, perhaps in a dictionary that stores each string once."""
     types = arrow().types
     if types.is_dictionary(kind):
         kind = kind.value_type

@@ -1,4 +1,4 @@
-"""What a format is to the rest: how it is recognised, read and written."""
+"""The interface of a format: how it is recognised, read and written."""
 
 import os
 from collections.abc import Callable
@@ -16,10 +16,10 @@ class Format(NamedTuple):
     and raises a ValueError for contents that the format cannot hold, and an OSError if the file cannot be written.
     """
 
-    name: str  # what `format=` calls it
-    suffixes: tuple[str, ...]  # by which a file to write is taken for it, such as ".bin"
-    recognises: Callable[[Source], bool]  # by the first bytes, `source.start`, and the size
+    name: str  # its name in `format=`
+    suffixes: tuple[str, ...]  # files with these suffixes, such as ".bin", are written in this format
+    recognises: Callable[[Source], bool]  # whether a file has this format, by `source.start` and the size
     read: Callable[[Source, Options], Contents]
     write: Callable[[str | os.PathLike[str], Contents], None]
-    # Raises a ValueError where nothing can be written to a path, before there is anything to write.
+    # Raises a ValueError if the format cannot be written to a path. Called before long work.
     check: Callable[[str | os.PathLike[str]], None] = lambda path: None

@@ -1,4 +1,4 @@
-"""The text format of GloVe: a token and its numbers a line, and no header."""
+"""GloVe's text format: each line has a token and its numbers; there is no header."""
 
 import os
 
@@ -12,18 +12,18 @@ from .._lines.written_lines import check_tokens, lines_of
 from .format import Format
 
 NAME = "glove"
-# Not all, so that a damaged line is told of by its number.
+# Not all lines have to fit: then a file with one damaged line is recognised, and the error names that line.
 _MOST = 0.5
 
 
 def recognises(source: Source) -> bool:
-    """Tell whether most of the first lines are a token and equally many numbers each."""
+    """Return whether most of the first lines have a token and the same number of numbers."""
     layout, share = layout_of(first_lines(source))
     return layout.dim > 0 and share > _MOST
 
 
 def read(source: Source, options: Options) -> Contents:
-    """Read a file of GloVe's."""
+    """Read a GloVe file."""
     if options.mmap:
         raise source.error("text cannot be mapped into memory. Leave mmap=True out.")
     blocks = whole_lines(source)
@@ -39,7 +39,7 @@ def read(source: Source, options: Options) -> Contents:
 
 
 def write(path: str | os.PathLike[str], contents: Contents) -> None:
-    """Write a file of GloVe's, which needs a row: there is no header to tell how many there are."""
+    """Write a GloVe file. There must be a row: without a header, the size of a row would be lost."""
     check_tokens(contents, NAME)
     if not len(contents.weight):
         raise ValueError(
@@ -47,16 +47,16 @@ def write(path: str | os.PathLike[str], contents: Contents) -> None:
             "Save it as .safetensors."
         )
     with replacing(path) as file:
-        # Readers drop a mark at the start. One that belongs to the first token is kept by another one before it.
+        # Readers drop a byte-order mark. If the first token begins with one, a second one protects it.
         if contents.vocabulary.utf8[0][: len(BYTE_ORDER_MARK)].tobytes() == BYTE_ORDER_MARK:
             file.write(BYTE_ORDER_MARK)
-        # The line "7 1" could be the header of word2vec's format.
+        # The line "7 1" would be read as a header of word2vec's format.
         for lines in lines_of(contents, with_points=contents.weight.shape[1] == 1):
             file.write(lines)
 
 
 def _expected(source: Source, options: Options, block: bytes, dim: int) -> int:
-    """Return how many rows to take memory for: a few more than there are if lines go on as they begin."""
+    """Estimate the number of rows from the length of the first lines, with a tenth to spare."""
     if source.size is None:
         return 0
     lines = block.count(b"\n")

@@ -18,10 +18,10 @@ from .format import Format
 from .vocabularies import Listed, read_vocabulary
 
 _MAGIC = b"\x93NUMPY"
-# More than any header of a table needs, and few enough for the literals in it to be parsed.
+# Larger than the header of any table, and small enough to parse safely as Python literals.
 _HEADER = 10_000
 _COMPRESSED = (".gz", ".xz", ".bz2", ".zst", ".zip", ".tar", ".tgz")
-# What follows the name of the table, without .npy, in that of its vocabulary: the first one that is there.
+# The vocabulary of "vectors.npy" is the first of "vectors.json", "vectors.txt" and so on that exists.
 _BESIDE = (".json", ".txt", ".vocab.txt", ".vocab", ".parquet")
 
 
@@ -48,14 +48,14 @@ def _read(source: Source, options: Options) -> Contents:
 
 
 def _header(source: Source) -> tuple[np.dtype, tuple[int, int], bool, int]:
-    """Return the dtype, the shape, whether it lies column by column, and the byte at which it begins."""
+    """Return the dtype, the shape, whether the table is stored by column, and the byte at which it begins."""
     file = io.BytesIO(source.start[: len(_MAGIC) + 6 + _HEADER])
     try:
         version = np.lib.format.read_magic(file)
         read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}.get(version)
         if read is None:
             raise ValueError(f"version {version} of the format is for records only")
-        with warnings.catch_warnings():  # of headers that Python 2 wrote
+        with warnings.catch_warnings():  # NumPy warns of headers that Python 2 wrote
             warnings.simplefilter("ignore")
             shape, by_column, dtype = read(file, max_header_size=_HEADER)
     except (
@@ -71,9 +71,9 @@ def _header(source: Source) -> tuple[np.dtype, tuple[int, int], bool, int]:
 
 
 def _beside(source: Source) -> str:
-    """Find the file of the vocabulary: the one that the caller names, or the one named like the table."""
+    """Find the file of the vocabulary: the one that the caller names, or the one with the name of the table."""
     if source.member is not None:
-        # Standard input has no folder: there, it is the path of a file.
+        # Standard input has no folder: then the member is the path of the file.
         path = source.beside(source.member) if source.has_folder else source.member
         if path is None or not (source.has_folder or os.path.isfile(path)):
             raise source.error(f"there is no file {source.member!r} in the folder of the table.")
@@ -101,15 +101,15 @@ def _rows(listed: Listed) -> str:
 def write_npy(path: str | os.PathLike[str], contents: Contents) -> None:
     r"""Write a table as .npy, and its tokens as a JSON list into a file of the same name with .json at its end.
 
-    Counts, and what special tokens stand for, are not kept. bfloat16, which NumPy does not know, becomes float32. Bytes
-    of tokens that are not UTF-8 become `\xNN`, as JSON holds text only.
+    Counts and the roles of special tokens are not saved. NumPy has no bfloat16; such vectors are saved as float32.
+    Bytes of tokens that are not UTF-8 become `\xNN`, as JSON holds text only.
 
     Args:
       path: The destination of the table.
-      contents: What to write.
+      contents: The contents to write.
 
     Raises:
-      ValueError: If the destination itself ends in .json, or is a stream, beside which there is no file.
+      ValueError: If the destination ends in .json, or is a stream, which has no folder for the tokens.
       OSError: If a file cannot be written.
     """
     _check(path)
@@ -117,7 +117,7 @@ def write_npy(path: str | os.PathLike[str], contents: Contents) -> None:
     weight = np.ascontiguousarray(contents.weight, dtype.newbyteorder("=") if dtype.kind == "f" else np.float32)
     tokens = json.dumps(contents.vocabulary.escaped().tokens(), ensure_ascii=False, indent=0).encode()
     beside = _tokens_beside(path)
-    # Both are whole before the first of them takes its place.
+    # Both files are complete before either replaces an old one.
     with replacing(path) as table, replacing(beside) as vocabulary:
         np.lib.format.write_array(table, weight, allow_pickle=False)
         vocabulary.write(tokens)

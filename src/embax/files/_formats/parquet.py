@@ -27,11 +27,12 @@ from .columns import (
 from .format import Format
 
 _MAGIC = b"PAR1"
-# Of the vectors that are decoded at once.
+# The bytes of vectors that are decoded at once.
 _BLOCK = 1 << 21
 _BUFFER = 1 << 20
-# Of a column of strings, as many at once; it goes by one of these names.
+# The number of strings that are read at once from a vocabulary.
 _ROWS = 1 << 16
+# The names of a vocabulary's column.
 _TOKENS = ("token", "word", "index")
 
 
@@ -50,19 +51,19 @@ def _read(source: Source, options: Options) -> Contents:
         step = max(1, _BLOCK // (max(1, dim) * columns.dtype.itemsize))
         if options.limit is not None:
             step = max(1, min(step, options.limit))
-        # As a dictionary, the size of strings is known before they are copied as often as they are named.
+        # Read as a dictionary, so that the size of the strings can be checked before repeated ones are copied.
         with _parquet_file(data, [columns.token]) as file:
             return gathered(source, options, columns, _batches(file, step, columns.names), rows)
 
 
 def read_tokens(source: Source) -> tuple[bytes, Int64[np.ndarray, " tokens_and_1"]]:
-    """Read the strings of a parquet file: of the column named token, word or index, or else of the only one.
+    """Read a column of strings of a parquet file: the one named token, word or index, or else the only one.
 
     Args:
       source: The file.
 
     Returns:
-      The strings, one after the other, and where each begins and the last ends.
+      The strings, one after the other; and the byte at which each begins, and the end of the last one.
 
     Raises:
       FormatError: If there is no such column, a string is missing, or the file is damaged.
@@ -90,21 +91,21 @@ def _parquet_file(data: Any, dictionary: Sequence[str] = ()) -> Any:
     arrow()
     from pyarrow.parquet import ParquetFile
 
-    # Read through a buffer: else a whole row group, which may be the whole file, is read first.
+    # With a buffer: else pyarrow first reads a whole row group, which may be the whole file.
     return ParquetFile(data, read_dictionary=list(dictionary), pre_buffer=False, buffer_size=_BUFFER)
 
 
 def _batches(file: Any, step: int, names: list[str]) -> Iterator[Any]:
-    # Each group by itself, so that the dictionary of one is let go of before the next.
+    # Each row group by itself, so that the memory of its dictionary is freed before the next one.
     for group in range(file.num_row_groups):
         yield from file.iter_batches(step, row_groups=[group], columns=names, use_threads=False)
 
 
 def _sizes(source: Source, file: Any, columns: Columns) -> tuple[int, int]:
-    """Return the number of rows and how long each is, if a file of its size can hold so much."""
+    """Return the number of rows and their length, checked against the size of the file."""
     rows, dim = file.metadata.num_rows, columns.dim
     if dim is None:
-        # Of the first row. The metadata of columns would tell, too, but pyarrow aborts where they are damaged.
+        # From the first row: the column metadata have it, too, but pyarrow aborts the process if they are damaged.
         first = next(_batches(file, 1, list(columns.vector)), None)
         dim = 0 if first is None else int(lengths_of(first, columns)[:1].sum())
     if rows < 0 or rows * dim * columns.dtype.itemsize > source.limit:
@@ -116,7 +117,7 @@ def _sizes(source: Source, file: Any, columns: Columns) -> tuple[int, int]:
 
 
 def write_parquet(path: str | os.PathLike[str], contents: Contents) -> None:
-    """Write a parquet file, as `write_batches` lays it out."""
+    """Write a parquet file with the columns of `write_batches`."""
     arrow()
     from pyarrow.parquet import ParquetWriter
 

@@ -1,4 +1,9 @@
-"""fastText's quantised matrices: a byte for each few numbers of a row, decoded where rows are taken."""
+"""fastText's quantised matrices: one byte stands for a piece of a row, and rows are decoded when they are used.
+
+Each row is cut into pieces, by default of 2 numbers. For each piece the file has 256 centroids, and a row stores the
+number of the nearest one. A row of 4 numbers with the codes [7, 9] is the centroids `centroids[0, 7]` and
+`centroids[1, 9]`, one after the other, times the norm of the row if the file has norms.
+"""
 
 import struct
 from typing import Any, NamedTuple
@@ -8,22 +13,22 @@ from jaxtyping import Float32, Int64, UInt8
 
 from .._io.open import Source
 
-# A byte stands for one of so many pieces of rows.
+# The number of centroids for each piece: the values of a byte.
 _CENTROIDS = 256
-# The longest pieces that are read, so that no small file takes much memory; by default, they are of 2 numbers.
+# Longer pieces are refused, so that no small file takes much memory.
 _LONGEST = 32
 
 
 class Quantized(NamedTuple):
-    """A matrix as codes of pieces of its rows."""
+    """A quantised matrix."""
 
     shape: tuple[int, int]
     codes: UInt8[np.ndarray, "rows pieces"]
     centroids: Float32[np.ndarray, "pieces 256 size"]  # the last piece may be shorter, and ends with zeros
-    norms: Float32[np.ndarray, " rows"] | None  # by which rows are multiplied
+    norms: Float32[np.ndarray, " rows"] | None  # rows are multiplied by them
 
     def take(self, indices: Any, axis: int = 0) -> Float32[np.ndarray, "some dim"]:
-        """Decode rows."""
+        """Return rows, decoded."""
         rows: Int64[np.ndarray, " some"] = np.asarray(indices)
         pieces = self.centroids[np.arange(self.codes.shape[1]), self.codes.take(rows, axis=axis)]
         values = pieces.reshape(rows.size, pieces.shape[1] * pieces.shape[2])[:, : self.shape[1]]
@@ -34,8 +39,8 @@ def read_quantized(source: Source, what: str) -> Quantized:
     """Read a matrix.
 
     Args:
-      source: The file, before the matrix.
-      what: What the matrix is, for messages.
+      source: The file, at the beginning of the matrix.
+      what: The name of the matrix, for messages.
 
     Returns:
       The matrix.

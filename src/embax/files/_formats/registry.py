@@ -1,4 +1,4 @@
-"""The formats of vector files, and how a file is told to be of one."""
+"""The list of all formats, and the search for the format of a file."""
 
 from .._io.open import Source
 from . import arrow as _arrow
@@ -11,7 +11,7 @@ from .format import Format
 from .safetensors import file as _safetensors
 from .safetensors import tensor as _tensor
 
-# In the order in which they are tried: what has a mark of its own goes before what any text could be.
+# In the order in which they are tried: formats with a mark of their own come before those that many texts fit.
 ALL: tuple[Format, ...] = (
     _safetensors.FORMAT,
     _tensor.FORMAT,
@@ -33,7 +33,7 @@ def recognised(source: Source) -> Format:
     """Find the format of a file by its content.
 
     Raises:
-      FormatError: If it is of none.
+      FormatError: If no format recognises it.
     """
     for one in ALL:
         if one.recognises(source):

@@ -17,9 +17,9 @@ from .._io.open import Source, opened
 from .._lines.line_ends import with_ends_normalized, without_mark
 from .parquet import read_tokens
 
-# Beside a safetensors file, the first of these that is there.
+# The vocabulary of a safetensors file is the first of these in its folder.
 TOKENIZERS = ("tokenizer.json", "vocab.txt", "vocab.json")
-# What Hugging Face calls special tokens, and what they stand for here.
+# Hugging Face's names of special tokens, and embax's names of their roles.
 ROLES = {
     "pad_token": "padding",
     "unk_token": "unknown",
@@ -35,13 +35,13 @@ class Listed(NamedTuple):
     """The tokens of a vocabulary file."""
 
     path: str
-    text: bytes  # one after the other, in UTF-8, but for tokens that were not of the encoding
-    offsets: Int64[np.ndarray, " tokens_and_1"]  # where each begins, and where the last ends
-    ids: Int64[np.ndarray, " tokens"]  # the row of each, rising
-    special: dict[str, int]  # the row of a token by what it stands for
+    text: bytes  # the tokens, one after the other, in UTF-8 except tokens that were invalid in the encoding
+    offsets: Int64[np.ndarray, " tokens_and_1"]  # where each token begins, and where the last one ends
+    ids: Int64[np.ndarray, " tokens"]  # the row of each token, rising
+    special: dict[str, int]  # the rows of special tokens by role, such as "padding"
 
     def first(self, number: int) -> "Listed":
-        """Only the first tokens."""
+        """Return the first tokens only."""
         ids, offsets = self.ids[:number], self.offsets[: number + 1]
         special = {role: row for role, row in self.special.items() if row in ids}
         return Listed(self.path, self.text[: offsets[-1]], offsets, ids, special)
@@ -50,13 +50,13 @@ class Listed(NamedTuple):
 def tokenizer_beside(source: Source, options: Options) -> Listed | None:
     """Read the vocabulary of the tokenizer in the folder of a file.
 
-    What special tokens stand for is read from `special_tokens_map.json` and `tokenizer_config.json`, where these are
-    there: "padding", "unknown", "classification", "separator", "mask", "beginning" or "end". A tokenizer.json by itself
-    tells the padding and the unknown one.
+    The roles of special tokens ("padding", "unknown", "classification", "separator", "mask", "beginning" and "end") are
+    read from `special_tokens_map.json` and `tokenizer_config.json`, if these exist. A tokenizer.json alone has only the
+    roles "padding" and "unknown".
 
     Args:
       source: The file.
-      options: What the caller wants; the encoding is that of a vocab.txt.
+      options: The options of the caller; a vocab.txt is in their encoding.
 
     Returns:
       The vocabulary, or None if there is no such file.
@@ -78,9 +78,9 @@ def read_vocabulary(path: str, options: Options) -> Listed:
 
     Args:
       path: The file. By its suffix: `.json` (a list of tokens, an object of tokens and their rows, or a Hugging Face
-        tokenizer), `.parquet` (the column named token, index or word, or else the only one of strings), and all others
-        text of one token a line.
-      options: What the caller wants; the encoding is that of text.
+        tokenizer) or `.parquet` (the column named token, word or index, or else the only one of strings). All other
+        files are text with one token in each line.
+      options: The options of the caller; text is in their encoding.
 
     Returns:
       The tokens.
@@ -105,18 +105,18 @@ def _of_lines(source: Source, options: Options) -> Listed:
     if not is_utf8(encoding):
         try:
             data, encoding = data.decode(encoding).encode(), "utf-8"
-        except UnicodeError:  # of some tokens, perhaps, which are decoded one by one
+        except UnicodeError:  # `decoded` will decode the tokens one by one
             pass
         except LookupError:
             raise source.error(
                 f"cannot be decoded, as {encoding!r} is no encoding. Pass one such as 'latin-1'."
             ) from None
-    # Only this ends a line: others, such as U+2028, occur in tokens.
+    # Only line feeds end a line: other separators, such as U+2028, occur in tokens.
     text = without_mark(data).replace(b"\r\n", b"\n")
     text = with_ends_normalized(text)
     letters = np.frombuffer(text if text.endswith(b"\n") or not text else text + b"\n", np.uint8)
     ends = np.flatnonzero(letters == ord("\n"))
-    # Before the end of a line there are the ends of those before it, which are left out.
+    # In the text without line feeds, each end moves forward by the number of line feeds before it.
     offsets = np.concatenate([np.zeros(1, np.int64), ends - np.arange(len(ends))])
     text, offsets = decoded(source, text.replace(b"\n", b""), offsets, encoding, options.errors)
     return Listed(source.name, text, offsets, np.arange(len(ends)), {})
@@ -146,13 +146,13 @@ def _of_list(source: Source, tokens: list[Any]) -> Listed:
 
 
 def _of_tokenizer(source: Source, found: dict[str, Any]) -> tuple[list[tuple[Any, Any]], dict[str, str]]:
-    """Return rows and tokens of a tokenizer.json, and the tokens that it gives a role."""
+    """Return the rows and tokens of a tokenizer.json, and its tokens by role."""
     model, added = found["model"], found.get("added_tokens") or []
     vocabulary = model.get("vocab")
     try:
         if isinstance(vocabulary, dict):
             pairs = [(row, token) for token, row in vocabulary.items()]
-        else:  # of the Unigram kind: each with its score
+        else:  # a Unigram model: a list of tokens with their scores
             pairs = [(row, token) for row, (token, _) in enumerate(vocabulary)]
         pairs += [(token["id"], token["content"]) for token in added]
         special = {"unknown": model.get("unk_token"), "padding": (found.get("padding") or {}).get("pad_token")}
@@ -164,9 +164,9 @@ def _of_tokenizer(source: Source, found: dict[str, Any]) -> tuple[list[tuple[Any
 
 
 def _tokens_of_roles(table: Source) -> dict[bytes, str]:
-    """Return what tokens stand for, as two files in the folder of a file say."""
+    """Return the roles of tokens, from the tokenizer's two files in the folder of the table."""
     found: dict[bytes, str] = {}
-    for name in ("tokenizer_config.json", "special_tokens_map.json"):  # the second one is the more specific
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):  # the second one overrides the first
         path = table.beside(name)
         if path is None:
             continue
@@ -178,13 +178,13 @@ def _tokens_of_roles(table: Source) -> dict[bytes, str]:
             entry = entries.get(key)
             token = entry.get("content") if isinstance(entry, dict) else entry
             if isinstance(token, str):
-                with contextlib.suppress(UnicodeEncodeError):  # then no token is spelled so
+                with contextlib.suppress(UnicodeEncodeError):  # text that cannot be encoded is no token
                     found[encoded(token)] = role
     return found
 
 
 def _listed(source: Source, pairs: Iterable[tuple[Any, Any]]) -> Listed:
-    """Check rows and tokens, and put them in the order of the rows."""
+    """Check rows and tokens, and sort them by row."""
     tokens: dict[int, bytes] = {}
     for row, token in pairs:
         if type(row) is not int or not 0 <= row < 1 << 62 or not isinstance(token, str):
@@ -216,7 +216,7 @@ def _split(listed: Listed) -> list[bytes]:
 
 def _loaded(source: Source) -> Any:
     try:
-        # A byte that is not UTF-8 is kept as a surrogate, of which `encoded` makes the byte again.
+        # A byte that is not UTF-8 is kept as a surrogate; `encoded` turns it back into the byte.
         return json.loads(without_mark(source.read_all()).decode(errors="surrogateescape"))
     except (ValueError, RecursionError) as error:
         raise source.error(f"is no JSON ({str(error).rstrip('.')}).") from None

@@ -1,4 +1,4 @@
-"""The text and the binary format of word2vec: a header of rows and dim, then a token and its numbers a row."""
+"""word2vec's text and binary formats: a header with rows and dim, then a token and its numbers for each row."""
 
 import os
 import re
@@ -16,26 +16,27 @@ from .._lines.written_lines import blocks_of, check_tokens, lines_of
 from .format import Format
 
 _TEXT, _BINARY = "word2vec", "word2vec-binary"
-# Large against the cost of a call, small against a table.
+# Bytes read at once: large enough that the cost of a call does not matter, small compared with a table.
 _BLOCK = 1 << 21
 _LONGEST_TOKEN = 1 << 20
-# Wider than any table, and small enough for any machine to hold a row.
+# A larger dim in a header is refused: no table is so wide, and a row of this size fits into any memory.
 _WIDEST = 1 << 20
-# Aligned to the right, it begins with two blanks or more; " 2 2" is an empty token of GloVe's with two numbers.
+# A header that is aligned to the right begins with two blanks or more. With one blank, " 2 2" is a line of GloVe's
+# with an empty token and two numbers.
 _HEADER = re.compile(rb"(?:[ \t]{2,})?([0-9]{1,18}),?[ \t]+([0-9]{1,18})[ \t]*\r?\n?")
 _PRINTABLE = bytes([*b"\t\n\r", *range(0x20, 0x7F)])
 
 
 class Header(NamedTuple):
-    """The first line."""
+    """The first line of a file."""
 
     rows: int
     dim: int
-    size: int  # of the line, in bytes
+    size: int  # the length of the line in bytes
 
 
 def recognises_binary(source: Source) -> bool:
-    """Tell whether a header is followed by a token and by what is no text."""
+    """Return whether a header is followed by a token and bytes that are not text."""
     header = _header(source.start)
     if header is None or not header.dim:
         return False
@@ -48,7 +49,7 @@ def recognises_binary(source: Source) -> bool:
 
 
 def recognises_text(source: Source) -> bool:
-    """Tell whether a header is followed by such a row, or at least does not go for a row of GloVe's."""
+    """Return whether a header is followed by a row of its dim, or the first line at least is no row of GloVe's."""
     start = beginning(source)
     header = _header(start)
     if header is None or recognises_binary(source):
@@ -61,7 +62,7 @@ def recognises_text(source: Source) -> bool:
 
 
 def read_text(source: Source, options: Options) -> Contents:
-    """Read a text file of word2vec's or fastText's, which has as many rows as it says."""
+    """Read a text file of word2vec's or fastText's; it must have as many rows as its header says."""
     blocks = whole_lines(source)
     block = next(blocks, b"")
     header = _checked(source, options, _header(block))
@@ -81,7 +82,7 @@ def read_text(source: Source, options: Options) -> Contents:
 
 
 def read_binary(source: Source, options: Options) -> Contents:
-    """Read a binary file of word2vec's, with or without the end of a line after each row."""
+    """Read a binary file of word2vec's, with or without a line feed after each row."""
     header = _checked(source, options, _header(source.start))
     source.read(header.size)
     rows = _Rows(source, options, header, 4 * header.dim + 1)
@@ -100,7 +101,7 @@ def read_binary(source: Source, options: Options) -> Contents:
             if not data:
                 raise source.truncated(f"row {row:,} of {header.rows:,}")
     if gathered.rows == header.rows:
-        # The end of the last line may follow.
+        # A line feed may follow the last row.
         position = source.position - len(left)
         rest = left or source.read(_BLOCK)
         if rest.strip(b"\r\n"):
@@ -115,7 +116,7 @@ def write_text(path: str | os.PathLike[str], contents: Contents) -> None:
 
 
 def write_binary(path: str | os.PathLike[str], contents: Contents) -> None:
-    """Write a binary file of word2vec's, in float32, without ends of lines; no token may have a space or newline."""
+    """Write a binary file of word2vec's, in float32, without line feeds; no token may have a space or newline."""
     check_tokens(contents, _BINARY, b" \n")
     blocks = (
         b"".join(part for token, row in zip(tokens, rows, strict=True) for part in (token, b" ", row.data))
@@ -132,18 +133,18 @@ def _write(path: str | os.PathLike[str], contents: Contents, blocks: Iterator[by
 
 
 class _Rows:
-    """Where rows go, and how many of them.
+    """The collected rows of a file, and the number of rows that are wanted.
 
     Args:
       source: The file, read up to the first row.
-      options: What the caller wants.
-      header: Its header.
-      least: How many bytes a row takes at the least.
+      options: The options of the caller.
+      header: The header of the file.
+      least: The smallest number of bytes that a row can take.
     """
 
     def __init__(self, source: Source, options: Options, header: Header, least: int):
         self.wanted = header.rows if options.limit is None else min(header.rows, options.limit)
-        # Memory is taken for as many as the file can hold, whatever the header says of rows and of dim.
+        # Memory is allocated for no more rows than the file can hold: the header may be wrong.
         expected = 0 if source.size is None else min(self.wanted, source.size // least)
         self.gathered = Gathered(source, options, header.dim, expected=expected)
 
@@ -170,7 +171,7 @@ def _is_row(line: bytes, dim: int) -> bool:
 
 
 def _places(block: bytes, width: int, wanted: int) -> tuple[list[bytes], list[int], int]:
-    """Find rows in bytes: the tokens, where the numbers begin, and where the last whole row ends."""
+    """Find rows in bytes; return the tokens, the places where their numbers begin, and the end of the last row."""
     tokens, places, end = [], [], 0
     last, find = len(block) - width, block.find
     while len(tokens) < wanted:
@@ -184,7 +185,7 @@ def _places(block: bytes, width: int, wanted: int) -> tuple[list[bytes], list[in
 
 
 def _cut_out(block: bytes, places: list[int], dim: int) -> np.ndarray:
-    """Copy rows of numbers that begin anywhere."""
+    """Copy the rows of numbers that begin at the given places, which need not be aligned."""
     if not places:
         return np.zeros((0, dim), np.float32)
     starts = np.ndarray((len(block) - 4 * dim + 1,), f"V{4 * dim}", block, strides=(1,))

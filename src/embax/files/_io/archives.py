@@ -1,4 +1,4 @@
-"""Archives, zip and tar: which of their files is read, and its bytes in order. Nothing is unpacked onto a disk."""
+"""Zip and tar archives: choose a file in one, and read its bytes in order. Nothing is unpacked onto a disk."""
 
 import contextlib
 import errno
@@ -7,33 +7,35 @@ import re
 import tarfile
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from typing import BinaryIO, Protocol, cast
+from typing import BinaryIO, Protocol, cast, runtime_checkable
 
 from .error import FormatError
 
 _BLOCK = 1 << 20
-# A tar archive begins with a header of so many bytes, in which the sum of all stands in octal digits.
+# A tar archive begins with a header of 512 bytes. It holds the sum of its own bytes, in octal digits.
 TAR_HEADER = 512
 _SUM = slice(148, 156)
-# Of names in an archive, what no vectors are in: documents, and hidden files, of which macOS adds some.
+# Files of an archive that hold no vectors: documents and hidden files (macOS adds some).
 _BESIDES = re.compile(
     r"(?:.*/)?(?:(?:readme|licen[cs]e|copying|notice|changelog|citation)\b[^/]*|[^/]*\.md|\..*|__MACOSX/.*)",
     re.IGNORECASE,
 )
-# Of several files, the only one of the first of these kinds that is there. A table may have its vocabulary beside it.
+# If an archive has several files, the first of these kinds that occurs must occur once: that file is read.
+# The other files may be its vocabulary.
 _KINDS = (".safetensors.index.json", ".safetensors", ".npy")
 _SHOWN = 10
 
 
+@runtime_checkable
 class Archive(Protocol):
-    """An archive: the names of its files, and their bytes."""
+    """An archive that lists its files and opens them."""
 
     def names(self) -> list[str]:
-        """The names of the files, in their order."""
+        """Return the names of the files, in the order of the archive."""
         ...
 
     def open(self, name: str, stack: contextlib.ExitStack) -> BinaryIO:
-        """Open a file that is there, until the stack ends."""
+        """Open one of the files; it is closed when the stack ends."""
         ...
 
 
@@ -42,7 +44,7 @@ class Zip:
 
     Args:
       path: The archive, for messages.
-      file: Its bytes.
+      file: The archive, opened for reading.
     """
 
     def __init__(self, path: str, file: BinaryIO):
@@ -51,11 +53,11 @@ class Zip:
             self._archive = zipfile.ZipFile(file)
 
     def names(self) -> list[str]:
-        """The names of the files."""
+        """Return the names of the files."""
         return [info.filename for info in self._archive.infolist() if not info.filename.endswith("/")]
 
     def open(self, name: str, stack: contextlib.ExitStack) -> BinaryIO:
-        """Open a file."""
+        """Open one of the files."""
         with self._checked():
             return cast(BinaryIO, stack.enter_context(self._archive.open(name)))
 
@@ -71,13 +73,13 @@ class Zip:
 
 
 class Tar:
-    """A tar archive, which is read from its beginning each time it is asked for a file.
+    """A tar archive. It has no list of files, so each call reads it from the beginning.
 
     Links in it are not followed.
 
     Args:
       path: The archive, for messages.
-      unpacked: Gives its bytes from the first one on, uncompressed.
+      unpacked: Opens the archive and returns its uncompressed bytes from the beginning.
     """
 
     def __init__(self, path: str, unpacked: Callable[[], BinaryIO]):
@@ -85,14 +87,14 @@ class Tar:
         self._names: list[str] | None = None
 
     def names(self) -> list[str]:
-        """The names of the files, without a leading `./`."""
+        """Return the names of the files, without a leading `./`."""
         if self._names is None:
             with contextlib.ExitStack() as stack:
                 self._names = [name for name, _, _ in self._files(stack)]
         return self._names
 
     def open(self, name: str, stack: contextlib.ExitStack) -> BinaryIO:
-        """Open a file."""
+        """Open one of the files."""
         for found, archive, info in self._files(stack):
             if found == name:
                 return cast(BinaryIO, archive.extractfile(info))
@@ -111,12 +113,12 @@ class Tar:
 
 
 def is_tar(start: bytes) -> bool:
-    """Tell whether bytes are the first ones of a tar archive."""
+    """Return whether a file with these first bytes is a tar archive."""
     header = start[:TAR_HEADER]
     digits = header[_SUM].strip(b" \0")
     if len(header) < TAR_HEADER or not re.fullmatch(b"[0-7]+", digits):
         return False
-    # The digits themselves count as spaces.
+    # In the sum, the bytes of the digits count as spaces.
     return sum(header) - sum(header[_SUM]) + 8 * ord(" ") == int(digits, 8)
 
 
@@ -125,15 +127,15 @@ def chosen(path: str, archive: Archive, member: str | None) -> tuple[str, str | 
 
     Args:
       path: The archive, for messages.
-      archive: It.
-      member: What the caller names: a file, a folder, or a tensor or another thing in one of them, behind a colon. None
-        for the only file, or the only model.
+      archive: The open archive.
+      member: The part of the path after the colon: "FILE", "FOLDER", "FILE:TENSOR" or "FOLDER:TENSOR". None for the
+        only file, or the only model.
 
     Returns:
-      The file, and what is named in it.
+      The name of the file, and the name of the tensor or None.
 
     Raises:
-      FormatError: If there is no such file, or several could be meant.
+      FormatError: If there is no such file, or several fit.
     """
     names = archive.names()
     if member is None:
@@ -147,7 +149,7 @@ def chosen(path: str, archive: Archive, member: str | None) -> tuple[str, str | 
     if member in names:
         return member, None
     wanted = posixpath.normpath(member)
-    # The longest part before a colon that is a file, or a folder with one model.
+    # Names may have colons, too: cut at the last colon before which there is a file, or a folder with one model.
     ends = [*(colon.start() for colon in re.finditer(":", wanted)), len(wanted)]
     for end in reversed(ends):
         name, rest = wanted[:end], wanted[end + 1 :] or None
@@ -163,13 +165,13 @@ def chosen(path: str, archive: Archive, member: str | None) -> tuple[str, str | 
 
 
 def beside(names: Sequence[str], name: str) -> dict[str, str]:
-    """Return the files in the folder of a file, by their names there."""
+    """Map the names of the files in the same folder as `name` to their paths in the archive."""
     folder = posixpath.dirname(name)
     return {posixpath.basename(one): one for one in names if posixpath.dirname(one) == folder}
 
 
 def _likely(names: Sequence[str]) -> str | None:
-    """Return the only file that vectors could be in."""
+    """Return the file with the vectors, or None if several files could have them."""
     if len(names) == 1:
         return names[0]
     files = [name for name in names if not _BESIDES.fullmatch(posixpath.normpath(name))]

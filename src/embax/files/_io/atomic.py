@@ -1,7 +1,7 @@
-"""Outputs: every writer's way to a file, a stream or a device.
+"""Open files, streams and devices for writing. All writers use this module.
 
-A plain file is written beside its destination and renamed, so that a crash leaves the old file whole. What is no plain
-file, such as a pipe or standard output, cannot be replaced: it is written to as it is.
+A plain file is written under another name in the same folder and then renamed, so that a crash leaves the old file
+whole. Pipes, devices and standard output cannot be replaced and are written to directly.
 """
 
 import contextlib
@@ -16,16 +16,16 @@ from .streams import check_stream, is_stream, writing_to
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
-    """Open a file that takes the place of `path` when the block ends, and vanishes when it fails.
+    """Open a file that replaces `path` when the block ends, and is removed if the block fails.
 
-    A stream keeps its place, and gets the bytes as they are written: standard output, which `-` names, a pipe, a
-    device, an open descriptor such as `/dev/fd/3`, and a link to one of these. It cannot be rewound.
+    Streams are not replaced but written to directly: standard output (`-`), a pipe, a device, an open descriptor such
+    as `/dev/fd/3`, or a link to one of these. A stream cannot be rewound.
 
     Args:
-      path: The destination. Through a symbolic link, the file that it points to.
+      path: The destination. For a symbolic link, the file that it points to is replaced.
 
     Yields:
-      A binary file, open for writing: one in the same directory, or the stream.
+      A binary file, open for writing: a temporary file in the same directory, or the stream.
 
     Raises:
       OSError: If the destination is a directory, or its directory does not exist or cannot be written to, or the stream
@@ -59,16 +59,16 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:
-    """Check that `replacing(path)` will work, before the work whose result it shall hold.
+    """Check that `replacing(path)` will work, so that an error comes before long work and not after it.
 
-    A file is made beside the destination and removed: permission bits say too little for root and for file systems
-    that are mounted read-only. A stream is not opened.
+    A file is created beside the destination and removed again, because permission bits are not enough: root may ignore
+    them, and a file system may be mounted read-only. A stream is not opened.
 
     Args:
       path: The destination.
 
     Raises:
-      OSError: As `replacing`.
+      OSError: If `replacing` would raise it.
 
     Example:
       >>> import embax.files
@@ -91,7 +91,7 @@ def check_writable(path: str | os.PathLike[str]) -> None:
 
 
 def _prepare(path: str | os.PathLike[str]) -> tuple[str, str]:
-    """Return where the path leads to, and a fresh name beside it."""
+    """Return the path with links resolved, and an unused name in the same folder."""
     path = os.fspath(path)
     destination = os.path.realpath(path)
     if os.path.isdir(destination) or path.endswith(os.sep):
@@ -101,5 +101,5 @@ def _prepare(path: str | os.PathLike[str]) -> tuple[str, str]:
     directory, name = os.path.split(destination)
     if not os.path.exists(directory):
         raise FileNotFoundError(errno.ENOENT, "No such directory", os.path.dirname(path))
-    # Cut so that a name of the greatest length that the file system allows still has room for the rest.
+    # The name is cut, so that the temporary name is not longer than file systems allow.
     return destination, os.path.join(directory, f".{name[:40]}.{secrets.token_hex(8)}.tmp")

@@ -1,4 +1,4 @@
-"""What a file of vectors holds, gathered block by block."""
+"""The contents of a file of vectors, collected block by block while it is read."""
 
 import warnings
 from collections.abc import Mapping
@@ -12,16 +12,16 @@ from ...vocabulary import Vocabulary
 from .encodings import decoded
 from .open import Source
 
-# By how much an array of rows grows where it is not known how many there will be.
+# Growth factor of the array of rows while the number of rows is unknown.
 _GROWTH = 1.25
 
 
 class DuplicateTokensWarning(UserWarning):
-    """A file names some rows as others before them; those are left out.
+    """Some tokens of a file occur more than once; only the first row of each is kept.
 
     Args:
-      message: What is told.
-      number: How many rows are left out.
+      message: The message.
+      number: The number of rows that are left out.
     """
 
     def __init__(self, message: str, number: int = 0):
@@ -30,34 +30,34 @@ class DuplicateTokensWarning(UserWarning):
 
 
 class Contents(NamedTuple):
-    """What a file of vectors holds."""
+    """The contents of a file of vectors."""
 
     vocabulary: Vocabulary
     weight: Float[np.ndarray, "rows dim"]
     counts: Int64[np.ndarray, " rows"] | None = None
-    subwords: Any = None  # a Subwords of fastText's, or None
+    subwords: Any = None  # the `Subwords` of a fastText model, or None
 
 
 class Options(NamedTuple):
-    """What the caller wants of a file."""
+    """The arguments of `load` that a reader needs."""
 
-    limit: int | None = None  # of rows, the first ones
-    dtype: np.dtype | None = None  # None for that of the file, float32 for text
-    mmap: bool | None = None  # None where it is possible and nothing has to be converted
+    limit: int | None = None  # read only so many rows
+    dtype: np.dtype | None = None  # None for the dtype of the file; float32 for text
+    mmap: bool | None = None  # None: map the rows if possible without converting them
     encoding: str = "utf-8"  # of the tokens
-    errors: str = "escape"  # what becomes of tokens that are not of the encoding, as in `_encodings.decoded`
-    is_decoded: bool = False  # whether the tokens are in UTF-8 already, and those that are not have been told of
+    errors: str = "escape"  # how tokens that are invalid in the encoding are read, see `encodings.decoded`
+    is_decoded: bool = False  # whether the tokens are UTF-8 already, and the user was warned of invalid ones
 
 
 class Gathered:
-    """Tokens and rows of a file, in the order in which they are read.
+    """Collects tokens and rows while a file is read.
 
     Args:
       source: The file, for messages.
-      options: What the caller wants.
+      options: The options of the caller.
       dim: The size of a row.
-      dtype: Of the file; the caller's goes first.
-      expected: How many rows there will be, where the size of the file bears that out. Memory is taken for so many.
+      dtype: The dtype of the file, used if the caller asks for none.
+      expected: The number of rows to allocate memory for. It must not be larger than the size of the file allows.
     """
 
     def __init__(self, source: Source, options: Options, dim: int, dtype: DTypeLike = np.float32, expected: int = 0):
@@ -78,7 +78,7 @@ class Gathered:
         self.add_packed(b"".join(tokens), lengths, rows)
 
     def add_packed(self, text: bytes, lengths: Int64[np.ndarray, " tokens"], rows: np.ndarray) -> None:
-        """The same for tokens that lie one after the other."""
+        """Add tokens, given as one text and their lengths in bytes, and their rows."""
         if self._options.limit is not None and self.rows + len(rows) > self._options.limit:
             keep = self._options.limit - self.rows
             text, lengths, rows = text[: int(lengths[:keep].sum())], lengths[:keep], rows[:keep]
@@ -90,7 +90,7 @@ class Gathered:
         self.rows = end
 
     def contents(self, counts: Int64[np.ndarray, " rows"] | None = None) -> Contents:
-        """Return all of it, without the rows that are named as others before them, and their counts."""
+        """Return the collected tokens, rows and counts. Of rows with the same token, the first is kept."""
         resize(self._weight, self.rows)
         offsets, end = np.zeros(self.rows + 1, np.int64), 0
         for lengths in self._lengths:
@@ -104,14 +104,14 @@ class Gathered:
 
 
 def make_room(weight: np.ndarray, rows: int, most: int | None = None) -> None:
-    """Let an array of rows grow, where it is too small, to so many rows and some to spare, but no more than `most`."""
+    """Make an array larger if it has fewer than `rows` rows: by a quarter at least, but not beyond `most` rows."""
     if rows > len(weight):
         roomy = max(rows, int(len(weight) * _GROWTH))
         resize(weight, roomy if most is None else min(roomy, most))
 
 
 def resize(weight: np.ndarray, rows: int) -> None:
-    """Give an array another number of rows, in place: the system moves pages of a large one, not numbers."""
+    """Change the number of rows in place. For large arrays the system moves memory pages and copies nothing."""
     weight.resize((rows, weight.shape[1]), refcheck=False)
 
 
@@ -124,22 +124,22 @@ def contents_of(
     counts: Int64[np.ndarray, " rows"] | None = None,
     special: Mapping[str, int] | None = None,
 ) -> Contents:
-    """Put together what a reader has found: tokens in UTF-8, and of those that occur twice the first.
+    """Make contents of tokens and rows: decode the tokens, and keep the first row of each token.
 
     Args:
       source: The file, for messages.
-      options: What the caller wants; the encoding is that of the text.
+      options: The options of the caller; the text is in their encoding.
       text: The tokens, one after the other.
-      offsets: Where each begins, and where the last ends, in bytes; rising.
-      weight: A row a token.
-      counts: A count a token.
-      special: The rows of special tokens, by what they stand for.
+      offsets: The byte at which each token begins, and the end of the last one; not decreasing.
+      weight: One row for each token.
+      counts: One count for each token.
+      special: The rows of special tokens by role, such as "padding".
 
     Returns:
-      The same.
+      The contents.
 
     Raises:
-      FormatError: If a token is not of the encoding and that is to be an error.
+      FormatError: If a token is invalid in the encoding and `options.errors` is "strict".
     """
     if not options.is_decoded:
         text, offsets = decoded(source, text, offsets, options.encoding, options.errors)

@@ -1,4 +1,4 @@
-"""Compressed files: the bytes that come out of them, with a limit to what comes out of little."""
+"""Decompress files, with a limit on the size of the result: a tiny file can expand to fill the memory."""
 
 import bz2
 import contextlib
@@ -29,42 +29,42 @@ _MAGIC = {
 
 
 def compression_of(start: bytes) -> str | None:
-    """Tell what compressed a file, zip included, by its first bytes."""
+    """Return the kind of compression of a file with these first bytes, or "zip", or None."""
     return next((kind for magic, kind in _MAGIC.items() if start.startswith(magic)), None)
 
 
 def decompressed(kind: str, path: str, file: BinaryIO) -> BinaryIO:
-    """Return the bytes that come out of a file, which `Unpacked` has still to check.
+    """Return a stream of the uncompressed bytes of a file. Wrap it in `Unpacked`, which checks it.
 
     Args:
-      kind: What compressed it, one of those that `compression_of` tells but zip.
+      kind: The kind of compression that `compression_of` returns, except "zip".
       path: The file, for messages.
-      file: Its bytes.
+      file: The file, opened for reading.
 
     Raises:
-      FormatError: If a library for it is missing.
+      FormatError: If the library for this kind is missing.
     """
     return _DECOMPRESSORS[kind](path, file)
 
 
 class Unpacked:
-    """What comes out of a compressed file or an archive; an error where more comes than is likely of an honest file.
+    """A stream of uncompressed bytes that raises an error if the data are damaged or larger than a limit.
 
     Args:
       path: The file, for messages.
-      stream: The bytes.
-      limit: How many may come.
-      max_expansion: By how much the caller multiplied the size of the file to have that limit.
+      stream: The uncompressed bytes.
+      limit: The largest number of bytes.
+      max_expansion: The factor by which the limit is larger than the file, for messages.
     """
 
     def __init__(self, path: str, stream: Any, limit: int, max_expansion: float):
         self._path, self._stream, self._left, self._max_expansion = path, stream, limit, max_expansion
 
     def read(self, size: int) -> bytes:
-        """Read as many bytes, or fewer where there are no more.
+        """Read `size` bytes, or fewer at the end of the data.
 
         Raises:
-          FormatError: If the data are truncated or corrupt, or more than the limit.
+          FormatError: If the data are truncated or corrupt, or larger than the limit.
         """
         data = io.BytesIO()
         while size > 0 and (part := self._read(min(size, _BLOCK))):
@@ -88,7 +88,7 @@ class Unpacked:
         ) as error:  # fmt: skip
             reason = error
         except OSError as error:
-            # gzip and bz2 complain without a number; of a place before the file, the system does.
+            # gzip and bz2 raise errors without a number; EINVAL is a position before the beginning of the file.
             if error.errno not in (None, errno.EINVAL):
                 raise
             reason = error
@@ -105,7 +105,7 @@ def _zstd(path: str, file: BinaryIO) -> Any:
 
 
 def _zstd_errors() -> list[type[Exception]]:
-    """Its error, of the modules that are loaded."""
+    """Return the error classes of those zstd modules that are loaded."""
     return [sys.modules[name].ZstdError for name in _ZSTD if sys.modules.get(name) is not None]
 
 

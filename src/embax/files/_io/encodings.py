@@ -1,4 +1,4 @@
-"""The encoding of tokens: into UTF-8, and what becomes of tokens that are not of the encoding."""
+"""Convert tokens from the encoding of a file to UTF-8, and handle tokens that are invalid in the encoding."""
 
 import codecs
 import warnings
@@ -12,17 +12,17 @@ from ..._base.escapes import respelled, rows_not_utf8
 from ..._base.strings import offsets_of
 from .open import Source
 
-# Python's names of what is done with bytes that cannot be decoded.
+# Python's error handlers for the values of `errors`. For "strict", the error is raised after the tokens are counted.
 _HANDLERS = {"strict": "replace", "replace": "replace", "escape": "surrogateescape"}
 _FATE = {"replace": "have U+FFFD for what cannot be decoded", "escape": "keep their bytes"}
 
 
 class UndecodedTokensWarning(UnicodeWarning, UserWarning):
-    """Some tokens of a file are not of its encoding; they are kept as `errors=` says.
+    """Some tokens of a file are invalid in its encoding; `errors=` says how they are kept.
 
     Args:
-      message: What is told.
-      number: How many tokens.
+      message: The message.
+      number: The number of such tokens.
     """
 
     def __init__(self, message: str, number: int = 0):
@@ -31,7 +31,7 @@ class UndecodedTokensWarning(UnicodeWarning, UserWarning):
 
 
 def is_utf8(encoding: str) -> bool:
-    """Tell whether an encoding is UTF-8, whatever its spelling, with or without a byte-order mark."""
+    """Return whether an encoding is UTF-8, in any spelling, with or without a byte-order mark."""
     try:
         return codecs.lookup(encoding).name in ("utf-8", "utf-8-sig")
     except (LookupError, ValueError):  # a name with a zero character is a ValueError
@@ -41,18 +41,18 @@ def is_utf8(encoding: str) -> bool:
 def decoded(
     source: Source, text: Any, offsets: Int64[np.ndarray, " number_and_1"], encoding: str, errors: str
 ) -> tuple[Any, Int64[np.ndarray, " number_and_1"]]:
-    """Turn tokens into UTF-8, and warn of those that are not of the encoding.
+    """Convert tokens to UTF-8, and warn of tokens that are invalid in the encoding.
 
     Args:
       source: The file, for messages.
       text: The tokens, one after the other.
-      offsets: Where each begins, and where the last ends, in bytes; rising.
-      encoding: Of the tokens.
-      errors: What becomes of a token that is not of the encoding: `"strict"` raises an error, `"replace"` puts U+FFFD
-        for what cannot be decoded, `"escape"` keeps the bytes.
+      offsets: The byte at which each token begins, and the end of the last one; not decreasing.
+      encoding: The encoding of the tokens.
+      errors: How an invalid token is read: `"strict"` raises an error, `"replace"` puts U+FFFD in place of invalid
+        bytes, `"escape"` keeps the bytes.
 
     Returns:
-      The text and the offsets; the arguments themselves where nothing changes.
+      The text and the offsets; the arguments themselves if nothing changes.
 
     Raises:
       FormatError: If a token cannot be decoded, or there is no such encoding.
@@ -88,7 +88,7 @@ def decoded(
 def _recoded(
     source: Source, text: bytes, offsets: Int64[np.ndarray, " number_and_1"], encoding: str, handler: str
 ) -> tuple[tuple[bytes, Int64[np.ndarray, " number_and_1"]], Int64[np.ndarray, " wrong"]]:
-    """Return the tokens in UTF-8, and the numbers of those that are not of the encoding."""
+    """Return the tokens in UTF-8, and the numbers of the tokens that are invalid in the encoding."""
     tokens, wrong = [], []
     for row, (begin, end) in enumerate(pairwise(offsets.tolist())):
         token = text[begin:end]

@@ -1,10 +1,10 @@
-"""The error of every reader: a file that is not what it should be."""
+"""The error that all readers raise for a bad file."""
 
 import os
 
 
 class FormatError(ValueError):
-    """A file that cannot be read as its format: truncated, corrupt, or of another kind.
+    """A file cannot be read: it is truncated, corrupt, or in another format.
 
     Args:
       path: The file.

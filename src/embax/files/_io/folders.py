@@ -1,4 +1,4 @@
-"""What lies in one folder with a file, and which file of a model's folder is read."""
+"""The other files in the folder of a file, and the file to read in the folder of a model."""
 
 import errno
 import os
@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from .streams import is_named_pipe, is_stream
 
-# In the folder of a model, the first of these that is there.
+# In the folder of a model, the first of these that exists is read.
 _MODELS = ("model.safetensors", "model.safetensors.index.json", "0_StaticEmbedding/model.safetensors")
 
 
@@ -15,11 +15,11 @@ class Folder(NamedTuple):
     """A folder on disk or in an archive."""
 
     names: Callable[[], list[str]]
-    path: Callable[[str], str | None]  # of a name, what `opened` takes, if there is such a file
+    path: Callable[[str], str | None]  # from a name to the path for `opened`; None if there is no such file
 
 
 def folders_of(path: str) -> tuple[Folder, ...]:
-    """Return the folder of a path: a named pipe has one, too; standard input, descriptors and devices have none."""
+    """Return the folder of a file or named pipe. Standard input, descriptors and devices have none."""
     if is_stream(path) and not is_named_pipe(path):
         return ()
     folder = os.path.dirname(path)
@@ -37,7 +37,7 @@ def model_in(folder: str) -> str:
     """Return the file with the vectors in the folder of a model.
 
     Raises:
-      IsADirectoryError: If there is none, or several could be meant.
+      IsADirectoryError: If there is none, or several fit.
     """
     for name in _MODELS:
         if os.path.isfile(path := os.path.join(folder, name)):

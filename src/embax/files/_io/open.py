@@ -1,4 +1,4 @@
-"""Files of vectors as they are: plain or compressed, in an archive, in a folder of a model, or out of a stream."""
+"""Open files of vectors: plain or compressed, in an archive, in the folder of a model, or a stream."""
 
 import contextlib
 import os
@@ -13,32 +13,32 @@ from .folders import Folder, folders_of, model_in
 from .refused import explain
 from .streams import STANDARD, is_stream, name_of_input, reading_from
 
-# How much of a file is looked at to find out its format.
+# The number of first bytes by which the format is recognised.
 _START = 1 << 16
-# How many times its size a compressed file may grow to, unless the caller says otherwise.
+# By default, the uncompressed data may be up to so many times as large as the file.
 MAX_EXPANSION = 100.0
-# What comes out of a compressed file may always be so large, whatever its ratio.
+# Uncompressed data of this size are always allowed, however small the file is.
 _HARMLESS = 1 << 24
-# What is read and written at once to copy a stream.
+# Bytes that are copied at once.
 _COPIED = 1 << 20
 
 
 class Source:
-    """A file to read: its bytes in order, uncompressed on the way.
+    """An open file, from which uncompressed bytes are read in order.
 
     Args:
       path: The file itself.
-      stream: Its bytes, uncompressed.
-      limit: How many bytes may come out of the file, by formats, too, that compress by themselves.
-      name: The file, for messages.
-      member: What the caller names behind a colon, but for a file in an archive: a tensor, or a vocabulary.
-      inner: The file in an archive, or None.
-      size: How many bytes there are, where that is known before they are read.
-      compression: What compressed it, or the kind of its archive, or None.
+      stream: The uncompressed bytes.
+      limit: The largest number of uncompressed bytes. Formats with their own compression obey it, too.
+      name: The name of the file for messages.
+      member: The name of a tensor or a vocabulary that the caller gave after a colon.
+      inner: The name of the file in its archive; None if it is in no archive.
+      size: The number of uncompressed bytes; None if it is not known before they are read.
+      compression: The kind of compression or archive; None for a plain file.
       plain: The path of a plain file with the same bytes, if there is one.
-      on_disk: The size of the file as it lies there, or as it came; None for a stream that is read as it comes.
-      folders: Where other files that belong to it may lie.
-      expand: Of a stream, the limit for each size.
+      on_disk: The size of the compressed or plain file; None for a stream that is not copied to disk.
+      folders: The folders in which files that belong to this one are looked for.
+      expand: For a stream: computes the limit from the size of the stream, once that is known.
     """
 
     def __init__(
@@ -67,21 +67,21 @@ class Source:
 
     @property
     def whole_name(self) -> str:
-        """What the caller may put a colon and the name of a tensor behind."""
+        """The path to which a caller may append a colon and the name of a tensor."""
         return self.path if self.inner is None else f"{self.path}:{self.inner}"
 
     @property
     def in_order(self) -> str | None:
-        """Why the bytes can only be read in order, from the first to the last, or None where they need not be."""
+        """The reason why the bytes can be read only from first to last; None if they can be read in any order."""
         if self.plain is not None:
             return None
         return "it is a stream" if self.compression is None else "it is compressed"
 
     def read(self, size: int) -> bytes:
-        """Read as many bytes, or fewer where the file ends.
+        """Read `size` bytes, or fewer at the end of the file.
 
         Raises:
-          FormatError: If compressed data are truncated or corrupt, or far larger than the file.
+          FormatError: If compressed data are truncated or corrupt, or larger than the limit.
         """
         data, self._ahead = self._ahead[:size], self._ahead[size:]
         if len(data) < size:
@@ -90,12 +90,12 @@ class Source:
         return data
 
     def read_exactly(self, size: int, what: str) -> bytes:
-        """Read as many bytes.
+        """Read exactly `size` bytes.
 
         Raises:
-          FormatError: If there are fewer, naming what is cut off.
+          FormatError: If the file ends before; the message says that it ends within `what`.
         """
-        if self.size is not None and size > self.size - self.position:  # before memory is taken
+        if self.size is not None and size > self.size - self.position:  # before memory is allocated
             raise self.truncated(what)
         data = self.read(size)
         if len(data) < size:
@@ -108,17 +108,17 @@ class Source:
         self.position -= len(data)
 
     def read_all(self) -> bytes:
-        """Read what is left."""
+        """Read the rest of the file."""
         parts = [self.read(1 << 24)]
         while parts[-1]:
             parts.append(self.read(1 << 24))
         return b"".join(parts)
 
     def skip_to(self, position: int) -> None:
-        """Go forward, without reading what lies between where that is possible.
+        """Go forward to a position. Plain files skip the bytes between without reading them.
 
         Raises:
-          FormatError: If the data end before.
+          FormatError: If the data end before the position.
         """
         self.read(min(len(self._ahead), position - self.position))
         if self.in_order is None:
@@ -129,12 +129,12 @@ class Source:
                 raise self.truncated(f"what comes before byte {position:,}")
 
     def as_file(self) -> str:
-        """Return the path of a plain file with these bytes, for readers that go back and forth in it.
+        """Return the path of a plain file with these bytes, for readers that need random access.
 
-        Of what can only be read in order, it is a copy on disk, which lasts as long as the file is open.
+        Streams and compressed files are copied to a temporary file, which exists as long as this file is open.
 
         Raises:
-          FormatError: As `read`.
+          FormatError: See `read`.
         """
         if self.plain is None:
             path, size = _copied(self._copies, iter(lambda: self.read(_COPIED), b""))
@@ -145,11 +145,11 @@ class Source:
 
     @property
     def has_folder(self) -> bool:
-        """Whether it lies in a folder, on disk or in an archive."""
+        """Whether the file is in a folder, on disk or in an archive. Standard input is in none."""
         return bool(self._folders)
 
     def beside(self, name: str) -> str | None:
-        """Return what `opened` takes for a file in the same folder, if there is one of this name."""
+        """Return the path, for `opened`, of a file of this name in the same folder; None if there is none."""
         return next(filter(None, (folder.path(name) for folder in self._folders)), None)
 
     def names_beside(self) -> list[str]:
@@ -157,38 +157,38 @@ class Source:
         return self._folders[0].names() if self._folders else []
 
     def close(self) -> None:
-        """Remove copies."""
+        """Remove temporary copies."""
         self._copies.close()
 
     def error(self, reason: str) -> FormatError:
-        """Make the error of this file."""
+        """Return a `FormatError` that names this file."""
         return FormatError(self.name, reason)
 
     def truncated(self, what: str) -> FormatError:
-        """Make the error of a file that ends too early."""
+        """Return the error for a file that ends too early, within `what`."""
         end = self.size if self.size is not None else self.position
         return self.error(f"the file ends at byte {end:,}, within {what}. Is it whole?")
 
 
 @contextlib.contextmanager
 def opened(path: str | os.PathLike[str], max_expansion: float = MAX_EXPANSION) -> Iterator[Source]:
-    """Open a file of vectors, whatever it lies in, as its first bytes tell.
+    """Open a file of vectors. Compression and archives are recognised by the first bytes.
 
-    It may be compressed by gzip, xz, bz2 or zstd, lie in a zip or a tar archive, or come out of a stream. What
-    comes out of a stream and has to be read out of order is copied into the folder of temporary files first.
+    The file may be compressed by gzip, xz, bz2 or zstd, be in a zip or tar archive, or be a stream. A stream that is
+    compressed, or whose format needs random access, is copied into the folder of temporary files first.
 
     Args:
       path: The file, or the folder of a model; `-` is standard input. After a colon, the name of a file in an archive,
         or of a tensor.
-      max_expansion: How many times as large as the file its uncompressed bytes may be; 16 MiB may always come.
+      max_expansion: The uncompressed data may be up to so many times as large as the file; 16 MiB are always allowed.
 
     Yields:
       The source.
 
     Raises:
-      FormatError: If it is a file that is not read here, with what to do about it, or an archive of several files of
-        which none is named.
-      OSError: If it cannot be opened.
+      FormatError: If the file is of a kind that is never read, such as a pickle (the message says how to convert it),
+        or an archive with several files and no name after the colon.
+      OSError: If the file cannot be opened.
     """
     path, member = split_path(path)
     if os.path.isdir(path):
@@ -202,9 +202,9 @@ def opened(path: str | os.PathLike[str], max_expansion: float = MAX_EXPANSION) -
 
 
 def split_path(path: str | os.PathLike[str]) -> tuple[str, str | None]:
-    """Split a path from what follows a colon, unless there is a file of the whole name.
+    """Split a path at a colon into a file and a name within it. A file with the colon in its own name is not split.
 
-    Of several colons, it is the last one before which there is the name of a file.
+    If there are several colons, the path is split at the last one before which there is the name of a file.
     """
     path = os.fspath(path)
     if os.path.exists(path):
@@ -218,7 +218,7 @@ def split_path(path: str | os.PathLike[str]) -> tuple[str, str | None]:
 
 
 class _Opening:
-    """A file on its way to a Source."""
+    """Opens a file, and its compression and archive one after the other, and makes the Source."""
 
     def __init__(self, stack: contextlib.ExitStack, path: str, member: str | None, max_expansion: float):
         self._stack, self._path, self._member, self._max_expansion = stack, path, member, max_expansion
@@ -227,7 +227,7 @@ class _Opening:
         self._plain, self._size, self._folders = path, 0, folders_of(path)
 
     def source(self) -> Source:
-        """Open it as its first bytes tell."""
+        """Open the file according to its first bytes."""
         if is_stream(self._path):
             file = self._stack.enter_context(reading_from(self._path))
             start = file.read(_archives.TAR_HEADER)
@@ -279,7 +279,7 @@ class _Opening:
 
 
 def _copied(stack: contextlib.ExitStack, parts: Iterable[bytes]) -> tuple[str, int]:
-    """Write bytes to a temporary file, which is removed when the stack ends; return its path and size."""
+    """Write bytes to a temporary file, which is removed when `stack` ends; return its path and size."""
     file = stack.enter_context(tempfile.NamedTemporaryFile(prefix="embax-"))
     for part in parts:
         file.write(part)
@@ -301,7 +301,7 @@ class _Rejoined:
     def read(self, size: int) -> bytes:
         parts, self._start = [self._start[:size]], self._start[size:]
         size -= len(parts[0])
-        # In pieces: a file takes memory for all that it is asked for, before there is any of it.
+        # In pieces: `read` of a file allocates all the memory that is asked for, before it reads anything.
         while size > 0 and (part := self._rest.read(min(size, _HARMLESS))):
             parts.append(part)
             size -= len(part)

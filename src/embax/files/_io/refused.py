@@ -1,4 +1,4 @@
-"""Files that are not read, and what to do about them: pickles, torch files, HDF5, and Git LFS pointers."""
+"""Files that are never read, with advice: pickles, torch files, HDF5, and Git LFS pointers."""
 
 import os
 import re
@@ -8,17 +8,17 @@ import zipfile
 
 from .error import FormatError
 
-# Enough to tell what wrote a pickle.
+# Enough bytes to recognise gensim's pickles.
 _START = 1 << 16
 _HDF5 = b"\x89HDF\r\n\x1a\n"
 _ZIP = b"PK\x03\x04"
-# The number with which torch's older files begin, as a pickle.
+# torch's older files begin with this number, pickled.
 _TORCH = bytes.fromhex("8a0a6cfc9c46f9206aa85019")
-# What may come first in a pickle: the length of a frame, and values. A safetensors header of 640 bytes begins with the
-# two bytes of a pickle, too, but a zero follows.
+# The third byte of a pickle: the opcode of a frame or of a value. A safetensors header of 640 bytes also begins with
+# the first two bytes of a pickle, but then a zero follows.
 _OPCODES = b"\x95(])}cNKMJGXUT\x8a\x8b\x8c\x8d\x8e\x88\x89\x80Ij.BC"
 
-# What a repository holds in the place of a large file, until that is fetched; the older name is of before Git LFS.
+# A repository holds such a pointer in place of a large file that has not been fetched. "hawser" is Git LFS's old name.
 _POINTER = re.compile(rb"version https://(?:git-lfs|hawser)\.github\.com/spec/v[0-9]+\r?\n")
 _SIZE = re.compile(rb"^size ([0-9]{1,18})\r?$", re.MULTILINE)
 
@@ -40,18 +40,18 @@ _CONVERSIONS = {
 
 
 def explain(path: str | os.PathLike[str], start: bytes | None = None, plain: str | None = None) -> FormatError | None:
-    """Tell why a file is not read, if it is one of those.
+    """Return the error for a file that is never read, with advice how to convert it; None for any other file.
 
-    It is to be asked before an archive is opened as one, as torch's files are archives, and once more with the first
-    bytes that come out of a compressed file.
+    Call it before a zip archive is opened, because torch's files are zip archives, and again with the first
+    uncompressed bytes of a compressed file.
 
     Args:
       path: The file, for messages.
-      start: Its first bytes, uncompressed. Default: they are read.
-      plain: Where it lies, if that is not the path.
+      start: The first bytes, uncompressed. Default: they are read from the file.
+      plain: The path from which the file is read, if it is not `path`.
 
     Returns:
-      The error to raise, or None. None, too, where there is no such file.
+      The error to raise, or None. Also None if there is no such file.
     """
     path = os.fspath(path)
     if start is None:
@@ -79,11 +79,11 @@ def explain(path: str | os.PathLike[str], start: bytes | None = None, plain: str
 
 
 def explain_pointer(path: str, start: bytes) -> FormatError | None:
-    """Tell what to do about a Git LFS pointer, if a file is one.
+    """Return the error for a Git LFS pointer, with advice how to fetch the file; None for any other file.
 
     Args:
       path: The file, for messages.
-      start: Its first bytes.
+      start: The first bytes of the file.
     """
     if not _POINTER.match(start):
         return None
@@ -112,9 +112,9 @@ def _kind_of_pickle(path: str, start: bytes) -> str | None:
 
 
 def _has_pickle(path: str) -> bool:
-    """Tell whether an archive is one that torch wrote."""
+    """Return whether a zip archive was written by torch."""
     try:
         with zipfile.ZipFile(path) as archive:
             return any(name.rpartition("/")[2] == "data.pkl" for name in archive.namelist())
     except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError, EOFError, OverflowError, struct.error):
-        return False  # whoever opens it as an archive tells what is wrong
+        return False  # opening it as an archive will raise the right error

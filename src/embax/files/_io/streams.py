@@ -1,9 +1,8 @@
-"""Standard streams, pipes and devices: what a path leads to that is no plain file.
+"""Standard streams, pipes and devices: paths that are not plain files.
 
-A shell names such things in many ways: `-`, `/dev/stdout`, `/dev/fd/63` of a process substitution, a named pipe, a link
-to one of these. `/dev/stdout` leads to whatever standard output is, which may be a plain file that other commands of a
-script write to as well. So a path that names an open descriptor is never opened or replaced: the descriptor itself is
-read or written where it stands.
+A shell names them in many ways: `-`, `/dev/stdout`, `/dev/fd/63` for a process substitution, a named pipe, or a link to
+one of these. `/dev/stdout` may be a plain file to which other commands of a script write, too. So a path that names
+an open descriptor is never opened anew or replaced: the descriptor itself is read or written, at its current position.
 """
 
 import contextlib
@@ -21,20 +20,20 @@ from .error import FormatError
 
 STANDARD = "-"
 _STANDARD_INPUT = "standard input"
-# The folders in which a system lists the descriptors of a process, links resolved: Linux's, and that of macOS and BSD.
+# The folders that list the descriptors of a process, with links resolved: on Linux, and on macOS and BSD.
 _DESCRIPTORS = re.compile(r"/proc/([0-9]+)(?:/task/[0-9]+)?/fd|/dev/fd")
-# As many links as Linux follows.
+# Linux follows this number of links.
 _MOST_LINKS = 40
 
 
 def is_stream(path: str | os.PathLike[str]) -> bool:
-    """Tell whether a path leads to something other than a plain file, a folder or nothing.
+    """Return whether a path is a stream: not a plain file, a folder, or a path that does not exist.
 
     Args:
       path: Any path.
 
     Returns:
-      True for `-`, which is standard input or output, pipes, devices, and open descriptors such as `/dev/fd/3`.
+      True for `-` (standard input or output), pipes, devices, and open descriptors such as `/dev/fd/3`.
 
     Example:
       >>> import embax.files
@@ -52,7 +51,7 @@ def is_stream(path: str | os.PathLike[str]) -> bool:
 
 
 def is_named_pipe(path: str) -> bool:
-    """Tell whether a path is that of a pipe in a folder."""
+    """Return whether a path is a named pipe."""
     try:
         return _descriptor(path) is None and stat.S_ISFIFO(os.stat(path).st_mode)
     except (OSError, ValueError):
@@ -60,13 +59,13 @@ def is_named_pipe(path: str) -> bool:
 
 
 def is_standard_output(path: str | os.PathLike[str]) -> bool:
-    """Tell whether what is written to a path comes out on standard output.
+    """Return whether writing to a path writes to standard output.
 
     Args:
       path: A destination.
 
     Returns:
-      True for `-`, `/dev/stdout`, and every other path to the stream that standard output is.
+      True for `-`, `/dev/stdout`, and every other path to the same stream.
 
     Example:
       >>> import embax.files
@@ -83,13 +82,13 @@ def is_standard_output(path: str | os.PathLike[str]) -> bool:
 
 
 def name_of_input(path: str) -> str:
-    """Return what messages call a stream to read."""
+    """Return the name of an input for messages."""
     return _STANDARD_INPUT if path == STANDARD else path
 
 
 @contextlib.contextmanager
 def reading_from(path: str) -> Iterator[BinaryIO]:
-    """Open a stream to read from where it stands.
+    """Open a stream for reading, at its current position.
 
     Args:
       path: A path for which `is_stream` holds.
@@ -98,7 +97,7 @@ def reading_from(path: str) -> Iterator[BinaryIO]:
       A buffered binary file that cannot be rewound.
 
     Raises:
-      FormatError: If it is standard input, and that is closed or gives text only.
+      FormatError: If it is standard input, and it is closed or was replaced by a stream of text.
       OSError: If it cannot be opened.
     """
     found = None if path == STANDARD else _descriptor(path)
@@ -107,7 +106,7 @@ def reading_from(path: str) -> Iterator[BinaryIO]:
             raise FormatError(_STANDARD_INPUT, "it is closed.")
         if not hasattr(sys.stdin, "buffer"):
             raise FormatError(_STANDARD_INPUT, "it gives no bytes, as the program has put text in its place.")
-        yield sys.stdin.buffer  # of which Python may hold some bytes already
+        yield sys.stdin.buffer  # not a new file: some bytes may be in this buffer already
         return
     with _named(path):
         file = open(os.dup(found[0]) if found is not None and found[1] else path, "rb")
@@ -117,7 +116,7 @@ def reading_from(path: str) -> Iterator[BinaryIO]:
 
 @contextlib.contextmanager
 def writing_to(path: str) -> Iterator[BinaryIO]:
-    """Open a stream to write to where it stands: nothing before or behind is lost.
+    """Open a stream for writing, at its current position; nothing that was written before is lost.
 
     Args:
       path: A path for which `is_stream` holds.
@@ -135,13 +134,13 @@ def writing_to(path: str) -> Iterator[BinaryIO]:
 
 
 def check_stream(path: str) -> None:
-    """Check that a stream can be written to, without opening it: the reader of a pipe would see it end.
+    """Check that a stream can be written to, without opening it: closing a pipe would signal its end to the reader.
 
     Args:
       path: A path for which `is_stream` holds.
 
     Raises:
-      OSError: If it cannot.
+      OSError: If it cannot be written to.
     """
     with _named(path):
         found = None if path == STANDARD else _descriptor(path)
@@ -149,7 +148,7 @@ def check_stream(path: str) -> None:
             with contextlib.ExitStack() as stack:
                 _output(path, stack)
         elif found is not None and found[1]:
-            import fcntl  # where there are such paths, there is this module
+            import fcntl  # not on Windows, which has no such paths either
 
             if fcntl.fcntl(found[0], fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
                 raise OSError(errno.EBADF, "Is open for reading only")
@@ -160,7 +159,7 @@ def check_stream(path: str) -> None:
 
 
 class _Output(io.RawIOBase):
-    """A stream that takes all bytes it is given, counts them, and cannot be rewound."""
+    """A stream that writes all the bytes of each call, counts them, and cannot be rewound."""
 
     def __init__(self, raw: Any):
         self._raw, self._written = raw, 0
@@ -177,7 +176,7 @@ class _Output(io.RawIOBase):
         left = left.cast("B") if size else left
         while left.nbytes:
             written = self._raw.write(left)
-            if written is None:  # another program has set the stream not to wait
+            if written is None:  # another program made the stream non-blocking
                 select.select([], [self._raw], [])
                 continue
             self._written += written
@@ -185,16 +184,16 @@ class _Output(io.RawIOBase):
         return size
 
     def flush(self) -> None:
-        if not self._raw.closed:  # as when this object is let go of
+        if not self._raw.closed:  # Python flushes this object once more when it is deleted
             self._raw.flush()
 
 
 def _output(path: str, stack: contextlib.ExitStack) -> Any:
-    """Open a stream without a buffer, so that nothing is left to be written where its reader has gone."""
+    """Open a stream without a buffer, so that no bytes are left to write when the reader has gone."""
     if path == STANDARD:
         if sys.stdout is None:
             raise OSError(errno.EBADF, "Standard output is closed")
-        sys.stdout.flush()  # what the program has printed comes before
+        sys.stdout.flush()  # so that earlier prints come first
         number = _number(sys.stdout)
         if number is None:
             if not hasattr(sys.stdout, "buffer"):
@@ -213,14 +212,14 @@ def _output(path: str, stack: contextlib.ExitStack) -> Any:
 
 
 def _refuse_others(path: str) -> None:
-    """Refuse disks, sockets, and files that another process has open, which would go on where it stands in them."""
+    """Raise an error for disks, sockets, and files that another process has open."""
     mode = os.stat(path).st_mode
     if not (stat.S_ISFIFO(mode) or stat.S_ISCHR(mode)):
         raise OSError(errno.EINVAL, "Is no pipe and no device that can be written to as it is")
 
 
 def _descriptor(path: str) -> tuple[int, bool] | None:
-    """Return the number of the open descriptor that a path names, and whether it is this process's."""
+    """Return the number of the open descriptor that a path names, and whether it belongs to this process."""
     for _ in range(_MOST_LINKS):
         folder, name = os.path.split(path)
         try:
@@ -229,13 +228,13 @@ def _descriptor(path: str) -> tuple[int, bool] | None:
             if found is not None and name.isdecimal():
                 return int(name), found[1] is None or int(found[1]) == os.getpid()
             path = os.path.join(folder, os.readlink(os.path.join(folder, name)))
-        except (OSError, ValueError):  # it is no link
+        except (OSError, ValueError):  # not a link
             return None
     return None
 
 
 def _number(stream: Any) -> int | None:
-    """Return the descriptor of one of Python's standard streams; None where a program has put another in its place."""
+    """Return the descriptor of one of Python's standard streams; None if it was replaced by something without one."""
     try:
         return stream.fileno()
     except (AttributeError, OSError, ValueError):
@@ -244,7 +243,7 @@ def _number(stream: Any) -> int | None:
 
 @contextlib.contextmanager
 def _named(path: str) -> Iterator[None]:
-    """Name the stream in an error of the system that names nothing, or the number of a descriptor."""
+    """Put the name of the stream into errors of the system that have no name, or the number of a descriptor."""
     try:
         yield
     except OSError as error:

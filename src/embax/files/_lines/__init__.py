@@ -1,1 +1,1 @@
-"""Lines of text: their ends, layouts and numbers."""
+"""Read and write lines of text: their ends, their layouts and their numbers."""

@@ -1,4 +1,4 @@
-"""How text begins and how its lines end: byte-order marks, and carriage returns in place of line feeds."""
+"""Byte-order marks at the beginning of text, and carriage returns at the ends of lines."""
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
@@ -9,12 +9,12 @@ def without_mark(text: bytes) -> bytes:
 
 
 def ends_in_returns(text: bytes) -> bool:
-    """Tell whether lines end in a carriage return alone, as on old Macs.
+    """Return whether lines end in a carriage return alone, as on old Macs.
 
-    Where there is a line feed, a carriage return may be part of a token.
+    In text with line feeds, a carriage return may be part of a token.
 
     Args:
-      text: All of it, or the first lines.
+      text: The whole text, or its first lines.
     """
     return b"\r" in text and b"\n" not in text
 
@@ -25,5 +25,5 @@ def with_ends_normalized(text: bytes) -> bytes:
 
 
 def with_feeds(text: bytes) -> bytes:
-    """End lines in a line feed that end in carriage returns, or in both."""
+    """Replace carriage returns at the ends of lines, with or without a line feed, by line feeds."""
     return text.replace(b"\r\n", b"\n").replace(b"\r", b"\n")

@@ -1,4 +1,4 @@
-"""Lines of a text file into tokens and rows of numbers."""
+"""Read lines of a text file as tokens and rows of numbers: by pyarrow if possible, else line by line."""
 
 import re
 from collections.abc import Iterator
@@ -13,17 +13,17 @@ from .._io.open import Source
 from .layout import LayoutError, TextLayout, split, stripped, without_commas
 from .line_ends import BYTE_ORDER_MARK, ends_in_returns, with_ends_normalized, with_feeds, without_mark
 
-# Large against the cost of a call, small against a table.
+# Bytes read at once: large enough that the cost of a call does not matter, small compared with a table.
 _BLOCK = 1 << 21
 _BLOCK_OF_A_THREAD = 1 << 19
 _LONGEST_LINE = 1 << 24
-# A block that pyarrow refuses is tried again in pieces, so that one odd line makes only few others slow.
+# A block that pyarrow refuses is tried again in pieces, so that one odd line slows down only its own piece.
 _PIECE = 1 << 16
-# pyarrow takes about a kilobyte a column and a thread, however short the lines are.
+# pyarrow needs about a kilobyte for each column and thread, however short the lines are.
 _MANY_COLUMNS = 10_000
-# A line so long may be cut off where the start of a file ends.
+# A longer line may not fit into the first bytes by which a format is recognised.
 LONG = 1 << 15
-# A line that begins with a tab or a comma, or that has a space behind the token and, later on, a tab.
+# Lines that only `split` reads rightly: a tab or comma at the beginning, or a space before a later tab.
 _TO_BE_SPLIT_ALONE = re.compile(rb"^ *\t|^[ \t]*,[ \t]|^[ \t]*[^ \t\n]+ [^\n]*\t", re.MULTILINE)
 
 
@@ -42,27 +42,27 @@ def beginning(source: Source) -> bytes:
 
 
 def first_lines(source: Source) -> bytes:
-    """Return the lines at the start of a file, as many as are whole."""
+    """Return the whole lines at the start of a file."""
     whole, end, cut = beginning(source).rpartition(b"\n")
     if end:
         return whole
-    # Of a single line that is longer than the start, the last number may be cut off.
+    # A single line that is longer than the start: drop the last number, which may be cut off.
     return cut[: max(0, cut.rfind(b" "), cut.rfind(b"\t"))] if len(cut) > LONG else cut
 
 
 def whole_lines(source: Source) -> Iterator[bytes]:
-    """Read blocks that end where a line ends; the last line is given an end where it has none.
+    """Read a file in blocks of whole lines. A line feed is added to the last line if it has none.
 
-    A byte-order mark is left out, and lines that end in carriage returns end in line feeds.
+    A byte-order mark is left out, and carriage returns at the ends of lines become line feeds.
 
     Args:
       source: The file.
 
     Yields:
-      Lines.
+      A block of lines.
 
     Raises:
-      FormatError: If a line is too long for any table.
+      FormatError: If a line is longer than 16 MiB.
     """
     parts: list[Any] = []
     has_returns = ends_in_returns(source.start)
@@ -74,12 +74,12 @@ def whole_lines(source: Source) -> Iterator[bytes]:
         if end:
             block = b"".join([*parts, memoryview(data)[:end]])
             parts = [data[end:]]
-            del data  # before the next block, as the block before is still in use
+            del data  # saves memory: the caller still holds the block when the next data are read
             yield block
         else:
             parts.append(data)
             size = sum(map(len, parts))
-            if size > _LONGEST_LINE:  # its fields would take far more memory than the file
+            if size > _LONGEST_LINE:  # splitting it would take far more memory than the file
                 raise source.error(
                     f"the line at byte {source.position - size:,} is longer than {_LONGEST_LINE:,} bytes."
                 )
@@ -97,22 +97,22 @@ def add_lines(
     limit: int | None = None,
     in_pieces: bool = True,
 ) -> int:
-    """Add the rows of whole lines to those gathered; lines without anything are passed over.
+    """Add the tokens and rows of whole lines; blank lines are skipped.
 
     Args:
       source: The file, for messages.
-      gathered: Where to add them.
+      gathered: The collection to which they are added.
       block: The lines.
-      layout: How they are laid out.
-      line: The number of the first one in the file, from 1 on.
-      limit: How many rows are wanted in all; lines beyond are not looked at.
-      in_pieces: Whether to try smaller pieces, where pyarrow refuses the whole, before going line by line.
+      layout: The layout of the file.
+      line: The number of the first line of the block, counted from 1.
+      limit: The number of rows wanted in all; later lines are ignored.
+      in_pieces: Whether to try smaller pieces if pyarrow refuses the block, before reading it line by line.
 
     Returns:
       The number of the line after the block.
 
     Raises:
-      FormatError: If a line is laid out in another way, naming it.
+      FormatError: If a line has another layout; the message has its number.
     """
     if limit is not None:
         block = block[: _end_of(block, limit - gathered.rows)]
@@ -130,19 +130,19 @@ def add_lines(
 
 
 def by_line(source: Source, block: bytes, layout: TextLayout, line: int) -> Packed:
-    """Read lines one by one, for what pyarrow cannot do: spaces in tokens, and errors that name the line.
+    """Read lines one by one. Unlike pyarrow, this allows spaces in tokens, and its errors name the line.
 
     Args:
       source: The file, for messages.
       block: The lines.
-      layout: How they are laid out.
-      line: The number of the first one in the file, from 1 on.
+      layout: The layout of the file.
+      line: The number of the first line of the block, counted from 1.
 
     Returns:
       Their tokens and rows.
 
     Raises:
-      FormatError: If a line is laid out in another way, naming it.
+      FormatError: If a line has another layout; the message has its number.
     """
     tokens, numbers = [], []
     for place, text in enumerate(block.split(b"\n"), line):
@@ -175,7 +175,7 @@ def _pieces(block: bytes) -> Iterator[bytes]:
 
 
 def _with_single_spaces(block: bytes, layout: TextLayout) -> bytes | None:
-    """Return lines with one space between fields, or None where they are so already or would lose their meaning."""
+    """Return lines with one space between fields; None if they have that already, or if it would change a token."""
     if (b"\t" in block or layout.delimiter == b",") and _TO_BE_SPLIT_ALONE.search(block):
         return None
     spaced = without_commas(block, layout.delimiter).replace(b"\r\n", b"\n").replace(b"\t", b" ")
@@ -186,16 +186,16 @@ def _with_single_spaces(block: bytes, layout: TextLayout) -> bytes | None:
 
 
 def _table(block: bytes, layout: TextLayout) -> Any:
-    """Read lines by pyarrow, or return None where it could not or would see something else in them."""
+    """Read lines by pyarrow; return None if it cannot read them, or would read them differently from `split`."""
     delimiter = layout.delimiter
     block = block.replace(b"\r\n", b"\n").replace(delimiter + b"\n", b"\n")
-    # It takes a carriage return for the end of a line, and passes over a byte order mark.
+    # pyarrow ends a line at a carriage return, and skips a byte-order mark.
     if b"\r" in block or block.startswith(BYTE_ORDER_MARK) or layout.dim > _MANY_COLUMNS:
         return None
-    # Blanks beside the delimiter belong to no token.
+    # pyarrow would make blanks beside the delimiter part of the token.
     if delimiter == b"," or (b"\t" in block if delimiter == b" " else b" \t" in block or b"\n " in b"\n" + block):
         return None
-    # It makes as many columns as the first line has, each of which takes memory.
+    # pyarrow makes a column for each field of the first line, and each column takes memory.
     if block.count(delimiter, 0, block.find(b"\n") + 1 or len(block)) != layout.dim:
         return None
     try:
@@ -218,7 +218,7 @@ def _table(block: bytes, layout: TextLayout) -> Any:
 
 
 def _packed(batch: Any) -> Packed:
-    """Take the tokens and rows out of a batch of pyarrow's."""
+    """Return the tokens and rows of a pyarrow batch."""
     tokens, *columns = batch.columns
     _, offsets, text = tokens.buffers()
     offsets = np.frombuffer(offsets, np.int32)[tokens.offset : tokens.offset + len(tokens) + 1]
@@ -229,10 +229,10 @@ def _packed(batch: Any) -> Packed:
 
 
 def _rounded(numbers: list[bytes]) -> Float32[np.ndarray, " numbers"]:
-    """Return the nearest float32 of each number.
+    """Return the float32 that is nearest to each number.
 
-    By way of float64 it would be another one where the nearest float64 lies halfway between two of float32 and the
-    number itself does not.
+    Converting to float64 and then to float32 rounds twice. The result is wrong if the float64 lies exactly halfway
+    between two float32 and the number itself does not; those numbers are compared as decimals.
     """
     values = np.asarray([float(number.partition(b"(")[0]) for number in numbers], np.float64)
     with np.errstate(all="ignore"):
@@ -247,5 +247,5 @@ def _rounded(numbers: list[bytes]) -> Float32[np.ndarray, " numbers"]:
 
 
 def _wide(values: Float32[np.ndarray, " numbers"]) -> np.ndarray:
-    # Beyond the largest float32, the next one would be 2**128.
+    # After the largest float32, the next step would be 2**128.
     return np.nan_to_num(values.astype(np.float64), nan=np.nan, posinf=2.0**128, neginf=-(2.0**128))

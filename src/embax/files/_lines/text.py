@@ -1,4 +1,4 @@
-"""Text corpora: UTF-8 in pieces, out of plain, gzip and xz files and of standard input."""
+"""Read text corpora piece by piece: UTF-8, from plain, gzip and xz files and from standard input."""
 
 import codecs
 import gzip
@@ -14,17 +14,17 @@ from .._io.refused import explain_pointer
 from .._io.streams import is_stream, name_of_input, reading_from
 from .line_ends import BYTE_ORDER_MARK, without_mark
 
-# Small against any corpus, large against the cost of a call.
+# Bytes read at once: small compared with a corpus, large enough that the cost of a call does not matter.
 _PIECE = 1 << 20
-# Of a Git LFS pointer, which has so many bytes at the most.
+# The largest size of a Git LFS pointer.
 _START = 1 << 10
 _GZIP, _XZ = b"\x1f\x8b", b"\xfd7zXZ\x00"
 
 
 def read_text(path: str | os.PathLike[str]) -> Iterator[str]:
-    """Read UTF-8 text piece by piece, so that a corpus of any size passes through little memory.
+    """Read UTF-8 text piece by piece, so that a corpus of any size needs little memory.
 
-    Gzip and xz are known by their first bytes, not by the file's name. A byte-order mark is left out.
+    Gzip and xz are recognised by the first bytes, not by the name. A byte-order mark is left out.
 
     Args:
       path: The file, or `-` for standard input, or another stream.
@@ -33,8 +33,8 @@ def read_text(path: str | os.PathLike[str]) -> Iterator[str]:
       Pieces of about a million characters, in order; words and lines may be cut anywhere.
 
     Raises:
-      FormatError: If the text is not UTF-8, naming the byte, if compressed data are truncated or corrupt, or the file
-        is a Git LFS pointer.
+      FormatError: If the text is not UTF-8 (the message names the byte), compressed data are truncated or corrupt, or
+        the file is a Git LFS pointer.
       OSError: If the file cannot be opened or read.
 
     Example:
@@ -55,7 +55,7 @@ def _decoded(name: str, file: BinaryIO) -> Iterator[str]:
     for piece in _pieces(name, file):
         if not read and piece.startswith(BYTE_ORDER_MARK):
             read, piece = len(BYTE_ORDER_MARK), without_mark(piece)
-        pending = len(decoder.getstate()[0])  # bytes of a character whose rest is in this piece
+        pending = len(decoder.getstate()[0])  # bytes of a character that continues in this piece
         try:
             text = decoder.decode(piece, final=not piece)
         except UnicodeDecodeError as error:
@@ -69,7 +69,7 @@ def _decoded(name: str, file: BinaryIO) -> Iterator[str]:
 
 
 def _pieces(name: str, file: BinaryIO) -> Iterator[bytes]:
-    """Yield the bytes of the text, uncompressed, in full pieces; the last one is empty."""
+    """Yield the uncompressed bytes of the text in full pieces, and an empty piece at the end."""
     start = file.read(_START)
     if (error := explain_pointer(name, start)) is not None:
         raise error

@@ -1,4 +1,4 @@
-"""Tokens and rows of numbers into lines of a text file."""
+"""Write tokens and rows of numbers as lines of text."""
 
 from collections.abc import Iterator
 from itertools import pairwise
@@ -8,20 +8,20 @@ from jaxtyping import Float32
 
 from .._io.contents import Contents
 
-# So many numbers are written at once.
+# The number of numbers that are written at once.
 _BLOCK = 1 << 19
 
 
 def check_tokens(contents: Contents, name: str, parting: bytes = b" \t\n") -> None:
-    """Check that tokens can be told from what follows them.
+    """Check that a reader will find where each token ends.
 
     Args:
-      contents: What is to be written.
-      name: Of the format.
-      parting: What ends a token or a line in this format.
+      contents: The contents to write.
+      name: The name of the format.
+      parting: The bytes that end a token or a line in this format.
 
     Raises:
-      ValueError: If a token has one of these in it, or there is nothing else in a row.
+      ValueError: If a token has one of these bytes in it, or the rows have no numbers.
     """
     text, offsets = contents.vocabulary.utf8
     found = np.flatnonzero(np.isin(text, np.frombuffer(parting, np.uint8)))
@@ -40,7 +40,7 @@ def check_tokens(contents: Contents, name: str, parting: bytes = b" \t\n") -> No
 
 
 def blocks_of(contents: Contents, dtype: str = "<f4") -> Iterator[tuple[list[bytes], np.ndarray]]:
-    """Yield the tokens and the rows, converted, in blocks."""
+    """Yield tokens and rows in blocks, the rows converted to `dtype`."""
     text, offsets = contents.vocabulary.utf8
     at_once = max(1, _BLOCK // contents.weight.shape[1])
     for begin in range(0, len(contents.weight), at_once):
@@ -51,14 +51,14 @@ def blocks_of(contents: Contents, dtype: str = "<f4") -> Iterator[tuple[list[byt
 
 
 def lines_of(contents: Contents, with_points: bool = False) -> Iterator[bytes]:
-    """Yield the lines, in blocks.
+    """Yield lines in blocks. Each number has the fewest digits that give back the same float32.
 
     Args:
-      contents: What is to be written; its tokens are checked.
-      with_points: Whether 1 is written as 1.0, so that it is not taken for something else.
+      contents: The contents to write; `check_tokens` has checked them.
+      with_points: Whether 1 is written as 1.0, so that "7 1.0" is not read as a header of word2vec's.
 
     Yields:
-      Some lines. Numbers are as short as float32 allows.
+      A block of lines.
     """
     for tokens, rows in blocks_of(contents):
         lines = None if with_points else _by_arrow(tokens, rows)
@@ -70,7 +70,7 @@ def lines_of(contents: Contents, with_points: bool = False) -> Iterator[bytes]:
 
 
 def _by_arrow(tokens: list[bytes], rows: Float32[np.ndarray, "rows dim"]) -> list[bytes] | None:
-    """Write lines by pyarrow, about twice as fast, or return None where it is missing."""
+    """Write lines by pyarrow, which is about twice as fast; return None if it is not installed."""
     try:
         import pyarrow as pa
         from pyarrow import compute

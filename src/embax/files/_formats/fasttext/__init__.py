@@ -1,1 +1,1 @@
-"""fastText models, and their n-grams."""
+"""Read and write fastText models, and compute the vectors of words from their n-grams."""

@@ -1,4 +1,4 @@
-"""fastText's models: .bin files, and quantised .ftz files, which are only read."""
+"""Read fastText models: .bin files, and quantised .ftz files (which cannot be written)."""
 
 import struct
 
@@ -21,20 +21,20 @@ _ROWS = 1 << 14
 
 
 def read_fasttext(source: Source, options: Options) -> Contents:
-    """Read a model: its words, their vectors as fastText's `get_word_vector` gives them, and the n-grams.
+    """Read a model: its words, their vectors (the same as of fastText's `get_word_vector`), and its n-grams.
 
-    Labels are left out. The output matrix is not kept.
+    Labels and the output matrix are left out.
 
     Args:
       source: The file.
-      options: What the caller wants.
+      options: The options of the caller.
 
     Returns:
-      The contents; `subwords` is None where the model has no n-grams of characters.
+      The contents; `subwords` is None if the model has no n-grams of characters.
 
     Raises:
-      FormatError: If it is no such model, truncated or corrupt, or a word is not of the encoding and that is to be an
-        error.
+      FormatError: If it is no fastText model, is truncated or corrupt, or a word is invalid in the encoding and
+        `options.errors` is "strict".
     """
     if options.mmap:
         raise source.error(
@@ -59,7 +59,7 @@ def read_fasttext(source: Source, options: Options) -> Contents:
     contents = contents_of(source, options._replace(is_decoded=True), text, offsets, weight, dictionary.counts)
     if ngrams is None:
         return contents
-    if len(contents.vocabulary) < words.number:  # some are left out
+    if len(contents.vocabulary) < words.number:  # repeated words were left out
         own = np.flatnonzero(~Vocabulary.from_utf8(text, offsets, errors="escape").repeated())
         raw = raw if raw is None else taken(raw, own)
     subwords = Subwords(
@@ -74,7 +74,7 @@ def read_fasttext(source: Source, options: Options) -> Contents:
 
 
 def _read_input(source: Source, header: Header, dictionary: Dictionary) -> tuple[np.ndarray | Quantized, bool]:
-    """Read the rows of the words that are wanted and, where they are used, of n-grams, and say whether they are."""
+    """Return the rows of the wanted words and, if the model uses n-grams, of those; and whether it uses them."""
     args, kept, wanted = header.arguments, dictionary.kept, dictionary.words.number
     is_quantized = header.version > 0 and _read_flag(source, "the input matrix")
     if kept is not None and not is_quantized:
@@ -103,7 +103,7 @@ def _fewer(matrix: Quantized, rows: Int64[np.ndarray, " some"]) -> Quantized:
 
 
 def _read_dense(source: Source, dim: int, plan: list[tuple[int, bool]]) -> Float32[np.ndarray, "rows dim"]:
-    """Read rows, or pass them over, as many each as planned."""
+    """Read or skip rows: `plan` is a list of numbers of rows, and whether to read them."""
     total = sum(rows for rows, _ in plan) * dim * 4
     expected = sum(rows for rows, is_wanted in plan if is_wanted)
     if source.size is None:
@@ -126,7 +126,7 @@ def _read_dense(source: Source, dim: int, plan: list[tuple[int, bool]]) -> Float
 
 
 def _pass_output(source: Source, header: Header, is_quantized: bool) -> None:
-    """Check that the output matrix is there, and nothing behind it."""
+    """Skip the output matrix; check that it is complete, and that the file ends after it."""
     has_codes = header.version > 0 and _read_flag(source, "the output matrix")
     if has_codes and is_quantized:
         read_quantized(source, "the output matrix")
@@ -174,7 +174,7 @@ def _weight(
 
 
 def _decoded(source: Source, options: Options, words: Strings) -> tuple[Strings, Strings | None]:
-    """Return the words in UTF-8, and the words as they were if that is something else."""
+    """Return the words in UTF-8, and the words in the encoding of the file if they differ, else None."""
     text, offsets = words.text[: words.offsets[-1]], words.offsets
     after, ends = decoded(source, text, offsets, options.encoding, options.errors)
     if after is text:

@@ -1,4 +1,4 @@
-"""fastText's models: what they say of themselves, and their dictionary."""
+"""The header and the dictionary of a fastText model."""
 
 import math
 import struct
@@ -14,18 +14,18 @@ MAGIC = 793712314
 VERSIONS = (11, 12)
 SUPERVISED = 3
 _ARGUMENTS = struct.Struct("<12id")
-# The longest word and the longest n-grams that are read: the work that a file makes stays in proportion to its size.
+# Longer words and n-grams are refused, so that no small file can cause much work.
 LONGEST_WORD = 1 << 16
 LONGEST_NGRAM = 64
-# How many bytes of 10xxxxxx may follow each other: more are no word in any encoding.
+# The largest number of bytes 10xxxxxx (UTF-8 continuation bytes) in a row; more are no text in any encoding.
 _LONGEST_CHARACTER = 256
-# Behind each word: a zero, its count and its type.
+# The bytes after each word: a zero, the count (8 bytes) and the type.
 BEHIND = 10
 _CHUNK = 1 << 22
 
 
 class Arguments(NamedTuple):
-    """How a model was trained: fastText's arguments, in the order of the file."""
+    """The arguments with which fastText trained a model, in the order of the file."""
 
     dim: int
     ws: int = 5
@@ -43,21 +43,21 @@ class Arguments(NamedTuple):
 
     @property
     def packed(self) -> bytes:
-        """The bytes of the file."""
+        """The arguments as bytes of a file."""
         return _ARGUMENTS.pack(*self)
 
 
 class Header(NamedTuple):
-    """The start of a model."""
+    """The header of a model."""
 
     arguments: Arguments
     version: int  # 0 for the oldest models, which have no magic number
 
     @property
     def has_subwords(self) -> bool:
-        """Whether n-grams of characters count in the vectors of words."""
+        """Whether the vectors of words include n-grams of characters."""
         args = self.arguments
-        # In version 11, supervised models did not use them whatever they say; fastText has it so.
+        # Supervised models of version 11 do not use n-grams, whatever their arguments say; fastText treats them so.
         unused = self.version == 11 and args.model == SUPERVISED
         return args.bucket > 0 and args.maxn >= max(args.minn, 1) and not unused
 
@@ -65,14 +65,15 @@ class Header(NamedTuple):
 class Dictionary(NamedTuple):
     """The words of a model, without its labels."""
 
-    words: Strings  # the first ones, as many as are wanted
+    words: Strings  # the first words, up to the limit of the caller
     counts: Int64[np.ndarray, " words"]
-    number: int  # of words in the file
-    kept: tuple[Int32[np.ndarray, " kept"], Int32[np.ndarray, " kept"]] | None  # bucket and row of pruned n-grams
+    number: int  # the number of words in the file
+    # If n-grams were pruned: the buckets that were kept, and their rows.
+    kept: tuple[Int32[np.ndarray, " kept"], Int32[np.ndarray, " kept"]] | None
 
 
 def starts_like_a_model(start: bytes) -> bool:
-    """Tell whether bytes are the first ones of a model, with the magic number or, where they fit well, without."""
+    """Return whether these are the first bytes of a model: the magic number, or arguments that are all plausible."""
     if len(start) >= 8 and struct.unpack_from("<i", start) == (MAGIC,):
         return True
     if len(start) < _ARGUMENTS.size + 12:
@@ -92,10 +93,10 @@ def starts_like_a_model(start: bytes) -> bool:
 
 
 def read_header(source: Source) -> Header:
-    """Read the start of a model.
+    """Read the header of a model.
 
     Raises:
-      FormatError: If it is none, or of a version or with arguments that cannot be read.
+      FormatError: If it is no fastText model, or its version or its arguments are not supported.
     """
     if not starts_like_a_model(source.start):
         raise source.error("is no model of fastText: its first bytes are neither those of new ones nor of the oldest.")
@@ -119,7 +120,7 @@ def read_dictionary(source: Source, header: Header, limit: int | None) -> Dictio
     Args:
       source: The file, after the header.
       header: The header.
-      limit: How many words are wanted. Default: all.
+      limit: The number of words to read. Default: all.
 
     Returns:
       The dictionary.
@@ -166,7 +167,7 @@ def _continued(source: Source, data: bytes) -> tuple[bytes, bool]:
 
 
 def _entries(data: bytes, number: int) -> tuple[Int64[np.ndarray, " entries"], int]:
-    """Find where words end, of whole entries, and where the last entry ends."""
+    """Return the ends of the words of all complete entries, and the end of the last entry."""
     ends: list[int] = []
     place, last = 0, len(data) - BEHIND
     for _ in range(number):
@@ -210,5 +211,5 @@ def _read_kept(source: Source, number: int) -> tuple[np.ndarray, np.ndarray] | N
         return None
     data = source.read_exactly(8 * number, "the pruned n-grams")
     pairs = np.frombuffer(data, "<i4").reshape(-1, 2).astype(np.int32)
-    buckets, last = np.unique(pairs[::-1, 0], return_index=True)  # of equal ones, the last counts
+    buckets, last = np.unique(pairs[::-1, 0], return_index=True)  # if a bucket occurs twice, the last pair counts
     return buckets, pairs[::-1, 1][last]

@@ -1,4 +1,4 @@
-"""N-grams of words as fastText numbers them: the hashes of all of them at once."""
+"""Hash the n-grams of words as fastText does, for many words at once."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -10,30 +10,31 @@ from ...._base.strings import Strings, packed
 
 # FNV-1a of 32 bits (Fowler, Noll and Vo, public domain).
 _BASIS, _PRIME = np.uint32(2166136261), np.uint32(16777619)
-# fastText puts these around a word, and makes no n-grams of the word that stands for the end of a line.
+# fastText puts "<" and ">" around a word. The word "</s>", the end of a line, has no n-grams.
 _BEGIN, _END, _LINE_END = b"<", b">", b"</s>"
-# How many n-grams, and how many numbers in a result, are in work at once.
+# The number of n-grams, and of numbers in a result, that are computed at once.
 _NGRAMS, _NUMBERS = 1 << 22, 1 << 23
 
 
 class Hashes(NamedTuple):
-    """N-grams of words."""
+    """The hashes of the n-grams of words."""
 
-    hashes: UInt32[np.ndarray, " ngrams"]  # word after word; in a word by where they begin, then by their length
-    counts: Int64[np.ndarray, " words"]  # how many a word has
+    hashes: UInt32[np.ndarray, " ngrams"]  # word by word; within a word sorted by beginning, then by length
+    counts: Int64[np.ndarray, " words"]  # the number of n-grams of each word
 
 
 def hashed(words: Strings, minimum: int, maximum: int, line_end: bool = False) -> Hashes:
     """Hash the n-grams of words.
 
-    Those of "word" are pieces of "<word>", but not "<" and ">" alone. They are cut between characters of UTF-8, and
-    hashed by bytes that count as signed: of one above 127, the upper bits of the 32 are ones.
+    The n-grams of "cat" are pieces of "<cat>", except "<" and ">" alone: of length 3, they are "<ca", "cat" and "at>".
+    They are cut between UTF-8 characters. As in fastText, the hash treats bytes as signed numbers: a byte above 127 is
+    extended to 32 bits with ones.
 
     Args:
-      words: The words. They need not be UTF-8: a byte of `10xxxxxx` always belongs to the character before it.
-      minimum: The shortest, in characters.
-      maximum: The longest.
-      line_end: Whether "</s>" has n-grams too.
+      words: The words. They need not be valid UTF-8: a byte `10xxxxxx` always belongs to the character before it.
+      minimum: The length of the shortest n-grams, in characters.
+      maximum: The length of the longest n-grams.
+      line_end: Whether "</s>" has n-grams, too.
 
     Returns:
       The hashes.
@@ -71,11 +72,11 @@ def hashed(words: Strings, minimum: int, maximum: int, line_end: bool = False) -
 
 
 def blocks(words: Strings, widths: int, dim: int) -> Iterator[tuple[int, int, Strings]]:
-    """Cut words into blocks whose n-grams, and whose vectors, take little memory.
+    """Split words into blocks, so that the n-grams and vectors of a block take little memory.
 
     Args:
       words: The words.
-      widths: How many lengths of n-grams there are.
+      widths: The number of lengths of n-grams: `maximum - minimum + 1`.
       dim: The size of a vector.
 
     Yields:
@@ -91,7 +92,7 @@ def blocks(words: Strings, widths: int, dim: int) -> Iterator[tuple[int, int, St
 
 
 def _wrapped(words: Strings) -> tuple[UInt8[np.ndarray, " bytes"], Int64[np.ndarray, " words_and_1"]]:
-    """Put the signs of begin and end around words; return the text and where words begin, and the last ends."""
+    """Put "<" and ">" around words; return the text, and where each word begins and the last one ends."""
     ends = words.offsets - words.offsets[0] + 2 * np.arange(words.number + 1)
     text = np.empty(int(ends[-1]), np.uint8)
     is_inside = np.ones(text.size, bool)
@@ -107,7 +108,7 @@ def _extended(
     starts: Int64[np.ndarray, " ngrams"],
     sizes: Int64[np.ndarray, " ngrams"],
 ) -> UInt32[np.ndarray, " ngrams"]:
-    """Hash one more character of each."""
+    """Extend the hash of each n-gram by one more character."""
     hashes = (hashes ^ signed[starts]) * _PRIME
     more, shift = np.flatnonzero(sizes > 1), 1
     while more.size:

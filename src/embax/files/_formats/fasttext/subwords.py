@@ -1,7 +1,7 @@
-"""Sub-words: fastText's vectors of n-grams, which give any token a vector."""
+"""Sub-words: fastText's vectors of n-grams, from which every token gets a vector."""
 
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple, Protocol, final
+from typing import Any, NamedTuple, Protocol, final, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, Float, Float32, Int32, Int64
@@ -12,12 +12,13 @@ from ....vocabulary import Vocabulary
 from . import ngrams as _ngrams
 
 
+@runtime_checkable
 class Rows(Protocol):
     """A matrix of which rows can be taken: an array, or a compressed one."""
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """How many rows, and how long."""
+        """The number of rows and their size."""
         ...
 
     def take(self, indices: Any, axis: int) -> Float32[np.ndarray, "some dim"]:
@@ -26,14 +27,15 @@ class Rows(Protocol):
 
 
 class Ngrams(NamedTuple):
-    """Vectors of n-grams, and how the n-grams of a word are numbered."""
+    """The vectors of n-grams. An n-gram has the row `first + hash % buckets`."""
 
     rows: np.ndarray | Rows  # (words + n-grams, dim) float32: fastText's input matrix
     first: int  # the row of the first n-gram
-    minimum: int  # of an n-gram's length in characters
-    maximum: int
-    buckets: int  # what hashes are reduced to
-    kept: tuple[Int32[np.ndarray, " kept"], Int32[np.ndarray, " kept"]] | None = None  # of pruned ones: bucket, row
+    minimum: int  # the length of the shortest n-grams, in characters
+    maximum: int  # the length of the longest n-grams
+    buckets: int
+    # If n-grams were pruned: the buckets that were kept, and their rows counted from `first`.
+    kept: tuple[Int32[np.ndarray, " kept"], Int32[np.ndarray, " kept"]] | None = None
     line_end: bool = False  # whether "</s>" has n-grams, as in the oldest models
 
 
@@ -41,17 +43,17 @@ class Ngrams(NamedTuple):
 class Subwords:
     """Vectors of n-grams of characters, as fastText learns them.
 
-    A token that the vocabulary does not have gets the mean of its n-grams' vectors, the one that fastText's
-    `get_word_vector` gives. Tokens of the vocabulary have rows of their own that count in their mean: their vectors are
-    the weight that was read along with this, and are not asked for here.
+    A token outside the vocabulary gets the mean of its n-grams' vectors, the same as of fastText's `get_word_vector`. A
+    token of the vocabulary also has a row of its own, which is part of its mean. Those means are the weight of the
+    vectors that were read with this object; do not ask for them here.
 
     Args:
       ngrams: The n-grams.
       vocabulary: The tokens with a row of their own.
-      own: Which row of `ngrams.rows` it is.
-      encoding: Of the tokens in the file, whose bytes are hashed.
-      raw: The tokens' bytes in the file, where they are not the vocabulary's.
-      arguments: What else the file says about the model.
+      own: The row of each of these tokens in `ngrams.rows`.
+      encoding: The encoding of the tokens in the file; the bytes in this encoding are hashed.
+      raw: The bytes of the tokens in the file, if they differ from the vocabulary's.
+      arguments: fastText's arguments from the file.
       unit: Whether the vectors of tokens are scaled to length 1, as in `Vectors.normalized`.
 
     Example:
@@ -61,7 +63,7 @@ class Subwords:
       >>> subwords = Subwords(Ngrams(rows, 1, 3, 3, 9), embax.Vocabulary(["cat"]), np.array([0]))
       >>> subwords
       Subwords(9 rows of n-grams of 3 to 3 characters, dim=1)
-      >>> subwords.vectors(["cats", ""])  # of "<ca", "cat", "ats", "ts>"; and of none
+      >>> subwords.vectors(["cats", ""])  # the mean of "<ca", "cat", "ats" and "ts>"; "" has no n-gram
       array([[3.75],
              [0.  ]], dtype=float32)
       >>> subwords.covers(["cats", ""])
@@ -89,11 +91,11 @@ class Subwords:
         return self.ngrams.rows.shape[1]
 
     def vector(self, token: str) -> Float32[np.ndarray, " dim"]:
-        """Return the mean of the vectors of a token's n-grams; zeros where it has none, as fastText does."""
+        """Return the mean of the vectors of a token's n-grams; zeros if it has none, as fastText does."""
         return self.vectors([token])[0]
 
     def vectors(self, tokens: Iterable[str]) -> Float32[np.ndarray, "tokens dim"]:
-        """Return the same for several tokens."""
+        """Return the vectors of several tokens, see `vector`."""
         words = self._encoded(list(tokens))
         means = np.zeros((words.number, self.dim), np.float32)
         for start, stop, mean in means_of(self.ngrams, words):
@@ -103,15 +105,15 @@ class Subwords:
         return unit_rows(means)
 
     def covers(self, tokens: Iterable[str]) -> Bool[np.ndarray, " tokens"]:
-        """Tell which tokens have any n-gram; of the others, nothing is known but zeros."""
+        """Return which tokens have an n-gram; the vectors of the others are zeros."""
         words = self._encoded(list(tokens))
         counts = [numbered(self.ngrams, block)[1] for _, _, block in _blocks(self.ngrams, words)]
         return np.concatenate([np.zeros(0, np.int64), *counts]) > 0
 
     def normalized(self) -> "Subwords":
-        """Return the same n-grams, of which tokens get vectors of length 1; zeros where one has none.
+        """Return sub-words that give tokens vectors of length 1; zeros for a token without n-grams.
 
-        Files hold n-grams and no lengths: written and read again, the vectors have the same directions.
+        Files do not store this: after writing and reading, vectors have the same directions but their old lengths.
         """
         return Subwords(
             self.ngrams,
@@ -124,7 +126,7 @@ class Subwords:
         )
 
     def encoded(self, vocabulary: Vocabulary) -> _strings.Strings:
-        """Return the bytes by which a file names tokens."""
+        """Return the bytes of tokens in the encoding of the file."""
         if vocabulary is self.vocabulary and self._raw is not None:
             return self._raw
         if self._raw is None and self.encoding == "utf-8":
@@ -142,10 +144,10 @@ class Subwords:
     def own_rows(
         self, vocabulary: Vocabulary, weight: Float[np.ndarray, "rows dim"]
     ) -> Iterator[Float32[np.ndarray, "some dim"]]:
-        """Find the rows of their own that give tokens their vectors, as fastText has them where "</s>" has no n-grams.
+        """Compute the own row of each token, so that its mean with the n-grams is the token's vector.
 
-        They are the rows that were read, but where those give other vectors than the weight: there they are what
-        the n-grams leave to be added.
+        A token keeps the row that was read if its vector has not changed. Otherwise, for a vector `v` of a token with
+        `n` n-grams, the row is `(n + 1) * v` minus the sum of the n-grams. "</s>" has no n-grams here.
 
         Args:
           vocabulary: The tokens.
@@ -182,18 +184,18 @@ class Subwords:
 def means_of(
     ngrams: Ngrams, words: _strings.Strings, own: Int64[np.ndarray, " words"] | None = None
 ) -> Iterator[tuple[int, int, Float32[np.ndarray, "some dim"]]]:
-    """Average the rows of words: their own one and those of their n-grams.
+    """Average the own row of each word and the rows of its n-grams.
 
-    Rows are added one after the other in float32 and the sum is multiplied by 1 / number, so that not a bit differs
-    from fastText.
+    Rows are added one after the other in float32 and the sum is multiplied by 1 / number, so that the result is equal
+    to fastText's bit by bit.
 
     Args:
       ngrams: The n-grams.
       words: The words.
-      own: Their own rows. Default: they have none.
+      own: The own row of each word. Default: they have none.
 
     Yields:
-      The first word of a block, the one after its last, and the means; zeros where there is nothing to average.
+      The first word of a block, the one after its last, and the means; zeros for a word without rows.
     """
     for start, stop, block in _blocks(ngrams, words):
         rows, counts = numbered(ngrams, block)
@@ -207,7 +209,7 @@ def means_of(
 def numbered(
     ngrams: Ngrams, words: _strings.Strings
 ) -> tuple[Int64[np.ndarray, " ngrams"], Int64[np.ndarray, " words"]]:
-    """Return the rows of the words' n-grams, word after word, and how many each has; pruned ones do not count."""
+    """Return the rows of the n-grams, word by word, and the number for each word, without pruned n-grams."""
     hashes, counts = _ngrams.hashed(words, ngrams.minimum, ngrams.maximum, ngrams.line_end)
     buckets = (hashes % np.uint32(ngrams.buckets)).astype(np.int64)
     if ngrams.kept is None:
@@ -223,7 +225,7 @@ def numbered(
 def _with_own(
     rows: Int64[np.ndarray, " ngrams"], counts: Int64[np.ndarray, " words"], own: Int64[np.ndarray, " words"]
 ) -> tuple[Int64[np.ndarray, " rows"], Int64[np.ndarray, " words"]]:
-    """Put words' own rows before those of their n-grams."""
+    """Insert the own row of each word before the rows of its n-grams."""
     counts = counts + 1
     joined = np.empty(rows.size + own.size, np.int64)
     is_own = np.zeros(joined.size, bool)
@@ -239,7 +241,7 @@ def _blocks(ngrams: Ngrams, words: _strings.Strings) -> Iterator[tuple[int, int,
 def _summed(
     matrix: np.ndarray | Rows, rows: Int64[np.ndarray, " ngrams"], counts: Int64[np.ndarray, " words"]
 ) -> Float32[np.ndarray, "words dim"]:
-    # A product with a sparse matrix of ones adds rows in their order, and copies none.
+    # Multiplying by a sparse matrix of ones adds the rows in their order, without copying them.
     import scipy.sparse
 
     if not isinstance(matrix, np.ndarray):
@@ -254,7 +256,7 @@ def _left_over(ngrams: Ngrams, words: _strings.Strings, weight: np.ndarray) -> F
     left = np.empty(weight.shape, np.float32)
     for start, stop, block in _blocks(ngrams, words):
         rows, counts = numbered(ngrams, block)
-        # In float64, as the difference is of numbers of like size.
+        # In float64, because subtracting numbers of similar size loses digits.
         with np.errstate(all="ignore"):
             sums = weight[start:stop].astype(np.float64) * (counts + 1)[:, None]
             left[start:stop] = np.where((counts > 0)[:, None], sums - _summed(ngrams.rows, rows, counts), sums)
@@ -264,5 +266,5 @@ def _left_over(ngrams: Ngrams, words: _strings.Strings, weight: np.ndarray) -> F
 def _bytes(token: str, encoding: str) -> bytes:
     try:
         return token.encode(encoding, "surrogateescape")
-    except UnicodeError:  # no file of this encoding has such a token
+    except UnicodeError:  # a file in this encoding cannot have this token, so any other bytes will do
         return token.encode(errors="surrogatepass")

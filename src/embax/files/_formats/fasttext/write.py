@@ -1,4 +1,4 @@
-"""fastText's models, written as .bin files."""
+"""Write fastText models as .bin files."""
 
 import os
 import struct
@@ -15,24 +15,24 @@ from .model import BEHIND, LONGEST_WORD, MAGIC, SUPERVISED, VERSIONS, Arguments
 from .subwords import Subwords
 
 _ROWS = 1 << 14
-_ZEROS = 1 << 20  # bytes that are written at once
+_ZEROS = 1 << 20  # zero bytes that are written at once
 
 
 def write_fasttext(path: str | os.PathLike[str], contents: Contents) -> None:
-    """Write a model, version 12, as fastText and gensim read it.
+    """Write a model of version 12, which fastText and gensim can read.
 
-    With sub-words, the rows of words and n-grams are those that were read; where the vectors have changed since,
-    rows of words are chosen that give the vectors, up to rounding. Tokens keep the encoding of the file. Without, the
-    model has no n-grams, and one row a word, in float32. The output matrix, which a further training would start from,
-    is all zeros. Counts are at least 1, as gensim leaves out words of count 0.
+    With sub-words, the rows of words and n-grams are written as they were read. The rows of words with a changed vector
+    are computed so that they give the new vector, up to rounding. Tokens keep the encoding of the file. Without
+    sub-words, the model has no n-grams, and one row for each word, in float32. The output matrix, from which further
+    training would start, is all zeros. Counts are at least 1, because gensim leaves out words with count 0.
 
     Args:
       path: The destination; an existing file is replaced.
-      contents: What to write.
+      contents: The contents to write.
 
     Raises:
-      ValueError: If a token has a zero byte or more than 65,536 bytes, or the sub-words are pruned, as in .ftz files,
-        or have another size of vectors than the weight.
+      ValueError: If a token has a zero byte or more than 65,536 bytes, the sub-words are pruned, as in .ftz files, or
+        their vectors have another size than the weight.
       OSError: If the file cannot be written.
     """
     vocabulary, weight, counts, subwords = contents
@@ -62,7 +62,7 @@ def write_fasttext(path: str | os.PathLike[str], contents: Contents) -> None:
 
 
 def _write_zeros(file: BinaryIO, size: int) -> None:
-    if file.seekable():  # there, they take no room on most file systems
+    if file.seekable():  # on most file systems, these zeros take no space
         file.truncate(file.tell() + size)
         file.seek(0, os.SEEK_END)
         return
@@ -101,7 +101,7 @@ def _arguments_to_write(subwords: Subwords, dim: int) -> Arguments:
             f"{subwords.dim}. Leave the sub-words out."
         )
     args = Arguments(*(subwords.arguments or (dim,)))
-    # There are no labels that a supervised model could be of.
+    # A supervised model needs labels, and there are none.
     if args.model == SUPERVISED:
         args = args._replace(model=Arguments(dim).model, loss=Arguments(dim).loss)
     return args._replace(dim=dim, bucket=ngrams.buckets, minn=ngrams.minimum, maxn=ngrams.maximum)

@@ -1,1 +1,1 @@
-"""safetensors, and the folders of the Hugging Face world."""
+"""safetensors files: embax's own format, and Hugging Face models with their tokenizers."""

@@ -1,4 +1,4 @@
-"""Vectors in one safetensors file: the package's own format."""
+"""embax's own format: vectors and tokens in one safetensors file."""
 
 import json
 import os
@@ -15,26 +15,27 @@ from ..format import Format
 from .header import FLOATS, Tensor, is_safetensors, read_header
 
 _METADATA = {"format": "embax.vectors", "version": "1"}
-# NumPy dtype and axes of each tensor but `weight`. Wide dtypes come first, so that each is aligned to its own size.
+# The NumPy dtype, safetensors dtype and number of axes of each tensor except `weight`. Wide dtypes come first, so that
+# each tensor is aligned to the size of its numbers.
 _LAYOUT = {"counts": ("<i8", "I64", 1), "token_offsets": ("<i8", "I64", 1), "tokens": ("|u1", "U8", 1)}
 
 
 def write_safetensors(path: str | os.PathLike[str], contents: Contents) -> None:
-    r"""Write vectors as one safetensors file, beside its destination and then renamed.
+    r"""Write vectors as one safetensors file; an old file is replaced only when the new one is complete.
 
     The tensors are `weight` `(rows, dim)` in its own dtype of floats, `tokens` uint8 (the tokens in UTF-8, one after
-    the other), `token_offsets` int64 `(rows + 1)` (where each begins and the last ends) and, where there are counts,
-    `counts` int64 `(rows)`. The metadata are `format=embax.vectors`, `version=1` and, where there are special tokens,
-    `special`, their row numbers as JSON. Bytes of tokens that are not UTF-8 become `\xNN`. The same contents give the
-    same bytes.
+    the other), `token_offsets` int64 `(rows + 1)` (the byte at which each token begins, and the end of the last one)
+    and, if there are counts, `counts` int64 `(rows)`. The metadata are `format=embax.vectors`, `version=1` and, if
+    there are special tokens, `special`, their row numbers as JSON. Bytes of tokens that are not UTF-8 become `\xNN`.
+    The same contents give the same bytes.
 
     Args:
       path: The destination; an existing file is replaced.
-      contents: One token and vector a row.
+      contents: One token and one vector for each row.
 
     Raises:
-      ValueError: If the contents have sub-words, a weight that is not a table of floats with a row a token, or a token
-        twice.
+      ValueError: If the contents have sub-words, the weight is not a table of floats with a row for each token, or a
+        token occurs twice.
       OSError: If the file cannot be written.
 
     Example:
@@ -56,7 +57,7 @@ def write_safetensors(path: str | os.PathLike[str], contents: Contents) -> None:
     metadata = dict(_METADATA)
     if contents.vocabulary.special:
         metadata["special"] = json.dumps(contents.vocabulary.special, separators=(",", ":"))
-    # Written here, as safetensors.numpy.save puts the metadata in another order in each call.
+    # Not by safetensors.numpy.save, which writes the metadata in another order in each call.
     header: dict[str, Any] = {"__metadata__": metadata}
     end = 0
     for name, (tensor, kind) in tensors.items():
@@ -67,15 +68,15 @@ def write_safetensors(path: str | os.PathLike[str], contents: Contents) -> None:
     with replacing(path) as file:
         file.write(len(encoded).to_bytes(8, "little") + encoded)
         for tensor, _ in tensors.values():
-            # bfloat16 is no dtype that buffers know, so the bytes are handed over.
+            # As bytes, because Python's buffers do not support bfloat16.
             file.write(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data)
 
 
 def read_safetensors(path: str | os.PathLike[str]) -> Contents:
     """Read vectors that `write_safetensors` wrote.
 
-    The file is taken as hostile: its sizes are checked against each other before memory is taken. The weight is mapped
-    into memory, so that only those rows are read that are used.
+    The file need not be trusted: its sizes are checked against each other before memory is allocated. The weight is
+    mapped into memory, so that only the rows that are used are read.
 
     Args:
       path: The file, plain or compressed.
@@ -84,7 +85,7 @@ def read_safetensors(path: str | os.PathLike[str]) -> Contents:
       The contents.
 
     Raises:
-      FormatError: If the file is not of this format, truncated or corrupt, naming the file and what is wrong.
+      FormatError: If the file is not in this format, truncated or corrupt.
       OSError: If the file cannot be opened or read.
 
     Example:
@@ -95,7 +96,7 @@ def read_safetensors(path: str | os.PathLike[str]) -> Contents:
 
 
 def _checked(contents: Contents) -> str:
-    """Check the contents, and return what safetensors calls the dtype of the weight."""
+    """Check the contents, and return the dtype of the weight as safetensors names it."""
     where = "embax.files.write_safetensors(contents=...)"
     if contents.subwords is not None:
         raise ValueError(
@@ -127,7 +128,7 @@ def _read(source: Source, options: Options) -> Contents:
     metadata, tensors = read_header(source)
     rows = _check_header(source, metadata, tensors)
     found: dict[str, Any] = {}
-    for name, tensor in tensors.items():  # as they lie in the file: compressed data come in order
+    for name, tensor in tensors.items():  # in the order of the file, for compressed data
         if name == "weight":
             shape = (tensor.shape[0], tensor.shape[1])
             found[name] = table_of(source, options, FLOATS[tensor.dtype], shape, tensor.begin)
@@ -148,7 +149,7 @@ def _read(source: Source, options: Options) -> Contents:
         text, counts = text[: offsets[-1]], None if counts is None else counts[:rows]
         special = {role: row for role, row in special.items() if row < rows}
     try:
-        # Tokens that occur twice are not looked for, as that takes longer than all else; the writer has.
+        # Repeated tokens are not looked for: that would take longer than all the rest, and the writer did it.
         vocabulary = Vocabulary.from_utf8(text, offsets, special=special)
     except ValueError as error:
         raise source.error(f"`tokens` must be UTF-8, cut between characters: {error}.") from None
@@ -156,7 +157,7 @@ def _read(source: Source, options: Options) -> Contents:
 
 
 def _check_header(source: Source, metadata: dict[str, str], tensors: dict[str, Tensor]) -> int:
-    """Check that the tensors are those of this format and fit together; return the number of rows."""
+    """Check that the tensors of this format are there and fit together; return the number of rows."""
     found = {name: metadata.get(name) for name in _METADATA}
     if found != _METADATA:
         raise source.error(f"the metadata must be {_METADATA}, got {found}. Is it a file of embax vectors?")

@@ -1,4 +1,4 @@
-"""The header of a safetensors file: which tensors it holds and where, all of it checked."""
+"""Read and check the header of a safetensors file, which lists its tensors and their places."""
 
 import json
 from typing import Any, NamedTuple
@@ -9,7 +9,7 @@ import numpy as np
 from ..._io.error import FormatError
 from ..._io.open import Source
 
-# What the safetensors library sets, too.
+# The largest header; the safetensors library has the same limit.
 _MOST_BYTES = 100_000_000
 _BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "U32": 32, "I32": 32, "U64": 64, "I64": 64,
@@ -17,7 +17,7 @@ _BITS = {
     "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
     "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4,
 }  # fmt: skip
-# Of the dtypes that a table of vectors may have.
+# The dtypes that a table of vectors may have.
 FLOATS = {
     "F16": np.dtype("<f2"),
     "BF16": np.dtype(ml_dtypes.bfloat16),
@@ -27,16 +27,16 @@ FLOATS = {
 
 
 class Tensor(NamedTuple):
-    """Where a tensor lies, and what it is."""
+    """The dtype, the shape and the place of a tensor."""
 
-    dtype: str  # as safetensors calls it, such as "F32"
+    dtype: str  # as safetensors names it, such as "F32"
     shape: tuple[int, ...]
-    begin: int  # the byte of the file
-    end: int
+    begin: int  # its first byte in the file
+    end: int  # the byte after its last one
 
 
 def is_safetensors(source: Source) -> bool:
-    """Tell whether a file begins as safetensors files do."""
+    """Return whether a file begins like a safetensors file."""
     return 2 <= int.from_bytes(source.start[:8], "little") <= _MOST_BYTES and source.start[8:9] == b"{"
 
 
@@ -50,8 +50,8 @@ def read_header(source: Source) -> tuple[dict[str, str], dict[str, Tensor]]:
       The metadata, and the tensors by name in the order in which they lie in the file.
 
     Raises:
-      FormatError: If the header is no such header, or says what cannot be, or the tensors leave holes, overlap or end
-        elsewhere than the file.
+      FormatError: If the header is damaged or contradicts itself, or the tensors leave gaps, overlap, or do not end at
+        the end of the file.
     """
     size = int.from_bytes(source.read_exactly(8, "the length of the header"), "little")
     if size > _MOST_BYTES:
@@ -91,7 +91,7 @@ def _tensor(source: Source, name: str, entry: Any, begin: int) -> Tensor:
     bits = _BITS[dtype]
     for length in shape:
         bits *= length
-        if bits > 1 << 64:  # before the numbers of a long shape grow without end
+        if bits > 1 << 64:  # stop early: a long shape would give enormous numbers
             break
     if bits != 8 * (offsets[1] - offsets[0]):
         raise _damaged(source, f"tensor {name!r} is {dtype} {shape}, and has {offsets[1] - offsets[0]:,} bytes")

@@ -1,8 +1,9 @@
-"""model2vec's tables: rows of small integers, rows that tokens share, and a factor for each token.
+"""model2vec's tables: rows may be small integers, tokens may share rows, and each token may have a factor.
 
-The vector of token `t` is `embeddings[mapping[t]] * weights[t]`. `mapping` and `weights` may be missing.
-Of `embeddings` in int8 no scale is kept: model2vec, too, takes the integers as they are, so that directions are right
-and all lengths are in units of one step.
+The vector of token `t` is `embeddings[mapping[t]] * weights[t]`. `mapping` and `weights` may be missing. With
+`mapping = [0, 1, 0]` and `weights = [1, 1, 0.5]`, the third token has half the vector of the first.
+A file with `embeddings` in int8 has no scale for them. Like model2vec, this module uses the integers themselves: the
+directions of the vectors are right, but their lengths are in units of one integer step.
 
 References:
   MinishLab, model2vec, https://github.com/MinishLab/model2vec.
@@ -18,7 +19,7 @@ from ..._io.open import Source
 from ..array import table_of
 from .header import FLOATS, Tensor
 
-# What its own files call the table, and those of sentence-transformers.
+# The name of the table in model2vec's own files, and in those of sentence-transformers.
 _TABLES = ("embeddings", "embedding.weight")
 _MAPPING, _WEIGHTS = "mapping", "weights"
 _SMALL = {"I8": np.dtype("i1")}
@@ -35,19 +36,19 @@ class Parts(NamedTuple):
 
     @property
     def rows(self) -> int:
-        """How many tokens it has a row for."""
+        """The number of tokens."""
         return (self.embeddings if self.mapping is None else self.mapping).shape[0]
 
 
 def parts_of(source: Source, tensors: dict[str, Tensor]) -> Parts | None:
-    """Find the tensors.
+    """Find the tensors of a model2vec table.
 
     Args:
-      source: The file; where it names a tensor, the table must be that one.
-      tensors: What it holds.
+      source: The file; if the caller names a tensor, only that one can be the table.
+      tensors: The tensors of the file.
 
     Returns:
-      The tensors, or None if it is no such table, or one as all others.
+      The tensors; None if there is no such table, or it is a plain table without `mapping` and `weights`.
 
     Raises:
       FormatError: If their dtypes or shapes do not fit together.
@@ -58,7 +59,7 @@ def parts_of(source: Source, tensors: dict[str, Tensor]) -> Parts | None:
     table, mapping, weights = tensors[name], tensors.get(_MAPPING), tensors.get(_WEIGHTS)
     if len(table.shape) != 2 or table.dtype not in (*FLOATS, *_SMALL):
         return None
-    # Other files may have matrices of these names.
+    # Ignored if they have other shapes: files of other kinds may use these names for matrices.
     mapping = mapping if mapping is not None and len(mapping.shape) == 1 else None
     weights = weights if weights is not None and weights.shape[1:] in ((), (1,)) else None
     rows = (table if mapping is None else mapping).shape[0]
@@ -80,22 +81,22 @@ def read(
     """Read the rows of tokens.
 
     Args:
-      source: The file, behind its header.
-      options: What the caller wants.
+      source: The file, after its header.
+      options: The options of the caller.
       parts: The tensors.
-      ids: The tokens, rising.
+      ids: The numbers of the tokens, rising.
 
     Returns:
-      Their rows: in the dtype that the caller wants, or else that of the table. Of integers, and of products of less
-      than 32 bits, float32.
+      Their rows, in the dtype that the caller asks for, or else in that of the table. Integers, and products with fewer
+      than 32 bits, become float32.
 
     Raises:
-      FormatError: If the mapping names rows that there are not, or the rows are to be mapped into memory.
+      FormatError: If the mapping has numbers that are no rows, or the caller asks to map the rows into memory.
     """
     if options.mmap:
         raise source.error("the table cannot be mapped into memory, as its rows are computed. Leave mmap=True out.")
     table, kept = np.zeros((0, 0)), {}
-    for part in sorted(filter(None, parts), key=lambda tensor: tensor.begin):  # a stream gives them in this order
+    for part in sorted(filter(None, parts), key=lambda tensor: tensor.begin):  # the order in which a stream has them
         if part is parts.embeddings:
             dtype = FLOATS.get(part.dtype, _SMALL.get(part.dtype))
             shape = (part.shape[0], part.shape[1])
@@ -128,5 +129,5 @@ def read(
 
 
 def _wide(dtype: np.dtype) -> np.dtype:
-    """float64 for float64, and float32 for all else."""
+    """Return float64 for float64, and float32 for all other dtypes."""
     return np.dtype(np.float64 if dtype == np.float64 else np.float32)

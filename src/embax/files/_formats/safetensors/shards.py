@@ -1,4 +1,4 @@
-"""Safetensors files in shards: the index, a JSON file that says which file each tensor is in, and those files."""
+"""Models in several safetensors files (shards), with an index: a JSON file that maps each tensor to its shard."""
 
 import contextlib
 import json
@@ -13,7 +13,7 @@ _KEY = "weight_map"
 
 
 def is_index(source: Source) -> bool:
-    """Tell whether a file is an index of shards."""
+    """Return whether a file is an index of shards."""
     return source.start[:64].lstrip().startswith(b"{") and f'"{_KEY}"'.encode() in source.start
 
 
@@ -24,7 +24,7 @@ def read_index(source: Source) -> dict[str, str]:
       source: The file, at its beginning.
 
     Returns:
-      The name of a file for each tensor. It is the name of a file in the same folder, or below that.
+      For each tensor the name of its shard: a file in the folder of the index, or in a folder below it.
 
     Raises:
       FormatError: If it is no index.
@@ -49,13 +49,13 @@ def opened_shard(index: Source, file: str, tensor: str | None = None) -> Iterato
     Args:
       index: The index.
       file: The name of the shard.
-      tensor: The one that is wanted of it.
+      tensor: The name of the tensor to read from it, for messages and for `Source.member`.
 
     Yields:
       The shard, at its beginning.
 
     Raises:
-      FormatError: If it is not there.
+      FormatError: If the shard does not exist.
     """
     path = index.beside(file)
     if path is None:
@@ -65,17 +65,17 @@ def opened_shard(index: Source, file: str, tensor: str | None = None) -> Iterato
 
 
 def all_tensors(index: Source, files: dict[str, str]) -> dict[str, Tensor]:
-    """Find out what all tensors are, by the headers of the shards.
+    """Read the dtypes, shapes and places of all tensors from the headers of the shards.
 
     Args:
       index: The index.
-      files: What it says.
+      files: The shard of each tensor, from `read_index`.
 
     Returns:
       The tensors by name.
 
     Raises:
-      FormatError: If a shard is missing, damaged, or does not hold a tensor.
+      FormatError: If a shard is missing or damaged, or lacks a tensor.
     """
     found: dict[str, Tensor] = {}
     for file in dict.fromkeys(files.values()):

@@ -1,4 +1,4 @@
-"""A tensor of any safetensors file, whole or in shards, with the vocabulary of the tokenizer beside it."""
+"""Read a tensor of any safetensors file or model in shards, with the vocabulary of the tokenizer in its folder."""
 
 import os
 import warnings
@@ -17,7 +17,7 @@ from .header import FLOATS, Tensor, is_safetensors, read_header
 
 
 class UnnamedRowsWarning(UserWarning):
-    """A table has rows that no token of its vocabulary names; those are left out."""
+    """A table has rows without a token in the vocabulary; they are left out."""
 
 
 def _recognises(source: Source) -> bool:
@@ -44,7 +44,7 @@ def _read(source: Source, options: Options) -> Contents:
 
 
 def _read_table(source: Source, options: Options, tensors: dict[str, Tensor], listed: Listed) -> Contents:
-    """Read the tensor that the caller names, or the likely one, as a table of the tokens."""
+    """Read the tensor that the caller names, or else the only one that fits the vocabulary."""
     found = _model2vec.parts_of(source, tensors) or tensors[_chosen(source, tensors, _number(listed))]
     rows = found.rows if isinstance(found, _model2vec.Parts) else found.shape[0]
     if rows < _number(listed):
@@ -64,7 +64,7 @@ def _read_table(source: Source, options: Options, tensors: dict[str, Tensor], li
 
 
 def _number(listed: Listed) -> int:
-    """How many rows the tokens need."""
+    """Return the number of rows that the tokens need."""
     return int(listed.ids[-1]) + 1 if listed.ids.size else 0
 
 
@@ -90,7 +90,7 @@ def _chosen(source: Source, tensors: dict[str, Tensor], rows: int) -> str:
 
 
 def _listing(tables: dict[str, Tensor] | dict[str, None]) -> str:
-    """List tensors for a message, the likely ones first."""
+    """List tensors for a message, those with "embed" in their names first."""
 
     def order(name: str) -> tuple[bool, int]:
         one = tables[name]
