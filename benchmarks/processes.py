@@ -62,7 +62,7 @@ def start(peers: str | None) -> dict[str, Process]:
       peers: The python of the environment of torch and FBGEMM. None: without them.
 
     Returns:
-      The processes by name: "XLA", "limit", and where they are there "embax", which has native kernels, and "peers".
+      The processes by name: "embax", "limit", "XLA" if embax has native kernels, and "peers" if there are any.
     """
     if hasattr(os, "sched_setaffinity"):  # each process has two threads and two cores, and all have the same
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])
@@ -74,6 +74,6 @@ def start(peers: str | None) -> dict[str, Process]:
     if peers:
         processes["peers"] = Process("peer.py", python=peers)
     if not processes["embax"].ask(do="about")["kernels"]:
-        print("There are no native kernels here: `python -m embax.kernels` says why. Measured without them.")
-        processes.pop("embax").close()
+        print("There are no native kernels here: `python -m embax.kernels` says why. XLA runs embax.")
+        processes.pop("XLA").close()
     return processes

@@ -44,17 +44,16 @@ PEERS: dict[str, tuple[tuple[str, str, str, float | None], ...]] = {
 }
 STEPS = ("SGD", "Adagrad", "Adam", "row-wise Adagrad")
 # Where the figure has points. Dense Adam of 3 million rows holds 2.3 GB and its gradient.
-FIGURE_ROWS = (10_000, 30_000, 100_000, 300_000, 1_000_000, 3_000_000)
+FIGURE_ROWS = (10_000, 100_000, 1_000_000, 3_000_000)
 
 
 def ways_of(work: str, case: Case) -> list[Way]:
-    """All ways to do a work."""
+    """All ways to do a work; those of XLA, which take longest to compile, in the first case only."""
     own = [Way(name, name, work, case) for name in ("embax", "XLA", "limit")]
-    peers = [
-        Way(name, process, theirs, case, most if case == FIRST else None)
-        for name, process, theirs, most in PEERS.get(work, ())
-    ]
-    return own + peers
+    peers = [Way(name, process, theirs, case, most) for name, process, theirs, most in PEERS[work]]
+    if case == FIRST:
+        return own + peers
+    return [way._replace(most=None) for way in own + peers if way.process != "XLA"]
 
 
 def in_cases(processes: Mapping[str, Process], seconds: float) -> Iterator[Measured]:
