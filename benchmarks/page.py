@@ -30,7 +30,7 @@ def read(folder: Path = FOLDER) -> Data:
 
 def rewritten(page: str, data: Data) -> str:
     """Put the tables into the page."""
-    return _SECTION.sub(lambda found: found[1] + (SECTIONS[found[2]](data) or NOTHING) + "\n" + found[3], page)
+    return _SECTION.sub(lambda found: f"{found[1]}\n{SECTIONS[found[2]](data) or NOTHING}\n\n{found[3]}", page)
 
 
 def machine(data: Data) -> str:

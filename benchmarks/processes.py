@@ -21,10 +21,9 @@ class Process:
           environment: Variables to set for it.
         """
         path = Path(__file__).with_name(script)
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-        process = subprocess.Popen(
-            [python, "-W", "ignore", path], text=True, env={**os.environ, **(environment or {})}, **pipes
-        )
+        environment = os.environ | dict(environment or {})
+        pipe = subprocess.PIPE
+        process = subprocess.Popen([python, "-W", "ignore", path], stdin=pipe, stdout=pipe, text=True, env=environment)
         if process.stdin is None or process.stdout is None:
             raise RuntimeError(f"The process of {script} has no pipes.")
         self._script, self._process = script, process

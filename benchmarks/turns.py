@@ -146,4 +146,7 @@ def from_json(lines: Sequence[dict[str, Any]]) -> list[Measured]:
     def times(values: Mapping[str, Sequence[float]]) -> dict[str, Time]:
         return {name: Time(*value) for name, value in values.items()}
 
-    return [Measured(**(line | {name: times(line[name]) for name in _TIMES})) for line in lines]
+    def measured(fields: dict[str, Any]) -> Measured:
+        return Measured(**fields)
+
+    return [measured(line | {name: times(line[name]) for name in _TIMES}) for line in lines]
