@@ -52,14 +52,14 @@ def of_tables(processes: Mapping[str, Process], seconds: float) -> Iterator[Meas
             Way("limit", "limit", "tables", case),
             Way("FBGEMM", "peers", "FBGEMM tables", case, 0.5 if case == Tables() else None),
         ]
-        yield measure(processes, "tables", ways, seconds)
+        yield measure(processes, "tables", ways, seconds, runs=3)
 
 
 def main() -> None:
     """Measure, print tables, and write JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--peers", metavar="PYTHON", help="measure torch and FBGEMM, too, by this environment's python")
-    parser.add_argument("--seconds", type=float, default=2.5, help="how long the turns of a work go on")
+    parser.add_argument("--seconds", type=float, default=2, help="how long the turns of a work go on")
     parser.add_argument("--output", type=Path, default=Path("build/benchmarks"), help="the folder for the JSON")
     options = parser.parse_args()
     processes, groups = start(options.peers), {"cases": [], "tables": []}

@@ -18,7 +18,7 @@ def small_calls(processes: Mapping[str, Process], seconds: float) -> Iterator[Me
     """Each call in turns."""
     for work in WORKS:
         ways = [Way(name, name, work, CASE) for name in ("embax", "XLA")]
-        yield measure(processes, work, ways, seconds, most_turns=200, runs=RUNS)
+        yield measure(processes, work, ways, seconds, runs=RUNS)
 
 
 def main() -> None:

@@ -71,7 +71,7 @@ def others(data: Data) -> str:
             own = next(iter(line.seconds.values())).median
             columns = ("limit", "XLA", "torch", "FBGEMM")
             rows.append((line.case, line.work, duration(own), *(_ratio_to(line, name) for name in columns)))
-    return _markdown(("case", "work", "embax", "beside the limit", "XLA", "torch", "FBGEMM"), rows)
+    return _markdown(("case", "work", "embax", "limit", "XLA", "torch", "FBGEMM"), rows)
 
 
 def _ratio_to(line: Measured, library: str) -> str:
@@ -145,7 +145,7 @@ def _lines(data: Data, group: str) -> list[Measured]:
 
 
 def _beside(lines: Sequence[Measured]) -> str:
-    columns = "work", "beside", "ratio", "10 % to 90 %", "at most", "embax", "it"
+    columns = "work", "compared with", "ratio", "10 % to 90 %", "at most", "embax", "it"
     return _markdown(columns, [row for line in lines for row in _rows_of(line)])
 
 

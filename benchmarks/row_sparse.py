@@ -88,7 +88,7 @@ def figure(path: Path, processes: Mapping[str, Process], seconds: float) -> None
     for rows in FIGURE_ROWS:
         case = Case(rows=rows)
         ways = [Way(name, name, "Adam", case) for name in ("embax", "XLA")]
-        found = measure(processes, "Adam", [*ways, Way("dense", "XLA", "Adam, dense", case)], seconds)
+        found = measure(processes, "Adam", [*ways, Way("dense", "XLA", "Adam, dense", case)], seconds, runs=2)
         for name, time in found.seconds.items():
             points[name].append(1e3 * time.median)
     drawn, axes = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
@@ -106,7 +106,7 @@ def main() -> None:
     """Measure, print tables, and write JSON and the figure."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--peers", metavar="PYTHON", help="measure torch and FBGEMM, too, by this environment's python")
-    parser.add_argument("--seconds", type=float, default=2.5, help="how long the turns of a work go on")
+    parser.add_argument("--seconds", type=float, default=2, help="how long the turns of a work go on")
     parser.add_argument("--output", type=Path, default=Path("build/benchmarks"), help="the folder for the JSON")
     parser.add_argument("--figure", type=Path, help="draw the figure to this file")
     options = parser.parse_args()

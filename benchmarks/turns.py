@@ -12,7 +12,7 @@ from workload import Case, Tables
 # Runs in a turn. The first does not count: threads of the way before it may still wait for more work on a core, and the
 # caches are full of its data. The turn counts with the median of the others, as steps follow each other in training.
 RUNS = 4
-WARM_UP = 6  # turns
+WARM_UP = 4  # turns
 FEWEST = 12
 # After a turn of these, their threads still look for work for some milliseconds.
 SPINNING, PAUSE = "peers", 0.01
