@@ -129,11 +129,19 @@ $(VENV)/package: pyproject.toml
 	mkdir -p build
 	touch $@
 
-# The native kernels, where there is a compiler: then a build that fails is an error.
-$(VENV)/kernels: $(VENV)/package $(wildcard kernels/*.* kernels/src/* kernels/embax_kernels/*.py)
-	@if [ -n "$(COMPILER)" ]; then $(BIN)/python -m pip install --quiet --disable-pip-version-check ./kernels; \
-	  else echo "There is no C++ compiler: embax works without its native kernels, by XLA alone."; fi
-	@touch $@
+# The native kernels, where there is a compiler: then a build that fails is an error. One wheel serves every Python.
+build/kernels/built: src/embax/__init__.py $(wildcard kernels/*.* kernels/src/* kernels/*/*.py) | $(VENV)/package
+	rm -rf build/kernels
+	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir build/kernels ./kernels
+	touch $@
+
+$(VENV)/kernels: $(VENV)/package $(if $(COMPILER),build/kernels/built)
+ifneq ($(COMPILER),)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --force-reinstall --no-deps build/kernels/*.whl
+else
+	@echo "There is no C++ compiler: embax works without its native kernels, by XLA alone."
+endif
+	touch $@
 
 $(VENV)/dev: $(VENV)/kernels
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]"

@@ -108,7 +108,7 @@ def _step_of_tables(case: Tables, stacked: bool) -> Way:
             out = params(ids)
         else:
             out = {name: embax.embedding_bag(params[name], ids[name], mode="sum") for name in names}
-        return sum((first_number(out[name], gradient[name]) for name in names), start=jnp.float32(0)), out
+        return jnp.asarray(sum(first_number(out[name], gradient[name]) for name in names)), out
 
     batch = [by_name(arrays[..., None]) for arrays in batches_of_tables(case)]
     tx, gradient = embax.optim.rowwise_adagrad(LEARNING_RATE), by_name(gradient_of_tables(case))
