@@ -121,7 +121,7 @@ def test_copies_of_a_layer_keep_the_layout():
     doubled = eqx.tree_at(lambda module: module.table.weight, module, replace_fn=lambda weight: 2 * weight)
     np.testing.assert_array_equal(rows_of(doubled), 2 * WEIGHT)
     np.testing.assert_array_equal(module.weight, WEIGHT)
-    with pytest.raises(TypeError, match=r"StoredRows\[...\]` must have no index, as its rows are not in row order, got 3"):
+    with pytest.raises(TypeError, match=r"StoredRows\[...\]` must have no index, as its rows are not in .* got 3"):
         module.weight[3]
     assert layer.embedding[...].shape == (11, 4)
     params, rest = eqx.partition(doubled, eqx.is_inexact_array)
