@@ -151,15 +151,18 @@ _XLA = {
 _EXAMPLES = "examples print arrays, errors and objects of other libraries"
 
 
+def _reason(table, item):
+    """Why a table has a test; None if it does not."""
+    return next((reason for start, reason in table.items() if item.nodeid.startswith(start)), None)
+
+
 @pytest.hookimpl(tryfirst=True)  # before pytest leaves out tests by their marks
 def pytest_collection_modifyitems(items):
     for item in items:
-        reasons = [reason for start, reason in _VERSIONS.items() if item.nodeid.startswith(start)]
-        if not isinstance(item, pytest.Function):  # an example of a page or a docstring
-            reasons.append(_EXAMPLES)
-        if reasons:
-            item.add_marker(pytest.mark.versions(reasons[0]))
-        for reason in [reason for start, reason in _XLA.items() if item.nodeid.startswith(start)]:
+        is_example = not isinstance(item, pytest.Function)  # of a page or a docstring
+        if reason := _reason(_VERSIONS, item) or (_EXAMPLES if is_example else None):
+            item.add_marker(pytest.mark.versions(reason))
+        if reason := _reason(_XLA, item):
             item.add_marker(pytest.mark.xla(reason))
 
 

@@ -6,12 +6,12 @@ from pathlib import Path
 
 from measured import print_table, write
 from processes import Process, start
-from row_sparse import FIRST, OTHERS
+from row_sparse import FIRST, OTHERS, Others, ways_of
 from turns import Measured, Way, measure
-from workload import Case, Tables
+from workload import Tables
 
 # As in row_sparse.py.
-PEERS: dict[str, tuple[tuple[str, str, str, float | None], ...]] = {
+PEERS: dict[str, Others] = {
     "bag": (
         ("torch EmbeddingBag", "peers", "torch bag", 1.8),
         ("FBGEMM", "peers", "FBGEMM lookup, bags", None),
@@ -20,26 +20,17 @@ PEERS: dict[str, tuple[tuple[str, str, str, float | None], ...]] = {
     "row-wise Adagrad, bags": (("FBGEMM", "peers", "FBGEMM row-wise Adagrad, bags", 0.3),),
     "SGD, bags": (("FBGEMM", "peers", "FBGEMM SGD, bags", None),),
 }
+OF_EMBAX: dict[str, Others] = {"bag": (("embax, Ragged", "embax", "ragged bag", None),)}
 # 40 bags a table, and 4,096.
 TABLES = (Tables(bags=40), Tables())
-
-
-def ways_of(work: str, case: Case) -> list[Way]:
-    """All ways to do a work, as in row_sparse.py."""
-    own = [Way(name, name, work, case) for name in ("embax", "XLA", "limit")]
-    if work == "bag":
-        own[1:1] = [Way("embax, Ragged", "embax", "ragged bag", case)]
-    peers = [Way(name, process, theirs, case, most) for name, process, theirs, most in PEERS[work]]
-    if case == FIRST:
-        return own + peers
-    return [way._replace(most=None) for way in own + peers if way.process != "XLA"]
 
 
 def in_cases(processes: Mapping[str, Process], seconds: float) -> Iterator[Measured]:
     """All works in all cases; the first case has twice the time."""
     for case in (FIRST, *OTHERS):
         for work in PEERS if case == FIRST else ("bag", "row-wise Adagrad, bags"):
-            yield measure(processes, work, ways_of(work, case), seconds * (2 if case == FIRST else 1))
+            ways = ways_of(work, case, PEERS[work], OF_EMBAX.get(work, ()))
+            yield measure(processes, work, ways, seconds * (2 if case == FIRST else 1))
 
 
 def of_tables(processes: Mapping[str, Process], seconds: float) -> Iterator[Measured]:

@@ -5,9 +5,7 @@ would use them, and its loss depends on them, as in a model.
 """
 
 import functools
-import itertools
 import os
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from serve import Way, serve
+from serve import Way, serve, timed
 from workload import (
     LEARNING_RATE,
     LENGTH,
@@ -165,15 +163,7 @@ def _over(batch: Sequence[Any], function: Callable[[Any], Any]) -> Way:
 
     A native call moves for 200 ms what there is left to move of a table to large pages.
     """
-    turns = itertools.count()
-
-    def run() -> float:
-        ids = batch[next(turns) % len(batch)]
-        start = time.perf_counter()
-        jax.block_until_ready(function(ids))
-        return time.perf_counter() - start
-
-    run()
+    run = timed(batch, lambda ids: jax.block_until_ready(function(ids)))
     tries = MOVES if embax.kernels.report().in_use else 0
     while tries and run() > MOVING:
         tries -= 1

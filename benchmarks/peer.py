@@ -3,8 +3,6 @@
 A step does the same as embax's: it looks up rows, and updates the table with a given gradient. Only this is timed.
 """
 
-import itertools
-import time
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,7 +15,7 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
     ComputeDevice,
     SplitTableBatchedEmbeddingBagsCodegen,
 )
-from serve import Way, serve
+from serve import Way, serve, timed
 from workload import (
     LEARNING_RATE,
     LENGTH,
@@ -47,7 +45,7 @@ def build(work: str, case: Case | Tables) -> Way:
     if isinstance(case, Tables):
         return _fbgemm_tables(case)
     ids = [torch.from_numpy(batch).long() for batch in batches_of(case)]
-    return _over(ids, _torch(what, case) if library == "torch" else _fbgemm(what, case))
+    return timed(ids, _torch(what, case) if library == "torch" else _fbgemm(what, case))
 
 
 def _torch(what: str, case: Case) -> Callable[[torch.Tensor], Any]:
@@ -90,7 +88,7 @@ def _fbgemm_tables(case: Tables) -> Way:
     offsets = torch.arange(case.tables * case.bags + 1)
     by_bag = gradient_of_tables(case).swapaxes(0, 1).reshape(case.bags, -1)
     gradient = torch.from_numpy(by_bag.copy())
-    return _over(ids, lambda ids: tables(ids, offsets).backward(gradient))
+    return timed(ids, lambda ids: tables(ids, offsets).backward(gradient))
 
 
 def _tables(
@@ -108,19 +106,6 @@ def _tables(
     for weight in tables.split_embedding_weights():  # which are one page of zeros until they are written
         weight.fill_(0.01)
     return tables
-
-
-def _over(batch: Sequence[torch.Tensor], function: Callable[[torch.Tensor], Any]) -> Way:
-    turns = itertools.count()
-
-    def run() -> float:
-        ids = batch[next(turns) % len(batch)]
-        start = time.perf_counter()
-        function(ids)
-        return time.perf_counter() - start
-
-    run()
-    return run
 
 
 def about() -> dict[str, Any]:

@@ -24,7 +24,8 @@ OTHERS = (
 )
 # Other ways to do a work: their name, who does it, by which name, and what part of its time embax may take in the first
 # case. Unpooled, FBGEMM reads a sequence; it has another program for bags, also of one id.
-PEERS: dict[str, tuple[tuple[str, str, str, float | None], ...]] = {
+Others = tuple[tuple[str, str, str, float | None], ...]
+PEERS: dict[str, Others] = {
     "lookup": (
         ("torch", "peers", "torch lookup", 1.5),
         ("FBGEMM, unpooled", "peers", "FBGEMM lookup, unpooled", None),
@@ -47,20 +48,28 @@ STEPS = ("SGD", "Adagrad", "Adam", "row-wise Adagrad")
 FIGURE_ROWS = (10_000, 100_000, 1_000_000, 3_000_000)
 
 
-def ways_of(work: str, case: Case) -> list[Way]:
-    """All ways to do a work; those of XLA, which take longest to compile, in the first case only."""
+def ways_of(work: str, case: Case, others: Others, more: Others = ()) -> list[Way]:
+    """All ways to do a work; those of XLA, which take longest to compile, in the first case only.
+
+    Args:
+      work: The work.
+      case: Its sizes.
+      others: Other ways, as in PEERS; they come last.
+      more: More ways of embax, which come second.
+    """
     own = [Way(name, name, work, case) for name in ("embax", "XLA", "limit")]
-    peers = [Way(name, process, theirs, case, most) for name, process, theirs, most in PEERS[work]]
-    if case == FIRST:
-        return own + peers
-    return [way._replace(most=None) for way in own + peers if way.process != "XLA"]
+    of_embax, peers = (
+        [Way(name, process, theirs, case, most) for name, process, theirs, most in x] for x in (more, others)
+    )
+    ways = [own[0], *of_embax, *own[1:], *peers]
+    return ways if case == FIRST else [way._replace(most=None) for way in ways if way.process != "XLA"]
 
 
 def in_cases(processes: Mapping[str, Process], seconds: float) -> Iterator[Measured]:
     """All works in all cases; the first case has twice the time."""
     for case in (FIRST, *OTHERS):
         for work in PEERS:
-            yield measure(processes, work, ways_of(work, case), seconds * (2 if case == FIRST else 1))
+            yield measure(processes, work, ways_of(work, case, PEERS[work]), seconds * (2 if case == FIRST else 1))
 
 
 def beside_rows(processes: Mapping[str, Process], seconds: float) -> Iterator[Measured]:

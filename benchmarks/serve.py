@@ -1,11 +1,13 @@
 """The other end of processes.py: builds ways to do some work, and times them. NumPy only."""
 
 import gc
+import itertools
 import json
 import os
 import sys
+import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from workload import Case, Tables
@@ -13,6 +15,20 @@ from workload import Case, Tables
 # Does the work once, waits until it is done, and gives the seconds that it took.
 Way = Callable[[], float]
 Build = Callable[[str, Case | Tables], Way]
+
+
+def timed(batch: Sequence[Any], function: Callable[[Any], Any]) -> Way:
+    """Make a way that calls a function on one batch after the other; the function waits until its work is done."""
+    turns = itertools.count()
+
+    def run() -> float:
+        ids = batch[next(turns) % len(batch)]
+        start = time.perf_counter()
+        function(ids)
+        return time.perf_counter() - start
+
+    run()
+    return run
 
 
 def serve(about: dict[str, Any], build: Build, programs: Callable[[], int] = lambda: 0) -> None:

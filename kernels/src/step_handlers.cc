@@ -104,37 +104,10 @@ ffi::Error adagrad(ffi::ThreadPool threads, In table, In sum, In ids, In values,
 }
 
 template <Optimizer kOptimizer>
-void adam(Step& step, const Named& of_table, const Named& of_mu, const Named& of_nu, const Named& scalars, Rest& rest) {
-  constexpr bool by_row = kOptimizer == Optimizer::rowwise_adam;
-  const Table rows = table_of(of_table), mean = table_of(of_mu);
-  expect_like(of_mu, of_table);
-  if (by_row) {
-    expect_by_row(of_nu, of_table);
-  } else {
-    expect_dtype(of_nu, of_table.buffer.element_type());
-    expect_like(of_nu, of_table);
-  }
-  request_large_pages(of_mu.buffer);
-  request_large_pages(of_nu.buffer);
-  Scalars next(scalars, of_table, by_row ? 9 : step.nesterov ? 11 : 10);
-  step.optimizer = kOptimizer;
-  step.rate = next.next();
-  step.decay_by = next.next();
-  step.eps = next.next();
-  if (!by_row) step.eps_root = next.next();
-  step.b1 = next.next();
-  step.rest1 = next.next();
-  step.b2 = next.next();
-  step.rest2 = next.next();
-  step.mean_by = next.next();
-  step.square_by = next.next();
-  if (step.nesterov) step.gradient_by = next.next();
-  run(step, of_table, rows, State{of_mu.data(), mean.dtype, of_nu.data()}, rest);
-}
-
-ffi::Error whole_adam(ffi::ThreadPool threads, In table, In mu, In nu, In ids, In values, In bag_of, In factors,
-                      In scalars, Out out, Out out_mu, Out out_nu, int64_t length, int32_t decay, int32_t nesterov) {
+ffi::Error adam(ffi::ThreadPool threads, In table, In mu, In nu, In ids, In values, In bag_of, In factors, In scalars,
+                Out out, Out out_mu, Out out_nu, int64_t length, int32_t decay, int32_t nesterov) {
   return guarded([&] {
+    constexpr bool by_row = kOptimizer == Optimizer::rowwise_adam;
     const Named of_table{"table", table}, of_mu{"mu", mu}, of_nu{"nu", nu};
     expect_in_place(of_table, {"out", *out});
     expect_in_place(of_mu, {"out_mu", *out_mu});
@@ -142,23 +115,38 @@ ffi::Error whole_adam(ffi::ThreadPool threads, In table, In mu, In nu, In ids, I
     Step step{};
     step.decay = decay_of(of_table, decay);
     step.nesterov = nesterov != 0;
+    const Table rows = table_of(of_table), mean = table_of(of_mu);
+    expect_like(of_mu, of_table);
+    if (by_row) {
+      expect_by_row(of_nu, of_table);
+    } else {
+      expect_dtype(of_nu, table.element_type());
+      expect_like(of_nu, of_table);
+    }
+    request_large_pages(mu);
+    request_large_pages(nu);
+    Scalars next({"scalars", scalars}, of_table, by_row ? 9 : step.nesterov ? 11 : 10);
+    step.optimizer = kOptimizer;
+    step.rate = next.next();
+    step.decay_by = next.next();
+    step.eps = next.next();
+    if (!by_row) step.eps_root = next.next();
+    step.b1 = next.next();
+    step.rest1 = next.next();
+    step.b2 = next.next();
+    step.rest2 = next.next();
+    step.mean_by = next.next();
+    step.square_by = next.next();
+    if (step.nesterov) step.gradient_by = next.next();
     Rest rest{threads, ids, values, bag_of, factors, length};
-    adam<Optimizer::adam>(step, of_table, of_mu, of_nu, {"scalars", scalars}, rest);
+    run(step, of_table, rows, State{of_mu.data(), mean.dtype, of_nu.data()}, rest);
   });
 }
 
 ffi::Error rowwise_adam(ffi::ThreadPool threads, In table, In mu, In nu, In ids, In values, In bag_of, In factors,
                         In scalars, Out out, Out out_mu, Out out_nu, int64_t length, int32_t decay) {
-  return guarded([&] {
-    const Named of_table{"table", table}, of_mu{"mu", mu}, of_nu{"nu", nu};
-    expect_in_place(of_table, {"out", *out});
-    expect_in_place(of_mu, {"out_mu", *out_mu});
-    expect_in_place(of_nu, {"out_nu", *out_nu});
-    Step step{};
-    step.decay = decay_of(of_table, decay);
-    Rest rest{threads, ids, values, bag_of, factors, length};
-    adam<Optimizer::rowwise_adam>(step, of_table, of_mu, of_nu, {"scalars", scalars}, rest);
-  });
+  return adam<Optimizer::rowwise_adam>(threads, table, mu, nu, ids, values, bag_of, factors, scalars, out, out_mu,
+                                       out_nu, length, decay, 0);
 }
 
 namespace ffi = xla::ffi;
@@ -205,7 +193,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(EmbaxStepAdagrad, embax::adagrad<embax::Optimizer:
 XLA_FFI_DEFINE_HANDLER_SYMBOL(EmbaxStepRowwiseAdagrad, embax::adagrad<embax::Optimizer::rowwise_adagrad>,
                               embax::bind_adagrad().Attr<int64_t>("length").Attr<int32_t>("decay"));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    EmbaxStepAdam, embax::whole_adam,
+    EmbaxStepAdam, embax::adam<embax::Optimizer::adam>,
     embax::bind_adam().Attr<int64_t>("length").Attr<int32_t>("decay").Attr<int32_t>("nesterov"));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(EmbaxStepRowwiseAdam, embax::rowwise_adam,
                               embax::bind_adam().Attr<int64_t>("length").Attr<int32_t>("decay"));

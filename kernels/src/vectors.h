@@ -35,15 +35,7 @@ struct float16 {
 
 // The dtype that numbers are added up in.
 template <typename T>
-struct AccumulatorOf {
-  using type = float;
-};
-template <>
-struct AccumulatorOf<double> {
-  using type = double;
-};
-template <typename T>
-using Accumulator = typename AccumulatorOf<T>::type;
+using Accumulator = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
 typedef float Floats __attribute__((vector_size(kBytes)));
 typedef double Doubles __attribute__((vector_size(kBytes)));
@@ -51,15 +43,7 @@ typedef uint32_t Words __attribute__((vector_size(kBytes)));
 typedef uint16_t Halves __attribute__((vector_size(kBytes / 2)));
 
 template <typename A>
-struct VectorOf {
-  using type = Floats;
-};
-template <>
-struct VectorOf<double> {
-  using type = Doubles;
-};
-template <typename A>
-using Vector = typename VectorOf<A>::type;
+using Vector = std::conditional_t<std::is_same_v<A, double>, Doubles, Floats>;
 
 // Numbers in a vector of accumulators.
 template <typename A>

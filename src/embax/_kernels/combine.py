@@ -40,7 +40,7 @@ def combine(slots: Slots, ids: Int[Array, " ids"], values: PyTree, rows: int) ->
 
 def _has_kernel(ids: Array, values: PyTree) -> bool:
     arrays = values if isinstance(values, tuple) else (values,)
-    if not has("combine") or len(arrays) not in (1, 2) or ids.size > np.iinfo(np.int32).max:
+    if not has("combine") or len(arrays) not in (1, 2):
         return False
     dtypes = {x.dtype for x in arrays}
     return len(dtypes) == 1 and dtypes <= set(FLOATS) and fits(*arrays, ids=ids)

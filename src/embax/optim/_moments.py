@@ -28,11 +28,11 @@ def of_moments(b1: float, b2: float, steps: Int32[Array, ""]) -> Numbers:
 
 def check_decays(call: str, b1: float, b2: float) -> None:
     """Raise a ValueError if a decay is outside of [0, 1)."""
-    for name, value in {"b1": b1, "b2": b2}.items():
-        if not_negative(f"{call}({name}=...)", value) >= 1:
+    for name, value in zip(("b1", "b2"), not_negative(call, b1=b1, b2=b2), strict=True):
+        if value >= 1:
             raise ValueError(f"`{call}({name}=...)` must be in [0, 1), got {value}. Pass a number below 1.")
 
 
-def not_negative(argument: str, value: object) -> float:
-    """Return a number, 0 or more; raise a ValueError or a TypeError that names the argument for anything else."""
-    return 0.0 if value == 0 else _check.positive(argument, value)
+def not_negative(call: str, **numbers: object) -> list[float]:
+    """Return numbers, 0 or more; raise a ValueError or a TypeError that names the argument for anything else."""
+    return [0.0 if value == 0 else _check.positive(f"{call}({name}=...)", value) for name, value in numbers.items()]

@@ -30,7 +30,7 @@ def sgd(
       >>> import embax
       >>> tx = embax.optim.sgd(0.1)
     """
-    decay = not_negative("embax.optim.sgd(weight_decay=...)", weight_decay)
+    (decay,) = not_negative("embax.optim.sgd", weight_decay=weight_decay)
     return fusable(optax.identity(), "step_sgd", (), lambda _: (), learning_rate, decay, tables)
 
 
@@ -63,10 +63,8 @@ def adagrad(
       >>> import embax
       >>> tx = embax.optim.adagrad(0.1)
     """
-    call = "embax.optim.adagrad"
-    start = not_negative(f"{call}(initial_accumulator=...)", initial_accumulator)
-    eps = not_negative(f"{call}(eps=...)", eps)
-    decay = not_negative(f"{call}(weight_decay=...)", weight_decay)
+    numbers = {"initial_accumulator": initial_accumulator, "eps": eps, "weight_decay": weight_decay}
+    start, eps, decay = not_negative("embax.optim.adagrad", **numbers)
     scaling = optax.scale_by_rss(start, eps)
     return fusable(scaling, "step_adagrad", ("sum_of_squares",), lambda _: (eps,), learning_rate, decay, tables)
 
@@ -104,7 +102,7 @@ def adam(
       >>> tx = embax.optim.adam(1e-3, weight_decay=1e-4)
     """
     call = "embax.optim.adam"
-    eps, decay = not_negative(f"{call}(eps=...)", eps), not_negative(f"{call}(weight_decay=...)", weight_decay)
+    eps, decay = not_negative(call, eps=eps, weight_decay=weight_decay)
     check_decays(call, b1, b2)
 
     def scalars(state: PyTree) -> Numbers:

@@ -70,10 +70,8 @@ def rowwise_adagrad(
       Gupta, Bengio, Weston, Training highly multiclass classifiers, 2014,
       https://jmlr.org/papers/v15/gupta14a.html, section 5.2. FBGEMM's EXACT_ROWWISE_ADAGRAD is the same.
     """
-    call = "embax.optim.rowwise_adagrad"
-    start = not_negative(f"{call}(initial_accumulator=...)", initial_accumulator)
-    eps = not_negative(f"{call}(eps=...)", eps)
-    decay = not_negative(f"{call}(weight_decay=...)", weight_decay)
+    numbers = {"initial_accumulator": initial_accumulator, "eps": eps, "weight_decay": weight_decay}
+    start, eps, decay = not_negative("embax.optim.rowwise_adagrad", **numbers)
 
     def init(params: PyTree) -> PyTree:
         return RowwiseAdagradState(_map(lambda leaf: _second_moment(leaf, start), params))
@@ -134,8 +132,7 @@ def rowwise_adam(
       FBGEMM's PARTIAL_ROWWISE_ADAM takes the mean over a row, too.
     """
     call = "embax.optim.rowwise_adam"
-    eps = not_negative(f"{call}(eps=...)", eps)
-    decay = not_negative(f"{call}(weight_decay=...)", weight_decay)
+    eps, decay = not_negative(call, eps=eps, weight_decay=weight_decay)
     check_decays(call, b1, b2)
 
     def init(params: PyTree) -> PyTree:
@@ -150,7 +147,7 @@ def rowwise_adam(
         )
 
         def corrected(m: PyTree, v: PyTree) -> PyTree:
-            first, second = (1 - decay ** steps.astype(v.dtype) for decay in (b1, b2))
+            first, second = (1 - b ** steps.astype(v.dtype) for b in (b1, b2))
             return _scale(m, 1 / (first * (jnp.sqrt(_values(v) / second) + eps)))
 
         scaled = _map(corrected, mean, mean_square)
