@@ -71,14 +71,13 @@ def batches(
     kept, batch = _kept(counts, sample), -(-_batch(int(counts.sum())) // parts.number)
     shape, size = (STEPS_A_CALL, batch), STEPS_A_CALL * batch
     lengths = np.zeros(parts.number, np.int64)
-    lengths[list(parts.own)] = [len(corpus.ids) for corpus in corpora]
+    lengths[list(parts.own)] = [corpus.length for corpus in corpora]
     done, so_far, number = 0, 0, 0
     for epoch in range(1, epochs + 1):
-        for first in range(0, int(parts.total(lengths).max()), _SHUFFLED):
-            blocks = [
-                _block(x.ids[first : first + _SHUFFLED], kept, window, rng)
-                for x, rng in zip(corpora, rngs, strict=True)
-            ]
+        texts = [corpus.blocks(_SHUFFLED) for corpus in corpora]
+        for _ in range(0, int(parts.total(lengths).max()), _SHUFFLED):
+            nothing = np.zeros(0, np.int32)
+            blocks = [_block(next(x, nothing), kept, window, rng) for x, rng in zip(texts, rngs, strict=True)]
             about = np.zeros((parts.number, 2), np.int64)
             about[list(parts.own)] = [(block.words, len(block.ids)) for block in blocks]
             words, drawn = parts.total(about).T
