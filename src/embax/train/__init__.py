@@ -4,5 +4,6 @@ from ._corpus import CorpusError as CorpusError
 from ._resume import CheckpointError as CheckpointError
 from ._skipgram import Progress as Progress
 from ._skipgram import skipgram as skipgram
+from ._sources import read_sequences as read_sequences
 from ._text import paragraphs as paragraphs
 from ._text import tokenize as tokenize
