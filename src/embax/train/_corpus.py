@@ -49,6 +49,16 @@ class Corpus(NamedTuple):
     counts: Int64[np.ndarray, " rows"]  # how often each token occurs
     ids: Int32[np.ndarray, " length"]  # row numbers, with BREAK after each sequence
 
+    @property
+    def length(self) -> int:
+        """The number of ids."""
+        return len(self.ids)
+
+    def blocks(self, size: int, start: int = 0) -> Iterator[Int32[np.ndarray, " ids"]]:
+        """Yield `size` ids at a time, from id number `start` on; the last ones may be fewer."""
+        for first in range(start, len(self.ids), size):
+            yield self.ids[first : first + size]
+
 
 class Paragraph:
     """A paragraph of text that is cut into words only when it is iterated.
