@@ -13,11 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cli_runs import assert_one_line, run
+from corpora import ids_of
 
 from embax import train, unshard
 from embax.cli import _processes
 from embax.cli._common import UserError
-from embax.train import _corpus, _skipgram
+from embax.train import _skipgram, _text
 from embax.train._corpus import BREAK, encode
 from embax.train._parts import WHOLE, Parts, parts_of
 from embax.train._windows import batches
@@ -58,7 +59,7 @@ def test_encode_parts_deals_out_the_sequences():
     assert [part.tokens for part in parts] == [["b", "a"]] * 3 == [whole.tokens] * 3
     assert [part.counts.tolist() for part in parts] == [[3, 2]] * 3
     a, b = 1, 0
-    assert [part.ids.tolist() for part in parts] == [[a, b, BREAK, b, BREAK], [b, BREAK, a, BREAK], [BREAK, BREAK]]
+    assert [ids_of(part) for part in parts] == [[a, b, BREAK, b, BREAK], [b, BREAK, a, BREAK], [BREAK, BREAK]]
 
 
 def test_encode_parts_counts_the_words_of_all_processes(monkeypatch):
@@ -70,12 +71,12 @@ def test_encode_parts_counts_the_words_of_all_processes(monkeypatch):
     (corpus,) = encode(sequences, 1, second)  # it hears of the first one's
     whole = encode(sequences, 1, WHOLE)[0]
     assert (corpus.tokens, corpus.counts.tolist()) == (whole.tokens, whole.counts.tolist())
-    assert [corpus.tokens[row] for row in corpus.ids if row != BREAK] == ["b", "é\n", "a", "a"]
+    assert [corpus.tokens[row] for row in ids_of(corpus) if row != BREAK] == ["b", "é\n", "a", "a"]
 
 
 def test_encode_parts_looks_for_the_words_of_its_own_parts_only(monkeypatch):
-    seen, words_of = [], _corpus._words_of
-    monkeypatch.setattr(_corpus, "_words_of", lambda text: seen.append(text) or words_of(text))
+    seen, words_of = [], _text.words_of
+    monkeypatch.setattr(_text, "words_of", lambda text: seen.append(text) or words_of(text))
     encode(train.paragraphs(["a\n\nb\n\na c\n\nd"]), 1, part_of_process(2, (1,)))
     assert seen == ["b", "d"]
 

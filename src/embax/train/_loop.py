@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from ._ahead import Ahead
 from ._engine import Engine, Initial
 from ._resume import Checkpoints, Position
 
@@ -70,20 +71,21 @@ def train(engine: Engine, run: Run, initial: Initial | None, saved: Checkpoints 
         state, at = saved.restore(state)
     began, words_before, loss_before = time.monotonic(), at.words, None
     for epoch in range(at.epochs, run.epochs):
-        for batch in itertools.islice(engine.batches(epoch + 1), at.batches, None):
-            after = at.words + batch.words
-            rates = tuple(run.learning_rate * max(_LAST_RATE, 1 - words / total) for words in (at.words, after))
-            state, loss = engine.run(state, batch, rates)
-            at = Position(epoch, at.batches + 1, at.calls + 1, after)
-            # Prepare only one call while the one before it runs: more would pile up in memory.
-            jax.block_until_ready(loss_before)
-            loss_before = loss
-            if saved is not None:
-                saved.save(state, at)
-            if run.progress is not None:
-                seconds = time.monotonic() - began
-                run.progress(
-                    Progress(epoch + 1, run.epochs, after, total, loss, seconds, words_before, engine.name)
-                )
+        with Ahead(itertools.islice(engine.batches(epoch + 1), at.batches, None)) as batches:
+            for batch in batches:
+                after = at.words + batch.words
+                first, last = (run.learning_rate * max(_LAST_RATE, 1 - words / total) for words in (at.words, after))
+                state, loss = engine.run(state, batch, (first, last))
+                at = Position(epoch, at.batches + 1, at.calls + 1, after)
+                # At most one call waits for the one before it: more would pile up in memory.
+                jax.block_until_ready(loss_before)
+                loss_before = loss
+                if saved is not None:
+                    saved.save(state, at)
+                if run.progress is not None:
+                    seconds = time.monotonic() - began
+                    run.progress(
+                        Progress(epoch + 1, run.epochs, after, total, loss, seconds, words_before, engine.name)
+                    )
         at = at._replace(epochs=epoch + 1, batches=0)
     return engine.vectors(state)

@@ -138,7 +138,10 @@ def fingerprint(corpora: Sequence[Corpus], parts: Parts, options: Mapping[str, o
     """A hash of a corpus and the options of a run, to tell runs apart."""
     digests = np.zeros((parts.number, 4), np.int64)
     for number, corpus in zip(parts.own, corpora, strict=True):
-        digests[number] = np.frombuffer(hashlib.sha256(corpus.ids.tobytes()).digest(), np.int64)
+        of_ids = hashlib.sha256()
+        for block in corpus.blocks(1 << 16):
+            of_ids.update(block.tobytes())
+        digests[number] = np.frombuffer(of_ids.digest(), np.int64)
     digests = parts.total(digests)
     words = json.dumps([corpora[0].tokens, corpora[0].counts.tolist(), sorted(options.items()), digests.tolist()])
     return np.frombuffer(hashlib.sha256(words.encode()).digest(), np.uint32)

@@ -75,8 +75,9 @@ def draw(
     rows = ends.shape[0]
     begins, is_word = tokens < 0, tokens != rows
     ids = jnp.where(begins, ~tokens, tokens)
+    apart = -1 - np.arange(plan.length, dtype=np.int32)  # padding is in no sequence, not even with other padding
     sequences = jnp.cumsum(begins.astype(jnp.int32), axis=-1)
-    sequences = jnp.where(is_word, sequences, -1 - jnp.arange(plan.length, dtype=jnp.int32))
+    sequences = jnp.where(is_word, sequences, np.expand_dims(apart, tuple(range(tokens.ndim - 1))))
     key_noise, key_widths = jax.random.split(key)
     noise = draw_pieces(key_noise, ends, (*tokens.shape[:-1], plan.noise))
     widths = None
@@ -105,11 +106,11 @@ def terms(
 
 def _skipgram(plan: Plan, x: Array, t: Array, same: Bool[Array, "segments length length"], _: None) -> Terms:
     # Axes: s segments, j and i words as input and as output, t outputs with noise, d dim.
-    near = jnp.where(same, _band(plan), np.float32(0))
+    near = jnp.where(same, _band(plan)[None], np.float32(0))
     pairs = jnp.sum(near, axis=2)
     of_noise = jnp.broadcast_to((pairs * np.float32(plan.negative / plan.noise))[:, :, None], (*x.shape[:2], plan.noise))
     weight = jnp.concatenate([near, of_noise], axis=2)
-    sign = np.where(np.arange(t.shape[1]) < plan.length, 1, -1).astype(np.float32)
+    sign = np.where(np.arange(t.shape[1]) < plan.length, 1, -1).astype(np.float32)[None, None]
     products = jnp.einsum("sjd,std->sjt", x, t)
     wrong = 1 / (1 + jnp.exp(sign * products))  # how far the probability of each label is from 1
     pull = weight * wrong
@@ -135,7 +136,7 @@ def _skipgram(plan: Plan, x: Array, t: Array, same: Bool[Array, "segments length
 def _cbow(plan: Plan, x: Array, t: Array, same: Bool[Array, "segments length length"], widths: Array) -> Terms:
     # Axes: s segments, i centres, j contexts, m noise, d dim.
     distance = np.abs(np.subtract.outer(np.arange(plan.length), np.arange(plan.length)))
-    inside = same & (distance > 0) & (distance <= widths[:, :, None])
+    inside = same & (distance > 0)[None] & (distance[None] <= widths[:, :, None])
     contexts = inside.astype(jnp.float32)
     number = jnp.sum(contexts, axis=2)
     has_context = (number > 0).astype(jnp.float32)

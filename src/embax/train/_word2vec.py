@@ -227,7 +227,7 @@ def _learned(model: Model, sequences: Iterable[Iterable[str]], given: _Arguments
     call = f"embax.train.{model}"
     given = _checked(call, given)
     parts = parts_of(call, given.mesh)
-    corpora = encode(sequences, given.min_count, parts)
+    corpora = encode(sequences, given.min_count, parts, call=call)
     options = Options(
         given.dim, given.window, given.negative, model, given.sample, given.seed, threads=given.threads
     )
