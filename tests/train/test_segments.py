@@ -10,9 +10,9 @@ from embax.train._segments import Shape, batches, segments, shape_of
 ALL = np.ones(100_000, np.float32)
 
 
-def drawn(sequences, sample=np.inf, seed=0, epoch=1, shape=Shape(32, 2, 8)):
+def drawn(sequences, sample=np.inf, seed=0, epoch=1):
     (corpus,) = encode(sequences, 1, WHOLE)
-    return corpus, list(batches([corpus], WHOLE, kept(corpus.counts, sample), shape, seed, epoch))
+    return corpus, list(batches([corpus], WHOLE, kept(corpus.counts, sample), Shape(32, 2, 8), seed, epoch))
 
 
 def rows_of(corpus, found):

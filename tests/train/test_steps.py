@@ -7,7 +7,6 @@ from word2vec_reference import reference_steps
 from embax._heads.candidates import pieces
 from embax.train import _steps, _xla
 from embax.train._engine import noise_weights
-from embax.train._parts import WHOLE
 
 ROWS, DIM = 12, 5
 PLANS = {
@@ -15,7 +14,7 @@ PLANS = {
     "cbow": _steps.Plan("cbow", window=2, negative=3, length=6, noise=4),
 }
 KEY = np.asarray([1, 2], np.uint32)
-NOISE = pieces(noise_weights(np.arange(1, ROWS + 1)))
+NOISE = jnp.asarray(pieces(noise_weights(np.arange(1, ROWS + 1))))
 
 
 def random_tokens(rng, steps=3, segments=4, length=6):
@@ -32,7 +31,7 @@ def test_train_equals_the_reference_pair_by_pair(model):
     plan, rng = PLANS[model], np.random.default_rng(0)
     tokens = random_tokens(rng)
     weights = [rng.normal(size=(ROWS, DIM)).astype(np.float32) for _ in range(2)]
-    drawn = jax.tree.map(np.asarray, _steps.draw(plan, jax.random.wrap_key_data(KEY), NOISE, tokens))
+    drawn = jax.tree.map(np.asarray, _steps.draw(plan, jax.random.wrap_key_data(KEY), NOISE, jnp.asarray(tokens)))
     # With the second rate, most rows reach their limit.
     for first, last in ((0.025, 0.02), (2.0, 1.0)):
         state = _xla.State(*(_xla.Table(jnp.asarray(weight), out_of_range="zero") for weight in weights))
@@ -54,7 +53,7 @@ def test_descend_by_slots_equals_descend_by_the_storage(model):
     @jax.jit
     def both(weights):
         state = _xla.State(*(_xla.Table(weight, out_of_range="zero") for weight in weights))
-        drawn = _steps.draw(plan, jax.random.wrap_key_data(KEY), jnp.asarray(NOISE), jnp.asarray(tokens[0]))
+        drawn = _steps.draw(plan, jax.random.wrap_key_data(KEY), NOISE, jnp.asarray(tokens[0]))
         rest = drawn.tokens, jnp.concatenate([drawn.tokens, drawn.noise], axis=1), drawn, jnp.float32(0.5)
         slots = (jnp.zeros(ROWS, jnp.int32),) * 2
         return _xla._descend_by_slots(plan, state, slots, *rest)[::2], _xla._descend(plan, state, None, *rest)[::2]
@@ -79,7 +78,8 @@ def test_train_on_padding_changes_nothing(model):
 
 def test_draw_draws_noise_by_the_power_of_the_counts_and_widths_evenly():
     counts, plan = np.asarray([1000, 100, 10, 1]), _steps.Plan("cbow", 3, 5, 64, 64)
-    drawn = _steps.draw(plan, jax.random.key(0), pieces(noise_weights(counts)), np.zeros((50, 40, 64), np.int32))
+    ends, tokens = jnp.asarray(pieces(noise_weights(counts))), jnp.zeros((50, 40, 64), jnp.int32)
+    drawn = _steps.draw(plan, jax.random.key(0), ends, tokens)
     share = np.bincount(np.ravel(drawn.noise), minlength=4) / drawn.noise.size
     np.testing.assert_allclose(share, counts**0.75 / (counts**0.75).sum(), atol=0.006)  # 4 standard deviations
     widths = np.bincount(np.ravel(drawn.widths)) / drawn.widths.size
@@ -100,6 +100,7 @@ def test_noise_covers_all_of_uint32(counts):
         ("skipgram", 5, 5, 16, 16),
         ("skipgram", 10, 20, 32, 32),
         ("skipgram", 20, 100, 64, 100),
+        ("skipgram", 5, 1000, 16, 256),
         ("cbow", 5, 5, 64, 64),
         ("cbow", 20, 5, 160, 160),
     ],

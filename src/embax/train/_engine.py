@@ -9,7 +9,7 @@ The loop draws batches from an engine in a thread that reads ahead, and hands th
 """
 
 from collections.abc import Iterator
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Array, Float32, Float64, Int64, PyTree
@@ -30,6 +30,7 @@ class Options(NamedTuple):
     threads: int = 1
 
 
+@runtime_checkable
 class Engine(Protocol):
     """Runs the steps of training.
 

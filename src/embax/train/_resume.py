@@ -13,7 +13,6 @@ from jaxtyping import PyTree, UInt32
 from ._corpus import Corpus
 from ._parts import Parts
 
-
 # The names of engines, as checkpoints number them.
 ENGINES = "native", "xla"
 
@@ -126,7 +125,7 @@ def _stored(at: Position) -> dict[str, int]:
 
 def _position(about: Mapping[str, Any]) -> Position:
     words = int(about["words"]) + int(about["words_in_2_to_30"]) * 2**30
-    return Position(*(int(about[name]) for name in Position._fields[:-1]), words)
+    return Position(int(about["epochs"]), int(about["batches"]), int(about["calls"]), words)
 
 
 def _rule_of(error: ValueError) -> str:

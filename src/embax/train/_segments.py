@@ -26,6 +26,10 @@ STEPS_A_CALL = 32
 _STEPS_AN_EPOCH, _LARGEST_STEP = 500, 4096
 
 
+# The segments of a block, for each part of this process; the numbers of segments and words, for each part.
+_Block = tuple[list[np.ndarray], Int64[np.ndarray, "parts 2"]]
+
+
 class Shape(NamedTuple):
     """The shape of a call's segments in each part."""
 
@@ -104,8 +108,8 @@ def batches(
     """
     probabilities = np.append(kept, 1).astype(np.float32)
 
-    def blocks() -> Iterator[tuple[list[np.ndarray], Int64[np.ndarray, "own 2"]]]:
-        """The segments of each block of this process's parts, and the numbers of segments and words in them."""
+    def blocks() -> Iterator[_Block]:
+        """The blocks of this process, with the sizes of its own parts."""
         nothing = np.zeros(0, np.int32)
         for number, block in enumerate(
             itertools.zip_longest(*(corpus.blocks(_BLOCK) for corpus in corpora), fillvalue=nothing)
@@ -125,28 +129,25 @@ def batches(
         for at, size in enumerate(own):
             sizes[at, list(parts.own)] = size
         sizes = parts.total(sizes)
-    return _batches(blocks(), sizes, shape, len(kept), len(corpora))
+    return _batches(_sized(blocks(), sizes), shape, len(kept), len(corpora))
 
 
-def _batches(
-    blocks: Iterator[tuple[list[np.ndarray], Int64[np.ndarray, "own 2"]]],
-    sizes: Int64[np.ndarray, "blocks parts 2"] | None,
-    shape: Shape,
-    padding: int,
-    own: int,
-) -> Iterator[Segments]:
+def _sized(blocks: Iterator[_Block], sizes: Int64[np.ndarray, "blocks parts 2"] | None) -> Iterator[_Block]:
+    """Blocks with the sizes of all parts, also of those that other processes have; with none of its own at the end."""
+    if sizes is None:
+        yield from blocks
+        return
+    for size in sizes:
+        yield next(blocks, ([], size))[0], size
+
+
+def _batches(blocks: Iterator[_Block], shape: Shape, padding: int, own: int) -> Iterator[Segments]:
     a_call = shape.steps * shape.segments
-    nothing = [np.zeros((0, shape.length), np.int32)] * own, None
-    numbered = blocks if sizes is None else itertools.chain(blocks, itertools.repeat(nothing, len(sizes)))
-    for number, (found, size) in enumerate(numbered):
-        if sizes is not None:
-            if number == len(sizes):
-                return
-            size = sizes[number]
+    for found, size in blocks:
         most, (drawn, words), done = int(size[:, 0].max()), size.sum(axis=0), 0
         for start in range(0, max(most, int(words > 0)), a_call):  # once if no word stays: progress counts them
             tokens = np.full((own, a_call, shape.length), padding, np.int32)
-            for part, of_part in zip(tokens, found, strict=True):
+            for part, of_part in zip(tokens, found, strict=False):
                 chosen = of_part[start : start + a_call]
                 part[: len(chosen)] = chosen
             so_far = int(words) * int(np.minimum(size[:, 0], start + a_call).sum()) // max(int(drawn), 1)

@@ -25,6 +25,8 @@ from ._engine import Model
 
 # Keeps the logarithm of a loss finite.
 _TINY = np.float32(1e-30)
+# The most noise words of a segment, unless it has more words. With more negatives, each of them weighs more.
+_MOST_NOISE = 256
 # The least words of a segment.
 _SHORTEST = {"skipgram": 16, "cbow": 64}
 
@@ -65,7 +67,7 @@ def plan_of(model: Model, window: int, negative: int) -> Plan:
     """
     needed = 3 * window + 1 if model == "skipgram" else 8 * window
     length = max(_SHORTEST[model], -(-needed // 8) * 8)
-    return Plan(model, window, negative, length, max(length, negative))
+    return Plan(model, window, negative, length, max(length, min(negative, _MOST_NOISE)))
 
 
 def draw(
@@ -101,14 +103,18 @@ def terms(
       The gradients.
     """
     same = drawn.sequences[:, :, None] == drawn.sequences[:, None, :]
-    return (_skipgram if plan.model == "skipgram" else _cbow)(plan, x, t, same, drawn.widths)
+    if drawn.widths is None:
+        return _skipgram(plan, x, t, same)
+    return _cbow(plan, x, t, same, drawn.widths)
 
 
-def _skipgram(plan: Plan, x: Array, t: Array, same: Bool[Array, "segments length length"], _: None) -> Terms:
+def _skipgram(plan: Plan, x: Array, t: Array, same: Bool[Array, "segments length length"]) -> Terms:
     # Axes: s segments, j and i words as input and as output, t outputs with noise, d dim.
     near = jnp.where(same, _band(plan)[None], np.float32(0))
     pairs = jnp.sum(near, axis=2)
-    of_noise = jnp.broadcast_to((pairs * np.float32(plan.negative / plan.noise))[:, :, None], (*x.shape[:2], plan.noise))
+    of_noise = jnp.broadcast_to(
+        (pairs * np.float32(plan.negative / plan.noise))[:, :, None], (*x.shape[:2], plan.noise)
+    )
     weight = jnp.concatenate([near, of_noise], axis=2)
     sign = np.where(np.arange(t.shape[1]) < plan.length, 1, -1).astype(np.float32)[None, None]
     products = jnp.einsum("sjd,std->sjt", x, t)

@@ -228,9 +228,7 @@ def _learned(model: Model, sequences: Iterable[Iterable[str]], given: _Arguments
     given = _checked(call, given)
     parts = parts_of(call, given.mesh)
     corpora = encode(sequences, given.min_count, parts, call=call)
-    options = Options(
-        given.dim, given.window, given.negative, model, given.sample, given.seed, threads=given.threads
-    )
+    options = Options(given.dim, given.window, given.negative, model, given.sample, given.seed, threads=given.threads)
     engine: Engine = Xla(corpora, parts, options)
     tokens, counts = corpora[0].tokens, corpora[0].counts
     saved = None

@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float32, Int32, UInt32
 
-from .._base import distinct as _distinct
 from .._core.table import Table, with_weight
 from .._gradients.apply import apply_updates
 from .._gradients.row_grad import row_grad
@@ -91,7 +90,9 @@ class Xla:
     def run(self, state: State, batch: Batch, rates: tuple[float, float]) -> tuple[State, Float32[Array, "2"]]:
         """Run the compiled program."""
         tokens = self._parts.split(batch.tokens)
-        return train(state, self._noise, tokens, np.int32(batch.steps), batch.key, np.float32(rates), self._plan)
+        return train(
+            state, self._noise, tokens, np.int32(batch.steps), batch.key, np.asarray(rates, np.float32), self._plan
+        )
 
     def vectors(self, state: State) -> Initial:
         """Copy the vectors; on a mesh, from all devices to this process."""
@@ -128,7 +129,7 @@ def train(
 
     def step(i: Array, carry: tuple[State, Any, Array]) -> tuple[State, Any, Array]:
         state, slots, loss = carry
-        drawn = Drawn(*(None if x is None else x[i] for x in all_drawn))
+        drawn = jax.tree.map(lambda x: x[i], all_drawn)
         rate = rates[0] + (rates[1] - rates[0]) * (i / jnp.maximum(number, 1)).astype(jnp.float32)
         words, targets = drawn.tokens, jnp.concatenate([drawn.tokens, drawn.noise], axis=1)
         descend = _descend if slots[0] is None else _descend_by_slots
