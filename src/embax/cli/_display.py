@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -82,10 +82,12 @@ class Display:
         if self._bar is not None:
             self._bar.stop()
 
-    def reading(self, sequences: Iterable[list[str]]) -> Iterator[list[str]]:
-        """Pass sequences on, and report the number of words."""
+    def reading(self, sequences: Iterable[Iterable[Any]]) -> Iterator[list[Any]]:
+        """Pass on sequences that have words, and report the number of words."""
         words, self._shown = 0, time.monotonic()
-        for sequence in sequences:
+        for sequence in map(list, sequences):
+            if not sequence:
+                continue
             yield sequence
             words += len(sequence)
             if self._due():

@@ -29,7 +29,14 @@ _host_and_port = rule(
 
 
 def train(
-    text: Annotated[str, typer.Argument(help="UTF-8 text, plain or compressed with gzip or xz; - is standard input.")],
+    files: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="FILES...",
+            help="UTF-8 text, plain or compressed with gzip or xz, or parquet and Arrow files; - is standard input. A "
+            'pattern in quotes, such as "texts/**/*.gz", stands for all files that match.',
+        ),
+    ],
     output: Annotated[
         str,
         typer.Option(
@@ -37,6 +44,24 @@ def train(
         ),
     ],
     to: To = None,
+    tokenizer: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="How text is cut: words (lower-cased), whitespace (split only), or a JSON file of the library "
+            "tokenizers.",
+        ),
+    ] = "words",
+    lines: Annotated[
+        bool, typer.Option("--lines", help="A line ends the context of a word. Default: a blank line.")
+    ] = False,
+    column: Annotated[
+        str | None,
+        typer.Option(
+            help="The column of parquet or Arrow files to read: of strings, or of lists of tokens or ids. Default: the "
+            "only one of these, or the one named text, tokens, words, ids or input_ids."
+        ),
+    ] = None,
     dim: Annotated[int, typer.Option(callback=at_least_one, help="The size of a vector.")] = 100,
     window: Annotated[
         int, typer.Option(callback=at_least_one, help="The most words on either side that are context.")
@@ -97,7 +122,8 @@ def train(
 ) -> None:
     """Learn word vectors from a text, by skip-gram with negative sampling (Mikolov et al., 2013).
 
-    Words are lower-cased; a blank line ends the context of a word.
+    Words are lower-cased, unless there is a --tokenizer; a blank line, or the end of a row or file, ends the context of
+    a word.
     """
     where = address(distributed, coordinator, num_processes, process_id)
     if checkpoint is None:
@@ -121,7 +147,8 @@ def train(
             import jax
 
             options["mesh"] = jax.make_mesh((jax.device_count(),), ("devices",))
-        vectors = _train(text, output, to, options, is_first)
+        reading = {"tokenizer": tokenizer, "lines": lines, "column": column}
+        vectors = _train(files, reading, output, to, options, is_first)
     if json and is_first:
         print_json(
             {
@@ -135,26 +162,29 @@ def train(
         )
 
 
-def _train(text: str, output: str, to: str | None, options: dict[str, Any], is_first: bool) -> Any:
+def _train(
+    files: list[str], reading: dict[str, Any], output: str, to: str | None, options: dict[str, Any], is_first: bool
+) -> Any:
     """Train; the first process also reports progress and writes the vectors."""
     import embax.files
     import embax.train
+    from embax.train._sources import expanded
 
     with in_one_line(output):
         format = embax.files.format_to_write(output, to)
     if is_first:
         embax.files.check_writable(output)
-    name = "standard input" if text == "-" else text
-    if is_same_file(text, output):
-        raise UserError(f"{output}: is the text itself. Name another file for the vectors.")
+    with in_one_line():
+        paths = expanded(files)
+    name = name_of(paths[0]) if len(paths) == 1 else f"{len(paths):,} files"
+    for path in paths:
+        if is_same_file(path, output):
+            raise UserError(f"{output}: is the text itself. Name another file for the vectors.")
     with Display() if is_first else contextlib.nullcontext() as display:
-        pieces = embax.files.read_text(text)
-        if "mesh" in options:  # each process looks for the words of its own paragraphs only
-            sequences = embax.train.paragraphs(pieces)
-        else:
-            sequences = embax.train.tokenize(pieces)
-            if display is not None:
-                sequences = display.reading(sequences)
+        with in_one_line():
+            sequences: Any = embax.train.read_sequences(paths, **reading)
+        if "mesh" not in options and display is not None:  # on a mesh, each process reads only its own sequences
+            sequences = display.reading(sequences)
         try:
             vectors = embax.train.skipgram(sequences, **options, progress=None if display is None else display.training)
         except embax.train.CorpusError as error:

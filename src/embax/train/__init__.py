@@ -3,6 +3,7 @@
 from ._corpus import CorpusError as CorpusError
 from ._loop import Progress as Progress
 from ._resume import CheckpointError as CheckpointError
+from ._sources import read_sequences as read_sequences
 from ._text import paragraphs as paragraphs
 from ._text import tokenize as tokenize
 from ._word2vec import cbow as cbow

@@ -94,7 +94,7 @@ def encode(
     Sequence `i` belongs to part `i mod n`. A process keeps the sequences of its own parts, counts their words, and sums
     the counts over all processes.
 
-    Memory is bounded: the longest sequence, 8 MiB for ids, and about 150 bytes for each distinct word, of which
+    Memory is bounded: the longest sequence, 4 MiB for ids, and about 150 bytes for each distinct word, of which
     `max_vocabulary + 65,536` are counted at a time. Further ids are in a temporary file, four bytes each.
 
     Args:
@@ -163,10 +163,12 @@ class _Numbering:
         self._translations, self._sizes = Spool(), list[int]()
         self._ends: list[list[int]] = []  # the lengths of the spools at these times
         self._counts = np.zeros(1, np.int64)  # with space for more words
+        self._numbers: collections.defaultdict[Any, int] = collections.defaultdict()
         self._renumber([])
 
     def _renumber(self, items: Iterable[Any]) -> None:
-        self._numbers: collections.defaultdict[Any, int] = collections.defaultdict()
+        self._numbers.default_factory = None  # which refers to it, so that its memory would not be freed
+        self._numbers = collections.defaultdict()
         self._numbers.default_factory = self._numbers.__len__
         self._numbers[_END] = _END_NUMBER
         self._numbers.update(zip(items, itertools.count(1)))
@@ -221,6 +223,7 @@ class _Numbering:
             if pending:
                 self._number(part)
         items = list(self._numbers)[1:]
+        self._renumber([])
         spellings = [item if type(item) is str else _spelling(item, call) for item in items]
         return list(self._spools.values()), spellings, self._counts[1 : len(items) + 1]
 

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int32
 
-# Bytes that are kept in memory, which suffice for two million words.
-IN_MEMORY = 1 << 23
+# Bytes that are kept in memory, which suffice for a million words.
+IN_MEMORY = 1 << 22
 
 
 class Spool:

@@ -7,7 +7,7 @@ import functools
 import re
 import sys
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 # A blank line ends a paragraph; lines of verse and wrapped lines belong together.
 _PARAGRAPH = re.compile(r"\n[^\S\n]*\n")
@@ -18,7 +18,7 @@ _ASCII = bytes(
     ord(chr(code).lower()) if code < 128 and (chr(code).isalnum() or code == 39) else 32 for code in range(256)
 )
 # The most characters of a paragraph. A longer one, such as a whole corpus on one line, is cut.
-_LONGEST = 1 << 20
+LONGEST = 1 << 20
 
 
 class Paragraph:
@@ -26,24 +26,26 @@ class Paragraph:
 
     Args:
       text: The text.
+      cut: Cuts it into words. Default: as `tokenize` does.
     """
 
-    __slots__ = ("text",)
+    __slots__ = ("cut", "text")
 
-    def __init__(self, text: str):
-        self.text = text
+    def __init__(self, text: str, cut: Callable[[str], list[str]] | None = None):
+        self.text, self.cut = text, words_of if cut is None else cut
 
     def __iter__(self) -> Iterator[str]:
-        return iter(words_of(self.text))
+        return iter(self.cut(self.text))
 
 
-def paragraphs(pieces: Iterable[str]) -> Iterator[Paragraph]:
+def paragraphs(pieces: Iterable[str], cut: Callable[[str], list[str]] | None = None) -> Iterator[Paragraph]:
     r"""Cut text into paragraphs that are not cut into words yet.
 
     If several processes train together, each of them must count all paragraphs, but needs the words of its own only.
 
     Args:
       pieces: As in `tokenize`.
+      cut: A function that cuts a paragraph into words. Default: as `tokenize` does.
 
     Yields:
       The paragraphs that `tokenize` cuts, including those without words.
@@ -56,14 +58,14 @@ def paragraphs(pieces: Iterable[str]) -> Iterator[Paragraph]:
     pending = ""
     for piece in pieces:
         pending += piece
-        if len(pending) >= _LONGEST:
+        if len(pending) >= LONGEST:
             complete = _PARAGRAPH.split(pending)
             pending = complete.pop()
             if not complete:
-                cut = pending.rfind(" ") + 1 or pending.rfind("\n") + 1 or len(pending)
-                complete, pending = [pending[:cut]], pending[cut:]
-            yield from map(Paragraph, complete)
-    yield from map(Paragraph, _PARAGRAPH.split(pending))
+                end = pending.rfind(" ") + 1 or pending.rfind("\n") + 1 or len(pending)
+                complete, pending = [pending[:end]], pending[end:]
+            yield from (Paragraph(text, cut) for text in complete)
+    yield from (Paragraph(text, cut) for text in _PARAGRAPH.split(pending))
 
 
 def tokenize(pieces: Iterable[str]) -> Iterator[list[str]]:
