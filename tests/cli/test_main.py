@@ -142,7 +142,7 @@ def test_train_names_standard_input(tmp_path, monkeypatch):
     ],
 )
 def test_train_checks_paths_before_it_trains(text, tmp_path, monkeypatch, source, output, parts):
-    monkeypatch.setattr(train._skipgram, "_train", None)
+    monkeypatch.setattr(train._word2vec, "train", None)
     assert_one_line(*run("train", os.path.join(tmp_path, source), "-o", os.path.join(tmp_path, output)), *parts)
     assert os.listdir(tmp_path) == ["text.txt"]
 
