@@ -195,9 +195,11 @@ class _Numbering:
             while found := list(itertools.islice(items, _CHUNK)):
                 pending += found
                 self._number(part)
+                self._prune()
         pending.append(_END)
         if len(pending) >= _CHUNK:
             self._number(part)
+            self._prune()
 
     def _number(self, part: int) -> None:
         pending = self.pending[part]
@@ -208,14 +210,14 @@ class _Numbering:
         if part != _HELD_OUT:
             np.add.at(self._counts, found, 1)
         self._spools[part].append(found)
-        if distinct - 1 > self._most:
-            self._prune()
 
     def _prune(self) -> None:
-        """Drop the least frequent words, among equals the first ones: the others may be on the rise."""
+        """Drop the least frequent words of too many, among equals the first ones: the others may be on the rise."""
+        if len(self._numbers) - 1 <= self._most:
+            return
         counts = self._counts[: len(self._numbers)]
         words = np.arange(1, len(counts))
-        kept = 1 + np.sort(np.lexsort((-words, -counts[1:]))[: max(1, 3 * self._most // 4)])
+        kept = 1 + np.sort(np.lexsort((-words, -counts[1:]))[: -(-3 * self._most // 4)])
         translation = np.full(len(counts), _DROPPED, np.int32)
         translation[_END_NUMBER] = _END_NUMBER
         translation[kept] = np.arange(1, len(kept) + 1)

@@ -49,7 +49,7 @@ class HeldOut(NamedTuple):
         return total / len(self.centres)
 
 
-def held_out(
+def draw_held_out(
     corpus: Corpus,
     window: int,
     kept: Float64[np.ndarray, " rows"],
@@ -100,7 +100,7 @@ def _text(
     corpus: Corpus, kept: Float64[np.ndarray, " rows"], rng: np.random.Generator
 ) -> tuple[Int32[np.ndarray, " words"], Int64[np.ndarray, " words"]]:
     """The words that are left by subsampling, and the number of the sequence of each."""
-    step = max(_BLOCK, corpus.length // _BLOCKS)
+    step = max(_BLOCK, -(-corpus.length // _BLOCKS))
     blocks = [next(corpus.blocks(_BLOCK, first)) for first in range(0, corpus.length, step)]
     # No window reaches from one block into the next, unless they are neighbours.
     gap = np.full(int(step > _BLOCK), BREAK, np.int32)

@@ -111,9 +111,9 @@ class Checkpoints:
             state = self._orbax.restore(self._path, {"state": state}, step=at.calls, partial=True)["state"]
         return state, at
 
-    def save(self, state: PyTree, at: Position) -> None:
-        """Write a checkpoint, if one is due after this number of calls."""
-        if at.calls % self._every == 0:
+    def save(self, state: PyTree, at: Position, is_last: bool = False) -> None:
+        """Write a checkpoint, if one is due after this number of calls, or the run ends early."""
+        if is_last or at.calls % self._every == 0:
             self._orbax.save(self._path, {"state": state} | self._about | _stored(at), step=at.calls)
 
 

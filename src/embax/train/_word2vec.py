@@ -9,9 +9,10 @@ from jax.sharding import Mesh
 
 from .._base import check as _check
 from ..vectors import Vectors
-from ._corpus import encode
-from ._engine import Engine, Model, Options
-from ._loop import Progress, Run, train
+from ._corpus import MAX_VOCABULARY, Corpus, CorpusError, encode
+from ._engine import Engine, Initial, Model, Options, kept, noise_weights
+from ._held_out import EVERY, draw_held_out
+from ._loop import Epoch, Progress, Run, train
 from ._parts import parts_of
 from ._resume import Checkpoints, fingerprint
 from ._segments import STEPS_A_CALL
@@ -33,14 +34,17 @@ class _Arguments(NamedTuple):
     seed: int
     engine: EngineName
     threads: int
-    progress: Callable[[Progress], None] | None
+    max_vocabulary: int
+    held_out: bool
+    progress: Callable[[Progress], object] | None
+    after_epoch: Callable[[Epoch], object] | None
     mesh: Mesh | None
     checkpoint: str | os.PathLike[str] | None
     checkpoint_every: int
 
 
 def skipgram(
-    sequences: Iterable[Iterable[str]],
+    sequences: Iterable[Iterable[str | int]],
     *,
     dim: int = 100,
     window: int = 5,
@@ -52,7 +56,10 @@ def skipgram(
     seed: int = 0,
     engine: EngineName = "auto",
     threads: int = 1,
-    progress: Callable[[Progress], None] | None = None,
+    max_vocabulary: int = MAX_VOCABULARY,
+    held_out: bool = False,
+    progress: Callable[[Progress], object] | None = None,
+    after_epoch: Callable[[Epoch], object] | None = None,
     mesh: Mesh | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     checkpoint_every: int = 10_000,
@@ -74,8 +81,8 @@ def skipgram(
     work until they are read.
 
     Args:
-      sequences: The words of each sequence, such as from `embax.train.tokenize`; iterated once. A window never reaches
-        into another sequence.
+      sequences: The words of each sequence, such as from `embax.train.read_sequences`; iterated once. Integer ids stand
+        for their decimal spelling. A window never reaches into another sequence.
       dim: The size of a vector.
       window: The most words on either side of a centre that are its context. A word at the distance `k` counts
         `(window + 1 - k) / window`, as often as word2vec's random widths reach it.
@@ -91,7 +98,13 @@ def skipgram(
         meshes; `"auto"`, the native one where it is possible. The vectors differ between engines, not their quality.
       threads: The number of threads of the native engine. More than one change the tables at the same time, and the
         vectors differ from run to run (Recht et al.).
-      progress: Called after every few steps. It need not read `Progress.loss` each time.
+      max_vocabulary: The most words to keep. Whenever more are counted, the least frequent quarter is dropped.
+      held_out: Hold out every 20th sequence, which is not trained on. `Epoch.held_out` is the loss on up to 60,000
+        pairs of them, each with five noise words that stay the same; for CBOW, on centres and their windows.
+      progress: Called after every few steps. It need not read `Progress.loss` each time. If it returns True, training
+        ends, and the vectors of this moment are returned; with `checkpoint`, the run can be resumed from there.
+      after_epoch: Called after each epoch with its number and the vectors of this moment. If it returns True, training
+        ends.
       mesh: A mesh of all devices to use. Default: none, only the default device.
       checkpoint: A directory that all processes can access, in which the run is saved at intervals. If it holds a
         checkpoint of the same run, with the same arguments, engine and number of devices, the run is resumed, with the
@@ -134,7 +147,10 @@ def skipgram(
         seed=seed,
         engine=engine,
         threads=threads,
+        max_vocabulary=max_vocabulary,
+        held_out=held_out,
         progress=progress,
+        after_epoch=after_epoch,
         mesh=mesh,
         checkpoint=checkpoint,
         checkpoint_every=checkpoint_every,
@@ -143,7 +159,7 @@ def skipgram(
 
 
 def cbow(
-    sequences: Iterable[Iterable[str]],
+    sequences: Iterable[Iterable[str | int]],
     *,
     dim: int = 100,
     window: int = 5,
@@ -155,7 +171,10 @@ def cbow(
     seed: int = 0,
     engine: EngineName = "auto",
     threads: int = 1,
-    progress: Callable[[Progress], None] | None = None,
+    max_vocabulary: int = MAX_VOCABULARY,
+    held_out: bool = False,
+    progress: Callable[[Progress], object] | None = None,
+    after_epoch: Callable[[Epoch], object] | None = None,
     mesh: Mesh | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     checkpoint_every: int = 10_000,
@@ -179,7 +198,10 @@ def cbow(
       seed: The seed of all random numbers.
       engine: The engine.
       threads: The number of threads of the native engine.
+      max_vocabulary: The most words to keep.
+      held_out: Hold out every 20th sequence.
       progress: Called after every few steps.
+      after_epoch: Called after each epoch.
       mesh: A mesh of all devices to use.
       checkpoint: A directory in which the run is saved at intervals.
       checkpoint_every: The number of steps between checkpoints.
@@ -215,7 +237,10 @@ def cbow(
         seed=seed,
         engine=engine,
         threads=threads,
+        max_vocabulary=max_vocabulary,
+        held_out=held_out,
         progress=progress,
+        after_epoch=after_epoch,
         mesh=mesh,
         checkpoint=checkpoint,
         checkpoint_every=checkpoint_every,
@@ -223,11 +248,19 @@ def cbow(
     return _learned("cbow", sequences, arguments)
 
 
-def _learned(model: Model, sequences: Iterable[Iterable[str]], given: _Arguments) -> Vectors:
+def _learned(model: Model, sequences: Iterable[Iterable[str | int]], given: _Arguments) -> Vectors:
     call = f"embax.train.{model}"
     given = _checked(call, given)
     parts = parts_of(call, given.mesh)
-    corpora = encode(sequences, given.min_count, parts, call=call)
+    corpora = encode(
+        sequences,
+        given.min_count,
+        parts,
+        max_vocabulary=given.max_vocabulary,
+        held_out=EVERY if given.held_out else None,
+        call=call,
+    )
+    after_epoch = _after_epoch(call, corpora, model, given)
     options = Options(given.dim, given.window, given.negative, model, given.sample, given.seed, threads=given.threads)
     engine: Engine = Xla(corpora, parts, options)
     tokens, counts = corpora[0].tokens, corpora[0].counts
@@ -237,14 +270,42 @@ def _learned(model: Model, sequences: Iterable[Iterable[str]], given: _Arguments
         of_run |= options._asdict() | {"engine": engine.name, "mesh": given.mesh is not None}
         every = -(-given.checkpoint_every // STEPS_A_CALL)
         saved = Checkpoints(given.checkpoint, every, fingerprint(corpora, parts, of_run), engine.name, parts)
-    run = Run(given.epochs, int(counts.sum()), given.learning_rate, given.progress)
+    run = Run(given.epochs, int(counts.sum()), given.learning_rate, given.progress, after_epoch)
     inputs, _ = train(engine, run, None, saved)
     return Vectors(tokens, inputs, counts)
 
 
+def _after_epoch(
+    call: str, corpora: list[Corpus], model: Model, given: _Arguments
+) -> Callable[[int, Initial], object] | None:
+    """Make the function that calls the user's `after_epoch`, with the loss on the text that is held out.
+
+    That text is the last of the corpora, and removed from them.
+    """
+    held_out, tokens, counts = None, corpora[0].tokens, corpora[0].counts
+    if given.held_out:
+        likely = kept(counts, given.sample), noise_weights(counts)
+        held_out = draw_held_out(corpora.pop(), given.window, *likely, whole_windows=model == "cbow")
+        if held_out is None:
+            raise CorpusError(
+                f"every {EVERY}th sequence is held out, but these have no pairs of words. Give more text, or hold out "
+                "none.",
+                call,
+            )
+    if given.after_epoch is None:
+        return None
+    call_back = given.after_epoch
+
+    def after_epoch(number: int, vectors: Initial) -> object:
+        loss = None if held_out is None else held_out.loss(*vectors)
+        return call_back(Epoch(number, given.epochs, Vectors(tokens, vectors[0], counts), loss))
+
+    return after_epoch
+
+
 def _checked(call: str, given: _Arguments) -> _Arguments:
     """Check the arguments before the text is read."""
-    names = "dim", "window", "negative", "epochs", "min_count", "checkpoint_every", "threads"
+    names = "dim", "window", "negative", "epochs", "min_count", "checkpoint_every", "threads", "max_vocabulary"
     sizes = {name: _at_least_one(f"{call}({name}=...)", getattr(given, name)) for name in names}
     return given._replace(
         **sizes,
