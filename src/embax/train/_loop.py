@@ -93,12 +93,14 @@ def train(engine: Engine, run: Run, initial: Initial | None, saved: Checkpoints 
                 # At most one call waits for the one before it: more would pile up in memory.
                 jax.block_until_ready(loss_before)
                 loss_before = loss
+                if saved is not None:
+                    saved.save(state, at)
                 if run.progress is not None:
                     so_far = time.monotonic() - began, words_before, engine.name, waited + batches.waited, last
                     ends = run.progress(Progress(epoch + 1, run.epochs, after, total, loss, *so_far)) is True
-                if saved is not None:
-                    saved.save(state, at, is_last=ends)
                 if ends:
+                    if saved is not None:
+                        saved.save_last(state, at)
                     return engine.vectors(state)
             waited += batches.waited
         at = at._replace(epochs=epoch + 1, batches=0)

@@ -111,10 +111,18 @@ class Checkpoints:
             state = self._orbax.restore(self._path, {"state": state}, step=at.calls, partial=True)["state"]
         return state, at
 
-    def save(self, state: PyTree, at: Position, is_last: bool = False) -> None:
-        """Write a checkpoint, if one is due after this number of calls, or the run ends early."""
-        if is_last or at.calls % self._every == 0:
-            self._orbax.save(self._path, {"state": state} | self._about | _stored(at), step=at.calls)
+    def save(self, state: PyTree, at: Position) -> None:
+        """Write a checkpoint, if one is due after this number of calls."""
+        if at.calls % self._every == 0:
+            self._write(state, at)
+
+    def save_last(self, state: PyTree, at: Position) -> None:
+        """Write a checkpoint of a run that ends early, unless `save` has written it."""
+        if at.calls % self._every:
+            self._write(state, at)
+
+    def _write(self, state: PyTree, at: Position) -> None:
+        self._orbax.save(self._path, {"state": state} | self._about | _stored(at), step=at.calls)
 
 
 def _stored(at: Position) -> dict[str, int]:
