@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 
 from .._base import check as _check
 from ..vectors import Vectors
+from . import _initial
 from ._corpus import encode
 from ._engine import Engine, Model, Options
 from ._loop import Progress, Run, train
@@ -18,12 +19,14 @@ from ._segments import STEPS_A_CALL
 from ._xla import Xla
 
 EngineName = Literal["auto", "native", "xla"]
+# The size of a vector, if nothing else is asked for.
+_DIM = 100
 
 
 class _Arguments(NamedTuple):
     """The arguments that both models have, not checked yet."""
 
-    dim: int
+    dim: int | None
     window: int
     negative: int
     epochs: int
@@ -31,6 +34,7 @@ class _Arguments(NamedTuple):
     sample: float
     learning_rate: float
     seed: int
+    initial: Vectors | None
     engine: EngineName
     threads: int
     progress: Callable[[Progress], None] | None
@@ -42,7 +46,7 @@ class _Arguments(NamedTuple):
 def skipgram(
     sequences: Iterable[Iterable[str]],
     *,
-    dim: int = 100,
+    dim: int | None = None,
     window: int = 5,
     negative: int = 5,
     epochs: int = 5,
@@ -50,6 +54,7 @@ def skipgram(
     sample: float = 1e-3,
     learning_rate: float = 0.025,
     seed: int = 0,
+    initial: Vectors | None = None,
     engine: EngineName = "auto",
     threads: int = 1,
     progress: Callable[[Progress], None] | None = None,
@@ -76,7 +81,7 @@ def skipgram(
     Args:
       sequences: The words of each sequence, such as from `embax.train.tokenize`; iterated once. A window never reaches
         into another sequence.
-      dim: The size of a vector.
+      dim: The size of a vector. Default: that of `initial`, or 100.
       window: The most words on either side of a centre that are its context. A word at the distance `k` counts
         `(window + 1 - k) / window`, as often as word2vec's random widths reach it.
       negative: The number of noise words for each pair, drawn by the 0.75th power of their frequency.
@@ -87,6 +92,9 @@ def skipgram(
       learning_rate: The initial learning rate, as in word2vec: the factor of the gradient of one pair. It falls
         linearly to a ten-thousandth of itself. In (0, 1].
       seed: The seed of all random numbers, 0 or more.
+      initial: Vectors to continue from, with new text. Known words begin at their vectors, also those that occur less
+        than `min_count` times now; other words begin at fresh ones. The second table begins at zero, since files of
+        vectors lack it. Words that do not occur now keep their vectors, and counts are summed. Default: none.
       engine: `"native"`, the kernel of `embax-kernels` for one process on a CPU; `"xla"`, for every platform and
         meshes; `"auto"`, the native one where it is possible. The vectors differ between engines, not their quality.
       threads: The number of threads of the native engine. More than one change the tables at the same time, and the
@@ -101,7 +109,7 @@ def skipgram(
         of up to 131,072 words, counts as 32 steps.
 
     Returns:
-      The vectors, by falling count and then by spelling.
+      The vectors, by falling count and then by spelling. Their `metadata` name the model and the engine.
 
     Raises:
       CorpusError: If no word occurs `min_count` times; a ValueError.
@@ -132,6 +140,7 @@ def skipgram(
         sample=sample,
         learning_rate=learning_rate,
         seed=seed,
+        initial=initial,
         engine=engine,
         threads=threads,
         progress=progress,
@@ -145,7 +154,7 @@ def skipgram(
 def cbow(
     sequences: Iterable[Iterable[str]],
     *,
-    dim: int = 100,
+    dim: int | None = None,
     window: int = 5,
     negative: int = 5,
     epochs: int = 5,
@@ -153,6 +162,7 @@ def cbow(
     sample: float = 1e-3,
     learning_rate: float = 0.025,
     seed: int = 0,
+    initial: Vectors | None = None,
     engine: EngineName = "auto",
     threads: int = 1,
     progress: Callable[[Progress], None] | None = None,
@@ -169,7 +179,7 @@ def cbow(
 
     Args:
       sequences: See `skipgram`, as for all arguments.
-      dim: The size of a vector.
+      dim: The size of a vector. Default: that of `initial`, or 100.
       window: The most words on either side of a centre that are its context.
       negative: The number of noise words for each centre.
       epochs: The number of passes over the corpus.
@@ -177,6 +187,7 @@ def cbow(
       sample: Words whose share of the text is larger are dropped at random.
       learning_rate: The initial learning rate.
       seed: The seed of all random numbers.
+      initial: Vectors to continue from.
       engine: The engine.
       threads: The number of threads of the native engine.
       progress: Called after every few steps.
@@ -185,7 +196,7 @@ def cbow(
       checkpoint_every: The number of steps between checkpoints.
 
     Returns:
-      The vectors, by falling count and then by spelling.
+      The vectors, by falling count and then by spelling. Their `metadata` name the model and the engine.
 
     Raises:
       CorpusError: If no word occurs `min_count` times; a ValueError.
@@ -213,6 +224,7 @@ def cbow(
         sample=sample,
         learning_rate=learning_rate,
         seed=seed,
+        initial=initial,
         engine=engine,
         threads=threads,
         progress=progress,
@@ -225,35 +237,39 @@ def cbow(
 
 def _learned(model: Model, sequences: Iterable[Iterable[str]], given: _Arguments) -> Vectors:
     call = f"embax.train.{model}"
-    given = _checked(call, given)
+    given, options = _checked(call, model, given)
     parts = parts_of(call, given.mesh)
-    corpora = encode(sequences, given.min_count, parts, call=call)
-    options = Options(given.dim, given.window, given.negative, model, given.sample, given.seed, threads=given.threads)
-    engine: Engine = Xla(corpora, parts, options)
+    known = () if given.initial is None else given.initial.vocabulary
+    corpora = encode(sequences, given.min_count, parts, known=known, call=call)
     tokens, counts = corpora[0].tokens, corpora[0].counts
+    engine: Engine = Xla(corpora, parts, options)
     saved = None
     if given.checkpoint is not None:
         of_run = {"epochs": given.epochs, "min_count": given.min_count, "learning_rate": given.learning_rate}
-        of_run |= options._asdict() | {"engine": engine.name, "mesh": given.mesh is not None}
+        of_run |= options._asdict() | {"mesh": given.mesh is not None, "initial": _initial.digest(given.initial)}
         every = -(-given.checkpoint_every // STEPS_A_CALL)
         saved = Checkpoints(given.checkpoint, every, fingerprint(corpora, parts, of_run), engine.name, parts)
     run = Run(given.epochs, int(counts.sum()), given.learning_rate, given.progress)
-    inputs, _ = train(engine, run, None, saved)
-    return Vectors(tokens, inputs, counts)
+    inputs, _ = train(engine, run, _initial.first_vectors(given.initial, tokens, options), saved)
+    return _initial.joined(given.initial, tokens, inputs, counts, {"engine": engine.name, "model": model})
 
 
-def _checked(call: str, given: _Arguments) -> _Arguments:
+def _checked(call: str, model: Model, given: _Arguments) -> tuple[_Arguments, Options]:
     """Check the arguments before the text is read."""
-    names = "dim", "window", "negative", "epochs", "min_count", "checkpoint_every", "threads"
+    dim = None if given.dim is None else _at_least_one(f"{call}(dim=...)", given.dim)
+    dim = _initial.checked(f"{call}(initial=...)", given.initial, dim) or _DIM
+    names = "window", "negative", "epochs", "min_count", "checkpoint_every", "threads"
     sizes = {name: _at_least_one(f"{call}({name}=...)", getattr(given, name)) for name in names}
-    return given._replace(
+    given = given._replace(
         **sizes,
+        dim=dim,
         learning_rate=_at_most_one(f"{call}(learning_rate=...)", given.learning_rate),
         # 0 means no subsampling: no frequency is above infinity.
         sample=_at_most_one(f"{call}(sample=...)", given.sample) if given.sample != 0 else math.inf,
         seed=_check.size(f"{call}(seed=...)", given.seed),
         engine=_check.choice(f"{call}(engine=...)", given.engine, ("auto", "native", "xla")),
     )
+    return given, Options(dim, given.window, given.negative, model, given.sample, given.seed, given.threads)
 
 
 def _at_least_one(argument: str, value: object) -> int:
