@@ -1,6 +1,7 @@
 """Training of word vectors: sequences of words in, vectors out."""
 
 from ._corpus import CorpusError as CorpusError
+from ._loop import Epoch as Epoch
 from ._loop import Progress as Progress
 from ._resume import CheckpointError as CheckpointError
 from ._sources import read_sequences as read_sequences

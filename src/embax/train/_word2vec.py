@@ -1,18 +1,22 @@
 """Word vectors by word2vec: skip-gram and CBOW with negative sampling."""
 
+import functools
 import math
 import os
 from collections.abc import Callable, Iterable
 from typing import Literal, NamedTuple
 
+import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import Float32
 
 from .._base import check as _check
 from ..vectors import Vectors
 from . import _initial
-from ._corpus import encode
-from ._engine import Engine, Model, Options
-from ._loop import Progress, Run, train
+from ._corpus import MAX_VOCABULARY, Corpus, CorpusError, encode
+from ._engine import Engine, Initial, Model, Options, kept, noise_weights
+from ._held_out import EVERY, HeldOut, draw_held_out
+from ._loop import Epoch, Progress, Run, train
 from ._parts import parts_of
 from ._resume import Checkpoints, fingerprint
 from ._segments import STEPS_A_CALL
@@ -37,14 +41,17 @@ class _Arguments(NamedTuple):
     initial: Vectors | None
     engine: EngineName
     threads: int
-    progress: Callable[[Progress], None] | None
+    max_vocabulary: int
+    held_out: bool
+    progress: Callable[[Progress], object] | None
+    after_epoch: Callable[[Epoch], object] | None
     mesh: Mesh | None
     checkpoint: str | os.PathLike[str] | None
     checkpoint_every: int
 
 
 def skipgram(
-    sequences: Iterable[Iterable[str]],
+    sequences: Iterable[Iterable[str | int]],
     *,
     dim: int | None = None,
     window: int = 5,
@@ -57,7 +64,10 @@ def skipgram(
     initial: Vectors | None = None,
     engine: EngineName = "auto",
     threads: int = 1,
-    progress: Callable[[Progress], None] | None = None,
+    max_vocabulary: int = MAX_VOCABULARY,
+    held_out: bool = False,
+    progress: Callable[[Progress], object] | None = None,
+    after_epoch: Callable[[Epoch], object] | None = None,
     mesh: Mesh | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     checkpoint_every: int = 10_000,
@@ -79,8 +89,8 @@ def skipgram(
     work until they are read.
 
     Args:
-      sequences: The words of each sequence, such as from `embax.train.tokenize`; iterated once. A window never reaches
-        into another sequence.
+      sequences: The words of each sequence, such as from `embax.train.read_sequences`; iterated once. Integer ids stand
+        for their decimal spelling. A window never reaches into another sequence.
       dim: The size of a vector. Default: that of `initial`, or 100.
       window: The most words on either side of a centre that are its context. A word at the distance `k` counts
         `(window + 1 - k) / window`, as often as word2vec's random widths reach it.
@@ -99,7 +109,13 @@ def skipgram(
         meshes; `"auto"`, the native one where it is possible. The vectors differ between engines, not their quality.
       threads: The number of threads of the native engine. More than one change the tables at the same time, and the
         vectors differ from run to run (Recht et al.).
-      progress: Called after every few steps. It need not read `Progress.loss` each time.
+      max_vocabulary: The most words to keep. Whenever more are counted, the least frequent quarter is dropped.
+      held_out: Hold out every 20th sequence, which is not trained on. `Epoch.held_out` is the loss on up to 60,000
+        pairs of them, each with five noise words that stay the same; for CBOW, on centres and their windows.
+      progress: Called after every few steps. It need not read `Progress.loss` each time. If it returns True, training
+        ends, and the vectors of this moment are returned; with `checkpoint`, the run can be resumed from there.
+      after_epoch: Called after each epoch with its number and the vectors of this moment. If it returns True, training
+        ends.
       mesh: A mesh of all devices to use. Default: none, only the default device.
       checkpoint: A directory that all processes can access, in which the run is saved at intervals. If it holds a
         checkpoint of the same run, with the same arguments, engine and number of devices, the run is resumed, with the
@@ -143,7 +159,10 @@ def skipgram(
         initial=initial,
         engine=engine,
         threads=threads,
+        max_vocabulary=max_vocabulary,
+        held_out=held_out,
         progress=progress,
+        after_epoch=after_epoch,
         mesh=mesh,
         checkpoint=checkpoint,
         checkpoint_every=checkpoint_every,
@@ -152,7 +171,7 @@ def skipgram(
 
 
 def cbow(
-    sequences: Iterable[Iterable[str]],
+    sequences: Iterable[Iterable[str | int]],
     *,
     dim: int | None = None,
     window: int = 5,
@@ -165,7 +184,10 @@ def cbow(
     initial: Vectors | None = None,
     engine: EngineName = "auto",
     threads: int = 1,
-    progress: Callable[[Progress], None] | None = None,
+    max_vocabulary: int = MAX_VOCABULARY,
+    held_out: bool = False,
+    progress: Callable[[Progress], object] | None = None,
+    after_epoch: Callable[[Epoch], object] | None = None,
     mesh: Mesh | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     checkpoint_every: int = 10_000,
@@ -190,7 +212,10 @@ def cbow(
       initial: Vectors to continue from.
       engine: The engine.
       threads: The number of threads of the native engine.
+      max_vocabulary: The most words to keep.
+      held_out: Hold out every 20th sequence.
       progress: Called after every few steps.
+      after_epoch: Called after each epoch.
       mesh: A mesh of all devices to use.
       checkpoint: A directory in which the run is saved at intervals.
       checkpoint_every: The number of steps between checkpoints.
@@ -227,7 +252,10 @@ def cbow(
         initial=initial,
         engine=engine,
         threads=threads,
+        max_vocabulary=max_vocabulary,
+        held_out=held_out,
         progress=progress,
+        after_epoch=after_epoch,
         mesh=mesh,
         checkpoint=checkpoint,
         checkpoint_every=checkpoint_every,
@@ -235,12 +263,20 @@ def cbow(
     return _learned("cbow", sequences, arguments)
 
 
-def _learned(model: Model, sequences: Iterable[Iterable[str]], given: _Arguments) -> Vectors:
+def _learned(model: Model, sequences: Iterable[Iterable[str | int]], given: _Arguments) -> Vectors:
     call = f"embax.train.{model}"
     given, options = _checked(call, model, given)
     parts = parts_of(call, given.mesh)
-    known = () if given.initial is None else given.initial.vocabulary
-    corpora = encode(sequences, given.min_count, parts, known=known, call=call)
+    corpora = encode(
+        sequences,
+        given.min_count,
+        parts,
+        max_vocabulary=given.max_vocabulary,
+        known=() if given.initial is None else given.initial.vocabulary,
+        held_out=EVERY if given.held_out else None,
+        call=call,
+    )
+    held_out = _held_out(call, corpora.pop(), model, given) if given.held_out else None
     tokens, counts = corpora[0].tokens, corpora[0].counts
     engine: Engine = Xla(corpora, parts, options)
     saved = None
@@ -249,16 +285,37 @@ def _learned(model: Model, sequences: Iterable[Iterable[str]], given: _Arguments
         of_run |= options._asdict() | {"mesh": given.mesh is not None, "initial": _initial.digest(given.initial)}
         every = -(-given.checkpoint_every // STEPS_A_CALL)
         saved = Checkpoints(given.checkpoint, every, fingerprint(corpora, parts, of_run), engine.name, parts)
-    run = Run(given.epochs, int(counts.sum()), given.learning_rate, given.progress)
+
+    def made(inputs: Float32[np.ndarray, "rows dim"]) -> Vectors:
+        return _initial.joined(given.initial, tokens, inputs, counts, {"engine": engine.name, "model": model})
+
+    def after_epoch(call_back: Callable[[Epoch], object], number: int, vectors: Initial) -> object:
+        loss = None if held_out is None else held_out.loss(*vectors)
+        return call_back(Epoch(number, given.epochs, made(vectors[0]), loss))
+
+    call_back = None if given.after_epoch is None else functools.partial(after_epoch, given.after_epoch)
+    run = Run(given.epochs, int(counts.sum()), given.learning_rate, given.progress, call_back)
     inputs, _ = train(engine, run, _initial.first_vectors(given.initial, tokens, options), saved)
-    return _initial.joined(given.initial, tokens, inputs, counts, {"engine": engine.name, "model": model})
+    return made(inputs)
+
+
+def _held_out(call: str, corpus: Corpus, model: Model, given: _Arguments) -> HeldOut:
+    """Draw pairs of the text that is held out."""
+    likely = kept(corpus.counts, given.sample), noise_weights(corpus.counts)
+    held_out = draw_held_out(corpus, given.window, *likely, whole_windows=model == "cbow")
+    if held_out is None:
+        raise CorpusError(
+            f"every {EVERY}th sequence is held out, but these have no pairs of words. Give more text, or hold out none.",
+            call,
+        )
+    return held_out
 
 
 def _checked(call: str, model: Model, given: _Arguments) -> tuple[_Arguments, Options]:
     """Check the arguments before the text is read."""
     dim = None if given.dim is None else _at_least_one(f"{call}(dim=...)", given.dim)
     dim = _initial.checked(f"{call}(initial=...)", given.initial, dim) or _DIM
-    names = "window", "negative", "epochs", "min_count", "checkpoint_every", "threads"
+    names = "window", "negative", "epochs", "min_count", "checkpoint_every", "threads", "max_vocabulary"
     sizes = {name: _at_least_one(f"{call}({name}=...)", getattr(given, name)) for name in names}
     given = given._replace(
         **sizes,
