@@ -18,7 +18,7 @@ def read(tmp_path, monkeypatch):
 
     def trained(sequences, **_):
         found.extend(list(sequence) for sequence in sequences)
-        return Vectors(["a"], np.ones((1, 1), np.float32), [1])
+        return Vectors(["a"], np.ones((1, 1), np.float32), [1], metadata={"engine": "xla"})
 
     def call(*arguments):
         found.clear()

@@ -187,7 +187,7 @@ def stop_after(calls):
     return progress
 
 
-def test_skipgram_goes_on_from_a_checkpoint(tmp_path):
+def test_skipgram_goes_on_from_a_checkpoint(tmp_path, monkeypatch):
     pytest.importorskip("orbax.checkpoint")
     expected = train.skipgram(paragraphs(), **OPTIONS)
     saved = {"checkpoint": tmp_path / "saved", "checkpoint_every": 65}
@@ -206,6 +206,9 @@ def test_skipgram_goes_on_from_a_checkpoint(tmp_path):
             train.skipgram(paragraphs(), **(OPTIONS | other), **saved)
     with pytest.raises(train.CheckpointError, match="another text"):
         train.skipgram(paragraphs(201), **OPTIONS, **saved)
+    monkeypatch.setattr(_xla.Xla, "name", "native")
+    with pytest.raises(train.CheckpointError, match="of the engine 'xla', and this run is of 'native'. Choose"):
+        train.skipgram(paragraphs(), **OPTIONS, **saved)
 
 
 def test_skipgram_refuses_checkpoints_of_something_else(tmp_path):
@@ -307,7 +310,7 @@ def test_two_processes_go_on_from_one_and_give_what_one_gives(text, tmp_path):
     assert [process.returncode for process in processes] == [0, 0], err
     assert other == ("", NOTE + "\n")
     assert json.loads(out)["words"] == len(expected) == len(WORDS)
-    assert err.splitlines()[-1] == f"embax: wrote {output}: 50 words, 6 dimensions"
+    assert err.splitlines()[-1].startswith(f"embax: wrote {output}: 50 words, 6 dimensions, trained by xla at ")
     vectors = Vectors.load(output)
     assert vectors.vocabulary.tokens() == expected.vocabulary.tokens()
     np.testing.assert_array_equal(vectors.counts, expected.counts)

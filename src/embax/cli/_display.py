@@ -70,6 +70,7 @@ class Display:
             self._bar = Progress(*columns, console=console, transient=True)
             self._task = self._bar.add_task("", total=None)
         self._shown = -math.inf
+        self.words_per_second = 0.0  # of training, on average
 
     def __enter__(self) -> "Display":
         if self._bar is not None:
@@ -96,6 +97,7 @@ class Display:
     def training(self, progress: "Progress") -> None:
         """Report the progress of training."""
         finished = progress.words == progress.total_words
+        self.words_per_second = progress.words_per_second
         if self._due() or finished:
             self._show(
                 f"epoch {progress.epoch}/{progress.epochs}, loss {float(progress.loss):.3f}, "

@@ -14,7 +14,7 @@ import collections
 import itertools
 import json
 import numbers
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -89,6 +89,7 @@ def encode(
     parts: Parts,
     *,
     max_vocabulary: int = MAX_VOCABULARY,
+    known: Container[str] = (),
     held_out: int | None = None,
     call: str = "embax.train.skipgram",
 ) -> list[Corpus]:
@@ -108,6 +109,7 @@ def encode(
       max_vocabulary: The most words to keep. Whenever more are counted, the least frequent quarter is dropped, among
         equals those that came first; a dropped word that comes again is counted anew. This happens in each process for
         itself.
+      known: Words to keep however seldom they occur.
       held_out: Hold out every so many-th sequence. Default: none.
       call: The call, for messages.
 
@@ -146,7 +148,12 @@ def encode(
                 ) from None
     spools, own_spellings, own_counts = numbering.finish(call)
     spellings, counts = _of_all_processes(own_spellings, own_counts, parts)
-    order = sorted(np.flatnonzero(counts >= min_count).tolist(), key=lambda first: (-counts[first], spellings[first]))
+    chosen = [
+        first
+        for first, count in enumerate(counts.tolist())
+        if count >= min_count or (count and spellings[first] in known)
+    ]
+    order = sorted(chosen, key=lambda first: (-counts[first], spellings[first]))
     if not order:
         raise CorpusError(_why_empty(spellings, counts, min_count), call)
     order = order[:max_vocabulary]

@@ -1,17 +1,21 @@
 """Word vectors by word2vec: skip-gram and CBOW with negative sampling."""
 
+import functools
 import math
 import os
 from collections.abc import Callable, Iterable
 from typing import Literal, NamedTuple
 
+import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import Float32
 
 from .._base import check as _check
 from ..vectors import Vectors
+from . import _initial
 from ._corpus import MAX_VOCABULARY, Corpus, CorpusError, encode
 from ._engine import Engine, Initial, Model, Options, kept, noise_weights
-from ._held_out import EVERY, draw_held_out
+from ._held_out import EVERY, HeldOut, draw_held_out
 from ._loop import Epoch, Progress, Run, train
 from ._parts import parts_of
 from ._resume import Checkpoints, fingerprint
@@ -19,12 +23,14 @@ from ._segments import STEPS_A_CALL
 from ._xla import Xla
 
 EngineName = Literal["auto", "native", "xla"]
+# The size of a vector, if nothing else is asked for.
+_DIM = 100
 
 
 class _Arguments(NamedTuple):
     """The arguments that both models have, not checked yet."""
 
-    dim: int
+    dim: int | None
     window: int
     negative: int
     epochs: int
@@ -32,6 +38,7 @@ class _Arguments(NamedTuple):
     sample: float
     learning_rate: float
     seed: int
+    initial: Vectors | None
     engine: EngineName
     threads: int
     max_vocabulary: int
@@ -46,7 +53,7 @@ class _Arguments(NamedTuple):
 def skipgram(
     sequences: Iterable[Iterable[str | int]],
     *,
-    dim: int = 100,
+    dim: int | None = None,
     window: int = 5,
     negative: int = 5,
     epochs: int = 5,
@@ -54,6 +61,7 @@ def skipgram(
     sample: float = 1e-3,
     learning_rate: float = 0.025,
     seed: int = 0,
+    initial: Vectors | None = None,
     engine: EngineName = "auto",
     threads: int = 1,
     max_vocabulary: int = MAX_VOCABULARY,
@@ -83,7 +91,7 @@ def skipgram(
     Args:
       sequences: The words of each sequence, such as from `embax.train.read_sequences`; iterated once. Integer ids stand
         for their decimal spelling. A window never reaches into another sequence.
-      dim: The size of a vector.
+      dim: The size of a vector. Default: that of `initial`, or 100.
       window: The most words on either side of a centre that are its context. A word at the distance `k` counts
         `(window + 1 - k) / window`, as often as word2vec's random widths reach it.
       negative: The number of noise words for each pair, drawn by the 0.75th power of their frequency.
@@ -94,6 +102,9 @@ def skipgram(
       learning_rate: The initial learning rate, as in word2vec: the factor of the gradient of one pair. It falls
         linearly to a ten-thousandth of itself. In (0, 1].
       seed: The seed of all random numbers, 0 or more.
+      initial: Vectors to continue from, with new text. Known words begin at their vectors, also those that occur less
+        than `min_count` times now; other words begin at fresh ones. The second table begins at zero, since files of
+        vectors lack it. Words that do not occur now keep their vectors, and counts are summed. Default: none.
       engine: `"native"`, the kernel of `embax-kernels` for one process on a CPU; `"xla"`, for every platform and
         meshes; `"auto"`, the native one where it is possible. The vectors differ between engines, not their quality.
       threads: The number of threads of the native engine. More than one change the tables at the same time, and the
@@ -114,7 +125,7 @@ def skipgram(
         of up to 131,072 words, counts as 32 steps.
 
     Returns:
-      The vectors, by falling count and then by spelling.
+      The vectors, by falling count and then by spelling. Their `metadata` name the model and the engine.
 
     Raises:
       CorpusError: If no word occurs `min_count` times; a ValueError.
@@ -145,6 +156,7 @@ def skipgram(
         sample=sample,
         learning_rate=learning_rate,
         seed=seed,
+        initial=initial,
         engine=engine,
         threads=threads,
         max_vocabulary=max_vocabulary,
@@ -161,7 +173,7 @@ def skipgram(
 def cbow(
     sequences: Iterable[Iterable[str | int]],
     *,
-    dim: int = 100,
+    dim: int | None = None,
     window: int = 5,
     negative: int = 5,
     epochs: int = 5,
@@ -169,6 +181,7 @@ def cbow(
     sample: float = 1e-3,
     learning_rate: float = 0.025,
     seed: int = 0,
+    initial: Vectors | None = None,
     engine: EngineName = "auto",
     threads: int = 1,
     max_vocabulary: int = MAX_VOCABULARY,
@@ -188,7 +201,7 @@ def cbow(
 
     Args:
       sequences: See `skipgram`, as for all arguments.
-      dim: The size of a vector.
+      dim: The size of a vector. Default: that of `initial`, or 100.
       window: The most words on either side of a centre that are its context.
       negative: The number of noise words for each centre.
       epochs: The number of passes over the corpus.
@@ -196,6 +209,7 @@ def cbow(
       sample: Words whose share of the text is larger are dropped at random.
       learning_rate: The initial learning rate.
       seed: The seed of all random numbers.
+      initial: Vectors to continue from.
       engine: The engine.
       threads: The number of threads of the native engine.
       max_vocabulary: The most words to keep.
@@ -207,7 +221,7 @@ def cbow(
       checkpoint_every: The number of steps between checkpoints.
 
     Returns:
-      The vectors, by falling count and then by spelling.
+      The vectors, by falling count and then by spelling. Their `metadata` name the model and the engine.
 
     Raises:
       CorpusError: If no word occurs `min_count` times; a ValueError.
@@ -235,6 +249,7 @@ def cbow(
         sample=sample,
         learning_rate=learning_rate,
         seed=seed,
+        initial=initial,
         engine=engine,
         threads=threads,
         max_vocabulary=max_vocabulary,
@@ -250,71 +265,68 @@ def cbow(
 
 def _learned(model: Model, sequences: Iterable[Iterable[str | int]], given: _Arguments) -> Vectors:
     call = f"embax.train.{model}"
-    given = _checked(call, given)
+    given, options = _checked(call, model, given)
     parts = parts_of(call, given.mesh)
     corpora = encode(
         sequences,
         given.min_count,
         parts,
         max_vocabulary=given.max_vocabulary,
+        known=() if given.initial is None else given.initial.vocabulary,
         held_out=EVERY if given.held_out else None,
         call=call,
     )
-    after_epoch = _after_epoch(call, corpora, model, given)
-    options = Options(given.dim, given.window, given.negative, model, given.sample, given.seed, threads=given.threads)
-    engine: Engine = Xla(corpora, parts, options)
+    held_out = _held_out(call, corpora.pop(), model, given) if given.held_out else None
     tokens, counts = corpora[0].tokens, corpora[0].counts
+    engine: Engine = Xla(corpora, parts, options)
     saved = None
     if given.checkpoint is not None:
         of_run = {"epochs": given.epochs, "min_count": given.min_count, "learning_rate": given.learning_rate}
-        of_run |= options._asdict() | {"engine": engine.name, "mesh": given.mesh is not None}
+        of_run |= options._asdict() | {"mesh": given.mesh is not None, "initial": _initial.digest(given.initial)}
         every = -(-given.checkpoint_every // STEPS_A_CALL)
         saved = Checkpoints(given.checkpoint, every, fingerprint(corpora, parts, of_run), engine.name, parts)
-    run = Run(given.epochs, int(counts.sum()), given.learning_rate, given.progress, after_epoch)
-    inputs, _ = train(engine, run, None, saved)
-    return Vectors(tokens, inputs, counts)
 
+    def made(inputs: Float32[np.ndarray, "rows dim"]) -> Vectors:
+        return _initial.joined(given.initial, tokens, inputs, counts, {"engine": engine.name, "model": model})
 
-def _after_epoch(
-    call: str, corpora: list[Corpus], model: Model, given: _Arguments
-) -> Callable[[int, Initial], object] | None:
-    """Make the function that calls the user's `after_epoch`, with the loss on the text that is held out.
-
-    That text is the last of the corpora, and removed from them.
-    """
-    held_out, tokens, counts = None, corpora[0].tokens, corpora[0].counts
-    if given.held_out:
-        likely = kept(counts, given.sample), noise_weights(counts)
-        held_out = draw_held_out(corpora.pop(), given.window, *likely, whole_windows=model == "cbow")
-        if held_out is None:
-            raise CorpusError(
-                f"every {EVERY}th sequence is held out, but these have no pairs of words. Give more text, or hold out "
-                "none.",
-                call,
-            )
-    if given.after_epoch is None:
-        return None
-    call_back = given.after_epoch
-
-    def after_epoch(number: int, vectors: Initial) -> object:
+    def after_epoch(call_back: Callable[[Epoch], object], number: int, vectors: Initial) -> object:
         loss = None if held_out is None else held_out.loss(*vectors)
-        return call_back(Epoch(number, given.epochs, Vectors(tokens, vectors[0], counts), loss))
+        return call_back(Epoch(number, given.epochs, made(vectors[0]), loss))
 
-    return after_epoch
+    call_back = None if given.after_epoch is None else functools.partial(after_epoch, given.after_epoch)
+    run = Run(given.epochs, int(counts.sum()), given.learning_rate, given.progress, call_back)
+    inputs, _ = train(engine, run, _initial.first_vectors(given.initial, tokens, options), saved)
+    return made(inputs)
 
 
-def _checked(call: str, given: _Arguments) -> _Arguments:
+def _held_out(call: str, corpus: Corpus, model: Model, given: _Arguments) -> HeldOut:
+    """Draw pairs of the text that is held out."""
+    likely = kept(corpus.counts, given.sample), noise_weights(corpus.counts)
+    held_out = draw_held_out(corpus, given.window, *likely, whole_windows=model == "cbow")
+    if held_out is None:
+        raise CorpusError(
+            f"every {EVERY}th sequence is held out, but these have no pairs of words. Give more text, or hold out none.",
+            call,
+        )
+    return held_out
+
+
+def _checked(call: str, model: Model, given: _Arguments) -> tuple[_Arguments, Options]:
     """Check the arguments before the text is read."""
-    names = "dim", "window", "negative", "epochs", "min_count", "checkpoint_every", "threads", "max_vocabulary"
+    dim = None if given.dim is None else _at_least_one(f"{call}(dim=...)", given.dim)
+    dim = _initial.checked(f"{call}(initial=...)", given.initial, dim) or _DIM
+    names = "window", "negative", "epochs", "min_count", "checkpoint_every", "threads", "max_vocabulary"
     sizes = {name: _at_least_one(f"{call}({name}=...)", getattr(given, name)) for name in names}
-    return given._replace(
+    given = given._replace(
         **sizes,
+        dim=dim,
         learning_rate=_at_most_one(f"{call}(learning_rate=...)", given.learning_rate),
         # 0 means no subsampling: no frequency is above infinity.
         sample=_at_most_one(f"{call}(sample=...)", given.sample) if given.sample != 0 else math.inf,
         seed=_check.size(f"{call}(seed=...)", given.seed),
         engine=_check.choice(f"{call}(engine=...)", given.engine, ("auto", "native", "xla")),
     )
+    return given, Options(dim, given.window, given.negative, model, given.sample, given.seed, given.threads)
 
 
 def _at_least_one(argument: str, value: object) -> int:
