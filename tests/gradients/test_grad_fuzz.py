@@ -30,6 +30,7 @@ NUMBER = int(os.environ.get("PROGRAMS", "30"))
 )
 @given(program=programs(), sharded=st.integers(0, 9), ids=st.lists(st.integers(0, 99), min_size=4, max_size=4))
 @example(("inner value_and_grad", ("inner gradient", ("map", ("cross entropy", 0)))), 1, [0, 0, 2, 0])  # far from 0
+@example(("switch", ("slice", 0), ("attend", 0)), 0, [0, 0, 0, 0])
 def test_random_programs(program, sharded, ids):
     check(program, sharded == 0, ids)
 
@@ -42,7 +43,7 @@ def check(program, sharded, ids):
         expected = built(program, UNROLLED)
     # Inside of a shard_map, an inner gradient is summed over devices.
     if sharded and not any(node.startswith("inner") for node in nodes_of(program)):
-        loss, expected = on_two_devices(loss)
+        loss, expected = on_two_devices(loss, chooses=bool({"cond", "switch"} & set(nodes_of(program))))
     names, of_tables = [name for name, _ in leaves_of(program)], tables()
     args = of_tables, jnp.asarray(ids), jnp.float32(0.7)
     # Compiled functions, which JAX traces once for what it can do, and for the comparison.

@@ -207,7 +207,7 @@ def test_skipgram_goes_on_from_a_checkpoint(tmp_path, monkeypatch):
     with pytest.raises(train.CheckpointError, match="another text"):
         train.skipgram(paragraphs(201), **OPTIONS, **saved)
     monkeypatch.setattr(_xla.Xla, "name", "native")
-    with pytest.raises(train.CheckpointError, match="of the engine 'xla', and this run is of 'native'. Choose"):
+    with pytest.raises(train.CheckpointError, match=r"of the engine 'xla', and this run is of 'native'\. Choose"):
         train.skipgram(paragraphs(), **OPTIONS, **saved)
 
 

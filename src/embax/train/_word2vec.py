@@ -305,7 +305,7 @@ def _held_out(call: str, corpus: Corpus, model: Model, given: _Arguments) -> Hel
     held_out = draw_held_out(corpus, given.window, *likely, whole_windows=model == "cbow")
     if held_out is None:
         raise CorpusError(
-            f"every {EVERY}th sequence is held out, but these have no pairs of words. Give more text, or hold out none.",
+            f"every {EVERY}th sequence is held out, but these have no pairs of words. Give more text.",
             call,
         )
     return held_out
