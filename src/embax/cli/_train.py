@@ -1,6 +1,7 @@
 """`embax train`: learn word vectors from a text."""
 
 import contextlib
+import logging
 import re
 from typing import Annotated, Any
 
@@ -208,6 +209,10 @@ def train(
         options["held_out"] = True
     if checkpoint is not None:
         options |= {"checkpoint": checkpoint, "checkpoint_every": checkpoint_every}
+        with in_one_line():
+            import embax.checkpoint  # noqa: F401, its logger must be there
+        # Orbax logs errors with tracebacks, and raises them, too.
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
     with together(where, lost) as is_first:
         if where is not None:
             import jax
