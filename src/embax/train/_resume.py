@@ -129,7 +129,7 @@ class Checkpoints:
         except (OSError, ValueError) as error:
             if not is_full(error):
                 raise
-            reason = "No space left on device for a checkpoint. The last one is whole: resume from it with more space"
+            reason = "No space left on device for a checkpoint. Make space, and resume from the last one"
             raise OSError(errno.ENOSPC, reason, os.fspath(self._path)) from None
 
 
