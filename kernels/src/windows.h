@@ -14,6 +14,15 @@
 
 namespace embax::EMBAX_ISA {
 
+// How many numbers a row has: the default width of vectors is known to the compiler, which unrolls its loops.
+constexpr int64_t kUsualStride = 112;
+template <int64_t kStride>
+struct Stride {
+  explicit Stride(int64_t stride) : any(stride) {}
+  operator int64_t() const { return kStride ? kStride : any; }
+  int64_t any;
+};
+
 // Pairs that one call may sum up: more would overshoot where a row is the same in all of them.
 constexpr int64_t kContexts = 16;
 // Targets of one call of `update_pairs`: with their sums, they fill the registers of AVX2.
@@ -57,24 +66,22 @@ inline void errors_of_logits(float* logits, int64_t rows, const Targets& targets
   }
 }
 
-// `errors` has room for one row more than there are contexts, `copies` for kPaired rows.
-template <int kTargets>
-inline void update_pairs_of(float* const* contexts, int64_t number, const Targets& targets, int64_t stride,
-                            float* __restrict copies, float* __restrict errors, double* loss) {
+// `errors` has room for one row more than there are contexts.
+template <int kTargets, typename S>
+inline void update_pairs_of(float* const* contexts, int64_t number, const Targets& targets, S stride,
+                            float* __restrict errors, double* loss) {
   constexpr int64_t lanes = kLanes<float>;
-  // Reads of a copy need no pointer of a row, and no row that is written.
-  for (int t = 0; t < kTargets; ++t) {
-    for (int64_t j = 0; j < stride; j += lanes) store(copies + t * stride + j, load(targets.rows[t] + j));
-  }
+  float* rows[kTargets];
+  for (int t = 0; t < kTargets; ++t) rows[t] = targets.rows[t];
   for (int64_t c = 0; c < number; c += kRowsAtOnce) {
-    const float* rows[kRowsAtOnce];
-    for (int h = 0; h < kRowsAtOnce; ++h) rows[h] = contexts[smaller(c + h, number - 1)];
+    const float* inputs[kRowsAtOnce];
+    for (int h = 0; h < kRowsAtOnce; ++h) inputs[h] = contexts[smaller(c + h, number - 1)];
     Floats sums[kRowsAtOnce][kSlots] = {};
     for (int64_t j = 0; j < stride; j += lanes) {
       Floats x[kRowsAtOnce];
-      for (int h = 0; h < kRowsAtOnce; ++h) x[h] = load(rows[h] + j);
+      for (int h = 0; h < kRowsAtOnce; ++h) x[h] = load(inputs[h] + j);
       for (int t = 0; t < kTargets; ++t) {
-        const Floats y = load(copies + t * stride + j);
+        const Floats y = load(rows[t] + j);
         for (int h = 0; h < kRowsAtOnce; ++h) sums[h][t] = multiply_add(x[h], y, sums[h][t]);
       }
     }
@@ -84,7 +91,7 @@ inline void update_pairs_of(float* const* contexts, int64_t number, const Target
   for (int64_t j = 0; j < stride; j += lanes) {
     Floats old[kTargets], moves[kTargets];
     for (int t = 0; t < kTargets; ++t) {
-      old[t] = load(copies + t * stride + j);
+      old[t] = load(rows[t] + j);
       moves[t] = Floats{};
     }
     for (int64_t c = 0; c < number; ++c) {
@@ -98,25 +105,27 @@ inline void update_pairs_of(float* const* contexts, int64_t number, const Target
       }
       store(row, moved);
     }
-    for (int t = 0; t < kTargets; ++t) store(targets.rows[t] + j, load(targets.rows[t] + j) + moves[t]);
+    // Read again: a row that occurs twice has just been written.
+    for (int t = 0; t < kTargets; ++t) store(rows[t] + j, load(rows[t] + j) + moves[t]);
   }
 }
 
-inline void update_pairs(float* const* contexts, int64_t number, const Targets& targets, int64_t stride, float* copies,
-                         float* errors, double* loss) {
+template <typename S>
+inline void update_pairs(float* const* contexts, int64_t number, const Targets& targets, S stride, float* errors,
+                         double* loss) {
   switch (targets.number) {
-    case 1: return update_pairs_of<1>(contexts, number, targets, stride, copies, errors, loss);
-    case 2: return update_pairs_of<2>(contexts, number, targets, stride, copies, errors, loss);
-    case 3: return update_pairs_of<3>(contexts, number, targets, stride, copies, errors, loss);
-    case 4: return update_pairs_of<4>(contexts, number, targets, stride, copies, errors, loss);
-    case 5: return update_pairs_of<5>(contexts, number, targets, stride, copies, errors, loss);
-    case 6: return update_pairs_of<6>(contexts, number, targets, stride, copies, errors, loss);
+    case 1: return update_pairs_of<1>(contexts, number, targets, stride, errors, loss);
+    case 2: return update_pairs_of<2>(contexts, number, targets, stride, errors, loss);
+    case 3: return update_pairs_of<3>(contexts, number, targets, stride, errors, loss);
+    case 4: return update_pairs_of<4>(contexts, number, targets, stride, errors, loss);
+    case 5: return update_pairs_of<5>(contexts, number, targets, stride, errors, loss);
+    case 6: return update_pairs_of<6>(contexts, number, targets, stride, errors, loss);
   }
 }
 
 // Moves the targets' rows, and adds to `error` how the mean has to move.
-template <int kTargets>
-inline void update_mean_of(const float* __restrict mean, const Targets& targets, int64_t stride, float* __restrict error,
+template <int kTargets, typename S>
+inline void update_mean_of(const float* __restrict mean, const Targets& targets, S stride, float* __restrict error,
                            double* loss) {
   constexpr int64_t lanes = kLanes<float>;
   Floats sums[kRowsAtOnce][kSlots] = {};
@@ -139,7 +148,8 @@ inline void update_mean_of(const float* __restrict mean, const Targets& targets,
   }
 }
 
-inline void update_mean(const float* mean, const Targets& targets, int64_t stride, float* error, double* loss) {
+template <typename S>
+inline void update_mean(const float* mean, const Targets& targets, S stride, float* error, double* loss) {
   switch (targets.number) {
     case 1: return update_mean_of<1>(mean, targets, stride, error, loss);
     case 2: return update_mean_of<2>(mean, targets, stride, error, loss);
@@ -152,20 +162,50 @@ inline void update_mean(const float* mean, const Targets& targets, int64_t strid
   }
 }
 
-// sum += row
-inline void add_row(float* __restrict sum, const float* __restrict row, int64_t stride) {
-  for (int64_t j = 0; j < stride; j += kLanes<float>) store(sum + j, load(sum + j) + load(row + j));
+// body(j, number) for columns j of `number` vectors, a constant.
+template <typename S, typename F>
+inline void for_blocks(S stride, F&& body) {
+  constexpr int64_t lanes = kLanes<float>;
+  int64_t j = 0;
+  for (; j + 8 * lanes <= stride; j += 8 * lanes) body(j, std::integral_constant<int, 8>{});
+  for (; j + 4 * lanes <= stride; j += 4 * lanes) body(j, std::integral_constant<int, 4>{});
+  for (; j < stride; j += lanes) body(j, std::integral_constant<int, 1>{});
 }
 
-inline void sum_rows(const float* a, const float* b, int64_t stride, float* __restrict out) {
-  for (int64_t j = 0; j < stride; j += kLanes<float>) store(out + j, load(a + j) + load(b + j));
+// sum += all rows
+template <typename S>
+inline void add_rows(float* const* rows, int64_t number, S stride, float* sum) {
+  for_blocks(stride, [&](int64_t j, auto vectors) {
+    Floats x[vectors];
+    for (int v = 0; v < vectors; ++v) x[v] = load(sum + j + v * kLanes<float>);
+    for (int64_t k = 0; k < number; ++k) {
+      for (int v = 0; v < vectors; ++v) x[v] += load(rows[k] + j + v * kLanes<float>);
+    }
+    for (int v = 0; v < vectors; ++v) store(sum + j + v * kLanes<float>, x[v]);
+  });
 }
 
-inline void scale_row(float* row, float factor, int64_t stride) {
-  for (int64_t j = 0; j < stride; j += kLanes<float>) store(row + j, load(row + j) * factor);
+// each row += move
+template <typename S>
+inline void move_rows(float* const* rows, int64_t number, S stride, const float* move) {
+  for_blocks(stride, [&](int64_t j, auto vectors) {
+    Floats x[vectors];
+    for (int v = 0; v < vectors; ++v) x[v] = load(move + j + v * kLanes<float>);
+    for (int64_t k = 0; k < number; ++k) {
+      float* const row = rows[k] + j;
+      for (int v = 0; v < vectors; ++v) store(row + v * kLanes<float>, load(row + v * kLanes<float>) + x[v]);
+    }
+  });
 }
 
-inline void clear_row(float* row, int64_t stride) {
+// out = a + b * factor
+template <typename S>
+inline void sum_of(const float* a, const float* b, float factor, S stride, float* out) {
+  for (int64_t j = 0; j < stride; j += kLanes<float>) store(out + j, multiply_add(load(b + j), all(factor), load(a + j)));
+}
+
+template <typename S>
+inline void clear(float* row, S stride) {
   for (int64_t j = 0; j < stride; j += kLanes<float>) store(row + j, Floats{});
 }
 

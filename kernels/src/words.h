@@ -20,6 +20,9 @@ constexpr int64_t kSampled = 64;
 // Contexts that share noise words with sub-words, where noise counts as often as there are contexts.
 constexpr int64_t kPooled = 8;
 
+// Rows that are added up at a time.
+constexpr int64_t kListed = 64;
+
 inline uint64_t mixed(uint64_t z) {
   z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9ull;
   z = (z ^ (z >> 27)) * 0x94D049BB133111EBull;
@@ -46,10 +49,11 @@ inline int64_t piece_end(int64_t number, int64_t pieces, int64_t k) { return num
 inline int64_t pieces_of(int64_t number, int64_t most) { return (number + most - 1) / most; }
 
 // The training on one part of the text.
+template <typename S>
 class TextPart {
  public:
   TextPart(const Training& training, int64_t number, int64_t from, int64_t to)
-      : w_(training), from_(from), to_(to), random_(training.seed + static_cast<uint64_t>(number)) {
+      : w_(training), stride_(training.stride), from_(from), to_(to), random_(training.seed + static_cast<uint64_t>(number)) {
     Carver carver;
     carve(carver);
     carver.start(scratch(Holder::part, carver.used()));
@@ -80,11 +84,10 @@ class TextPart {
     kept_ = carver.array<int32_t>(to_ - from_);
     for (int32_t*& noise : noise_) noise = carver.array<int32_t>(w_.negative * noise_groups(most));
     contexts_ = carver.array<float*>(most);
-    copies_ = carver.array<float>(kPaired * w_.stride);
     errors_ = carver.array<float>(kSlots * (kContexts + 1));
-    mean_ = carver.array<float>(w_.stride);
-    current_ = carver.array<float>(w_.stride);
-    error_ = carver.array<float>(w_.stride);
+    mean_ = carver.array<float>(stride_);
+    current_ = carver.array<float>(stride_);
+    error_ = carver.array<float>(stride_);
   }
 
   int64_t noise_groups(int64_t contexts) const { return w_.starts && !w_.cbow ? pieces_of(contexts, kPooled) : 1; }
@@ -120,26 +123,26 @@ class TextPart {
       const uint64_t drawn = random_.next();
       const int64_t row = Random::below(w_.rows, drawn);
       noise_[c & 1][k] = static_cast<uint32_t>(drawn) <= w_.cut[row] ? static_cast<int32_t>(row) : w_.alias[row];
-      fetch_to_write(output(noise_[c & 1][k]), row_bytes());
+      fetch(output(noise_[c & 1][k]));
     }
     return window;
   }
 
   // The rows that a window needs for the first time, besides its noise.
   void fetch_for(int64_t c) const {
-    fetch_to_write(output(kept_[c]), row_bytes());
+    fetch(output(kept_[c]));
     const bool centre = w_.starts && !w_.cbow;
     const int64_t entering = centre ? c : c + w_.window;
     if (entering < length_) {
-      for_rows_of(kept_[entering], [&](float* row) { fetch_to_write(row, row_bytes()); });
+      for_rows_of(kept_[entering], [&](float* row) { fetch(row); });
     }
-    if (centre && c + w_.window < length_) fetch_to_write(output(kept_[c + w_.window]), row_bytes());
+    if (centre && c + w_.window < length_) fetch(output(kept_[c + w_.window]));
   }
 
   void train_skipgram(int64_t c, const Window& window, double* loss) {
     int64_t number = 0;
     for (int64_t j = window.first; j <= window.last; ++j) {
-      if (j != c) contexts_[number++] = w_.inputs + kept_[j] * w_.stride;
+      if (j != c) contexts_[number++] = w_.inputs + kept_[j] * stride_;
     }
     const int64_t targets = 1 + w_.negative, groups = pieces_of(targets, kPaired), blocks = pieces_of(number, kContexts);
     for (int64_t block = 0, at = 0; block < blocks; ++block) {
@@ -147,30 +150,26 @@ class TextPart {
       for (int64_t group = 0, t = 0; group < groups; ++group) {
         targets_.clear();
         for (const int64_t end = piece_end(targets, groups, group); t < end; ++t) add_target(c, window, t);
-        update_pairs(contexts_ + at, block_end - at, targets_, w_.stride, copies_, errors_, loss);
+        update_pairs(contexts_ + at, block_end - at, targets_, stride_, errors_, loss);
       }
       at = block_end;
     }
   }
 
   void train_cbow(int64_t c, const Window& window, double* loss) {
-    int64_t rows = 0;
-    const auto each_row = [&](auto&& body) {
+    const auto contexts = [&](auto&& body) {
       for (int64_t j = window.first; j <= window.last; ++j) {
         if (j != c) for_rows_of(kept_[j], body);
       }
     };
-    clear_row(current_, w_.stride);
-    clear_row(error_, w_.stride);
-    each_row([&](float* row) { add_row(current_, row, w_.stride), ++rows; });
-    scale_row(current_, 1.0f / static_cast<float>(rows), w_.stride);
+    take_mean(contexts, current_);
     const int64_t targets = 1 + w_.negative, groups = pieces_of(targets, kSlots);
     for (int64_t group = 0, t = 0; group < groups; ++group) {
       targets_.clear();
       for (const int64_t end = piece_end(targets, groups, group); t < end; ++t) add_target(c, window, t);
-      update_mean(current_, targets_, w_.stride, error_, loss);
+      update_mean(current_, targets_, stride_, error_, loss);
     }
-    each_row([&](float* row) { add_row(row, error_, w_.stride); });
+    by_lists(contexts, [&](int64_t number) { move_rows(list_, number, stride_, error_); });
   }
 
   // Target 0 is the centre, the others are noise. Noise that is the centre does not count.
@@ -182,16 +181,13 @@ class TextPart {
   // The mean of the centre's rows with the words around it and with noise. As in fastText, each row moves as the mean
   // has to. Up to kPooled contexts share noise words, which count once for each context that is another word.
   void train_subwords(int64_t c, const Window& window, double* loss) {
-    int64_t rows = 0;
-    clear_row(mean_, w_.stride);
-    clear_row(error_, w_.stride);
-    for_rows_of(kept_[c], [&](float* row) { add_row(mean_, row, w_.stride), ++rows; });
-    scale_row(mean_, 1.0f / static_cast<float>(rows), w_.stride);
+    const auto centre = [&](auto&& body) { for_rows_of(kept_[c], body); };
+    take_mean(centre, mean_);
     const int64_t number = window.contexts(), blocks = pieces_of(number, kPooled);
     for (int64_t block = 0, at = 0; block < blocks; ++block) {
       const int64_t block_end = piece_end(number, blocks, block), contexts = block_end - at;
       const int64_t targets = contexts + w_.negative, groups = pieces_of(targets, kSlots);
-      sum_rows(mean_, error_, w_.stride, current_);
+      sum_of(mean_, error_, 1, stride_, current_);
       for (int64_t group = 0, t = 0; group < groups; ++group) {
         targets_.clear();
         for (const int64_t end = piece_end(targets, groups, group); t < end; ++t) {
@@ -204,11 +200,35 @@ class TextPart {
           for (int64_t k = at; k < block_end; ++k) others += context(c, window, k) != word;
           targets_.add(output(word), 0, static_cast<float>(others), rate_);
         }
-        update_mean(current_, targets_, w_.stride, error_, loss);
+        update_mean(current_, targets_, stride_, error_, loss);
       }
       at = block_end;
     }
-    for_rows_of(kept_[c], [&](float* row) { add_row(row, error_, w_.stride); });
+    by_lists(centre, [&](int64_t number) { move_rows(list_, number, stride_, error_); });
+  }
+
+  // The mean of rows, and an error of zero for it.
+  template <typename R>
+  void take_mean(R&& rows, float* mean) {
+    int64_t count = 0;
+    clear(mean, stride_);
+    by_lists(rows, [&](int64_t number) { add_rows(list_, number, stride_, mean), count += number; });
+    clear(error_, stride_);
+    sum_of(error_, mean, 1.0f / static_cast<float>(count), stride_, mean);
+  }
+
+  // body(number) with `number` rows in the list, until all have been there.
+  template <typename R, typename F>
+  void by_lists(R&& rows, F&& body) {
+    int64_t number = 0;
+    rows([&](float* row) {
+      list_[number++] = row;
+      if (number == kListed) {
+        body(number);
+        number = 0;
+      }
+    });
+    if (number) body(number);
   }
 
   int32_t context(int64_t c, const Window& window, int64_t k) const {
@@ -216,16 +236,21 @@ class TextPart {
     return kept_[j < c ? j : j + 1];
   }
 
-  float* output(int64_t word) const { return w_.outputs + word * w_.stride; }
-  int64_t row_bytes() const { return w_.stride * static_cast<int64_t>(sizeof(float)); }
+  float* output(int64_t word) const { return w_.outputs + word * stride_; }
+
+  void fetch(const float* row) const {
+    const int64_t length = smaller(stride_, kFetched);
+    for (int64_t j = 0; j < length; j += 16) __builtin_prefetch(row + j, 1, 3);
+  }
 
   template <typename F>
   void for_rows_of(int64_t word, F&& body) const {
-    if (!w_.starts) return body(w_.inputs + word * w_.stride);
-    for (int64_t k = w_.starts[word]; k < w_.starts[word + 1]; ++k) body(w_.inputs + w_.pieces[k] * w_.stride);
+    if (!w_.starts) return body(w_.inputs + word * stride_);
+    for (int64_t k = w_.starts[word]; k < w_.starts[word + 1]; ++k) body(w_.inputs + w_.pieces[k] * stride_);
   }
 
   const Training& w_;
+  const S stride_;
   const int64_t from_, to_;
   Random random_;
   TrainingLoss loss_{};
@@ -233,7 +258,7 @@ class TextPart {
   float rate_ = 0;
   Targets targets_;
   int32_t *kept_, *noise_[2];
-  float **contexts_, *copies_, *errors_, *mean_, *current_, *error_;
+  float **contexts_, *list_[kListed], *errors_, *mean_, *current_, *error_;
 };
 
 // Where part k of the text ends: behind the next end of a sequence, if one comes before the next part.
@@ -246,13 +271,14 @@ inline int64_t part_end(const Training& training, int64_t k) {
   return end;
 }
 
-inline TrainingLoss train_words(const Pool& pool, const Training& training) {
+template <typename S>
+inline TrainingLoss train_parts(const Pool& pool, const Training& training) {
   Carver carver;
   carver.array<TrainingLoss>(training.parts);
   carver.start(scratch(Holder::call, carver.used()));
   TrainingLoss* const losses = carver.array<TrainingLoss>(training.parts);
   in_parallel(pool, training.parts, [&](int64_t k) {
-    losses[k] = TextPart(training, k, k ? part_end(training, k - 1) : 0, part_end(training, k)).train();
+    losses[k] = TextPart<S>(training, k, k ? part_end(training, k - 1) : 0, part_end(training, k)).train();
   });
   TrainingLoss total{};
   for (int64_t k = 0; k < training.parts; ++k) {
@@ -260,6 +286,11 @@ inline TrainingLoss train_words(const Pool& pool, const Training& training) {
     total.pairs += losses[k].pairs;
   }
   return total;
+}
+
+inline TrainingLoss train_words(const Pool& pool, const Training& training) {
+  return training.stride == kUsualStride ? train_parts<Stride<kUsualStride>>(pool, training)
+                                         : train_parts<Stride<0>>(pool, training);
 }
 
 }  // namespace embax::EMBAX_ISA

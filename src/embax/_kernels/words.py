@@ -69,7 +69,12 @@ def train_words(
 
     Returns:
       The vectors; the loss summed over a sample of pairs, and the number of these pairs.
+
+    Raises:
+      RuntimeError: If the kernel is not in this process.
     """
+    if not available():
+        raise RuntimeError("`embax-kernels` must be installed and switched on to train by the native kernel.")
     outs = [*(jax.ShapeDtypeStruct(table.shape, table.dtype) for table in tables), jax.ShapeDtypeStruct((2,), jnp.float32)]
     *new, loss = call(
         "train_words",
