@@ -10,7 +10,7 @@ namespace embax::EMBAX_ISA {
 
 // Targets whose logits are summed up together. A row of logits has so many numbers.
 constexpr int kSlots = 8;
-// Rows of logits in one vector, or 1 where a row has more than one vector.
+// Rows of logits that one vector holds; 1 if a row has more than one vector.
 constexpr int kRowsAtOnce = kLanes<float> > kSlots ? static_cast<int>(kLanes<float>) / kSlots : 1;
 
 inline Floats all(float x) { return x - Floats{}; }
@@ -48,21 +48,24 @@ inline Floats sums_of_four(Floats a, Floats b, Floats c, Floats d) {
 #endif
 }
 
-// Stores the sum of the numbers of each vector, for kRowsAtOnce rows of kSlots vectors.
-inline void store_sums(const Floats (*x)[kSlots], float* out) {
-  Floats quarters[kRowsAtOnce][2];
-  for (int h = 0; h < kRowsAtOnce; ++h) {
+// Stores the sum of the numbers of each vector, for kRows rows of kSlots vectors. Inlined, so that the vectors stay in
+// registers.
+template <int kRows>
+__attribute__((always_inline)) inline void store_sums(const Floats (*x)[kSlots], float* out) {
+  static_assert(kRows <= kRowsAtOnce, "in one vector");
+  Floats quarters[kRows][2];
+  for (int h = 0; h < kRows; ++h) {
     for (int k = 0; k < 2; ++k) {
       quarters[h][k] = sums_of_four(x[h][4 * k], x[h][4 * k + 1], x[h][4 * k + 2], x[h][4 * k + 3]);
     }
   }
 #if defined(__AVX512F__)
-  const auto halves = [](Floats a, Floats b) {
-    return _mm512_add_ps(_mm512_shuffle_f32x4((__m512)a, (__m512)b, 0x88),
-                         _mm512_shuffle_f32x4((__m512)a, (__m512)b, 0xDD));
+  const auto halves = [](__m512 a, __m512 b) {
+    return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xDD));
   };
-  const __m512 first = halves(quarters[0][0], quarters[0][1]), second = halves(quarters[1][0], quarters[1][1]);
-  store(out, (Floats)halves((Floats)first, (Floats)second));
+  const __m512 first = halves((__m512)quarters[0][0], (__m512)quarters[0][1]);
+  const __m512 last = kRows == 1 ? first : halves((__m512)quarters[kRows - 1][0], (__m512)quarters[kRows - 1][1]);
+  store(out, (Floats)halves(first, last));
 #elif defined(__AVX2__)
   const __m256 a = (__m256)quarters[0][0], b = (__m256)quarters[0][1];
   store(out, (Floats)_mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31)));
@@ -81,9 +84,13 @@ inline Floats logistic(Floats x) {
   t = t > kMost ? all(kMost) : t;
   const Floats shifted = t + kRounds;
   const Floats f = t - (shifted - kRounds);
-  constexpr float kSeries[] = {1.3333558e-3f, 9.6181291e-3f, 5.5504109e-2f, 2.4022651e-1f, 6.9314718e-1f, 1.0f};
-  Floats power = all(1.5403530e-4f);
-  for (const float c : kSeries) power = multiply_add(power, f, all(c));
+  // In three pairs and one: fewer numbers wait for one another than term by term.
+  const Floats f2 = f * f, f4 = f2 * f2;
+  const Floats low = multiply_add(f, all(6.9314718e-1f), all(1.0f));
+  const Floats middle = multiply_add(f, all(5.5504109e-2f), all(2.4022651e-1f));
+  const Floats high = multiply_add(f, all(1.3333558e-3f), all(9.6181291e-3f));
+  const Floats power =
+      multiply_add(f4, multiply_add(f2, all(1.5403530e-4f), high), multiply_add(f2, middle, low));
   const Words exponent = (bits_of<Words>(shifted) - bits_of<Words>(all(kRounds))) << 23;
   return 1.0f / (1.0f + bits_of<Floats>(Words(bits_of<Words>(power) + exponent)));
 }

@@ -27,42 +27,64 @@ struct Stride {
 constexpr int64_t kContexts = 16;
 // Targets of one call of `update_pairs`: with their sums, they fill the registers of AVX2.
 constexpr int64_t kPaired = 6;
-// Labels and factors stand there twice, for two rows of logits in one vector.
-constexpr int64_t kTwice = 16;
+// Slots of two rows of logits, which one vector may hold.
+constexpr int64_t kTwice = 2 * kSlots;
 
-// What pairs with a row: rows of the outputs, with kTwice labels and factors of which the first `number` count.
+// For n in [0, kSlots]: in each half, n ones and then zeros.
+struct FirstOnes {
+  constexpr FirstOnes() : at() {
+    for (int64_t n = 0; n <= kSlots; ++n) {
+      for (int64_t k = 0; k < kTwice; ++k) at[n][k] = k % kSlots < n ? 1.0f : 0.0f;
+    }
+  }
+  alignas(64) float at[kSlots + 1][kTwice];
+};
+constexpr FirstOnes kFirstOnes;
+
+// Rows of the outputs that pair with a row: first those of label 1, then noise, all pairs of which have one weight. A
+// noise word that is not noise for all of them has a share of it. Shares are kept apart since they are rare: to read
+// numbers that have just been written one by one as a vector, a CPU waits for all writes before.
 struct Targets {
   float* rows[kSlots];
-  float labels[kTwice], factors[kTwice];
-  float weights[kSlots];  // of the loss
-  int64_t number;
+  int64_t number = 0, ones = 0;
+  float rate = 0, noise_weight = 1;
+  bool shared = false;
+  float shares[kTwice];
 
-  void clear() {
-    number = 0;
-    for (int64_t k = 0; k < kTwice; ++k) labels[k] = factors[k] = 0;
+  void clear(float with_rate, float weight) {
+    number = ones = 0;
+    rate = with_rate;
+    noise_weight = weight;
+    shared = false;
   }
-  void add(float* row, float label, float weight, float rate) {
-    const int64_t k = number++;
-    rows[k] = row;
-    labels[k] = labels[k + kSlots] = label;
-    factors[k] = factors[k + kSlots] = weight * rate;
-    weights[k] = weight;
+  void add(float* row) { rows[number++] = row, ++ones; }
+  void add_noise(float* row, float share) {
+    if (share != 1) {
+      for (int64_t k = 0; !shared && k < kTwice; ++k) shares[k] = 1;
+      shared = true;
+      shares[number] = shares[number + kSlots] = share;
+    }
+    rows[number++] = row;
   }
+  float weight(int64_t k) const { return k < ones ? 1 : noise_weight * (shared ? shares[k] : 1); }
 };
 
-// Turns rows of logits into rows of errors times factors.
-inline void errors_of_logits(float* logits, int64_t rows, const Targets& targets, double* loss) {
+// Turns rows of logits into rows of errors times the learning rate.
+inline void errors_of_logits(float* logits, int64_t number, const Targets& targets, double* loss) {
   if (loss) {
-    for (int64_t c = 0; c < rows; ++c) {
+    for (int64_t c = 0; c < number; ++c) {
       for (int64_t t = 0; t < targets.number; ++t) {
         const float x = logits[kSlots * c + t];
-        *loss += targets.weights[t] * loss_of(targets.labels[t] > 0 ? x : -x);
+        *loss += targets.weight(t) * loss_of(t < targets.ones ? x : -x);
       }
     }
   }
-  for (int64_t k = 0; k < kSlots * rows; k += kLanes<float>) {
-    const Floats label = load(targets.labels + k % kSlots), factor = load(targets.factors + k % kSlots);
-    store(logits + k, (label - logistic(load(logits + k))) * factor);
+  for (int64_t k = 0; k < kSlots * number; k += kLanes<float>) {
+    const Floats label = load(kFirstOnes.at[targets.ones] + k % kSlots);
+    const Floats any = load(kFirstOnes.at[targets.number] + k % kSlots);
+    Floats weight = label + (any - label) * targets.noise_weight;
+    if (targets.shared) weight *= load(targets.shares + k % kSlots);
+    store(logits + k, (label - logistic(load(logits + k))) * (weight * targets.rate));
   }
 }
 
@@ -85,7 +107,7 @@ inline void update_pairs_of(float* const* contexts, int64_t number, const Target
         for (int h = 0; h < kRowsAtOnce; ++h) sums[h][t] = multiply_add(x[h], y, sums[h][t]);
       }
     }
-    store_sums(sums, errors + kSlots * c);
+    store_sums<kRowsAtOnce>(sums, errors + kSlots * c);
   }
   errors_of_logits(errors, number, targets, loss);
   for (int64_t j = 0; j < stride; j += lanes) {
@@ -123,42 +145,47 @@ inline void update_pairs(float* const* contexts, int64_t number, const Targets& 
   }
 }
 
-// Moves the targets' rows, and adds to `error` how the mean has to move.
+// Moves the targets' rows, and adds to `error` how the mean has to move; the first targets of a mean set it.
 template <int kTargets, typename S>
 inline void update_mean_of(const float* __restrict mean, const Targets& targets, S stride, float* __restrict error,
-                           double* loss) {
+                           bool first, double* loss) {
   constexpr int64_t lanes = kLanes<float>;
-  Floats sums[kRowsAtOnce][kSlots] = {};
+  float* rows[kTargets];
+  for (int t = 0; t < kTargets; ++t) rows[t] = targets.rows[t];
+  Floats sums[1][kSlots] = {};
   for (int64_t j = 0; j < stride; j += lanes) {
     const Floats x = load(mean + j);
-    for (int t = 0; t < kTargets; ++t) sums[0][t] = multiply_add(x, load(targets.rows[t] + j), sums[0][t]);
+    for (int t = 0; t < kTargets; ++t) sums[0][t] = multiply_add(x, load(rows[t] + j), sums[0][t]);
   }
   alignas(64) float errors[kSlots * kRowsAtOnce];
-  store_sums(sums, errors);
+  store_sums<1>(sums, errors);
   errors_of_logits(errors, 1, targets, loss);
+  Floats by[kTargets];
+  for (int t = 0; t < kTargets; ++t) by[t] = all(errors[t]);
   for (int64_t j = 0; j < stride; j += lanes) {
     const Floats x = load(mean + j);
-    Floats sum = load(error + j);
+    Floats sum = first ? Floats{} : load(error + j);
     for (int t = 0; t < kTargets; ++t) {
-      const Floats y = load(targets.rows[t] + j), by = all(errors[t]);
-      sum = multiply_add(by, y, sum);
-      store(targets.rows[t] + j, multiply_add(by, x, y));
+      const Floats y = load(rows[t] + j);
+      sum = multiply_add(by[t], y, sum);
+      store(rows[t] + j, multiply_add(by[t], x, y));
     }
     store(error + j, sum);
   }
 }
 
 template <typename S>
-inline void update_mean(const float* mean, const Targets& targets, S stride, float* error, double* loss) {
+inline void update_mean(const float* mean, const Targets& targets, S stride, float* error, bool first,
+                        double* loss) {
   switch (targets.number) {
-    case 1: return update_mean_of<1>(mean, targets, stride, error, loss);
-    case 2: return update_mean_of<2>(mean, targets, stride, error, loss);
-    case 3: return update_mean_of<3>(mean, targets, stride, error, loss);
-    case 4: return update_mean_of<4>(mean, targets, stride, error, loss);
-    case 5: return update_mean_of<5>(mean, targets, stride, error, loss);
-    case 6: return update_mean_of<6>(mean, targets, stride, error, loss);
-    case 7: return update_mean_of<7>(mean, targets, stride, error, loss);
-    case 8: return update_mean_of<8>(mean, targets, stride, error, loss);
+    case 1: return update_mean_of<1>(mean, targets, stride, error, first, loss);
+    case 2: return update_mean_of<2>(mean, targets, stride, error, first, loss);
+    case 3: return update_mean_of<3>(mean, targets, stride, error, first, loss);
+    case 4: return update_mean_of<4>(mean, targets, stride, error, first, loss);
+    case 5: return update_mean_of<5>(mean, targets, stride, error, first, loss);
+    case 6: return update_mean_of<6>(mean, targets, stride, error, first, loss);
+    case 7: return update_mean_of<7>(mean, targets, stride, error, first, loss);
+    case 8: return update_mean_of<8>(mean, targets, stride, error, first, loss);
   }
 }
 
@@ -167,21 +194,27 @@ template <typename S, typename F>
 inline void for_blocks(S stride, F&& body) {
   constexpr int64_t lanes = kLanes<float>;
   int64_t j = 0;
+  if constexpr (std::is_same_v<S, Stride<kUsualStride>>) {
+    for (; j < stride; j += 7 * lanes) body(j, std::integral_constant<int, 7>{});
+    return;
+  }
   for (; j + 8 * lanes <= stride; j += 8 * lanes) body(j, std::integral_constant<int, 8>{});
   for (; j + 4 * lanes <= stride; j += 4 * lanes) body(j, std::integral_constant<int, 4>{});
   for (; j < stride; j += lanes) body(j, std::integral_constant<int, 1>{});
 }
 
-// sum += all rows
+// mean = the sum of rows * factor, added to what it is unless they are the first.
 template <typename S>
-inline void add_rows(float* const* rows, int64_t number, S stride, float* sum) {
+inline void add_rows(float* const* rows, int64_t number, float factor, bool first, S stride, float* mean) {
   for_blocks(stride, [&](int64_t j, auto vectors) {
-    Floats x[vectors];
-    for (int v = 0; v < vectors; ++v) x[v] = load(sum + j + v * kLanes<float>);
+    Floats sums[vectors] = {};
     for (int64_t k = 0; k < number; ++k) {
-      for (int v = 0; v < vectors; ++v) x[v] += load(rows[k] + j + v * kLanes<float>);
+      for (int v = 0; v < vectors; ++v) sums[v] += load(rows[k] + j + v * kLanes<float>);
     }
-    for (int v = 0; v < vectors; ++v) store(sum + j + v * kLanes<float>, x[v]);
+    for (int v = 0; v < vectors; ++v) {
+      float* const to = mean + j + v * kLanes<float>;
+      store(to, first ? sums[v] * factor : multiply_add(sums[v], all(factor), load(to)));
+    }
   });
 }
 
@@ -198,15 +231,9 @@ inline void move_rows(float* const* rows, int64_t number, S stride, const float*
   });
 }
 
-// out = a + b * factor
 template <typename S>
-inline void sum_of(const float* a, const float* b, float factor, S stride, float* out) {
-  for (int64_t j = 0; j < stride; j += kLanes<float>) store(out + j, multiply_add(load(b + j), all(factor), load(a + j)));
-}
-
-template <typename S>
-inline void clear(float* row, S stride) {
-  for (int64_t j = 0; j < stride; j += kLanes<float>) store(row + j, Floats{});
+inline void sum_of(const float* a, const float* b, S stride, float* out) {
+  for (int64_t j = 0; j < stride; j += kLanes<float>) store(out + j, load(a + j) + load(b + j));
 }
 
 }  // namespace embax::EMBAX_ISA

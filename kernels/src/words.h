@@ -128,15 +128,18 @@ class TextPart {
     return window;
   }
 
-  // The rows that a window needs for the first time, besides its noise.
+  // The rows, besides its noise, that a window is the first to need; for those of contexts, a window more in advance.
   void fetch_for(int64_t c) const {
     fetch(output(kept_[c]));
     const bool centre = w_.starts && !w_.cbow;
-    const int64_t entering = centre ? c : c + w_.window;
-    if (entering < length_) {
+    const int64_t entering = c + w_.window + 1;
+    if (centre) for_rows_of(kept_[c], [&](float* row) { fetch(row); });
+    if (entering >= length_) return;
+    if (centre) {
+      fetch(output(kept_[entering]));
+    } else {
       for_rows_of(kept_[entering], [&](float* row) { fetch(row); });
     }
-    if (centre && c + w_.window < length_) fetch(output(kept_[c + w_.window]));
   }
 
   void train_skipgram(int64_t c, const Window& window, double* loss) {
@@ -148,7 +151,7 @@ class TextPart {
     for (int64_t block = 0, at = 0; block < blocks; ++block) {
       const int64_t block_end = piece_end(number, blocks, block);
       for (int64_t group = 0, t = 0; group < groups; ++group) {
-        targets_.clear();
+        targets_.clear(rate_, 1);
         for (const int64_t end = piece_end(targets, groups, group); t < end; ++t) add_target(c, window, t);
         update_pairs(contexts_ + at, block_end - at, targets_, stride_, errors_, loss);
       }
@@ -162,12 +165,14 @@ class TextPart {
         if (j != c) for_rows_of(kept_[j], body);
       }
     };
-    take_mean(contexts, current_);
+    int64_t rows = 0;
+    for (int64_t j = window.first; j <= window.last; ++j) rows += j != c ? rows_of(kept_[j]) : 0;
+    take_mean(contexts, rows, mean_);
     const int64_t targets = 1 + w_.negative, groups = pieces_of(targets, kSlots);
     for (int64_t group = 0, t = 0; group < groups; ++group) {
-      targets_.clear();
+      targets_.clear(rate_, 1);
       for (const int64_t end = piece_end(targets, groups, group); t < end; ++t) add_target(c, window, t);
-      update_mean(current_, targets_, stride_, error_, loss);
+      update_mean(mean_, targets_, stride_, error_, group == 0, loss);
     }
     by_lists(contexts, [&](int64_t number) { move_rows(list_, number, stride_, error_); });
   }
@@ -175,46 +180,51 @@ class TextPart {
   // Target 0 is the centre, the others are noise. Noise that is the centre does not count.
   void add_target(int64_t c, const Window& window, int64_t t) {
     const int32_t word = t ? window.noise[t - 1] : kept_[c];
-    targets_.add(output(word), t ? 0.0f : 1.0f, t && word == kept_[c] ? 0.0f : 1.0f, rate_);
+    if (t) {
+      targets_.add_noise(output(word), word == kept_[c] ? 0.0f : 1.0f);
+    } else {
+      targets_.add(output(word));
+    }
   }
 
   // The mean of the centre's rows with the words around it and with noise. As in fastText, each row moves as the mean
   // has to. Up to kPooled contexts share noise words, which count once for each context that is another word.
   void train_subwords(int64_t c, const Window& window, double* loss) {
     const auto centre = [&](auto&& body) { for_rows_of(kept_[c], body); };
-    take_mean(centre, mean_);
+    take_mean(centre, rows_of(kept_[c]), mean_);
     const int64_t number = window.contexts(), blocks = pieces_of(number, kPooled);
     for (int64_t block = 0, at = 0; block < blocks; ++block) {
       const int64_t block_end = piece_end(number, blocks, block), contexts = block_end - at;
       const int64_t targets = contexts + w_.negative, groups = pieces_of(targets, kSlots);
-      sum_of(mean_, error_, 1, stride_, current_);
+      const float* mean = mean_;
+      if (block) sum_of(mean_, error_, stride_, current_), mean = current_;
       for (int64_t group = 0, t = 0; group < groups; ++group) {
-        targets_.clear();
+        targets_.clear(rate_, static_cast<float>(contexts));
         for (const int64_t end = piece_end(targets, groups, group); t < end; ++t) {
           if (t < contexts) {
-            targets_.add(output(context(c, window, at + t)), 1, 1, rate_);
+            targets_.add(output(context(c, window, at + t)));
             continue;
           }
           const int32_t word = window.noise[block * w_.negative + t - contexts];
           int64_t others = 0;
           for (int64_t k = at; k < block_end; ++k) others += context(c, window, k) != word;
-          targets_.add(output(word), 0, static_cast<float>(others), rate_);
+          targets_.add_noise(output(word), static_cast<float>(others) / static_cast<float>(contexts));
         }
-        update_mean(current_, targets_, stride_, error_, loss);
+        update_mean(mean, targets_, stride_, error_, group == 0 && block == 0, loss);
       }
       at = block_end;
     }
     by_lists(centre, [&](int64_t number) { move_rows(list_, number, stride_, error_); });
   }
 
-  // The mean of rows, and an error of zero for it.
   template <typename R>
-  void take_mean(R&& rows, float* mean) {
-    int64_t count = 0;
-    clear(mean, stride_);
-    by_lists(rows, [&](int64_t number) { add_rows(list_, number, stride_, mean), count += number; });
-    clear(error_, stride_);
-    sum_of(error_, mean, 1.0f / static_cast<float>(count), stride_, mean);
+  void take_mean(R&& rows, int64_t count, float* mean) {
+    const float factor = 1.0f / static_cast<float>(count);
+    bool first = true;
+    by_lists(rows, [&](int64_t number) {
+      add_rows(list_, number, factor, first, stride_, mean);
+      first = false;
+    });
   }
 
   // body(number) with `number` rows in the list, until all have been there.
@@ -242,6 +252,8 @@ class TextPart {
     const int64_t length = smaller(stride_, kFetched);
     for (int64_t j = 0; j < length; j += 16) __builtin_prefetch(row + j, 1, 3);
   }
+
+  int64_t rows_of(int64_t word) const { return w_.starts ? w_.starts[word + 1] - w_.starts[word] : 1; }
 
   template <typename F>
   void for_rows_of(int64_t word, F&& body) const {
