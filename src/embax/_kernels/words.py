@@ -75,7 +75,10 @@ def train_words(
     """
     if not available():
         raise RuntimeError("`embax-kernels` must be installed and switched on to train by the native kernel.")
-    outs = [*(jax.ShapeDtypeStruct(table.shape, table.dtype) for table in tables), jax.ShapeDtypeStruct((2,), jnp.float32)]
+    outs = [
+        *(jax.ShapeDtypeStruct(table.shape, table.dtype) for table in tables),
+        jax.ShapeDtypeStruct((2,), jnp.float32),
+    ]
     *new, loss = call(
         "train_words",
         outs,
