@@ -2,9 +2,9 @@ import gzip
 import io
 import lzma
 import sys
-import tracemalloc
 
 import pytest
+import traced
 from damage import damages, seeds, told
 
 from embax import files
@@ -82,12 +82,17 @@ def test_read_text_of_any_damage_gives_text_or_a_format_error(tmp_path, packer, 
 def test_read_text_holds_a_small_part_of_a_large_file(tmp_path):
     path = tmp_path / "bomb.gz"
     path.write_bytes(gzip.compress(b"a" * 100_000_000, 1))
-    tracemalloc.start()
-    try:
-        assert sum(map(len, files.read_text(path))) == 100_000_000
-        assert tracemalloc.get_traced_memory()[1] < 20_000_000
-    finally:
-        tracemalloc.stop()
+    peak, length = traced.traced(
+        """
+        from embax import files
+
+        lengths = []
+        found = [peak(lambda: lengths.append(sum(map(len, files.read_text(sys.argv[1]))))), *lengths]
+        """,
+        path,
+    )
+    assert length == 100_000_000
+    assert peak < 20_000_000
 
 
 def test_read_text_of_a_missing_file_and_of_a_directory_is_the_systems_error(tmp_path):

@@ -24,6 +24,11 @@ def tables():
     return [Table(jnp.asarray(rng.normal(size=(ROWS, 3)), jnp.float32), **rules) for rules in RULES]
 
 
+def squash(x):
+    """Keep a number below 1. The derivatives of tanh, 1 - tanh(x)**2 and on, would cancel in float32."""
+    return x * lax.rsqrt(1 + x * x)
+
+
 # ---- Leaves: functions of one table, ids and a number.
 
 READS = {
@@ -58,7 +63,7 @@ LEAVES = READS | HEADS | DENSE
 def of_carried_tables(f, g):
     def step(carry, ids):
         tables, x = carry
-        return (tables, jnp.tanh(x + f(tables, ids, x))), None
+        return (tables, squash(x + f(tables, ids, x))), None
 
     return lambda t, ids, x: lax.scan(step, (t, x), some_ids(ids))[0][1]
 
@@ -109,20 +114,18 @@ def scan(step, x, ids, **options):
 
 NODES = {
     "sum": lambda f, g: lambda t, i, x: f(t, i, x) + g(t, i, jnp.sin(x)),
-    "chain": lambda f, g: lambda t, i, x: f(t, i, jnp.tanh(g(t, i, x))),
+    "chain": lambda f, g: lambda t, i, x: f(t, i, squash(g(t, i, x))),
     "jit": lambda f, g: jax.jit(f),
     "checkpoint": lambda f, g: jax.checkpoint(f),
     "checkpoint policy": lambda f, g: jax.checkpoint(f, policy=jax.checkpoint_policies.dots_saveable),
-    "scan": lambda f, g: lambda t, i, x: scan(lambda c, j: (jnp.tanh(c + f(t, j, c + 1)), g(t, j, c)), x, i)[0],
+    "scan": lambda f, g: lambda t, i, x: scan(lambda c, j: (squash(c + f(t, j, c + 1)), g(t, j, c)), x, i)[0],
     "scan stacked": lambda f, g: lambda t, i, x: (scan(lambda c, j: (c + 0.1, f(t, j, c)), x, i)[1] ** 2).sum(),
     "scan reverse": lambda f, g: (
-        lambda t, i, x: scan(lambda c, j: (jnp.tanh(c + f(t, j, c)), None), x, i, reverse=True, unroll=2)[0]
+        lambda t, i, x: scan(lambda c, j: (squash(c + f(t, j, c)), None), x, i, reverse=True, unroll=2)[0]
     ),
     "scan of carried tables": of_carried_tables,
     "map": lambda f, g: lambda t, i, x: lax.map(lambda j: f(t, j, x), some_ids(i), batch_size=2).sum(),
-    "fori_loop": lambda f, g: (
-        lambda t, i, x: lax.fori_loop(0, 3, lambda k, c: jnp.tanh(c + f(t, (i + k) % ROWS, c)), x)
-    ),
+    "fori_loop": lambda f, g: lambda t, i, x: lax.fori_loop(0, 3, lambda k, c: squash(c + f(t, (i + k) % ROWS, c)), x),
     "vmap": lambda f, g: lambda t, i, x: jax.vmap(lambda j: f(t, j, x))(some_ids(i)).sum(),
     "vmap both": lambda f, g: (
         lambda t, i, x: jax.vmap(lambda j, y: f(t, j, y), (1, 0))(some_ids(i, 1), some_numbers(x)).prod()
@@ -133,13 +136,13 @@ NODES = {
     "switch": lambda f, g: lambda t, i, x: lax.switch(i[0] % 3, [f, lambda t, i, x: x, g], t, i, x),
     "custom_vjp": custom_vjp,
     "custom_jvp": custom_jvp,
-    "inner gradient": lambda f, g: lambda t, i, x: jnp.tanh(jax.grad(f, 2)(t, i, x)),
+    "inner gradient": lambda f, g: lambda t, i, x: squash(jax.grad(f, 2)(t, i, x)),
     "inner value_and_grad": lambda f, g: lambda t, i, x: sum(jax.value_and_grad(f, 2)(t, i, x)),
     "halved": lambda f, g: lambda t, i, x: f(jax.tree.map(lambda w: 0.5 * w, t), i, x),
 }
 
 
-def loop(f, step=lambda x, y: jnp.tanh(x + y), ids=some_ids):
+def loop(f, step=lambda x, y: squash(x + y), ids=some_ids):
     """A loop of Python in the place of a scan."""
 
     def loss(t, i, x):

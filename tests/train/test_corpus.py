@@ -1,91 +1,20 @@
-import itertools
-import unicodedata
-
 import numpy as np
 import pytest
+from corpora import ids_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from embax import train
+from embax.train import _corpus
 from embax.train._corpus import BREAK, encode
-from embax.train._parts import WHOLE
-
-
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("", []),
-        (" \n\n -- ... !", []),
-        ("To be, or not to be--that's", ["to", "be", "or", "not", "to", "be", "that's"]),
-        ("'Tis the dogs' _day_", ["tis", "the", "dogs", "day"]),
-        ("in 1984 B2B a_b", ["in", "1984", "b2b", "a", "b"]),
-        ("Don\u2019t DON'T", ["don't", "don't"]),
-        ("Caf\u00e9 CAFE\u0301", ["caf\u00e9", "caf\u00e9"]),
-        ("\ufeffstart", ["start"]),
-        ("हिन्दी में", ["हिन्दी", "में"]),  # vowel signs and viramas are combining marks
-        ("Привет, мир", ["привет", "мир"]),
-        ("İstanbul", ["i\u0307stanbul"]),
-        ("ශ්\u200dරී ලංකා ක්\u200dෂණ", ["ශ්\u200dරී", "ලංකා", "ක්\u200dෂණ"]),  # Sinhala joins letters by ZWJ
-        ("র\u200d্যাব ও ব\u200cয", ["র\u200d্যাব", "ও", "ব\u200cয"]),
-        ("می\u200cخواهم به خانه\u200cها", ["می\u200cخواهم", "به", "خانه\u200cها"]),  # noqa: RUF001
-        ("नम\u094dस\u200dते\u200c\u200dजी", ["नम\u094dस\u200dते\u200c\u200dजी"]),
-        ("\u200cمی\u200c خواهم\u200d. \u200d \u200c-\u200d", ["می", "خواهم"]),
-        (
-            "l\u200c'\u200dété l'\u200cété aujourd\u200d\u2019hui",
-            ["l\u200c'\u200dété", "l'\u200cété", "aujourd\u200d'hui"],
-        ),
-        ("Donau\u00addampf\u00adschiff, Don\u00ad't", ["donaudampfschiff", "don't"]),
-        ("\u00adsoft\u00ad \u00ad hy\u00ad\u00adphen\u00ad\nend", ["soft", "hyphen", "end"]),
-        ("caf e\u00ad\u0301t cafe\u00ad\u0301", ["caf", "ét", "café"]),
-        ("می\u00ad\u200cخواهم", ["می\u200cخواهم"]),  # noqa: RUF001
-        ("👩\u200d🚀 a\u200d👩", ["a"]),
-    ],
-)
-def test_tokenize_finds_lower_cased_words(text, words):
-    assert list(train.tokenize([text])) == ([words] if words else [])
-
-
-def test_tokenize_takes_time_by_the_length_of_what_joins():
-    # By its square, that would be minutes.
-    text = ("a" + "\u200c" * 50_000 + "'" + "\u200d" * 50_000 + " ") * 2
-    assert list(train.tokenize([text])) == [["a", "a"]]
-
-
-def test_tokenize_ends_a_sequence_at_a_blank_line():
-    text = "one\ntwo\n\n\nthree\r\n \t\r\nfour\n"
-    assert list(train.tokenize([text])) == [["one", "two"], ["three"], ["four"]]
-
-
-@settings(deadline=None)
-@given(st.text(alphabet="ab\u00e9'\u2019 \n_", max_size=60), st.lists(st.integers(0, 60), max_size=5))
-def test_tokenize_does_not_depend_on_where_the_text_is_cut(text, cuts):
-    text = unicodedata.normalize("NFC", text)
-    ends = [0, *sorted(cuts), len(text)]
-    pieces = [text[first:last] for first, last in itertools.pairwise(ends)]
-    assert list(train.tokenize(pieces)) == list(train.tokenize([text]))
-
-
-@pytest.mark.parametrize("space", [" ", "\n"])
-def test_tokenize_cuts_an_endless_paragraph_between_words(space):
-    words = [f"word{number}" for number in range(300_000)]
-    text = space.join(words)
-    pieces = [text[first : first + 1000] for first in range(0, len(text), 1000)]
-    sequences = list(train.tokenize(pieces))
-    assert 2 <= len(sequences) <= 5
-    assert [word for sequence in sequences for word in sequence] == words
-
-
-def test_tokenize_does_not_hold_a_word_without_an_end():
-    sequences = train.tokenize("x" * 1000 for _ in range(5000))
-    assert max(len(word) for words in sequences for word in words) < 2_000_000
+from embax.train._parts import WHOLE, Parts
 
 
 def test_encode_orders_by_count_and_then_by_spelling():
     (corpus,) = encode([["b", "a", "c", "rare"], ["c", "c", "a", "b"]], 2, WHOLE)
     assert corpus.tokens == ["c", "a", "b"]
     np.testing.assert_array_equal(corpus.counts, [3, 2, 2])
-    np.testing.assert_array_equal(corpus.ids, [2, 1, 0, BREAK, 0, 0, 1, 2, BREAK])
-    assert corpus.ids.dtype == np.int32
+    assert ids_of(corpus) == [2, 1, 0, BREAK, 0, 0, 1, 2, BREAK]
 
 
 @settings(deadline=None)
@@ -99,7 +28,7 @@ def test_encode_keeps_exactly_the_words_that_occur_often_enough(sequences, min_c
         return
     (corpus,) = encode(sequences, min_count, WHOLE)
     decoded = [[]]
-    for row in corpus.ids.tolist():
+    for row in ids_of(corpus):
         decoded.append([]) if row == BREAK else decoded[-1].append(corpus.tokens[row])
     assert decoded[:-1] == kept
     assert corpus.counts.tolist() == [words.count(token) for token in corpus.tokens]
@@ -112,14 +41,118 @@ def test_encode_says_why_a_corpus_is_empty():
         encode([["a", "b"], ["a"]], 5, WHOLE)
 
 
-def test_encode_refuses_a_string_for_a_sequence():
-    with pytest.raises(TypeError, match="got the string 'to be'"):
-        encode(["to be"], 1, WHOLE)
+def parts_without_others(number):
+    return Parts(None, number, tuple(range(number)))
 
 
-def test_paragraphs_are_cut_as_tokenize_cuts_them():
-    text = "One two.\n\n***\n\nThree,\nfour.\n \nKing's"
-    pieces = [text[i : i + 5] for i in range(0, len(text), 5)]
-    words = [list(paragraph) for paragraph in train.paragraphs(pieces)]
-    assert words == [["one", "two"], [], ["three", "four"], ["king's"]]
-    assert [each for each in words if each] == list(train.tokenize(pieces))
+def test_blocks_yields_pieces_of_a_corpus_from_any_id():
+    (corpus,) = encode([["a"] * 4, ["b"] * 3, [], ["a"]], 1, WHOLE)
+    whole = [0] * 4 + [BREAK] + [1] * 3 + [BREAK, BREAK, 0, BREAK]
+    assert corpus.length == len(whole)
+    for size, start in ((1, 0), (5, 0), (5, 3), (100, 11), (5, 12)):
+        blocks = list(corpus.blocks(size, start))
+        assert [x for block in blocks for x in block] == whole[start:]
+        assert all(len(block) == size for block in blocks[:-1])
+        assert all(block.dtype == np.int32 for block in blocks)
+
+
+def test_encode_takes_integers_for_their_spelling():
+    sequences = [[7, 12, "12"], np.asarray([7, 300, -1]), (np.int64(12),), iter(["7", 300])]
+    (corpus,) = encode(sequences, 2, WHOLE)
+    assert (corpus.tokens, corpus.counts.tolist()) == (["12", "7", "300"], [3, 3, 2])
+    assert ids_of(corpus) == [1, 0, 0, BREAK, 1, 2, BREAK, 0, BREAK, 1, 2, BREAK]
+
+
+@pytest.mark.parametrize(
+    ("sequences", "match"),
+    [
+        (["to be"], "got the string 'to be'"),
+        ([b"to be"], "got the string b'to be'"),
+        ([["a"], 3], r"cbow\(sequences=.* must be sequences of words, got the item 3"),
+        ([["a", 1.5]], "strings or integers, got the float 1.5"),
+        ([["a", None]], "got the NoneType None"),
+        ([[True]], "got the bool True"),
+        ([[b"a"]], "got the bytes b'a'"),
+        ([["a", ["b"]]], "unhashable"),
+    ],
+)
+def test_encode_refuses_other_sequences_and_items(sequences, match):
+    with pytest.raises(TypeError, match=match):
+        encode(sequences, 1, WHOLE, call="embax.train.cbow")
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    """Number 4 words at a time, and keep 4 in memory."""
+    monkeypatch.setattr(_corpus, "_CHUNK", 4)
+    monkeypatch.setattr(_corpus, "IN_MEMORY", 16)
+
+
+SEQUENCES = [["a", "b", "a", "c"], ["d"], ["a", "e", "b"], [], ["f", "a", "b", "b", "g", "a"], ["c", "h", "a"]]
+
+
+@pytest.mark.parametrize("number", [1, 3])
+def test_encode_gives_the_same_out_of_a_temporary_file(number, small_chunks, monkeypatch):
+    parts = parts_without_others(number)
+    found = encode(SEQUENCES, 2, parts)
+    monkeypatch.undo()
+    for part, expected in zip(found, encode(SEQUENCES, 2, parts), strict=True):
+        assert (
+            (part.tokens, part.counts.tolist())
+            == (expected.tokens, expected.counts.tolist())
+            == (["a", "b", "c"], [6, 4, 2])
+        )
+        assert ids_of(part, 3) == ids_of(expected)
+
+
+def test_encode_prunes_the_least_frequent_words(small_chunks):
+    # Frequent words stay, though hundreds of others come once; each time, those that came first are dropped.
+    rare = iter(range(1000))
+    sequences = [["a", "b", "a", str(next(rare)), str(next(rare)), str(next(rare))] for _ in range(200)]
+    (corpus,) = encode(sequences, 1, WHOLE, max_vocabulary=8)
+    assert corpus.tokens[:2] == ["a", "b"]
+    assert corpus.counts[:2].tolist() == [400, 200]
+    assert 4 <= len(corpus.tokens) <= 8
+    assert all(int(token) > 580 for token in corpus.tokens[2:])
+    ids = np.asarray(ids_of(corpus))
+    assert np.bincount(ids[ids != BREAK]).tolist() == corpus.counts.tolist()
+    assert (ids == BREAK).sum() == 200
+    assert ids[:4].tolist() == [0, 1, 0, BREAK]  # its rare words are gone
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    st.lists(st.lists(st.sampled_from("aaaabbbcdefghijklmnop"), max_size=12), max_size=12),
+    st.integers(1, 6),
+    st.sampled_from([1, 2]),
+)
+def test_encode_prunes_alike_in_every_part(sequences, most, number):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_corpus, "_CHUNK", 3)
+        patch.setattr(_corpus, "IN_MEMORY", 8)
+        try:
+            corpora = encode(sequences, 1, parts_without_others(number), max_vocabulary=most)
+        except train.CorpusError:
+            assert not any(sequences)
+            return
+    tokens = corpora[0].tokens
+    assert 1 <= len(tokens) <= most
+    ids = [np.asarray(ids_of(corpus), int) for corpus in corpora]
+    counts = sum(np.bincount(each[each != BREAK], minlength=len(tokens)) for each in ids)
+    assert counts.tolist() == corpora[0].counts.tolist()
+    for part, each in enumerate(ids):
+        own = sequences[part::number]
+        found = [[]]
+        for row in each:
+            found.append([]) if row == BREAK else found[-1].append(tokens[row])
+        assert len(found) - 1 == len(own)
+        # What is left of a sequence stands in its order.
+        for some, whole in zip(found, own, strict=False):
+            rest = iter(whole)
+            assert all(word in rest for word in some)
+
+
+def test_encode_numbers_a_sequence_without_holding_it(small_chunks):
+    (corpus,) = encode([(str(number % 5) for number in range(1000))], 1, WHOLE)
+    assert corpus.counts.tolist() == [200] * 5
+    assert ids_of(corpus) == [*[number % 5 for number in range(1000)], BREAK]

@@ -7,20 +7,23 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from cli_runs import assert_one_line, run
+from corpora import ids_of
 
-from embax import train, unshard
+from embax import train
 from embax.cli import _processes
 from embax.cli._common import UserError
-from embax.train import _corpus, _skipgram
+from embax.train import _segments, _text, _xla
 from embax.train._corpus import BREAK, encode
+from embax.train._engine import Options
 from embax.train._parts import WHOLE, Parts, parts_of
-from embax.train._windows import batches
+from embax.train._segments import Shape, batches
 from embax.vectors import Vectors
 
 # Seconds in which each process has to end, so that one that hangs is a failure.
@@ -58,7 +61,7 @@ def test_encode_parts_deals_out_the_sequences():
     assert [part.tokens for part in parts] == [["b", "a"]] * 3 == [whole.tokens] * 3
     assert [part.counts.tolist() for part in parts] == [[3, 2]] * 3
     a, b = 1, 0
-    assert [part.ids.tolist() for part in parts] == [[a, b, BREAK, b, BREAK], [b, BREAK, a, BREAK], [BREAK, BREAK]]
+    assert [ids_of(part) for part in parts] == [[a, b, BREAK, b, BREAK], [b, BREAK, a, BREAK], [BREAK, BREAK]]
 
 
 def test_encode_parts_counts_the_words_of_all_processes(monkeypatch):
@@ -70,43 +73,69 @@ def test_encode_parts_counts_the_words_of_all_processes(monkeypatch):
     (corpus,) = encode(sequences, 1, second)  # it hears of the first one's
     whole = encode(sequences, 1, WHOLE)[0]
     assert (corpus.tokens, corpus.counts.tolist()) == (whole.tokens, whole.counts.tolist())
-    assert [corpus.tokens[row] for row in corpus.ids if row != BREAK] == ["b", "é\n", "a", "a"]
+    assert [corpus.tokens[row] for row in ids_of(corpus) if row != BREAK] == ["b", "é\n", "a", "a"]
 
 
 def test_encode_parts_looks_for_the_words_of_its_own_parts_only(monkeypatch):
-    seen, words_of = [], _corpus._words_of
-    monkeypatch.setattr(_corpus, "_words_of", lambda text: seen.append(text) or words_of(text))
+    seen, words_of = [], _text.words_of
+    monkeypatch.setattr(_text, "words_of", lambda text: seen.append(text) or words_of(text))
     encode(train.paragraphs(["a\n\nb\n\na c\n\nd"]), 1, part_of_process(2, (1,)))
     assert seen == ["b", "d"]
 
 
-def test_batches_of_parts_take_every_word_once_an_epoch():
-    sequences = [[f"{number}"] * (1 + 7 * (number % 3)) for number in range(500)]
-    parts = part_of_process(3, (0, 1, 2))
+def split_into(number, sequences):
+    parts = part_of_process(number, tuple(range(number)))
     corpora = encode(sequences, 1, parts)
-    rngs = np.random.default_rng(0).spawn(3)
-    windows = list(batches(corpora, parts, 2, 2, np.inf, rngs))
-    centres = np.concatenate([part.centres.ravel() for part in windows])
-    assert np.bincount(centres, minlength=501)[:500].tolist() == (2 * corpora[0].counts).tolist()
-    assert windows[-1].words == 2 * corpora[0].counts.sum()
-    assert {part.centres.shape for part in windows} == {(16, 33)}
+    return parts, corpora, np.ones(len(corpora[0].tokens))
+
+
+def test_batches_of_parts_take_every_word_once():
+    sequences = [[f"{number}"] * (1 + 7 * (number % 3)) for number in range(500)]
+    parts, corpora, kept = split_into(3, sequences)
+    found = list(batches(corpora, parts, kept, Shape(4, 2, 10), 0, 1))
+    tokens = np.stack([batch.tokens for batch in found])
+    tokens = np.where(tokens < 0, ~tokens, tokens)
+    assert tokens.shape[1:] == (4, 6, 10)
+    assert np.bincount(tokens.ravel(), minlength=501)[:500].tolist() == corpora[0].counts.tolist()
+    assert sum(batch.words for batch in found) == corpora[0].counts.sum()
     of_part = [
-        {int(corpora[0].tokens[row]) % 3 for row in part.ravel() if row < 500}
-        for part in np.split(windows[0].centres, 3, 1)
+        {int(corpora[0].tokens[row]) % 3 for row in part.ravel() if row < 500} for part in np.split(tokens, 3, axis=2)
     ]
     assert of_part == [{0}, {1}, {2}]
 
 
-@pytest.mark.parametrize("skip", [1, 3, 4])
-def test_batches_of_parts_go_on_as_they_would_have(skip):
-    (corpus,) = encode([["a", "b"] * 700, ["c"] * 13], 1, WHOLE)
-    whole = list(batches([corpus], WHOLE, 2, 2, 0.3, [np.random.default_rng(1)]))
-    rest = list(batches([corpus], WHOLE, 2, 2, 0.3, [np.random.default_rng(1)], skip))
-    assert len(rest) == len(whole) - skip
-    for one, other in zip(rest, whole[skip:], strict=True):
-        assert one[:3] == other[:3]
-        np.testing.assert_array_equal(one.centres, other.centres)
-        np.testing.assert_array_equal(one.contexts, other.contexts)
+def test_batches_of_processes_are_those_of_one(monkeypatch):
+    """With blocks of different sizes, and none for one of the processes at the end."""
+    monkeypatch.setattr(_segments, "_BLOCK", 40)
+    sequences = [[f"{number}"] * (1 + 20 * (number % 2)) for number in range(10)]
+    parts, corpora, kept = split_into(2, sequences)
+    whole = list(batches(corpora, parts, kept, Shape(2, 1, 8), 0, 1))
+    barrier, told = threading.Barrier(2, timeout=LIMIT), {}
+
+    class Half(Parts):
+        """The parts of one of two processes, which are threads here."""
+
+        is_shared = property(lambda self: True)
+
+        def gather(self, data):
+            told[self.own] = data
+            barrier.wait()
+            found = [told[key] for key in sorted(told)]
+            barrier.wait()
+            return found
+
+    def half(number):
+        return list(batches([corpora[number]], Half(None, 2, (number,)), kept, Shape(2, 1, 8), 0, 1))
+
+    with concurrent.futures.ThreadPoolExecutor() as threads:
+        halves = zip(*threads.map(half, range(2)), strict=True)
+    count = 0
+    for both, (one, other) in zip(whole, halves, strict=True):
+        count += 1
+        assert both.words == one.words == other.words
+        assert both.steps == one.steps == other.steps
+        np.testing.assert_array_equal(both.tokens, np.concatenate([one.tokens, other.tokens], axis=1))
+    assert count > 5
 
 
 @pytest.mark.parametrize(
@@ -120,22 +149,23 @@ def test_skipgram_refuses_what_is_no_mesh(mesh, error, match):
 # --- A step on a mesh ---
 
 
-def test_train_on_a_mesh_equals_train_without_one():
+@pytest.mark.parametrize("model", ["skipgram", "cbow"])
+def test_train_on_a_mesh_equals_train_without_one(model):
     parts = parts_of("test", mesh())
     assert (parts.number, parts.own) == (4, (0, 1, 2, 3))
     corpora = encode(paragraphs(SHORT), 1, parts)
-    rows, dim, negative, rate = len(WORDS), OPTIONS["dim"], 5, np.float32(0.5)
-    *_, centres, contexts = next(batches(corpora, parts, 5, 1, np.inf, np.random.default_rng(0).spawn(parts.number)))
-    assert (centres < rows).sum() == corpora[0].counts.sum() < centres.size  # the rest is padding
-    noise, key = _skipgram._noise(corpora[0].counts), jax.random.key(1)
-    start = _skipgram._start(key, rows, dim)
-    expected, loss = _skipgram._train(start, noise, jnp.asarray(centres), jnp.asarray(contexts), rate, negative)
-    state = _skipgram._start(key, rows, dim, parts)
-    assert {shard.data.shape for shard in state.inputs.weight.addressable_shards} == {(13, dim)}
-    arrays = parts.everywhere(noise), parts.split(centres), parts.split(contexts)
-    state, same_loss = _skipgram._train(state, *arrays, rate, negative)
-    for one, other in zip(unshard(state[:2]), expected[:2], strict=True):
-        np.testing.assert_allclose(one.weight, other.weight, rtol=1e-4, atol=1e-5)  # float32
+    options = Options(dim=6, window=5, negative=5, model=model, sample=np.inf, seed=0)
+    engine, alone = _xla.Xla(corpora, parts, options), _xla.Xla(corpora[:1], WHOLE, options)
+    rng = np.random.default_rng(0)
+    weights = tuple(rng.normal(size=(len(WORDS), 6)).astype(np.float32) for _ in range(2))
+    state = engine.start(weights)
+    assert {shard.data.shape for shard in state.inputs.weight.addressable_shards} == {(13, 6)}
+    (batch,) = engine.batches(1)
+    assert batch.words == corpora[0].counts.sum() < batch.tokens.size  # the rest is padding
+    state, same_loss = engine.run(state, batch, (0.5, 0.1))
+    expected, loss = alone.run(alone.start(weights), batch, (0.5, 0.1))
+    for one, other in zip(engine.vectors(state), alone.vectors(expected), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)  # float32
     np.testing.assert_allclose(same_loss, loss, rtol=1e-5)  # float32
 
 
@@ -157,13 +187,13 @@ def stop_after(calls):
     return progress
 
 
-def test_skipgram_goes_on_from_a_checkpoint(tmp_path):
+def test_skipgram_goes_on_from_a_checkpoint(tmp_path, monkeypatch):
     pytest.importorskip("orbax.checkpoint")
     expected = train.skipgram(paragraphs(), **OPTIONS)
-    saved = {"checkpoint": tmp_path / "saved", "checkpoint_every": 33}
+    saved = {"checkpoint": tmp_path / "saved", "checkpoint_every": 65}
     with pytest.raises(Stopped):
-        train.skipgram(paragraphs(), **OPTIONS, **saved, progress=stop_after(7))
-    assert [path.name for path in (tmp_path / "saved").iterdir()] == ["6"]  # of 16 steps each
+        train.skipgram(paragraphs(), **OPTIONS, **saved, progress=stop_after(10))
+    assert [path.name for path in (tmp_path / "saved").iterdir()] == ["9"]  # of 32 steps each, in the second epoch
     reports = []
     resumed = train.skipgram(paragraphs(), **OPTIONS, **saved, progress=reports.append)
     np.testing.assert_array_equal(resumed.weight, expected.weight)
@@ -176,6 +206,9 @@ def test_skipgram_goes_on_from_a_checkpoint(tmp_path):
             train.skipgram(paragraphs(), **(OPTIONS | other), **saved)
     with pytest.raises(train.CheckpointError, match="another text"):
         train.skipgram(paragraphs(201), **OPTIONS, **saved)
+    monkeypatch.setattr(_xla.Xla, "name", "native")
+    with pytest.raises(train.CheckpointError, match=r"of the engine 'xla', and this run is of 'native'\. Choose"):
+        train.skipgram(paragraphs(), **OPTIONS, **saved)
 
 
 def test_skipgram_refuses_checkpoints_of_something_else(tmp_path):
@@ -265,19 +298,19 @@ def lose(number, end, call, text, *saved):
 def test_two_processes_go_on_from_one_and_give_what_one_gives(text, tmp_path):
     pytest.importorskip("orbax.checkpoint")
     calls, options = [], OPTIONS | {"mesh": mesh()}
-    saved = {"checkpoint": tmp_path / "saved", "checkpoint_every": 16}
+    saved = {"checkpoint": tmp_path / "saved", "checkpoint_every": 32}
     expected = train.skipgram(paragraphs(SHORT), **options, progress=calls.append)
     assert len(calls) == 2
     with pytest.raises(Stopped):
         train.skipgram(paragraphs(SHORT), **options, **saved, progress=stop_after(1))
     assert [path.name for path in (tmp_path / "saved").iterdir()] == ["1"]
-    output, flags = str(tmp_path / "v"), ["--checkpoint", str(tmp_path / "saved"), "--checkpoint-every", "16", "--json"]
+    output, flags = str(tmp_path / "v"), ["--checkpoint", str(tmp_path / "saved"), "--checkpoint-every", "32", "--json"]
     with begun(text, output, *flags) as processes:
         (out, err), other = (process.communicate(timeout=LIMIT) for process in processes)
     assert [process.returncode for process in processes] == [0, 0], err
     assert other == ("", NOTE + "\n")
     assert json.loads(out)["words"] == len(expected) == len(WORDS)
-    assert err.splitlines()[-1] == f"embax: wrote {output}: 50 words, 6 dimensions"
+    assert err.splitlines()[-1].startswith(f"embax: wrote {output}: 50 words, 6 dimensions, trained by xla at ")
     vectors = Vectors.load(output)
     assert vectors.vocabulary.tokens() == expected.vocabulary.tokens()
     np.testing.assert_array_equal(vectors.counts, expected.counts)
@@ -327,8 +360,8 @@ def test_errors_of_jax_that_mean_a_loss_are_told_from_others(monkeypatch, error,
 @pytest.mark.parametrize("number", [0, 1])
 def test_training_goes_on_from_before_the_loss_of_a_process(text, tmp_path, number):
     pytest.importorskip("orbax.checkpoint")
-    saved = {"checkpoint": str(tmp_path / "saved"), "checkpoint_every": 16}
-    lose(number, signal.SIGKILL, 2, text, "--checkpoint", saved["checkpoint"], "--checkpoint-every", "16")
+    saved = {"checkpoint": str(tmp_path / "saved"), "checkpoint_every": 32}
+    lose(number, signal.SIGKILL, 2, text, "--checkpoint", saved["checkpoint"], "--checkpoint-every", "32")
     assert [path.name for path in (tmp_path / "saved").iterdir()] == ["1"]
     expected = train.skipgram(paragraphs(SHORT), **OPTIONS, mesh=mesh())
     vectors = train.skipgram(paragraphs(SHORT), **OPTIONS, **saved, mesh=mesh())

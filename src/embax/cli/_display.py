@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -70,6 +70,7 @@ class Display:
             self._bar = Progress(*columns, console=console, transient=True)
             self._task = self._bar.add_task("", total=None)
         self._shown = -math.inf
+        self.words_per_second = 0.0  # of training, on average
 
     def __enter__(self) -> "Display":
         if self._bar is not None:
@@ -82,10 +83,12 @@ class Display:
         if self._bar is not None:
             self._bar.stop()
 
-    def reading(self, sequences: Iterable[list[str]]) -> Iterator[list[str]]:
-        """Pass sequences on, and report the number of words."""
+    def reading(self, sequences: Iterable[Iterable[Any]]) -> Iterator[list[Any]]:
+        """Pass on sequences that have words, and report the number of words."""
         words, self._shown = 0, time.monotonic()
-        for sequence in sequences:
+        for sequence in map(list, sequences):
+            if not sequence:
+                continue
             yield sequence
             words += len(sequence)
             if self._due():
@@ -94,6 +97,7 @@ class Display:
     def training(self, progress: "Progress") -> None:
         """Report the progress of training."""
         finished = progress.words == progress.total_words
+        self.words_per_second = progress.words_per_second
         if self._due() or finished:
             self._show(
                 f"epoch {progress.epoch}/{progress.epochs}, loss {float(progress.loss):.3f}, "

@@ -15,6 +15,7 @@ from ._common import (
     is_same_file,
     name_of,
     not_negative,
+    option_of,
     print_json,
     rule,
 )
@@ -29,7 +30,14 @@ _host_and_port = rule(
 
 
 def train(
-    text: Annotated[str, typer.Argument(help="UTF-8 text, plain or compressed with gzip or xz; - is standard input.")],
+    files: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="FILES...",
+            help="UTF-8 text, plain or compressed with gzip or xz, or parquet and Arrow files; - is standard input. A "
+            'pattern in quotes, such as "texts/**/*.gz", stands for all files that match.',
+        ),
+    ],
     output: Annotated[
         str,
         typer.Option(
@@ -37,7 +45,31 @@ def train(
         ),
     ],
     to: To = None,
-    dim: Annotated[int, typer.Option(callback=at_least_one, help="The size of a vector.")] = 100,
+    tokenizer: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="How text is cut: words (lower-cased), whitespace (split only), or a JSON file of the library "
+            "tokenizers.",
+        ),
+    ] = "words",
+    lines: Annotated[
+        bool, typer.Option("--lines", help="A line ends the context of a word. Default: a blank line.")
+    ] = False,
+    column: Annotated[
+        str | None,
+        typer.Option(
+            help="The column of parquet or Arrow files to read: of strings, or of lists of tokens or ids. Default: the "
+            "only one of these, or the one named text, tokens, words, ids or input_ids."
+        ),
+    ] = None,
+    model: Annotated[
+        str,
+        option_of("skipgram", "cbow", help="skipgram, or cbow: faster with the native engine, but it learns less."),
+    ] = "skipgram",
+    dim: Annotated[
+        int | None, typer.Option(callback=at_least_one, help="The size of a vector. Default: 100, or that of --from.")
+    ] = None,
     window: Annotated[
         int, typer.Option(callback=at_least_one, help="The most words on either side that are context.")
     ] = 5,
@@ -59,6 +91,31 @@ def train(
     seed: Annotated[
         int, typer.Option(callback=not_negative, help="The same seed gives the same file on the same machine.")
     ] = 0,
+    start: Annotated[
+        str | None,
+        typer.Option(
+            "--from",
+            metavar="FILE",
+            help="Vectors to continue from, of any format: known words begin at their vectors, and words that the text "
+            "lacks keep theirs.",
+        ),
+    ] = None,
+    engine: Annotated[
+        str,
+        option_of(
+            "auto",
+            "native",
+            "xla",
+            help="native, the kernel of embax-kernels for one process on a CPU; xla, for every platform; or auto.",
+        ),
+    ] = "auto",
+    threads: Annotated[
+        int,
+        typer.Option(
+            callback=at_least_one,
+            help="Threads of the native engine. With more than one, the file differs from run to run.",
+        ),
+    ] = 1,
     checkpoint: Annotated[
         str | None,
         typer.Option(
@@ -95,9 +152,10 @@ def train(
     ] = None,
     json: Json = False,
 ) -> None:
-    """Learn word vectors from a text, by skip-gram with negative sampling (Mikolov et al., 2013).
+    """Learn word vectors from a text, by skip-gram or CBOW with negative sampling (Mikolov et al., 2013).
 
-    Words are lower-cased; a blank line ends the context of a word.
+    Words are lower-cased, unless there is a --tokenizer; a blank line, or the end of a row or file, ends the context of
+    a word.
     """
     where = address(distributed, coordinator, num_processes, process_id)
     if checkpoint is None:
@@ -113,6 +171,8 @@ def train(
         "sample": sample,
         "learning_rate": learning_rate,
         "seed": seed,
+        "engine": engine,
+        "threads": threads,
     }
     if checkpoint is not None:
         options |= {"checkpoint": checkpoint, "checkpoint_every": checkpoint_every}
@@ -121,48 +181,69 @@ def train(
             import jax
 
             options["mesh"] = jax.make_mesh((jax.device_count(),), ("devices",))
-        vectors = _train(text, output, to, options, is_first)
+        reading = {"tokenizer": tokenizer, "lines": lines, "column": column}
+        vectors, speed = _train(files, reading, output, to, model, start, options, is_first)
     if json and is_first:
         print_json(
             {
                 "output": output,
                 "words": len(vectors),
-                "dim": dim,
+                "dim": vectors.weight.shape[1],
                 "occurrences": int(vectors.counts.sum()),
                 "seed": seed,
+                **vectors.metadata,
+                "words_per_second": round(speed),
             },
             written=output,
         )
 
 
-def _train(text: str, output: str, to: str | None, options: dict[str, Any], is_first: bool) -> Any:
-    """Train; the first process also reports progress and writes the vectors."""
+def _train(
+    files: list[str],
+    reading: dict[str, Any],
+    output: str,
+    to: str | None,
+    model: str,
+    start: str | None,
+    options: dict[str, Any],
+    is_first: bool,
+) -> tuple[Any, float]:
+    """Train; the first process also reports progress and writes the vectors. Returns them, and the words a second."""
     import embax.files
     import embax.train
+    from embax.train._sources import expanded
 
     with in_one_line(output):
         format = embax.files.format_to_write(output, to)
     if is_first:
         embax.files.check_writable(output)
-    name = "standard input" if text == "-" else text
-    if is_same_file(text, output):
-        raise UserError(f"{output}: is the text itself. Name another file for the vectors.")
+    with in_one_line():
+        paths = expanded(files)
+    name = name_of(paths[0]) if len(paths) == 1 else f"{len(paths):,} files"
+    for path in paths:
+        if is_same_file(path, output):
+            raise UserError(f"{output}: is the text itself. Name another file for the vectors.")
+    if start is not None:
+        with in_one_line(start):
+            options |= {"initial": embax.Vectors.load(start)}
+    speed = 0.0
     with Display() if is_first else contextlib.nullcontext() as display:
-        pieces = embax.files.read_text(text)
-        if "mesh" in options:  # each process looks for the words of its own paragraphs only
-            sequences = embax.train.paragraphs(pieces)
-        else:
-            sequences = embax.train.tokenize(pieces)
-            if display is not None:
-                sequences = display.reading(sequences)
+        with in_one_line():
+            sequences: Any = embax.train.read_sequences(paths, **reading)
+        if "mesh" not in options and display is not None:  # on a mesh, each process reads only its own sequences
+            sequences = display.reading(sequences)
         try:
-            vectors = embax.train.skipgram(sequences, **options, progress=None if display is None else display.training)
+            learn = embax.train.cbow if model == "cbow" else embax.train.skipgram
+            vectors = learn(sequences, **options, progress=None if display is None else display.training)
         except embax.train.CorpusError as error:
             raise UserError(f"{name}: {error.reason}") from None
         except embax.train.CheckpointError as error:
             raise UserError(f"{error.path}: {error.reason}") from None
         except ImportError as error:
             raise UserError(str(error)) from None
+        except ValueError:
+            with in_one_line(start):
+                raise
         except (MemoryError, RuntimeError) as error:  # JAX's own error of a lack of memory is a RuntimeError
             if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
                 raise
@@ -170,7 +251,9 @@ def _train(text: str, output: str, to: str | None, options: dict[str, Any], is_f
         if display is not None:
             with in_one_line(output):
                 vectors.save(output, format=format)
+            speed = display.words_per_second
             display.say(
-                f"wrote {name_of(output, 'standard output')}: {len(vectors):,} words, {options['dim']} dimensions"
+                f"wrote {name_of(output, 'standard output')}: {len(vectors):,} words, {vectors.weight.shape[1]} "
+                f"dimensions, trained by {vectors.metadata['engine']} at {speed:,.0f} words/s"
             )
-    return vectors
+    return vectors, speed

@@ -4,6 +4,7 @@ from ._formats.registry import FORMATS as FORMATS
 from ._formats.safetensors.file import read_safetensors as read_safetensors
 from ._formats.safetensors.file import write_safetensors as write_safetensors
 from ._formats.safetensors.tensor import UnnamedRowsWarning as UnnamedRowsWarning
+from ._formats.sequences import read_column as read_column
 from ._identify import Identity as Identity
 from ._identify import identify as identify
 from ._io.atomic import check_writable as check_writable

@@ -1,8 +1,11 @@
 """Training of word vectors: sequences of words in, vectors out."""
 
 from ._corpus import CorpusError as CorpusError
-from ._corpus import paragraphs as paragraphs
-from ._corpus import tokenize as tokenize
+from ._loop import Epoch as Epoch
+from ._loop import Progress as Progress
 from ._resume import CheckpointError as CheckpointError
-from ._skipgram import Progress as Progress
-from ._skipgram import skipgram as skipgram
+from ._sources import read_sequences as read_sequences
+from ._text import paragraphs as paragraphs
+from ._text import tokenize as tokenize
+from ._word2vec import cbow as cbow
+from ._word2vec import skipgram as skipgram

@@ -1,33 +1,41 @@
-"""Corpora: cut text into sequences of words, and number them.
+"""Number the words of a corpus.
 
-For instance, the text "The king. The crown." is the sequence `["the", "king", "the", "crown"]`. Numbered by falling
-count, then by spelling, the tokens are `["the", "crown", "king"]` and the ids `[0, 2, 0, 1, -1]`: -1 ends a sequence.
+For instance, the words `["the", "king"], ["the", "crown"]` become, by falling count and then by spelling, the tokens
+`["the", "crown", "king"]` and the ids `[0, 2, -1, 0, 1, -1]`: -1 ends a sequence.
+
+The count of a word is known only at the end of the text, so words are first numbered in the order in which they come,
+`[1, 2, 0, 1, 3, 0]`. These numbers are kept in a `Spool`. At the end they are translated to ids, in place.
+
+If there are too many words to count, the least frequent are dropped, and the others get new numbers. The numbers before
+that stay as they are, and the translation to the new ones is kept in another spool.
 """
 
-import array
 import collections
-import functools
+import itertools
 import json
-import re
-import sys
-import unicodedata
-from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+import numbers
+from collections.abc import Container, Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int32, Int64
 
 from ._parts import Parts
+from ._spool import IN_MEMORY, Spool
+from ._text import Paragraph
 
-# Ends each sequence in `Corpus.ids`.
+# Ends each sequence in the blocks of a corpus.
 BREAK = -1
-# A blank line ends a paragraph; lines of verse and wrapped lines belong together.
-_PARAGRAPH = re.compile(r"\n[^\S\n]*\n")
-# The zero-width non-joiner and joiner: inside a word, they control how letters join (Unicode Annex 29, rule WB4).
-_JOINERS = "\u200c\u200d"
-_ASCII_WORD = re.compile(r"\w+(?:'\w+)*")
-# The most characters of a paragraph. A longer one, such as a whole corpus on one line, is cut.
-_LONGEST = 1 << 20
+# The most words that are counted at a time. A word takes about 150 bytes.
+MAX_VOCABULARY = 5_000_000
+# An id that stands for a word that is not in the vocabulary, before it is removed.
+_DROPPED = -2
+# The key, and number, of the end of a sequence while words are numbered.
+_END, _END_NUMBER = object(), 0
+# The number of the part whose sequences are held out.
+_HELD_OUT = -1
+# Words that are numbered together.
+_CHUNK = 1 << 16
 
 
 class CorpusError(ValueError):
@@ -35,142 +43,262 @@ class CorpusError(ValueError):
 
     Args:
       reason: A sentence about "it", the corpus.
+      call: The call, for the message.
     """
 
-    def __init__(self, reason: str):
+    def __init__(self, reason: str, call: str = "embax.train.skipgram"):
         self.reason = reason
-        super().__init__(f"`embax.train.skipgram(sequences=...)` must have words to learn: {reason}")
+        super().__init__(f"`{call}(sequences=...)` must have words to learn: {reason}")
 
 
-class Corpus(NamedTuple):
-    """A text as row numbers of its vocabulary."""
-
-    tokens: list[str]  # (rows,), the most frequent first
-    counts: Int64[np.ndarray, " rows"]  # how often each token occurs
-    ids: Int32[np.ndarray, " length"]  # row numbers, with BREAK after each sequence
-
-
-class Paragraph:
-    """A paragraph of text that is cut into words only when it is iterated.
+class Corpus:
+    """A text, or a part of it, as row numbers of its vocabulary.
 
     Args:
-      text: The text.
+      tokens: The vocabulary, the most frequent first.
+      counts: How often each token occurs.
+      ids: Row numbers, with `BREAK` after each sequence.
+
+    Attributes:
+      tokens: As above.
+      counts: As above.
+      length: The number of ids, those of `BREAK` included.
     """
 
-    __slots__ = ("text",)
+    def __init__(self, tokens: list[str], counts: Int64[np.ndarray, " rows"], ids: Spool):
+        self.tokens, self.counts, self.length = tokens, counts, ids.length
+        self._ids = ids
 
-    def __init__(self, text: str):
-        self.text = text
+    def blocks(self, size: int, start: int = 0) -> Iterator[Int32[np.ndarray, " ids"]]:
+        """Yield the ids, `size` at a time; the last block may be shorter.
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(_words_of(self.text))
+        Args:
+          size: The number of ids in a block.
+          start: The number of the first id.
 
-
-def paragraphs(pieces: Iterable[str]) -> Iterator[Paragraph]:
-    r"""Cut text into paragraphs that are not cut into words yet.
-
-    If several processes train together, each of them must count all paragraphs, but needs the words of its own only.
-
-    Args:
-      pieces: As in `tokenize`.
-
-    Yields:
-      The paragraphs that `tokenize` cuts, including those without words.
-
-    Example:
-      >>> import embax.train
-      >>> [list(words) for words in embax.train.paragraphs(["Bright angel!\n\n***\n\nO, speak."])]
-      [['bright', 'angel'], [], ['o', 'speak']]
-    """
-    pending = ""
-    for piece in pieces:
-        pending += piece
-        if len(pending) >= _LONGEST:
-            complete = _PARAGRAPH.split(pending)
-            pending = complete.pop()
-            if not complete:
-                cut = pending.rfind(" ") + 1 or pending.rfind("\n") + 1 or len(pending)
-                complete, pending = [pending[:cut]], pending[cut:]
-            yield from map(Paragraph, complete)
-    yield from map(Paragraph, _PARAGRAPH.split(pending))
+        Yields:
+          Read-only arrays.
+        """
+        for first in range(start, self.length, size):
+            yield self._ids.read(first, size)
 
 
-def tokenize(pieces: Iterable[str]) -> Iterator[list[str]]:
-    r"""Cut text into paragraphs of lower-cased words.
-
-    A word is a run of letters, digits and combining marks; inside, it may have apostrophes and zero-width joiners and
-    non-joiners: `King's` becomes `king's`. Composed and decomposed accents give the same word, as do straight and curly
-    apostrophes. Soft hyphens are dropped. A blank line ends a paragraph. Languages without spaces between words must be
-    segmented first.
-
-    Args:
-      pieces: The text in order, such as from `embax.files.read_text`; pieces may end inside of a word.
-
-    Yields:
-      The words of each paragraph that has any. A paragraph of more than a million characters is cut into parts.
-
-    Example:
-      >>> import embax.train
-      >>> list(embax.train.tokenize(["O, speak ag", "ain, bright angel!\n\nROMEO'S love."]))
-      [['o', 'speak', 'again', 'bright', 'angel'], ["romeo's", 'love']]
-    """
-    for paragraph in paragraphs(pieces):
-        if words := _words_of(paragraph.text):
-            yield words
-
-
-def encode(sequences: Iterable[Iterable[str]], min_count: int, parts: Parts) -> list[Corpus]:
-    """Number the words of a corpus in one pass, with four bytes for each word; the text is not kept.
+def encode(
+    sequences: Iterable[Iterable[Any]],
+    min_count: int,
+    parts: Parts,
+    *,
+    max_vocabulary: int = MAX_VOCABULARY,
+    known: Container[str] = (),
+    held_out: int | None = None,
+    call: str = "embax.train.skipgram",
+) -> list[Corpus]:
+    """Number the words of a corpus in one pass; the text is not kept.
 
     Sequence `i` belongs to part `i mod n`. A process keeps the sequences of its own parts, counts their words, and sums
-    the counts over all processes.
+    the counts over all processes. Sequences that are held out belong to no part, and their words are not counted.
+
+    Memory is bounded: the longest sequence, 4 MiB for ids, and about 150 bytes for each distinct word, of which
+    `max_vocabulary + 65,536` are counted at a time. Further ids are in a temporary file, four bytes each.
 
     Args:
-      sequences: The words of each sequence, the same in all processes. A window never reaches into another sequence.
+      sequences: The words of each sequence, the same in all processes; integers stand for their decimal spelling. A
+        window never reaches into another sequence.
       min_count: Words that occur less often are removed.
       parts: The parts.
+      max_vocabulary: The most words to keep. Whenever more are counted, the least frequent quarter is dropped, among
+        equals those that came first; a dropped word that comes again is counted anew. This happens in each process for
+        itself.
+      known: Words to keep however seldom they occur.
+      held_out: Hold out every so many-th sequence. Default: none.
+      call: The call, for messages.
 
     Returns:
       For each part of this process: the vocabulary of the whole corpus, by falling count and then by spelling, and the
-      row numbers of this part.
+      row numbers of this part. With `held_out`, the last one has the row numbers of the sequences that are held out; it
+      is the same in all processes.
 
     Raises:
-      TypeError: If a sequence is a string, whose items would be characters.
+      TypeError: If a sequence is a string, whose items would be characters, or not a sequence, or has items that are
+        neither strings nor integers.
       CorpusError: If no word occurs often enough.
+      OSError: If there is no space for the temporary file.
     """
-    seen: collections.defaultdict[str, int] = collections.defaultdict()
-    seen.default_factory = seen.__len__
-    own = {number: array.array("i") for number in parts.own}
-    for number, sequence in enumerate(sequences):
-        if isinstance(sequence, str):
+    numbering = _Numbering([*parts.own, *([_HELD_OUT] if held_out else [])], max_vocabulary)
+    number = -1
+    for place, sequence in enumerate(sequences, 1):
+        if isinstance(sequence, str | bytes):
             raise TypeError(
-                f"`embax.train.skipgram(sequences=...)` must be sequences of words, got the string {sequence[:40]!r}. "
+                f"`{call}(sequences=...)` must be sequences of words, got the string {sequence[:40]!r}. "
                 "Split it, as in embax.train.tokenize([text])."
             )
-        if (ids := own.get(number % parts.number)) is not None:
-            ids.extend(map(seen.__getitem__, sequence))
-            ids.append(BREAK)
-    encoded = [np.frombuffer(ids, np.int32) if ids else np.zeros(0, np.int32) for ids in own.values()]
-    own_counts = sum(np.bincount(ids[ids != BREAK], minlength=len(seen)) for ids in encoded)
-    spellings, counts = _of_all_processes(list(seen), np.asarray(own_counts), parts)
-    order = sorted(np.flatnonzero(counts >= min_count).tolist(), key=lambda first: (-counts[first], spellings[first]))
+        part = _HELD_OUT
+        if not held_out or place % held_out:
+            number += 1
+            part = number % parts.number
+        if part in numbering.pending:
+            try:
+                numbering.add(part, sequence)
+            except TypeError:
+                if isinstance(sequence, Iterable):
+                    raise
+                raise TypeError(
+                    f"`{call}(sequences=...)` must be sequences of words, got the item {sequence!r}. Pass a list of "
+                    "lists."
+                ) from None
+    spools, own_spellings, own_counts = numbering.finish(call)
+    spellings, counts = _of_all_processes(own_spellings, own_counts, parts)
+    chosen = [
+        first
+        for first, count in enumerate(counts.tolist())
+        if count >= min_count or (count and spellings[first] in known)
+    ]
+    order = sorted(chosen, key=lambda first: (-counts[first], spellings[first]))
     if not order:
-        raise CorpusError(_why_empty(spellings, counts, min_count))
+        raise CorpusError(_why_empty(spellings, counts, min_count), call)
+    order = order[:max_vocabulary]
     tokens, counts = [spellings[first] for first in order], counts[order]
     row_of = dict(zip(tokens, range(len(tokens)), strict=True))
-    rows = np.asarray([*(row_of.get(word, BREAK - 1) for word in seen), BREAK], np.int32)
-    return [Corpus(tokens, counts, (found := rows[ids])[found >= BREAK]) for ids in encoded]
+    rows = np.asarray([BREAK, *(row_of.get(word, _DROPPED) for word in own_spellings)], np.int32)
+    numbering.translate(rows)
+    return [Corpus(tokens, counts, spool) for spool in spools]
+
+
+class _Numbering:
+    """Words numbered in the order in which they come, from 1.
+
+    Args:
+      own: The numbers of the parts to keep.
+      most: The most words to count at a time.
+    """
+
+    def __init__(self, own: Sequence[int], most: int):
+        self.pending: dict[int, list[Any]] = {part: [] for part in own}  # items that have no number yet
+        self._most = most
+        self._spools = {part: Spool(IN_MEMORY // len(own)) for part in own}
+        # Translations of the numbers before each time that words were dropped, one behind the other.
+        self._translations, self._sizes = Spool(), list[int]()
+        self._ends: list[list[int]] = []  # the lengths of the spools at these times
+        self._counts = np.zeros(1, np.int64)  # with space for more words
+        self._numbers: collections.defaultdict[Any, int] = collections.defaultdict()
+        self._renumber([])
+
+    def _renumber(self, items: Iterable[Any]) -> None:
+        self._numbers.default_factory = None  # which refers to it, so that its memory would not be freed
+        self._numbers = collections.defaultdict()
+        self._numbers.default_factory = self._numbers.__len__
+        self._numbers[_END] = _END_NUMBER
+        self._numbers.update(zip(items, itertools.count(1)))
+
+    def add(self, part: int, sequence: Iterable[Any]) -> None:
+        """Add a sequence to a part."""
+        pending = self.pending[part]
+        if isinstance(sequence, np.ndarray):
+            sequence = sequence.tolist()
+        if isinstance(sequence, list | tuple | Paragraph):
+            pending += sequence
+        else:  # it may be longer than memory
+            items = iter(sequence)
+            while found := list(itertools.islice(items, _CHUNK)):
+                pending += found
+                self._number(part)
+                self._prune()
+        pending.append(_END)
+        if len(pending) >= _CHUNK:
+            self._number(part)
+            self._prune()
+
+    def _number(self, part: int) -> None:
+        pending = self.pending[part]
+        found = np.fromiter(map(self._numbers.__getitem__, pending), np.int32, len(pending))
+        pending.clear()
+        if (distinct := len(self._numbers)) > len(self._counts):
+            self._counts = np.concatenate([self._counts, np.zeros(distinct, np.int64)])
+        if part != _HELD_OUT:
+            np.add.at(self._counts, found, 1)
+        self._spools[part].append(found)
+
+    def _prune(self) -> None:
+        """Drop the least frequent words of too many, among equals the first ones: the others may be on the rise."""
+        if len(self._numbers) - 1 <= self._most:
+            return
+        counts = self._counts[: len(self._numbers)]
+        words = np.arange(1, len(counts))
+        kept = 1 + np.sort(np.lexsort((-words, -counts[1:]))[: -(-3 * self._most // 4)])
+        translation = np.full(len(counts), _DROPPED, np.int32)
+        translation[_END_NUMBER] = _END_NUMBER
+        translation[kept] = np.arange(1, len(kept) + 1)
+        self._translations.append(translation)
+        self._sizes.append(len(translation))
+        self._ends.append([spool.length for spool in self._spools.values()])
+        stays = np.zeros(len(counts), bool)
+        stays[kept] = True
+        items = list(itertools.compress(self._numbers, stays.tolist()))
+        self._counts = np.concatenate([counts[:1], counts[kept]])
+        self._renumber(items)
+
+    def finish(self, call: str) -> tuple[list[Spool], list[str], Int64[np.ndarray, " distinct"]]:
+        """Number the last words; returns the spools, the spelling of each number from 1, and its count."""
+        for part, pending in self.pending.items():
+            if pending:
+                self._number(part)
+        items = list(self._numbers)[1:]
+        self._renumber([])
+        spellings = [item if type(item) is str else _spelling(item, call) for item in items]
+        return list(self._spools.values()), spellings, self._counts[1 : len(items) + 1]
+
+    def translate(self, rows: Int32[np.ndarray, " numbers"]) -> None:
+        """Replace numbers by rows in all spools, and remove dropped words.
+
+        Args:
+          rows: The row of each number, `_DROPPED` or `BREAK`.
+        """
+        # From the last translation to the first: compose each with all later ones.
+        firsts = [0, *itertools.accumulate(self._sizes)]
+        later = rows
+        for first, size in reversed(list(zip(firsts[:-1], self._sizes, strict=True))):
+            translation = self._translations.read(first, size)
+            later = np.where(translation == _DROPPED, np.int32(_DROPPED), later[translation])
+            self._translations.write(first, later)
+        ends = [*self._ends, [spool.length for spool in self._spools.values()]]
+        for number, spool in enumerate(self._spools.values()):
+            written = start = 0
+            for generation, end in enumerate(ends):
+                is_last = generation == len(self._sizes)
+                table = rows if is_last else self._translations.read(firsts[generation], self._sizes[generation])
+                while start < end[number]:
+                    found = table[spool.read(start, min(_CHUNK, end[number] - start))]
+                    start += len(found)
+                    found = found[found != _DROPPED]
+                    spool.write(written, found)
+                    written += len(found)
+            spool.cut(written)
+
+
+def _spelling(item: Any, call: str) -> str:
+    if isinstance(item, str):
+        return str(item)
+    if isinstance(item, numbers.Integral) and not isinstance(item, bool):
+        return str(int(item))
+    raise TypeError(
+        f"`{call}(sequences=...)` must be sequences of strings or integers, got the {type(item).__name__} {item!r}. "
+        "Convert it."
+    )
 
 
 def _of_all_processes(
     spellings: list[str], counts: Int64[np.ndarray, " distinct"], parts: Parts
 ) -> tuple[list[str], Int64[np.ndarray, " distinct"]]:
-    """Sum the counts of each word over all processes."""
-    if not parts.is_shared:
+    """Sum the counts of each spelling over all processes."""
+    found = [(spellings, counts.tolist())]
+    if parts.is_shared:
+        found = map(json.loads, parts.gather(json.dumps(found[0]).encode()))
+    elif len(set(spellings)) == len(spellings):
         return spellings, counts
     total: collections.Counter[str] = collections.Counter()
-    for found in parts.gather(json.dumps([spellings, counts.tolist()]).encode()):
-        total.update(dict(zip(*json.loads(found), strict=True)))
+    for words, times in found:
+        for word, count in zip(words, times, strict=True):  # a word and an integer may be spelled alike
+            total[word] += count
     return list(total), np.asarray(list(total.values()), np.int64)
 
 
@@ -182,25 +310,3 @@ def _why_empty(spellings: list[str], counts: Int64[np.ndarray, " distinct"], min
         f"none of its {counts.sum():,} words occurs {min_count:,} times, the most frequent being "
         f"{spellings[most]!r} with {counts[most]:,}. Give more text or a lower minimum count."
     )
-
-
-def _words_of(text: str) -> list[str]:
-    word = _ASCII_WORD
-    if not text.isascii():
-        # Drop soft hyphens first: a combining mark behind one belongs to the letter before it.
-        text = unicodedata.normalize("NFC", text.replace("\u00ad", "")).replace("\u2019", "'")
-        word = _any_word(has_joiners=any(joiner in text for joiner in _JOINERS))
-    return word.findall(text.lower().replace("_", " "))
-
-
-@functools.cache
-def _any_word(has_joiners: bool) -> re.Pattern[str]:
-    # `\w` lacks combining marks, so Hindi words would be cut at their vowel signs. Ranges make the pattern ten times
-    # faster than single characters.
-    codes = [code for code in range(sys.maxunicode + 1) if unicodedata.category(chr(code))[0] == "M"]
-    firsts = [code for code in codes if unicodedata.category(chr(code - 1))[0] != "M"]
-    lasts = [code for code in codes if unicodedata.category(chr(code + 1))[0] != "M"]
-    marks = "".join(f"{chr(first)}-{chr(last)}" for first, last in zip(firsts, lasts, strict=True))
-    # The pattern without joiners is faster, and most texts have none.
-    inside = f"(?:[{_JOINERS}]+(?:'[{_JOINERS}]*)?|'[{_JOINERS}]*)" if has_joiners else "'"
-    return re.compile(rf"[\w{marks}]+(?:{inside}[\w{marks}]+)*")

@@ -26,7 +26,7 @@ from .columns import (
 )
 from .format import Format
 
-_MAGIC = b"PAR1"
+MARK = b"PAR1"
 # The bytes of vectors that are decoded at once.
 _BLOCK = 1 << 21
 _BUFFER = 1 << 20
@@ -36,8 +36,9 @@ _ROWS = 1 << 16
 _TOKENS = ("token", "word", "index")
 
 
-def _recognises(source: Source) -> bool:
-    return source.start.startswith(_MAGIC)
+def recognises(source: Source) -> bool:
+    """Whether a file is a parquet file."""
+    return source.start.startswith(MARK)
 
 
 def _read(source: Source, options: Options) -> Contents:
@@ -45,15 +46,15 @@ def _read(source: Source, options: Options) -> Contents:
         raise source.error("a parquet file cannot be mapped into memory, as it is encoded. Leave mmap=True out.")
     with checked(source):
         data = source.as_file()
-        with _parquet_file(data) as file:
+        with parquet_file(data) as file:
             columns = columns_of(source, file.schema_arrow)
             rows, dim = _sizes(source, file, columns)
         step = max(1, _BLOCK // (max(1, dim) * columns.dtype.itemsize))
         if options.limit is not None:
             step = max(1, min(step, options.limit))
         # Read as a dictionary, so that the size of the strings can be checked before repeated ones are copied.
-        with _parquet_file(data, [columns.token]) as file:
-            return gathered(source, options, columns, _batches(file, step, columns.names), rows)
+        with parquet_file(data, [columns.token]) as file:
+            return gathered(source, options, columns, batches_of(file, step, columns.names), rows)
 
 
 def read_tokens(source: Source) -> tuple[bytes, Int64[np.ndarray, " tokens_and_1"]]:
@@ -71,13 +72,13 @@ def read_tokens(source: Source) -> tuple[bytes, Int64[np.ndarray, " tokens_and_1
     texts, lengths, size, rows = [], [np.zeros(1, np.int64)], 0, 0
     with checked(source):
         data = source.as_file()
-        with _parquet_file(data) as file:
+        with parquet_file(data) as file:
             schema = file.schema_arrow
         name = only([field.name for field in schema if is_text(field.type)], _TOKENS)
         if name is None or len(schema.get_all_field_indices(name)) > 1:
             raise source.error(f"must have one column of strings, or name it {_TOKENS[0]!r}, got {listing(schema)}.")
-        with _parquet_file(data, [name]) as file:
-            for batch in _batches(file, _ROWS, [name]):
+        with parquet_file(data, [name]) as file:
+            for batch in batches_of(file, _ROWS, [name]):
                 batch.validate(full=True)
                 check_nulls(source, batch.column(name), name, rows)
                 text, length = packed(source, batch.column(name), source.limit - size)
@@ -87,7 +88,8 @@ def read_tokens(source: Source) -> tuple[bytes, Int64[np.ndarray, " tokens_and_1
     return b"".join(texts), np.cumsum(np.concatenate(lengths))
 
 
-def _parquet_file(data: Any, dictionary: Sequence[str] = ()) -> Any:
+def parquet_file(data: Any, dictionary: Sequence[str] = ()) -> Any:
+    """Open a parquet file; columns of strings in `dictionary` are read with each distinct string once."""
     arrow()
     from pyarrow.parquet import ParquetFile
 
@@ -95,7 +97,8 @@ def _parquet_file(data: Any, dictionary: Sequence[str] = ()) -> Any:
     return ParquetFile(data, read_dictionary=list(dictionary), pre_buffer=False, buffer_size=_BUFFER)
 
 
-def _batches(file: Any, step: int, names: list[str]) -> Iterator[Any]:
+def batches_of(file: Any, step: int, names: list[str]) -> Iterator[Any]:
+    """Yield columns of a parquet file as record batches of at most `step` rows."""
     # Each row group by itself, so that the memory of its dictionary is freed before the next one.
     for group in range(file.num_row_groups):
         yield from file.iter_batches(step, row_groups=[group], columns=names, use_threads=False)
@@ -106,7 +109,7 @@ def _sizes(source: Source, file: Any, columns: Columns) -> tuple[int, int]:
     rows, dim = file.metadata.num_rows, columns.dim
     if dim is None:
         # From the first row: the column metadata have it, too, but pyarrow aborts the process if they are damaged.
-        first = next(_batches(file, 1, list(columns.vector)), None)
+        first = next(batches_of(file, 1, list(columns.vector)), None)
         dim = 0 if first is None else int(lengths_of(first, columns)[:1].sum())
     if rows < 0 or rows * dim * columns.dtype.itemsize > source.limit:
         raise source.error(
@@ -124,4 +127,4 @@ def write_parquet(path: str | os.PathLike[str], contents: Contents) -> None:
     write_batches(path, contents, functools.partial(ParquetWriter, compression="zstd", use_dictionary=False))
 
 
-FORMAT = Format("parquet", (".parquet",), _recognises, _read, write_parquet)
+FORMAT = Format("parquet", (".parquet",), recognises, _read, write_parquet)

@@ -1,0 +1,89 @@
+"""Engine: the part of training that runs steps. Options, probabilities and first vectors that all engines share.
+
+The loop draws batches from an engine in a thread that reads ahead, and hands them back to it one by one:
+
+    state = engine.start(None)
+    for batch in engine.batches(epoch):
+        state, loss = engine.run(state, batch, rates)
+    inputs, outputs = engine.vectors(state)
+"""
+
+from collections.abc import Iterator
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import Array, Float32, Float64, Int64, PyTree
+
+Model = Literal["skipgram", "cbow"]
+Initial = tuple[Float32[np.ndarray, "rows dim"], Float32[np.ndarray, "rows dim"]]
+
+
+class Options(NamedTuple):
+    """The options of a run that its engine needs."""
+
+    dim: int
+    window: int
+    negative: int
+    model: Model
+    sample: float  # infinity keeps all words
+    seed: int
+    threads: int = 1
+
+
+@runtime_checkable
+class Engine(Protocol):
+    """Runs the steps of training.
+
+    Every random number derives from the seed, the epoch and the number of a batch within it. So a run that resumes
+    skips batches, and continues as it would have without the interruption.
+    """
+
+    name: str
+
+    def start(self, initial: Initial | None) -> PyTree:
+        """Make the state, a pytree of arrays, from input and output vectors; None: from `fresh_vectors`."""
+        ...
+
+    def batches(self, epoch: int) -> Iterator[Any]:
+        """Prepare the batches of an epoch, from 1, on the host. `batch.words` is the number of words of its text.
+
+        Called in the main thread, where it may talk to other processes; iterated in another thread.
+        """
+        ...
+
+    def run(
+        self, state: PyTree, batch: Any, rates: tuple[float, float]
+    ) -> tuple[PyTree, Float32[Array, "2"] | Float32[np.ndarray, "2"]]:
+        """Run the steps of a batch.
+
+        Args:
+          state: The state, which is donated.
+          batch: The batch.
+          rates: The learning rate before the first step, and after the last one.
+
+        Returns:
+          The state; the loss summed over a sample of pairs, and the number of these pairs.
+        """
+        ...
+
+    def vectors(self, state: PyTree) -> Initial:
+        """Copy the input and output vectors of all rows."""
+        ...
+
+
+def kept(counts: Int64[np.ndarray, " rows"], sample: float) -> Float64[np.ndarray, " rows"]:
+    """The probability of keeping each word, by the formula of word2vec.c, which the paper simplifies."""
+    relative = sample * counts.sum() / counts
+    return np.minimum(1.0, np.sqrt(relative) + relative)
+
+
+def noise_weights(counts: Int64[np.ndarray, " rows"]) -> Float64[np.ndarray, " rows"]:
+    """The frequency of each word as noise, not normalised: the 0.75th power of its count."""
+    return counts.astype(np.float64) ** 0.75
+
+
+def fresh_vectors(rows: int, options: Options) -> Initial:
+    """The first vectors: inputs uniform within 1 / dim, as in gensim, and outputs of zero, as in word2vec.c."""
+    rng = np.random.default_rng((options.seed, 0))
+    inputs = (rng.random((rows, options.dim), np.float32) - np.float32(0.5)) * np.float32(2 / options.dim)
+    return inputs, np.zeros((rows, options.dim), np.float32)

@@ -1,0 +1,343 @@
+"""Word vectors by word2vec: skip-gram and CBOW with negative sampling."""
+
+import functools
+import math
+import os
+from collections.abc import Callable, Iterable
+from typing import Literal, NamedTuple
+
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Float32
+
+from .._base import check as _check
+from ..vectors import Vectors
+from . import _initial
+from ._corpus import MAX_VOCABULARY, Corpus, CorpusError, encode
+from ._engine import Engine, Initial, Model, Options, kept, noise_weights
+from ._held_out import EVERY, HeldOut, draw_held_out
+from ._loop import Epoch, Progress, Run, train
+from ._parts import parts_of
+from ._resume import Checkpoints, fingerprint
+from ._segments import STEPS_A_CALL
+from ._xla import Xla
+
+EngineName = Literal["auto", "native", "xla"]
+# The size of a vector, if nothing else is asked for.
+_DIM = 100
+
+
+class _Arguments(NamedTuple):
+    """The arguments that both models have, not checked yet."""
+
+    dim: int | None
+    window: int
+    negative: int
+    epochs: int
+    min_count: int
+    sample: float
+    learning_rate: float
+    seed: int
+    initial: Vectors | None
+    engine: EngineName
+    threads: int
+    max_vocabulary: int
+    held_out: bool
+    progress: Callable[[Progress], object] | None
+    after_epoch: Callable[[Epoch], object] | None
+    mesh: Mesh | None
+    checkpoint: str | os.PathLike[str] | None
+    checkpoint_every: int
+
+
+def skipgram(
+    sequences: Iterable[Iterable[str | int]],
+    *,
+    dim: int | None = None,
+    window: int = 5,
+    negative: int = 5,
+    epochs: int = 5,
+    min_count: int = 5,
+    sample: float = 1e-3,
+    learning_rate: float = 0.025,
+    seed: int = 0,
+    initial: Vectors | None = None,
+    engine: EngineName = "auto",
+    threads: int = 1,
+    max_vocabulary: int = MAX_VOCABULARY,
+    held_out: bool = False,
+    progress: Callable[[Progress], object] | None = None,
+    after_epoch: Callable[[Epoch], object] | None = None,
+    mesh: Mesh | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    checkpoint_every: int = 10_000,
+) -> Vectors:
+    """Learn word vectors by skip-gram with negative sampling.
+
+    `loss = -sum_(centre, context) [log s(v_context . u_centre) + sum_k log s(-v_context . u_noise_k)]`, where `s` is
+    the logistic function and `v` are the vectors that are returned.
+
+    The XLA engine cuts the text into segments, and draws noise words for each of them (Ji et al.). Its weights are the
+    expected values of word2vec's random widths and noise. A step sums the gradients of up to 4096 words; to keep this
+    stable, no row moves further than to where its loss is least, by Newton's estimate. The native engine takes one
+    window after the other. The same seed gives the same vectors on the same machine, with the same engine.
+
+    On a mesh, each device holds its part of both tables, and learns from its part of the corpus: every `n`-th sequence.
+    With several processes, each of them calls this function with the same arguments and iterates over all sequences,
+    but reads and keeps only the sequences of its own devices; all processes return the same vectors. The vectors depend
+    on the number of devices, not on the number of processes. `embax.train.paragraphs` yields sequences that take no
+    work until they are read.
+
+    Args:
+      sequences: The words of each sequence, such as from `embax.train.read_sequences`; iterated once. Integer ids stand
+        for their decimal spelling. A window never reaches into another sequence.
+      dim: The size of a vector. Default: that of `initial`, or 100.
+      window: The most words on either side of a centre that are its context. A word at the distance `k` counts
+        `(window + 1 - k) / window`, as often as word2vec's random widths reach it.
+      negative: The number of noise words for each pair, drawn by the 0.75th power of their frequency.
+      epochs: The number of passes over the corpus.
+      min_count: Words that occur less often are removed.
+      sample: Words whose share of the text is larger are dropped at random, more often the more frequent they are; in
+        [0, 1], and 0 keeps all.
+      learning_rate: The initial learning rate, as in word2vec: the factor of the gradient of one pair. It falls
+        linearly to a ten-thousandth of itself. In (0, 1].
+      seed: The seed of all random numbers, 0 or more.
+      initial: Vectors to continue from, with new text. Known words begin at their vectors, also those that occur less
+        than `min_count` times now; other words begin at fresh ones. The second table begins at zero, since files of
+        vectors lack it. Words that do not occur now keep their vectors, and counts are summed. Default: none.
+      engine: `"native"`, the kernel of `embax-kernels` for one process on a CPU; `"xla"`, for every platform and
+        meshes; `"auto"`, the native one where it is possible. The vectors differ between engines, not their quality.
+      threads: The number of threads of the native engine. More than one change the tables at the same time, and the
+        vectors differ from run to run (Recht et al.).
+      max_vocabulary: The most words to keep. Whenever more are counted, the least frequent quarter is dropped.
+      held_out: Hold out every 20th sequence, which is not trained on. `Epoch.held_out` is the loss on up to 60,000
+        pairs of them, each with five noise words that stay the same; for CBOW, on centres and their windows.
+      progress: Called after every few steps. It need not read `Progress.loss` each time. If it returns True, training
+        ends, and the vectors of this moment are returned; with `checkpoint`, the run can be resumed from there.
+      after_epoch: Called after each epoch with its number and the vectors of this moment. If it returns True, training
+        ends.
+      mesh: A mesh of all devices to use. Default: none, only the default device.
+      checkpoint: A directory that all processes can access, in which the run is saved at intervals. If it holds a
+        checkpoint of the same run, with the same arguments, engine and number of devices, the run is resumed, with the
+        same result as without the interruption. Default: none.
+      checkpoint_every: The number of steps between checkpoints, rounded up to a multiple of 32. An epoch has 500 to
+        1000 steps; a corpus of more than 4 million words has one step for each 4096 words. A call of the native engine,
+        of up to 131,072 words, counts as 32 steps.
+
+    Returns:
+      The vectors, by falling count and then by spelling. Their `metadata` name the model and the engine.
+
+    Raises:
+      CorpusError: If no word occurs `min_count` times; a ValueError.
+      CheckpointError: If the directory holds checkpoints of another run, or damaged ones; a ValueError.
+      TypeError: If an argument is of the wrong type.
+      ValueError: If an argument is outside its range, or the engine cannot run here.
+      ImportError: With `checkpoint`, if Orbax is not installed.
+
+    Example:
+      >>> import embax.train
+      >>> text = "the king holds the crown. the queen wears the crown. the dog eats the bone. " * 20
+      >>> embax.train.skipgram(embax.train.tokenize([text]), dim=8, epochs=1)
+      Vectors(9 tokens, dim=8)
+
+    References:
+      Mikolov et al., Distributed representations of words and phrases and their compositionality, 2013,
+      https://arxiv.org/abs/1310.4546, equations 4 and 5.
+      Ji et al., Parallelizing word2vec in shared and distributed memory, 2016, https://arxiv.org/abs/1604.04661.
+      Recht et al., Hogwild: a lock-free approach to parallelizing stochastic gradient descent, 2011,
+      https://arxiv.org/abs/1106.5730.
+    """
+    arguments = _Arguments(
+        dim=dim,
+        window=window,
+        negative=negative,
+        epochs=epochs,
+        min_count=min_count,
+        sample=sample,
+        learning_rate=learning_rate,
+        seed=seed,
+        initial=initial,
+        engine=engine,
+        threads=threads,
+        max_vocabulary=max_vocabulary,
+        held_out=held_out,
+        progress=progress,
+        after_epoch=after_epoch,
+        mesh=mesh,
+        checkpoint=checkpoint,
+        checkpoint_every=checkpoint_every,
+    )
+    return _learned("skipgram", sequences, arguments)
+
+
+def cbow(
+    sequences: Iterable[Iterable[str | int]],
+    *,
+    dim: int | None = None,
+    window: int = 5,
+    negative: int = 5,
+    epochs: int = 5,
+    min_count: int = 5,
+    sample: float = 1e-3,
+    learning_rate: float = 0.025,
+    seed: int = 0,
+    initial: Vectors | None = None,
+    engine: EngineName = "auto",
+    threads: int = 1,
+    max_vocabulary: int = MAX_VOCABULARY,
+    held_out: bool = False,
+    progress: Callable[[Progress], object] | None = None,
+    after_epoch: Callable[[Epoch], object] | None = None,
+    mesh: Mesh | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    checkpoint_every: int = 10_000,
+) -> Vectors:
+    """Learn word vectors by CBOW, the continuous bag of words, with negative sampling.
+
+    `loss = -sum_centre [log s(mean . u_centre) + sum_k log s(-mean . u_noise_k)]`, where `mean` is the mean of the
+    vectors `v` of the centre's context, whose width is drawn from 1 to `window`. Each of them gets the whole gradient
+    of the mean, as in word2vec.c. CBOW is several times as fast as skip-gram with the native engine, and learns less of
+    rare words.
+
+    Args:
+      sequences: See `skipgram`, as for all arguments.
+      dim: The size of a vector. Default: that of `initial`, or 100.
+      window: The most words on either side of a centre that are its context.
+      negative: The number of noise words for each centre.
+      epochs: The number of passes over the corpus.
+      min_count: Words that occur less often are removed.
+      sample: Words whose share of the text is larger are dropped at random.
+      learning_rate: The initial learning rate.
+      seed: The seed of all random numbers.
+      initial: Vectors to continue from.
+      engine: The engine.
+      threads: The number of threads of the native engine.
+      max_vocabulary: The most words to keep.
+      held_out: Hold out every 20th sequence.
+      progress: Called after every few steps.
+      after_epoch: Called after each epoch.
+      mesh: A mesh of all devices to use.
+      checkpoint: A directory in which the run is saved at intervals.
+      checkpoint_every: The number of steps between checkpoints.
+
+    Returns:
+      The vectors, by falling count and then by spelling. Their `metadata` name the model and the engine.
+
+    Raises:
+      CorpusError: If no word occurs `min_count` times; a ValueError.
+      CheckpointError: If the directory holds checkpoints of another run, or damaged ones; a ValueError.
+      TypeError: If an argument is of the wrong type.
+      ValueError: If an argument is outside its range, or the engine cannot run here.
+      ImportError: With `checkpoint`, if Orbax is not installed.
+
+    Example:
+      >>> import embax.train
+      >>> text = "the king holds the crown. the queen wears the crown. the dog eats the bone. " * 20
+      >>> embax.train.cbow(embax.train.tokenize([text]), dim=8, epochs=1)
+      Vectors(9 tokens, dim=8)
+
+    References:
+      Mikolov et al., Efficient estimation of word representations in vector space, 2013,
+      https://arxiv.org/abs/1301.3781, section 3.1.
+    """
+    arguments = _Arguments(
+        dim=dim,
+        window=window,
+        negative=negative,
+        epochs=epochs,
+        min_count=min_count,
+        sample=sample,
+        learning_rate=learning_rate,
+        seed=seed,
+        initial=initial,
+        engine=engine,
+        threads=threads,
+        max_vocabulary=max_vocabulary,
+        held_out=held_out,
+        progress=progress,
+        after_epoch=after_epoch,
+        mesh=mesh,
+        checkpoint=checkpoint,
+        checkpoint_every=checkpoint_every,
+    )
+    return _learned("cbow", sequences, arguments)
+
+
+def _learned(model: Model, sequences: Iterable[Iterable[str | int]], given: _Arguments) -> Vectors:
+    call = f"embax.train.{model}"
+    given, options = _checked(call, model, given)
+    parts = parts_of(call, given.mesh)
+    corpora = encode(
+        sequences,
+        given.min_count,
+        parts,
+        max_vocabulary=given.max_vocabulary,
+        known=() if given.initial is None else given.initial.vocabulary,
+        held_out=EVERY if given.held_out else None,
+        call=call,
+    )
+    held_out = _held_out(call, corpora.pop(), model, given) if given.held_out else None
+    tokens, counts = corpora[0].tokens, corpora[0].counts
+    engine: Engine = Xla(corpora, parts, options)
+    saved = None
+    if given.checkpoint is not None:
+        of_run = {"epochs": given.epochs, "min_count": given.min_count, "learning_rate": given.learning_rate}
+        of_run |= options._asdict() | {"mesh": given.mesh is not None, "initial": _initial.digest(given.initial)}
+        every = -(-given.checkpoint_every // STEPS_A_CALL)
+        saved = Checkpoints(given.checkpoint, every, fingerprint(corpora, parts, of_run), engine.name, parts)
+
+    def made(inputs: Float32[np.ndarray, "rows dim"]) -> Vectors:
+        return _initial.joined(given.initial, tokens, inputs, counts, {"engine": engine.name, "model": model})
+
+    def after_epoch(call_back: Callable[[Epoch], object], number: int, vectors: Initial) -> object:
+        loss = None if held_out is None else held_out.loss(*vectors)
+        return call_back(Epoch(number, given.epochs, made(vectors[0]), loss))
+
+    call_back = None if given.after_epoch is None else functools.partial(after_epoch, given.after_epoch)
+    run = Run(given.epochs, int(counts.sum()), given.learning_rate, given.progress, call_back)
+    inputs, _ = train(engine, run, _initial.first_vectors(given.initial, tokens, options), saved)
+    return made(inputs)
+
+
+def _held_out(call: str, corpus: Corpus, model: Model, given: _Arguments) -> HeldOut:
+    """Draw pairs of the text that is held out."""
+    likely = kept(corpus.counts, given.sample), noise_weights(corpus.counts)
+    held_out = draw_held_out(corpus, given.window, *likely, whole_windows=model == "cbow")
+    if held_out is None:
+        raise CorpusError(
+            f"every {EVERY}th sequence is held out, but these have no pairs of words. Give more text.",
+            call,
+        )
+    return held_out
+
+
+def _checked(call: str, model: Model, given: _Arguments) -> tuple[_Arguments, Options]:
+    """Check the arguments before the text is read."""
+    dim = None if given.dim is None else _at_least_one(f"{call}(dim=...)", given.dim)
+    dim = _initial.checked(f"{call}(initial=...)", given.initial, dim) or _DIM
+    names = "window", "negative", "epochs", "min_count", "checkpoint_every", "threads", "max_vocabulary"
+    sizes = {name: _at_least_one(f"{call}({name}=...)", getattr(given, name)) for name in names}
+    given = given._replace(
+        **sizes,
+        dim=dim,
+        learning_rate=_at_most_one(f"{call}(learning_rate=...)", given.learning_rate),
+        # 0 means no subsampling: no frequency is above infinity.
+        sample=_at_most_one(f"{call}(sample=...)", given.sample) if given.sample != 0 else math.inf,
+        seed=_check.size(f"{call}(seed=...)", given.seed),
+        engine=_check.choice(f"{call}(engine=...)", given.engine, ("auto", "native", "xla")),
+    )
+    return given, Options(dim, given.window, given.negative, model, given.sample, given.seed, given.threads)
+
+
+def _at_least_one(argument: str, value: object) -> int:
+    number = _check.integer(argument, value)
+    if not 1 <= number < 2**31:
+        raise ValueError(f"`{argument}` must be at least 1 and below 2**31, got {number}. Pass a number between them.")
+    return number
+
+
+def _at_most_one(argument: str, value: object) -> float:
+    number = _check.positive(argument, value)
+    if number > 1:
+        raise ValueError(f"`{argument}` must be at most 1, got {number}. Pass a number in (0, 1].")
+    return number

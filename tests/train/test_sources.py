@@ -1,0 +1,166 @@
+import gzip
+import io
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+
+from embax import files, train
+from embax.train._sources import expanded
+
+TEXT = "To be,\nor not.\n\nThe King's\nend"
+
+
+def read(*arguments, **options):
+    return [list(sequence) for sequence in train.read_sequences(*arguments, **options)]
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, [["to", "be", "or", "not"], ["the", "king's", "end"]]),
+        ({"tokenizer": "whitespace"}, [["To", "be,", "or", "not."], ["The", "King's", "end"]]),
+        ({"lines": True}, [["to", "be"], ["or", "not"], [], ["the", "king's"], ["end"]]),
+        (
+            {"tokenizer": lambda text: list(text[:2]), "lines": True},
+            [list("To"), list("or"), [], list("Th"), list("en")],
+        ),
+    ],
+)
+def test_read_sequences_cuts_text(text, options, expected):
+    assert read(text, **options) == read([str(text)], **options) == expected
+    packed = text.with_suffix(".gz")
+    packed.write_bytes(gzip.compress(TEXT.encode()))
+    assert read([packed, text], **options) == expected * 2
+
+
+def test_read_sequences_cuts_an_endless_line_between_words(tmp_path):
+    words = [f"word{number}" for number in range(300_000)]
+    (tmp_path / "text").write_text(" ".join(words) + "\r\nnext")
+    sequences = read(tmp_path / "text", lines=True, tokenizer="whitespace")
+    assert 3 <= len(sequences) <= 5
+    assert [word for sequence in sequences for word in sequence] == [*words, "next"]
+    assert sequences[-1] == ["next"]
+
+
+def test_read_sequences_takes_standard_input_and_pipes(text, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a b\nc")))
+    assert read([text, "-"]) == [*read(text), ["a", "b", "c"]]
+    pipe, write = os.pipe()
+    os.write(write, b"d e")
+    os.close(write)
+    assert read(f"/dev/fd/{pipe}") == [["d", "e"]]
+    os.close(pipe)
+
+
+def test_read_sequences_takes_columns_among_texts(text, tmp_path):
+    table = pa.table({"text": ["A b.", None, "c\n\nd"], "ids": [[1, 2], [], [3]]})
+    pyarrow.parquet.write_table(table, tmp_path / "rows")
+    rows = [["a", "b"], [], ["c", "d"]]
+    assert read([text, tmp_path / "rows"]) == [*read(text), *rows]
+    assert read([text, tmp_path / "rows"], lines=True) == [*read(text, lines=True), *rows]
+    assert read(tmp_path / "rows", column="ids") == [[1, 2], [], [3]]
+
+
+def test_read_sequences_finds_the_files_of_a_pattern(tmp_path):
+    (tmp_path / "deep").mkdir()
+    for name in ("b.txt", "a.txt", "c.md", "deep/d.txt", "odd[1].txt"):
+        (tmp_path / name).write_text(name[0])
+    assert read(tmp_path / "[ab].txt") == [["a"], ["b"]]
+    assert sorted(read(tmp_path / "**" / "*.txt")) == [["a"], ["b"], ["d"], ["o"]]
+    assert read(tmp_path / "odd[1].txt") == [["o"]]
+
+
+def test_read_sequences_cuts_by_a_file_of_tokenizers(text, tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordPiece({"[UNK]": 0, "the": 1, "k": 2, "##ing": 3, "end": 4}))
+    tokenizer.normalizer = tokenizers.normalizers.Lowercase()
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing("end $A end", special_tokens=[("end", 4)])
+    tokenizer.save(str(tmp_path / "t.json"))
+    unknown = "[UNK]"
+    expected = [[unknown] * 6, ["the", "k", "##ing", unknown, unknown, "end"]]
+    assert read(text, tokenizer=tmp_path / "t.json") == read(text, tokenizer=str(tmp_path / "t.json")) == expected
+    (tmp_path / "t.json").write_text(json.dumps({"model": 3}))
+    with pytest.raises(files.FormatError, match=r't.json: must be "words", "whitespace" or a JSON file of tokenizers'):
+        train.read_sequences(text, tokenizer=tmp_path / "t.json")
+
+
+def test_read_sequences_names_the_missing_library(text, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with pytest.raises(ImportError, match=r'pip install "embax\[tokenizers\]"'):
+        train.read_sequences(text, tokenizer=text)
+
+
+@pytest.mark.parametrize(
+    ("names", "options", "error", "match"),
+    [
+        ([], {}, ValueError, "must name a file, got none"),
+        (["-", "-"], {}, ValueError, "must name standard input once"),
+        (["text.txt", "missing"], {}, FileNotFoundError, "missing"),
+        (["*.none"], {}, FileNotFoundError, r"No file matches.*\*\.none"),
+        (["text.txt"], {"lines": True, "column": "a"}, ValueError, r"lines=.* must be False for a column"),
+        (["rows"], {"lines": True}, ValueError, r"lines=.* must be False without text"),
+        (["text.txt"], {"tokenizer": "word"}, FileNotFoundError, "word"),
+    ],
+)
+def test_read_sequences_refuses_before_it_reads(text, monkeypatch, names, options, error, match):
+    monkeypatch.chdir(text.parent)
+    pyarrow.parquet.write_table(pa.table({"text": ["a"]}), "rows")
+    with pytest.raises(error, match=match):
+        train.read_sequences(names, **options)
+
+
+def test_read_sequences_of_a_column_refuses_text(text):
+    with pytest.raises(files.FormatError, match="must be a parquet or Arrow file, which has columns"):
+        read(text, column="a")
+
+
+def test_expanded_leaves_plain_names(text):
+    assert expanded([text, "-"]) == [str(text), "-"]
+
+
+PEAK = """
+import re, sys
+from embax.train import read_sequences
+from embax.train._corpus import encode
+from embax.train._parts import WHOLE
+open("/proc/self/clear_refs", "w").write("5")  # the peak begins anew
+def kilobytes(what):
+    return int(re.search(rf"{what}:\\s+(\\d+) kB", open("/proc/self/status").read())[1])
+before = kilobytes("VmRSS")
+corpus, = encode(read_sequences(sys.argv[1]), 5, WHOLE, max_vocabulary=5_000)
+words = sum(int((block >= 0).sum()) for block in corpus.blocks(1 << 16))
+assert words == corpus.counts.sum(), (words, corpus.counts.sum())
+print(words, kilobytes("VmHWM") - before)
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="needs Linux to measure memory")
+def test_memory_does_not_grow_with_the_text(tmp_path):
+    often = " ".join(f"w{word % 3000}" for word in np.random.default_rng(0).zipf(1.5, 250_000).tolist())[:820_000]
+    peaks = {}
+    for millions in (2, 20):
+        path = tmp_path / str(millions)
+        with open(path, "w") as file:
+            for number in range(millions):  # a million characters of frequent words, and 20,000 that come once
+                rare = "\n\n".join(f"r{word}" for word in range(20_000 * number, 20_000 * (number + 1)))
+                file.write(f"{often}\n\n{rare}\n\n")
+        done = subprocess.run([sys.executable, "-c", PEAK, path], capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stderr
+        words, peaks[millions] = map(int, done.stdout.split())
+        assert path.stat().st_size > 0.97e6 * millions
+        assert words > 200_000 * millions
+    assert peaks[20] - peaks[2] < 16_000, peaks  # kB; the ids of the longer text alone take 18 MB
