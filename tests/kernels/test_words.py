@@ -1,11 +1,6 @@
 """The training of word vectors by the native library, against the same in float64 with the same random numbers."""
 
-import hashlib
-import os
-import subprocess
-import sys
 
-import jax
 import numpy as np
 import pytest
 
