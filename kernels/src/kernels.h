@@ -94,7 +94,7 @@ struct Training {
   const uint32_t* keep;  // for each word: it is kept if 32 random bits are at most this
   const uint32_t* cut;   // noise by Walker's aliases: a row, or its alias if 32 random bits are more than this
   const int32_t* alias;
-  const int32_t *starts, *pieces;  // word k has the rows pieces[starts[k]:starts[k + 1]] of inputs; or none: row k alone
+  const int32_t *starts, *pieces;  // word k has the inputs pieces[starts[k]:starts[k + 1]]; or none: row k alone
   int64_t window, negative, parts;
   bool cbow;
   float first_rate, last_rate;

@@ -1,4 +1,4 @@
-// The arithmetic of word vectors: products of rows, summed up across the numbers of a vector, and the logistic function.
+// The arithmetic of word vectors: products of rows summed up across the numbers of a vector, and the logistic function.
 //
 // A product and a sum are one rounding where the instruction set has such an instruction. So results are the same on
 // every machine of one instruction set, and differ in the last digits between instruction sets.

@@ -1,9 +1,9 @@
 // One step of plain SGD on the words of a window, at the vectors that the step before it has left.
 //
 // `update_pairs` is for skip-gram: each context's row of the inputs with each target's row of the outputs. For the
-// window "the [king] holds" with one noise word "crown", the contexts are the rows of "the" and "holds", and the targets
-// the rows of "king" (label 1) and "crown" (label 0). `update_mean` is for CBOW and for sub-words: one mean of rows with
-// each target. A pair moves the two rows by `(label - logistic(input . output)) * factor` times one another.
+// window "the [king] holds" with one noise word "crown", the contexts are the rows of "the" and "holds", and the
+// targets the rows of "king" (label 1) and "crown" (label 0). `update_mean` is for CBOW and for sub-words: one mean of
+// rows with each target. A pair moves both rows by `(label - logistic(input . output)) * weight * rate` times the other.
 //
 // All gradients of a call are those at the old rows. A row that occurs twice is moved twice.
 #pragma once
@@ -23,7 +23,7 @@ struct Stride {
   int64_t any;
 };
 
-// Pairs that one call may sum up: more would overshoot where a row is the same in all of them.
+// Contexts of one call of `update_pairs`.
 constexpr int64_t kContexts = 16;
 // Targets of one call of `update_pairs`: with their sums, they fill the registers of AVX2.
 constexpr int64_t kPaired = 6;

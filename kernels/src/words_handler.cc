@@ -1,7 +1,7 @@
 // XLA's call that trains word vectors.
 //
-// The text and all that leads to rows is data, so it is checked here, before a number is written: one bad id is an error
-// of the call.
+// The text and all that leads to rows is data, so it is checked here, before a number is written: one bad id is an
+// error of the call.
 #include "arguments.h"
 #include "exports.h"
 
@@ -11,8 +11,7 @@ namespace {
 using In = ffi::AnyBuffer;
 using Out = ffi::Result<ffi::AnyBuffer>;
 
-// Beyond these, buffers of a window would be large for no use.
-constexpr int64_t kMostWindow = 10'000, kMostNegative = 10'000, kMostThreads = 1024;
+constexpr int64_t kMostWindow = INT32_MAX, kMostNegative = 1'000'000, kMostThreads = 1024;
 
 const int32_t* numbers(const Named& named) { return static_cast<const int32_t*>(named.data()); }
 
@@ -62,8 +61,9 @@ ffi::Error train_words(ffi::ThreadPool threads, In inputs, In outputs, In ids, I
                        In pieces, In rates, In seed, Out new_inputs, Out new_outputs, Out loss, int64_t window,
                        int64_t negative, int64_t parts, int32_t cbow) {
   return guarded([&] {
-    const Named of_inputs{"inputs", inputs}, of_outputs{"outputs", outputs}, of_ids{"ids", ids}, of_alias{"alias", alias};
-    const Named of_starts{"starts", starts}, of_pieces{"pieces", pieces}, of_loss{"loss", *loss};
+    const Named of_inputs{"inputs", inputs}, of_outputs{"outputs", outputs}, of_ids{"ids", ids};
+    const Named of_alias{"alias", alias}, of_starts{"starts", starts}, of_pieces{"pieces", pieces};
+    const Named of_loss{"loss", *loss};
     for (const Named& table : {of_inputs, of_outputs}) {
       expect_dtype(table, ffi::F32);
       if (table.rank() != 2 || table.axis(1) % 16) refuse(table, "of two axes, the second a multiple of 16");
@@ -97,7 +97,8 @@ ffi::Error train_words(ffi::ThreadPool threads, In inputs, In outputs, In ids, I
     training.rows = rows;
     training.ids = numbers(of_ids);
     // The rate falls over the words, not over what fills up the last chunk.
-    for (training.number = of_ids.size(); training.number > 0 && training.ids[training.number - 1] < 0;) --training.number;
+    training.number = of_ids.size();
+    while (training.number > 0 && training.ids[training.number - 1] < 0) --training.number;
     training.keep = static_cast<const uint32_t*>(keep.untyped_data());
     training.cut = static_cast<const uint32_t*>(cut.untyped_data());
     training.alias = numbers(of_alias);

@@ -7,6 +7,7 @@ import numpy as np
 ALL_64 = (1 << 64) - 1
 # As in the kernel: pairs that move together, and how often the loss is taken.
 CONTEXTS, PAIRED, SLOTS, POOLED, SAMPLED = 16, 6, 8, 8, 64
+PAIRS_TIMES_RATE, POOLED_TIMES_RATE = np.float32(0.4), np.float32(1.2)
 
 
 class Vocabulary(NamedTuple):
@@ -74,6 +75,11 @@ def pieces_of(things, most):
     return [things[len(things) * k // number : len(things) * (k + 1) // number] for k in range(number)]
 
 
+def most_at_once(limit, rate, most):
+    """How many pairs move together, in float32 as in the kernel."""
+    return most if not rate * np.float32(most) > limit else max(1, int(limit / rate))
+
+
 def logistic(x):
     return 1 / (1 + np.exp(-x))
 
@@ -96,14 +102,16 @@ class _Run:
             if len(kept) > 1:
                 for c in range(len(kept)):
                     done = (first + (at - first) * c / len(kept)) / len(ids)
-                    self.rate = rates[0] + (rates[1] - rates[0]) * done
+                    self.rate = rates[0] + (rates[1] - rates[0]) * np.float32(done)
                     self.centre(kept, c)
             at += 1
 
     def centre(self, kept, c):
         width = 1 + below(self.window, self.random.next())
         contexts = [kept[j] for j in range(max(0, c - width), min(len(kept), c + width + 1)) if j != c]
-        shared = pieces_of(contexts, POOLED) if self.subwords and not self.cbow else [contexts]
+        by_centre, per_context = self.subwords and not self.cbow, self.rate * np.float32(1 + self.negative)
+        pooled = most_at_once(POOLED_TIMES_RATE, per_context, POOLED)
+        shared = pieces_of(contexts, pooled) if by_centre else [contexts]
         noise = [[self.noise() for _ in range(self.negative)] for _ in shared]
         self.sampled = self.windows % SAMPLED == 0
         self.windows += 1
@@ -116,7 +124,7 @@ class _Run:
             self.move_mean(self.rows_of(kept[c]), groups)
         else:
             targets = [(kept[c], 1, 1.0)] + [(word, 0, float(word != kept[c])) for word in noise[0]]
-            for block in pieces_of(contexts, CONTEXTS):
+            for block in pieces_of(contexts, most_at_once(PAIRS_TIMES_RATE, self.rate, CONTEXTS)):
                 for group in pieces_of(targets, PAIRED):
                     self.move_pairs(block, group)
 
