@@ -88,9 +88,9 @@ inline void errors_of_logits(float* logits, int64_t number, const Targets& targe
   }
 }
 
-// `errors` has room for one row more than there are contexts.
+// `errors` has room for one row more than there are contexts. Not inlined: its loops need all registers.
 template <int kTargets, typename S>
-inline void update_pairs_of(float* const* contexts, int64_t number, const Targets& targets, S stride,
+__attribute__((noinline)) void update_pairs_of(float* const* contexts, int64_t number, const Targets& targets, S stride,
                             float* __restrict errors, double* loss) {
   constexpr int64_t lanes = kLanes<float>;
   float* rows[kTargets];
@@ -147,7 +147,7 @@ inline void update_pairs(float* const* contexts, int64_t number, const Targets& 
 
 // Moves the targets' rows, and adds to `error` how the mean has to move; the first targets of a mean set it.
 template <int kTargets, typename S>
-inline void update_mean_of(const float* __restrict mean, const Targets& targets, S stride, float* __restrict error,
+__attribute__((noinline)) void update_mean_of(const float* __restrict mean, const Targets& targets, S stride, float* __restrict error,
                            bool first, double* loss) {
   constexpr int64_t lanes = kLanes<float>;
   float* rows[kTargets];
