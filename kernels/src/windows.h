@@ -207,7 +207,8 @@ inline void for_blocks(S stride, F&& body) {
 template <typename S>
 inline void add_rows(float* const* rows, int64_t number, float factor, bool first, S stride, float* mean) {
   for_blocks(stride, [&](int64_t j, auto vectors) {
-    Floats sums[vectors] = {};
+    Floats sums[vectors];
+    for (int v = 0; v < vectors; ++v) sums[v] = Floats{};
     for (int64_t k = 0; k < number; ++k) {
       for (int v = 0; v < vectors; ++v) sums[v] += load(rows[k] + j + v * kLanes<float>);
     }

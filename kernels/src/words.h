@@ -69,7 +69,10 @@ class TextPart {
       const int64_t begin = i;
       length_ = 0;
       for (; i < to_ && w_.ids[i] >= 0; ++i) {
-        if (random_.bits() <= w_.keep[w_.ids[i]]) kept_[length_++] = w_.ids[i];
+        const int32_t word = w_.ids[i];
+        if (random_.bits() > w_.keep[word]) continue;
+        kept_[length_++] = word;
+        if (length_ <= w_.window + 2) fetch_entering(word);
       }
       if (length_ > 1) train_sequence(begin, i);
     }
@@ -150,14 +153,13 @@ class TextPart {
   // The rows, besides its noise, that a window is the first to need; for those of contexts, a window more in advance.
   void fetch_for(int64_t c) const {
     fetch(output(kept_[c]));
-    const int64_t entering = c + w_.window + 1;
     if (by_centre()) for_rows_of(kept_[c], [&](float* row) { fetch(row); });
-    if (entering >= length_) return;
-    if (by_centre()) {
-      fetch(output(kept_[entering]));
-    } else {
-      for_rows_of(kept_[entering], [&](float* row) { fetch(row); });
-    }
+    if (c + w_.window + 1 < length_) fetch_entering(kept_[c + w_.window + 1]);
+  }
+
+  void fetch_entering(int32_t word) const {
+    if (by_centre()) return fetch(output(word));
+    for_rows_of(word, [&](float* row) { fetch(row); });
   }
 
   void train_skipgram(const Window& window, double* loss) {

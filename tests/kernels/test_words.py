@@ -1,6 +1,5 @@
 """The training of word vectors by the native library, against the same in float64 with the same random numbers."""
 
-
 import numpy as np
 import pytest
 
