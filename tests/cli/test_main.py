@@ -76,6 +76,7 @@ def test_train_passes_its_options_on(text, tmp_path, monkeypatch):
         "negative": 5,
         "epochs": 5,
         "min_count": 5,
+        "max_vocabulary": 5_000_000,
         "sample": 1e-3,
         "seed": 0,
     }
@@ -96,7 +97,7 @@ def test_train_prints_lines_where_there_is_no_terminal(text, tmp_path, monkeypat
     lines = err.splitlines()
     assert lines[0].startswith("embax: read ")
     wrote = re.escape(f"embax: wrote {tmp_path / 'v'}: 10 words, 4 dimensions, trained by ")
-    assert re.fullmatch(wrote + r"(native|xla) at [\d,]+ words/s", lines[-1])
+    assert re.fullmatch(wrote + r"(native|xla) at [\d,]+ words/s \(\d+% of the time waiting for text\)", lines[-1])
     steps = [line for line in lines if "epoch" in line]
     pattern = r"embax: +\d+%, epoch [123]/3, loss \d+\.\d{3}, [\d,]+ words/s, \d+:\d\d left"
     assert len(steps) >= 3
@@ -218,7 +219,7 @@ def test_train_tells_when_memory_does_not_suffice(text, tmp_path):
 @pytest.mark.skipif(
     signal.getsignal(signal.SIGINT) is signal.SIG_IGN, reason="interrupts are ignored here, as in a background job"
 )
-def test_train_ended_by_an_interrupt_leaves_nothing_behind_and_has_loaded_no_framework(text, tmp_path):
+def test_train_ended_by_an_interrupt_writes_its_vectors_and_has_loaded_no_framework(text, tmp_path):
     at_the_end = "print([module for module in ('brainstate', 'flax', 'equinox', 'optax') if module in sys.modules])"
     code = "import atexit, sys, embax.cli; from embax.cli import _display; _display._LINE = 0\n"
     code += f"atexit.register(lambda: {at_the_end}); embax.cli.main()"
@@ -232,7 +233,8 @@ def test_train_ended_by_an_interrupt_leaves_nothing_behind_and_has_loaded_no_fra
     out, err = child.communicate(timeout=60)
     assert child.returncode == 130
     assert "Traceback" not in err
-    assert os.listdir(tmp_path) == ["text.txt"]
+    assert sorted(os.listdir(tmp_path)) == ["text.txt", "v"]
+    assert len(Vectors.load(tmp_path / "v")) == 10
     assert out == "[]\n"
 
 
@@ -321,7 +323,8 @@ def test_train_prints_json(text, tmp_path):
     found = json.loads(out)
     assert found.pop("words_per_second") > 0
     assert found.pop("engine") in ("native", "xla")
-    assert found == expected | {"model": "skipgram"}
+    assert 0 <= found.pop("waited") <= 1
+    assert found == expected | {"model": "skipgram", "interrupted": False}
 
 
 def test_train_continues_from_vectors(text, tmp_path):

@@ -70,7 +70,6 @@ class Display:
             self._bar = Progress(*columns, console=console, transient=True)
             self._task = self._bar.add_task("", total=None)
         self._shown = -math.inf
-        self.words_per_second = 0.0  # of training, on average
 
     def __enter__(self) -> "Display":
         if self._bar is not None:
@@ -97,7 +96,6 @@ class Display:
     def training(self, progress: "Progress") -> None:
         """Report the progress of training."""
         finished = progress.words == progress.total_words
-        self.words_per_second = progress.words_per_second
         if self._due() or finished:
             self._show(
                 f"epoch {progress.epoch}/{progress.epochs}, loss {float(progress.loss):.3f}, "
@@ -107,7 +105,10 @@ class Display:
 
     def say(self, message: str) -> None:
         """Print a line that stays."""
-        print(f"embax: {message}", file=sys.stderr) if self._bar is None else self._bar.console.print(message)
+        if self._bar is None:
+            print(f"embax: {message}", file=sys.stderr)
+        else:  # brackets in names of files are not the console's markup
+            self._bar.console.print(message, markup=False)
 
     def _due(self) -> bool:
         return time.monotonic() - self._shown >= (_LINE if self._bar is None else _REDRAW)

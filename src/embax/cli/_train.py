@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from ._common import (
+    INTERRUPTED,
     Json,
     To,
     UserError,
@@ -20,6 +21,7 @@ from ._common import (
     rule,
 )
 from ._display import Display
+from ._following import Following, refuse_standard_input_twice
 from ._processes import address, together
 
 _share = rule(lambda value: 0 <= value <= 1, "a number from 0 to 1")
@@ -67,6 +69,13 @@ def train(
         str,
         option_of("skipgram", "cbow", help="skipgram, or cbow: faster with the native engine, but it learns less."),
     ] = "skipgram",
+    max_vocabulary: Annotated[
+        int,
+        typer.Option(
+            callback=at_least_one,
+            help="The most words to keep, and to count at a time, 150 bytes each; the least frequent are left out.",
+        ),
+    ] = 5_000_000,
     dim: Annotated[
         int | None, typer.Option(callback=at_least_one, help="The size of a vector. Default: 100, or that of --from.")
     ] = None,
@@ -126,6 +135,26 @@ def train(
     checkpoint_every: Annotated[
         int, typer.Option(callback=at_least_one, help="The number of steps between checkpoints.")
     ] = 10_000,
+    evaluate: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FILE",
+            help="Evaluate after each epoch by a file of analogies or of word pairs, as embax evaluate does; may be "
+            "repeated.",
+        ),
+    ] = None,
+    held_out: Annotated[
+        bool,
+        typer.Option(
+            "--held-out", help="Print the loss on every 20th paragraph after each epoch, and do not train on it."
+        ),
+    ] = False,
+    log_dir: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FOLDER", help="Write curves, and in the end the vectors for the projector, for TensorBoard."
+        ),
+    ] = None,
     distributed: Annotated[
         bool,
         typer.Option(
@@ -173,7 +202,10 @@ def train(
         "seed": seed,
         "engine": engine,
         "threads": threads,
+        "max_vocabulary": max_vocabulary,
     }
+    if held_out:
+        options["held_out"] = True
     if checkpoint is not None:
         options |= {"checkpoint": checkpoint, "checkpoint_every": checkpoint_every}
     with together(where, lost) as is_first:
@@ -182,8 +214,12 @@ def train(
 
             options["mesh"] = jax.make_mesh((jax.device_count(),), ("devices",))
         reading = {"tokenizer": tokenizer, "lines": lines, "column": column}
-        vectors, speed = _train(files, reading, output, to, model, start, options, is_first)
-    if json and is_first:
+        vectors, following = _train(
+            files, reading, output, to, model, start, options, is_first, (evaluate or [], log_dir)
+        )
+    if following is None:
+        return
+    if json:
         print_json(
             {
                 "output": output,
@@ -192,10 +228,12 @@ def train(
                 "occurrences": int(vectors.counts.sum()),
                 "seed": seed,
                 **vectors.metadata,
-                "words_per_second": round(speed),
+                **following.summary(),
             },
             written=output,
         )
+    if following.interrupted:
+        raise typer.Exit(INTERRUPTED)
 
 
 def _train(
@@ -207,8 +245,9 @@ def _train(
     start: str | None,
     options: dict[str, Any],
     is_first: bool,
-) -> tuple[Any, float]:
-    """Train; the first process also reports progress and writes the vectors. Returns them, and the words a second."""
+    measured: tuple[list[str], str | None],
+) -> tuple[Any, Following | None]:
+    """Train; the first process also follows the run and writes the vectors."""
     import embax.files
     import embax.train
     from embax.train._sources import expanded
@@ -217,6 +256,8 @@ def _train(
         format = embax.files.format_to_write(output, to)
     if is_first:
         embax.files.check_writable(output)
+    questions, log_dir = measured
+    refuse_standard_input_twice(files, questions)
     with in_one_line():
         paths = expanded(files)
     name = name_of(paths[0]) if len(paths) == 1 else f"{len(paths):,} files"
@@ -226,15 +267,22 @@ def _train(
     if start is not None:
         with in_one_line(start):
             options |= {"initial": embax.Vectors.load(start)}
-    speed = 0.0
-    with Display() if is_first else contextlib.nullcontext() as display:
+    with contextlib.ExitStack() as stack:
         with in_one_line():
             sequences: Any = embax.train.read_sequences(paths, **reading)
-        if "mesh" not in options and display is not None:  # on a mesh, each process reads only its own sequences
-            sequences = display.reading(sequences)
+        following = None
+        if is_first:
+            display = Display()
+            following = stack.enter_context(Following(display, questions, log_dir, may_end_early="mesh" not in options))
+            stack.enter_context(display)
+            options |= {"progress": following.progress}
+            if "mesh" not in options:  # on a mesh, each process reads only its own sequences
+                sequences = display.reading(sequences)
+        if "held_out" in options or questions:  # all processes bring the vectors together
+            options |= {"after_epoch": following.after_epoch if following is not None else lambda epoch: None}
         try:
             learn = embax.train.cbow if model == "cbow" else embax.train.skipgram
-            vectors = learn(sequences, **options, progress=None if display is None else display.training)
+            vectors = learn(sequences, **options)
         except embax.train.CorpusError as error:
             raise UserError(f"{name}: {error.reason}") from None
         except embax.train.CheckpointError as error:
@@ -248,12 +296,13 @@ def _train(
             if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             raise UserError("not enough memory. Lower --dim or --window, or raise --min-count.") from None
-        if display is not None:
+        if following is not None:
             with in_one_line(output):
                 vectors.save(output, format=format)
-            speed = display.words_per_second
-            display.say(
+            following.finish(vectors)
+            following.say(
                 f"wrote {name_of(output, 'standard output')}: {len(vectors):,} words, {vectors.weight.shape[1]} "
-                f"dimensions, trained by {vectors.metadata['engine']} at {speed:,.0f} words/s"
+                f"dimensions, trained by {vectors.metadata['engine']} at {following.words_per_second:,.0f} words/s "
+                f"({following.waited:.0%} of the time waiting for text)"
             )
-    return vectors, speed
+    return vectors, following
