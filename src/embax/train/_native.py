@@ -57,9 +57,8 @@ class Native:
         none = np.zeros(0, np.int32)
         of_words = (none, none) if pieces is None else (pieces.starts.astype(np.int32), pieces.ids)
         likely = _threshold(kept(corpus.counts, options.sample))
-        self._words: _kernel.Words = jax.device_put(
-            _kernel.Words(likely, *alias_tables(noise_weights(corpus.counts)), *of_words), self._device
-        )
+        arrays = likely, *alias_tables(noise_weights(corpus.counts)), *of_words
+        self._words = _kernel.Words(*(jax.device_put(array, self._device) for array in arrays))
 
     def start(self, initial: Initial | None) -> _kernel.Tables:
         """Make both tables, with zeros behind each vector."""
