@@ -41,11 +41,20 @@ def half_is_one_item():
     return [[str(item) for item in line] for line in items]
 
 
+def words_of_few_stems():
+    rng = np.random.default_rng(0)
+    stems = ["walk", "talk", "king"]
+    return [[stems[i % 3] + ["s", "ed", "ing"][j] for j in rng.integers(0, 3, 10)] for i in range(400)]
+
+
 @pytest.mark.parametrize("learn", [train.skipgram, train.cbow])
-@pytest.mark.parametrize("corpus", [nine_words, half_is_one_item])
-def test_training_stays_bounded_on_few_words_at_a_high_rate(learn, corpus):
+@pytest.mark.parametrize(
+    ("corpus", "more"), [(nine_words, {}), (half_is_one_item, {}), (words_of_few_stems, {"subwords": True})]
+)
+def test_training_stays_bounded_on_few_words_at_a_high_rate(learn, corpus, more):
     reports = []
-    vectors = learn(corpus(), dim=DIM, epochs=10, sample=0, learning_rate=0.1, progress=reports.append)
+    options = more | {"dim": DIM, "epochs": 10, "sample": 0, "learning_rate": 0.1}
+    vectors = learn(corpus(), **options, progress=reports.append)
     # The text of nine words is learned by heart, so the vectors grow by the logarithm of the number of steps.
     assert np.linalg.norm(vectors.weight, axis=1).max() < 20
     assert reports[-1].loss < reports[0].loss < 6 * np.log(2)  # as with vectors of zero
