@@ -1,12 +1,15 @@
 """The engine of the native library."""
 
+import jax
 import numpy as np
 import pytest
 
+from embax import train
 from embax.train import _loop, _native, _parts
 from embax.train._corpus import BREAK, encode
 from embax.train._engine import Options
 from embax.train._native import Native, alias_tables
+from embax.train._subwords import Pieces
 
 kernel = pytest.mark.skipif(
     _native.lacking(None) is not None, reason="the native kernels are not installed, or switched off"
@@ -83,6 +86,42 @@ def test_training_goes_on_from_vectors():
         np.testing.assert_array_equal(got, want)
 
 
+@kernel
+def test_a_resumed_run_gives_the_same_bytes(tmp_path, monkeypatch):
+    pytest.importorskip("orbax.checkpoint")
+    monkeypatch.setattr(_native, "_CHUNK", 64)
+    monkeypatch.setattr(_native, "_STEP", 64)
+    text = lines(np.random.default_rng(0), [40] * 10)
+    given = {"dim": DIM, "min_count": 1, "epochs": 2, "engine": "native"}
+
+    class Stopped(Exception):
+        pass
+
+    def stop(progress):
+        if progress.epoch == 2:
+            raise Stopped
+
+    saved = {"checkpoint": tmp_path / "saved", "checkpoint_every": 1}
+    with pytest.raises(Stopped):
+        train.skipgram(text, **given, **saved, progress=stop)
+    reports = []
+    resumed = train.skipgram(text, **given, **saved, progress=reports.append)
+    assert reports[0].words_before > 0
+    assert resumed.weight.tobytes() == train.skipgram(text, **given).weight.tobytes()
+    with pytest.raises(train.CheckpointError, match=r"of the engine 'native', and this run is of 'xla'\. Choose"):
+        train.skipgram(text, **(given | {"engine": "xla"}), **saved)
+
+
+def test_native_is_refused_where_it_cannot_run(monkeypatch):
+    mesh = jax.make_mesh((1,), ("devices",), devices=jax.devices()[:1])
+    with pytest.raises(ValueError, match=r"skipgram\(engine=\.\.\.\)` must be 'auto' or 'xla' here.* not on a mesh"):
+        train.skipgram([["a", "b"]], engine="native", mesh=mesh)
+    monkeypatch.setattr(_native._kernel, "available", lambda: False)
+    with pytest.raises(ValueError, match=r"cbow\(engine=\.\.\.\)` must be .* it needs embax-kernels"):
+        train.cbow([["a", "b"]], engine="native")
+    assert train.cbow([["a", "b"] * 5], dim=1, epochs=1).metadata["engine"] == "xla"
+
+
 def nine_words():
     return ["the king holds the crown the queen wears the crown the dog eats the bone".split()] * 400
 
@@ -105,7 +144,7 @@ def test_training_stays_bounded_on_few_words_at_a_high_rate(text, model, window,
     if subwords:  # each word has a row of its own and some of 20 rows
         ids = np.random.default_rng(0).integers(rows, rows + 20, (rows, 5))
         ids[:, 0] = np.arange(rows)
-        pieces = _native.Pieces(np.arange(0, 5 * rows + 1, 5), ids.ravel().astype(np.int32), rows + 20)
+        pieces = Pieces(np.arange(0, 5 * rows + 1, 5), ids.ravel().astype(np.int32), np.arange(20))
     engine = Native(corpus, options(model=model, window=window, negative=negative), pieces)
     run = _loop.Run(10, int(corpus.counts.sum()), 0.1, reports.append)
     inputs, outputs = _loop.train(engine, run, None, None)

@@ -8,26 +8,20 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Float32, Float64, Int32, Int64, UInt32
+from jaxtyping import Array, Float32, Float64, Int32, UInt32
 
 from .._kernels import words as _kernel
 from ._corpus import BREAK, Corpus
 from ._engine import Initial, Options, fresh_vectors, kept, noise_weights
+from ._subwords import Pieces
 
 # Ids in a chunk: some 0.05 seconds of work.
 _CHUNK = 1 << 17
 # Chunks of small texts are a multiple of so many ids long, so that there are few shapes to compile.
 _STEP = 1 << 10
-
-
-class Pieces(NamedTuple):
-    """The input rows of each word, if words have sub-words."""
-
-    starts: Int64[np.ndarray, " starts"]  # word k has the rows ids[starts[k] : starts[k + 1]], at least one
-    ids: Int32[np.ndarray, " ids"]
-    rows: int  # of the table of inputs
 
 
 class Batch(NamedTuple):
@@ -44,7 +38,7 @@ class Native:
     Args:
       corpus: The text.
       options: The options of the run.
-      pieces: The input rows of each word. Default: one row for each word.
+      pieces: The sub-words, or None.
     """
 
     name = "native"
@@ -63,9 +57,7 @@ class Native:
     def start(self, initial: Initial | None) -> _kernel.Tables:
         """Make both tables, with zeros behind each vector."""
         if initial is None:
-            rows = self._rows if self._pieces is None else self._pieces.rows
-            inputs, outputs = fresh_vectors(rows, self._options)
-            initial = inputs, outputs[: self._rows]
+            initial = fresh_vectors(self._rows, self._options, None if self._pieces is None else self._pieces.rows)
         return _kernel.Tables(*(jax.device_put(_padded(rows), self._device) for rows in initial))
 
     def batches(self, epoch: int) -> Iterator[Batch]:
@@ -108,10 +100,16 @@ class Native:
 def lacking(mesh: Mesh | None) -> str | None:
     """Return why the native engine cannot run here, as a sentence; None if it can."""
     if mesh is not None or jax.process_count() > 1:
-        return "it trains in one process and on no mesh"
+        return "it trains on one CPU, not on a mesh and not in several processes"
     if not _kernel.available():
-        return "embax-kernels is not installed, or switched off, or too old"
+        return "it needs embax-kernels, which are not installed or switched off; see `python -m embax.kernels`"
     return None
+
+
+def is_best(mesh: Mesh | None) -> bool:
+    """Return whether the native engine can run here, and the default device has nothing faster."""
+    (device,) = jnp.zeros(()).devices()
+    return device.platform == "cpu" and lacking(mesh) is None
 
 
 def alias_tables(
