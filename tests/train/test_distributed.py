@@ -30,7 +30,7 @@ from embax.vectors import Vectors
 # Seconds in which each process has to end, so that one that hangs is a failure.
 LIMIT = 180
 DEVICES = 4
-OPTIONS = {"dim": 6, "epochs": 2, "min_count": 1, "seed": 3, "sample": 0.05}
+OPTIONS = {"engine": "xla", "dim": 6, "epochs": 2, "min_count": 1, "seed": 3, "sample": 0.05}
 # Processes that wait for each other take long, so what they learn from is short: a call of the program an epoch.
 SHORT = 20
 WORDS = [f"w{number}" for number in range(50)]

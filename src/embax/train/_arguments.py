@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from .._base import check as _check
 from ..files._formats.fasttext.model import LONGEST_NGRAM
 from ..vectors import Vectors
-from . import _initial
+from . import _initial, _native
 from ._engine import Model, Options
 from ._loop import Epoch, Progress
 
@@ -67,6 +67,8 @@ def checked(call: str, model: Model, given: Arguments) -> tuple[Arguments, Optio
         ngram_lengths=_lengths(f"{call}(ngram_lengths=...)", given.ngram_lengths),
         engine=_check.choice(f"{call}(engine=...)", given.engine, ("auto", "native", "xla")),
     )
+    if given.engine == "native" and (reason := _native.lacking(given.mesh)):
+        raise ValueError(f"`{call}(engine=...)` must be 'auto' or 'xla' here, got 'native': {reason}. Leave it out.")
     return given, Options(dim, given.window, given.negative, model, given.sample, given.seed, given.threads)
 
 

@@ -2,23 +2,23 @@
 
 import functools
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float32
 
 from ..vectors import Vectors
-from . import _initial
+from . import _initial, _native
 from ._arguments import Arguments, EngineName, checked
 from ._corpus import MAX_VOCABULARY, Corpus, CorpusError, encode
-from ._engine import Engine, Initial, Model, kept, noise_weights
+from ._engine import Engine, Initial, Model, Options, kept, noise_weights
 from ._held_out import EVERY, HeldOut, draw_held_out
 from ._loop import Epoch, Progress, Run, train
-from ._parts import parts_of
+from ._parts import Parts, parts_of
 from ._resume import Checkpoints, fingerprint
 from ._segments import STEPS_A_CALL
-from ._subwords import NgramOptions, finished, pieces_of
+from ._subwords import NgramOptions, Pieces, finished, pieces_of
 from ._xla import Xla
 
 
@@ -275,7 +275,7 @@ def _learned(model: Model, sequences: Iterable[Iterable[str | int]], given: Argu
     tokens, counts = corpora[0].tokens, corpora[0].counts
     ngrams = NgramOptions(*given.ngram_lengths, given.buckets) if given.subwords else None
     pieces = None if ngrams is None else pieces_of(tokens, ngrams)
-    engine: Engine = Xla(corpora, parts, options, pieces)
+    engine = _engine_of(given, corpora, parts, options, pieces)
     saved = None
     if given.checkpoint is not None:
         of_run = {"epochs": given.epochs, "min_count": given.min_count, "learning_rate": given.learning_rate}
@@ -302,6 +302,14 @@ def _learned(model: Model, sequences: Iterable[Iterable[str | int]], given: Argu
     first = _initial.first_vectors(given.initial, tokens, options) if pieces is None else None
     inputs, _ = train(engine, run, first, saved)
     return made(inputs)
+
+
+def _engine_of(
+    given: Arguments, corpora: Sequence[Corpus], parts: Parts, options: Options, pieces: Pieces | None
+) -> Engine:
+    if given.engine == "native" or (given.engine == "auto" and _native.is_best(given.mesh)):
+        return _native.Native(corpora[0], options, pieces)
+    return Xla(corpora, parts, options, pieces)
 
 
 def _held_out(call: str, corpus: Corpus, model: Model, given: Arguments) -> HeldOut:
