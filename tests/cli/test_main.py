@@ -327,6 +327,18 @@ def test_train_prints_json(text, tmp_path):
     assert found == expected | {"model": "skipgram", "interrupted": False}
 
 
+def test_train_writes_subwords_as_a_model_of_fasttext(text, tmp_path):
+    flags = ["--subwords", "--max-ngram", 4, "--buckets", 100, "--dim", 4, "--epochs", 1]
+    assert run("train", text, "-o", tmp_path / "v.bin", *flags)[0] == 0
+    vectors = Vectors.load(tmp_path / "v.bin")
+    ngrams = vectors.subwords.ngrams
+    assert (ngrams.minimum, ngrams.maximum, ngrams.buckets) == (3, 4, 100)
+    assert "kings" not in vectors
+    assert np.abs(vectors["kings"]).max() > 0
+    assert_one_line(*run("train", text, "-o", tmp_path / "v", *flags), "v: --subwords needs a model of fastText.")
+    assert_one_line(*run("train", text, "-o", tmp_path / "v.bin", *flags, "--min-ngram", 5), "the shorter first")
+
+
 def test_train_continues_from_vectors(text, tmp_path):
     Vectors(["the", "unseen"], np.eye(2, 3), [7, 9]).save(tmp_path / "old.txt")
     status, out, _ = run("train", text, "-o", tmp_path / "v", "--from", tmp_path / "old.txt", "--epochs", 1, "--json")

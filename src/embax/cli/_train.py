@@ -70,6 +70,23 @@ def train(
         str,
         option_of("skipgram", "cbow", help="skipgram, or cbow: faster with the native engine, but it learns less."),
     ] = "skipgram",
+    subwords: Annotated[
+        bool,
+        typer.Option(
+            "--subwords",
+            help="Learn vectors of n-grams of characters, too, so that unknown words get vectors. Writes a model of "
+            "fastText, .bin.",
+        ),
+    ] = False,
+    min_ngram: Annotated[
+        int, typer.Option(callback=at_least_one, help="With --subwords, the characters of the shortest n-grams.")
+    ] = 3,
+    max_ngram: Annotated[
+        int, typer.Option(callback=at_least_one, help="With --subwords, the characters of the longest n-grams.")
+    ] = 6,
+    buckets: Annotated[
+        int, typer.Option(callback=at_least_one, help="With --subwords, the rows for n-grams, chosen by hashes.")
+    ] = 2_000_000,
     max_vocabulary: Annotated[
         int,
         typer.Option(
@@ -205,6 +222,9 @@ def train(
         "threads": threads,
         "max_vocabulary": max_vocabulary,
     }
+    if subwords:
+        options |= {"subwords": True, "ngram_lengths": (min_ngram, max_ngram), "buckets": buckets}
+        to = to or ("fasttext" if output.endswith(".bin") else None)
     if held_out:
         options["held_out"] = True
     if checkpoint is not None:
@@ -259,6 +279,8 @@ def _train(
 
     with in_one_line(output):
         format = embax.files.format_to_write(output, to)
+    if "subwords" in options and format != "fasttext":
+        raise UserError(f"{output}: --subwords needs a model of fastText. Name a file .bin, or add --to fasttext.")
     if is_first:
         embax.files.check_writable(output)
     questions, log_dir = measured

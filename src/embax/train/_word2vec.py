@@ -1,53 +1,25 @@
 """Word vectors by word2vec: skip-gram and CBOW with negative sampling."""
 
 import functools
-import math
 import os
-from collections.abc import Callable, Iterable
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float32
 
-from .._base import check as _check
 from ..vectors import Vectors
-from . import _initial
+from . import _initial, _native
+from ._arguments import Arguments, EngineName, checked
 from ._corpus import MAX_VOCABULARY, Corpus, CorpusError, encode
 from ._engine import Engine, Initial, Model, Options, kept, noise_weights
 from ._held_out import EVERY, HeldOut, draw_held_out
 from ._loop import Epoch, Progress, Run, train
-from ._parts import parts_of
+from ._parts import Parts, parts_of
 from ._resume import Checkpoints, fingerprint
 from ._segments import STEPS_A_CALL
+from ._subwords import NgramOptions, Pieces, finished, pieces_of
 from ._xla import Xla
-
-EngineName = Literal["auto", "native", "xla"]
-# The size of a vector, if nothing else is asked for.
-_DIM = 100
-
-
-class _Arguments(NamedTuple):
-    """The arguments that both models have, not checked yet."""
-
-    dim: int | None
-    window: int
-    negative: int
-    epochs: int
-    min_count: int
-    sample: float
-    learning_rate: float
-    seed: int
-    initial: Vectors | None
-    engine: EngineName
-    threads: int
-    max_vocabulary: int
-    held_out: bool
-    progress: Callable[[Progress], object] | None
-    after_epoch: Callable[[Epoch], object] | None
-    mesh: Mesh | None
-    checkpoint: str | os.PathLike[str] | None
-    checkpoint_every: int
 
 
 def skipgram(
@@ -62,6 +34,9 @@ def skipgram(
     learning_rate: float = 0.025,
     seed: int = 0,
     initial: Vectors | None = None,
+    subwords: bool = False,
+    ngram_lengths: tuple[int, int] = (3, 6),
+    buckets: int = 2_000_000,
     engine: EngineName = "auto",
     threads: int = 1,
     max_vocabulary: int = MAX_VOCABULARY,
@@ -105,6 +80,12 @@ def skipgram(
       initial: Vectors to continue from, with new text. Known words begin at their vectors, also those that occur less
         than `min_count` times now; other words begin at fresh ones. The second table begins at zero, since files of
         vectors lack it. Words that do not occur now keep their vectors, and counts are summed. Default: none.
+      subwords: Whether the vector of a word is the mean of a vector of its own and those of its n-grams (Bojanowski et
+        al.). The result then answers unknown words, too, and is saved as a model of fastText.
+      ngram_lengths: With `subwords`, the lengths of the shortest and the longest n-grams, in characters; "<" and ">"
+        around a word count.
+      buckets: With `subwords`, the number of rows for n-grams, which are chosen by hashes, as in fastText. Memory
+        follows the n-grams that occur, except in the file.
       engine: `"native"`, the kernel of `embax-kernels` for one process on a CPU; `"xla"`, for every platform and
         meshes; `"auto"`, the native one where it is possible. The vectors differ between engines, not their quality.
       threads: The number of threads of the native engine. More than one change the tables at the same time, and the
@@ -144,10 +125,12 @@ def skipgram(
       Mikolov et al., Distributed representations of words and phrases and their compositionality, 2013,
       https://arxiv.org/abs/1310.4546, equations 4 and 5.
       Ji et al., Parallelizing word2vec in shared and distributed memory, 2016, https://arxiv.org/abs/1604.04661.
+      Bojanowski et al., Enriching word vectors with subword information, 2017, https://arxiv.org/abs/1607.04606,
+      section 3.2.
       Recht et al., Hogwild: a lock-free approach to parallelizing stochastic gradient descent, 2011,
       https://arxiv.org/abs/1106.5730.
     """
-    arguments = _Arguments(
+    arguments = Arguments(
         dim=dim,
         window=window,
         negative=negative,
@@ -157,6 +140,9 @@ def skipgram(
         learning_rate=learning_rate,
         seed=seed,
         initial=initial,
+        subwords=subwords,
+        ngram_lengths=ngram_lengths,
+        buckets=buckets,
         engine=engine,
         threads=threads,
         max_vocabulary=max_vocabulary,
@@ -182,6 +168,9 @@ def cbow(
     learning_rate: float = 0.025,
     seed: int = 0,
     initial: Vectors | None = None,
+    subwords: bool = False,
+    ngram_lengths: tuple[int, int] = (3, 6),
+    buckets: int = 2_000_000,
     engine: EngineName = "auto",
     threads: int = 1,
     max_vocabulary: int = MAX_VOCABULARY,
@@ -210,6 +199,9 @@ def cbow(
       learning_rate: The initial learning rate.
       seed: The seed of all random numbers.
       initial: Vectors to continue from.
+      subwords: Whether the vector of a word is the mean of a vector of its own and those of its n-grams.
+      ngram_lengths: The lengths of the shortest and the longest n-grams.
+      buckets: The number of rows for n-grams.
       engine: The engine.
       threads: The number of threads of the native engine.
       max_vocabulary: The most words to keep.
@@ -240,7 +232,7 @@ def cbow(
       Mikolov et al., Efficient estimation of word representations in vector space, 2013,
       https://arxiv.org/abs/1301.3781, section 3.1.
     """
-    arguments = _Arguments(
+    arguments = Arguments(
         dim=dim,
         window=window,
         negative=negative,
@@ -250,6 +242,9 @@ def cbow(
         learning_rate=learning_rate,
         seed=seed,
         initial=initial,
+        subwords=subwords,
+        ngram_lengths=ngram_lengths,
+        buckets=buckets,
         engine=engine,
         threads=threads,
         max_vocabulary=max_vocabulary,
@@ -263,9 +258,9 @@ def cbow(
     return _learned("cbow", sequences, arguments)
 
 
-def _learned(model: Model, sequences: Iterable[Iterable[str | int]], given: _Arguments) -> Vectors:
+def _learned(model: Model, sequences: Iterable[Iterable[str | int]], given: Arguments) -> Vectors:
     call = f"embax.train.{model}"
-    given, options = _checked(call, model, given)
+    given, options = checked(call, model, given)
     parts = parts_of(call, given.mesh)
     corpora = encode(
         sequences,
@@ -278,28 +273,46 @@ def _learned(model: Model, sequences: Iterable[Iterable[str | int]], given: _Arg
     )
     held_out = _held_out(call, corpora.pop(), model, given) if given.held_out else None
     tokens, counts = corpora[0].tokens, corpora[0].counts
-    engine: Engine = Xla(corpora, parts, options)
+    ngrams = NgramOptions(*given.ngram_lengths, given.buckets) if given.subwords else None
+    pieces = None if ngrams is None else pieces_of(tokens, ngrams)
+    engine = _engine_of(given, corpora, parts, options, pieces)
     saved = None
     if given.checkpoint is not None:
         of_run = {"epochs": given.epochs, "min_count": given.min_count, "learning_rate": given.learning_rate}
         of_run |= options._asdict() | {"mesh": given.mesh is not None, "initial": _initial.digest(given.initial)}
+        of_run |= {"subwords": ngrams}
         every = -(-given.checkpoint_every // STEPS_A_CALL)
         saved = Checkpoints(given.checkpoint, every, fingerprint(corpora, parts, of_run), engine.name, parts)
 
     def made(inputs: Float32[np.ndarray, "rows dim"]) -> Vectors:
-        return _initial.joined(given.initial, tokens, inputs, counts, {"engine": engine.name, "model": model})
+        metadata = {"engine": engine.name, "model": model}
+        if ngrams is None or pieces is None:
+            return _initial.joined(given.initial, tokens, inputs, counts, metadata)
+        weight, of_ngrams = finished(tokens, pieces, inputs, ngrams, options)
+        return Vectors(of_ngrams.vocabulary, weight, counts, of_ngrams, metadata)
 
     def after_epoch(call_back: Callable[[Epoch], object], number: int, vectors: Initial) -> object:
-        loss = None if held_out is None else held_out.loss(*vectors)
-        return call_back(Epoch(number, given.epochs, made(vectors[0]), loss))
+        of_words = made(vectors[0])
+        weight = vectors[0] if pieces is None else of_words.weight
+        loss = None if held_out is None else held_out.loss(weight, vectors[1])
+        return call_back(Epoch(number, given.epochs, of_words, loss))
 
     call_back = None if given.after_epoch is None else functools.partial(after_epoch, given.after_epoch)
     run = Run(given.epochs, int(counts.sum()), given.learning_rate, given.progress, call_back)
-    inputs, _ = train(engine, run, _initial.first_vectors(given.initial, tokens, options), saved)
+    first = _initial.first_vectors(given.initial, tokens, options) if pieces is None else None
+    inputs, _ = train(engine, run, first, saved)
     return made(inputs)
 
 
-def _held_out(call: str, corpus: Corpus, model: Model, given: _Arguments) -> HeldOut:
+def _engine_of(
+    given: Arguments, corpora: Sequence[Corpus], parts: Parts, options: Options, pieces: Pieces | None
+) -> Engine:
+    if given.engine == "native" or (given.engine == "auto" and _native.is_best(given.mesh)):
+        return _native.Native(corpora[0], options, pieces)
+    return Xla(corpora, parts, options, pieces)
+
+
+def _held_out(call: str, corpus: Corpus, model: Model, given: Arguments) -> HeldOut:
     """Draw pairs of the text that is held out."""
     likely = kept(corpus.counts, given.sample), noise_weights(corpus.counts)
     held_out = draw_held_out(corpus, given.window, *likely, whole_windows=model == "cbow")
@@ -309,35 +322,3 @@ def _held_out(call: str, corpus: Corpus, model: Model, given: _Arguments) -> Hel
             call,
         )
     return held_out
-
-
-def _checked(call: str, model: Model, given: _Arguments) -> tuple[_Arguments, Options]:
-    """Check the arguments before the text is read."""
-    dim = None if given.dim is None else _at_least_one(f"{call}(dim=...)", given.dim)
-    dim = _initial.checked(f"{call}(initial=...)", given.initial, dim) or _DIM
-    names = "window", "negative", "epochs", "min_count", "checkpoint_every", "threads", "max_vocabulary"
-    sizes = {name: _at_least_one(f"{call}({name}=...)", getattr(given, name)) for name in names}
-    given = given._replace(
-        **sizes,
-        dim=dim,
-        learning_rate=_at_most_one(f"{call}(learning_rate=...)", given.learning_rate),
-        # 0 means no subsampling: no frequency is above infinity.
-        sample=_at_most_one(f"{call}(sample=...)", given.sample) if given.sample != 0 else math.inf,
-        seed=_check.size(f"{call}(seed=...)", given.seed),
-        engine=_check.choice(f"{call}(engine=...)", given.engine, ("auto", "native", "xla")),
-    )
-    return given, Options(dim, given.window, given.negative, model, given.sample, given.seed, given.threads)
-
-
-def _at_least_one(argument: str, value: object) -> int:
-    number = _check.integer(argument, value)
-    if not 1 <= number < 2**31:
-        raise ValueError(f"`{argument}` must be at least 1 and below 2**31, got {number}. Pass a number between them.")
-    return number
-
-
-def _at_most_one(argument: str, value: object) -> float:
-    number = _check.positive(argument, value)
-    if number > 1:
-        raise ValueError(f"`{argument}` must be at most 1, got {number}. Pass a number in (0, 1].")
-    return number
