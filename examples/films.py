@@ -88,7 +88,7 @@ def main() -> None:
     began = time.monotonic()
     lists, genres = load()
     vectors = train(lists, options.seed, epochs=options.epochs)
-    print(f"{len(lists)} users like {sum(map(len, lists)):,} films; {len(vectors):,} films are liked 10 times or more.")
+    print(f"{len(lists)} users like {sum(map(len, lists)):,} films; {len(vectors):,} films have a vector.")
     nearest, others = common_genres(vectors, genres)
     print(f"A genre is common to a film and {nearest:.1%} of its 10 nearest, {others:.1%} of all others.")
     for title in WELL_KNOWN:

@@ -216,16 +216,17 @@ class _Numbering:
             items = iter(sequence)
             while found := list(itertools.islice(items, _CHUNK)):
                 pending += found
-                self._number(part)
                 self._prune()
+                self._number(part)
         pending.append(END)
         self._added += part != _HELD_OUT
         if len(pending) >= _CHUNK:
-            self._number(part)
             self._prune()
+            self._number(part)
 
     def add_batch(self, batch: list[Any], held_out: int | None) -> None:
         """Add the items of many sequences, with `END` after each, to the one part; empty sequences are left out."""
+        self._prune()  # before: the last words are kept as far as `max_vocabulary` allows
         found = self._numbered(batch)
         ends = found == _END_NUMBER
         stays = ~ends | np.append(False, ~ends[:-1])
@@ -237,7 +238,6 @@ class _Numbering:
             self._keep(_HELD_OUT, found[is_held_out])
             found = found[~is_held_out]
         self._keep(0, found)
-        self._prune()
 
     def _number(self, part: int) -> None:
         pending = self.pending[part]
