@@ -137,7 +137,8 @@ def test_noise_covers_all_of_uint32(counts):
         ("skipgram", 10, 20, 32, 32),
         ("skipgram", 20, 100, 64, 100),
         ("skipgram", 5, 1000, 16, 256),
-        ("cbow", 5, 5, 64, 64),
+        ("cbow", 1, 5, 16, 16),
+        ("cbow", 5, 5, 40, 40),
         ("cbow", 20, 5, 160, 160),
     ],
 )
