@@ -328,7 +328,7 @@ def _spelling(item: Any, call: str) -> str:
 
 def _of_all_processes(
     spellings: list[str], counts: Int64[np.ndarray, " distinct"], parts: Parts
-) -> tuple[list[str], Int64[np.ndarray, " distinct"]]:
+) -> tuple[list[str], Int64[np.ndarray, " of_all"]]:
     """Sum the counts of each spelling over all processes."""
     found = [(spellings, counts.tolist())]
     if parts.is_shared:
