@@ -7,7 +7,7 @@ from word2vec_reference import reference_steps
 from embax._heads.candidates import pieces
 from embax.train import _steps, _xla
 from embax.train._engine import noise_weights
-from embax.train._pool import on_device
+from embax.train._pool import on_device, scratch_of
 from embax.train._subwords import Pieces
 
 ROWS, DIM = 12, 5
@@ -83,10 +83,10 @@ def test_steps_with_pieces_equal_the_reference(model):
         state = _xla.State(*(_xla.Table(weight, out_of_range="zero") for weight in weights))
         drawn = _steps.draw(plan, jax.random.wrap_key_data(KEY), NOISE, jnp.asarray(tokens[0]))
         rest = drawn, lambda curvature: jnp.minimum(rate, 1 / (curvature + 1e-20))
-        scratch = jnp.zeros(ROWS + 5, jnp.float32), jnp.zeros(ROWS, jnp.int32)
-        by_slots, (totals, _), loss = _xla._descend_by_slots(plan, pooling, state, scratch, *rest)
+        scratch = scratch_of(ROWS + 5, ROWS, 24, 7, 32), jnp.zeros(ROWS, jnp.int32)
+        by_slots, (after, _), loss = _xla._descend_by_slots(plan, pooling, state, scratch, *rest)
         by_storage, _, same_loss = _xla._descend(plan, pooling, state, None, *rest)
-        return by_slots, by_storage, (loss, same_loss), totals, drawn
+        return by_slots, by_storage, (loss, same_loss), after.totals, drawn
 
     for rate in (0.025, 2.0):
         by_slots, by_storage, losses, totals, drawn = both(weights, jnp.float32(rate))
@@ -137,7 +137,8 @@ def test_noise_covers_all_of_uint32(counts):
         ("skipgram", 10, 20, 32, 32),
         ("skipgram", 20, 100, 64, 100),
         ("skipgram", 5, 1000, 16, 256),
-        ("cbow", 5, 5, 64, 64),
+        ("cbow", 1, 5, 16, 16),
+        ("cbow", 5, 5, 40, 40),
         ("cbow", 20, 5, 160, 160),
     ],
 )

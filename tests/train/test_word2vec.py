@@ -192,6 +192,7 @@ def test_training_depends_on_its_seed(learn):
         ({"sample": float("nan")}, ValueError, "sample"),
         ({"seed": -1}, ValueError, "seed"),
         ({"threads": 0}, ValueError, "threads"),
+        ({"threads": 2, "engine": "xla"}, ValueError, r"threads=\.\.\.\)` must be 1 for the engine 'xla'"),
         ({"engine": "gensim"}, ValueError, r"skipgram\(engine=\.\.\.\)` must be .*'gensim'"),
     ],
 )

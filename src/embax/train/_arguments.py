@@ -69,6 +69,11 @@ def checked(call: str, model: Model, given: Arguments) -> tuple[Arguments, Optio
     )
     if given.engine == "native" and (reason := _native.lacking(given.mesh)):
         raise ValueError(f"`{call}(engine=...)` must be 'auto' or 'xla' here, got 'native': {reason}. Leave it out.")
+    if given.threads > 1 and (given.engine == "xla" or (given.engine == "auto" and not _native.is_best(given.mesh))):
+        raise ValueError(
+            f"`{call}(threads=...)` must be 1 for the engine 'xla', which runs here, got {given.threads}. Only the "
+            "native engine has threads of its own: leave it out."
+        )
     return given, Options(dim, given.window, given.negative, model, given.sample, given.seed, given.threads)
 
 

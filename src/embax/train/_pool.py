@@ -4,6 +4,9 @@ Words have different numbers of pieces, and a step has a static shape. So the pi
 after the other, and handled `width` at a time until none is left. For instance, words with 3, 1 and 2 pieces have the
 pieces `0 0 0 1 2 2`, by word; with a width of 4 they take two rounds.
 
+A word that occurs several times in a step is handled once: at one of its places, its owner (see `_base.distinct`), with
+the moves of all its places.
+
 As in fastText, each row of a mean gets its whole gradient, so the mean moves as far as a word's own row would.
 """
 
@@ -26,11 +29,21 @@ class Pooling(NamedTuple):
 
 
 class Round(NamedTuple):
-    """Pieces of some words that are handled together."""
+    """Pieces that are handled together."""
 
-    word: Int32[Array, " width"]  # the place of the piece's word; any place where there is no piece
+    place: Int32[Array, " width"]  # the place of the piece's word
     row: Int32[Array, " width"]  # the row of the piece
     exists: Bool[Array, " width"]
+
+
+class Scratch(NamedTuple):
+    """Memory that is reused from step to step."""
+
+    slots: Int32[Array, " words"]  # the owner of each word
+    place: Int32[Array, " most"]  # the pieces of a step, from `pooled` for `moved`, see `Round`
+    row: Int32[Array, " most"]
+    number: Int32[Array, ""]  # of these pieces
+    totals: Float32[Array, " rows"]  # zeros before and after `moved`, so that no step touches all rows
 
 
 def on_device(pieces: Pieces) -> Pooling:
@@ -44,56 +57,82 @@ def numbers(pooling: Pooling, words: Int32[Array, "*batch"]) -> Int32[Array, "*b
     return pooling.starts[words + 1] - pooling.starts[words]
 
 
-def each_round(
-    pooling: Pooling, words: Int32[Array, " places"], width: int, do: Callable[[Round, Any], Any], start: Any
-) -> Any:
-    """Handle the pieces of some words, `width` at a time: `state = do(round, state)`, from `start` on."""
-    ends = jnp.cumsum(numbers(pooling, words))
-    begins = ends - numbers(pooling, words)
+def scratch_of(rows: int, words: int, places: int, longest: int, width: int) -> Scratch:
+    """Make the memory for steps of so many places, whose words have up to `longest` pieces."""
+    most = jnp.zeros(-(-places * longest // width) * width, jnp.int32)
+    return Scratch(jnp.zeros(words, jnp.int32), most, most, jnp.int32(0), jnp.zeros(rows, jnp.float32))
+
+
+def _each_round(scratch: Scratch, width: int, do: Callable[[Round, Any], Any], start: Any) -> Any:
+    """Handle the pieces of a step, `width` at a time: `state = do(round, state)`, from `start` on."""
 
     def body(carry: tuple[Array, Any]) -> tuple[Array, Any]:
         first, state = carry
-        places = first + jnp.arange(width, dtype=jnp.int32)
-        word = jnp.searchsorted(ends, places, side="right", method="scan_unrolled").astype(jnp.int32)
-        exists = places < ends[-1]
-        word = jnp.where(exists, word, 0)
-        row = pooling.ids[jnp.where(exists, pooling.starts[words[word]] + places - begins[word], 0)]
-        return first + width, do(Round(word, row, exists), state)
+        place, row = (jax.lax.dynamic_slice(x, (first,), (width,)) for x in (scratch.place, scratch.row))
+        exists = first + jnp.arange(width, dtype=jnp.int32) < scratch.number
+        return first + width, do(Round(place, row, exists), state)
 
-    return jax.lax.while_loop(lambda carry: carry[0] < ends[-1], body, (jnp.int32(0), start))[1]
+    return jax.lax.while_loop(lambda carry: carry[0] < scratch.number, body, (jnp.int32(0), start))[1]
+
+
+def _listed(pooling: Pooling, scratch: Scratch, words: Int32[Array, " places"], width: int) -> Scratch:
+    """List the pieces of words, one word after the other."""
+    ends = jnp.cumsum(numbers(pooling, words))
+    begins = ends - numbers(pooling, words)
+    total = ends[-1]
+
+    def body(carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        first, place, row = carry
+        pieces = first + jnp.arange(width, dtype=jnp.int32)
+        places = jnp.searchsorted(ends, pieces, side="right", method="scan_unrolled").astype(jnp.int32)
+        exists = pieces < total
+        places = jnp.where(exists, places, 0)
+        rows = pooling.ids[jnp.where(exists, pooling.starts[words[places]] + pieces - begins[places], 0)]
+        place, row = (
+            jax.lax.dynamic_update_slice(buffer, new, (first,)) for buffer, new in ((place, places), (row, rows))
+        )
+        return first + width, place, row
+
+    start = jnp.int32(0), scratch.place, scratch.row
+    _, place, row = jax.lax.while_loop(lambda carry: carry[0] < total, body, start)
+    return scratch._replace(place=place, row=row, number=total)
 
 
 def pooled(
-    pooling: Pooling, weight: Float32[Array, "rows dim"], words: Int32[Array, "*batch"], width: int
-) -> Float32[Array, "*batch dim"]:
-    """The mean of the rows of each word; zeros for padding."""
+    pooling: Pooling, weight: Float32[Array, "rows dim"], scratch: Scratch, words: Int32[Array, "*batch"], width: int
+) -> tuple[Float32[Array, "*batch dim"], Scratch]:
+    """The mean of the rows of each word."""
     flat = jnp.ravel(words)
+    places = jnp.arange(flat.size, dtype=jnp.int32)
+    slots = scratch.slots.at[flat].set(places, mode="promise_in_bounds")
+    owner = slots.at[flat].get(mode="promise_in_bounds")
+    once = jnp.where(owner == places, flat, pooling.starts.size - 2)
+    scratch = _listed(pooling, scratch._replace(slots=slots), once, width)
 
     def add(of: Round, sums: Array) -> Array:
         rows = jnp.where(of.exists[:, None], weight.at[of.row].get(mode="promise_in_bounds"), np.float32(0))
-        return sums.at[of.word].add(rows, mode="promise_in_bounds")
+        return sums.at[of.place].add(rows, mode="promise_in_bounds")
 
-    sums = each_round(pooling, flat, width, add, jnp.zeros((flat.size, weight.shape[1]), weight.dtype))
-    means = sums / jnp.maximum(numbers(pooling, flat), 1).astype(jnp.float32)[:, None]
-    return jnp.reshape(means, (*words.shape, weight.shape[1]))
+    sums = _each_round(scratch, width, add, jnp.zeros((flat.size, weight.shape[1]), weight.dtype))
+    means = sums / jnp.maximum(numbers(pooling, once), 1).astype(jnp.float32)[:, None]
+    means = means.at[owner].get(mode="promise_in_bounds")
+    return jnp.reshape(means, (*words.shape, weight.shape[1])), scratch
 
 
 def moved(
-    pooling: Pooling,
     weight: Float32[Array, "rows dim"],
-    totals: Float32[Array, " rows"],
+    scratch: Scratch,
     words: Int32[Array, "*batch"],
     moves: Float32[Array, "*batch dim"],
     curvature: Float32[Array, "*batch"],
     rate: Callable[[Float32[Array, " width"]], Float32[Array, " width"]],
     width: int,
-) -> tuple[Float32[Array, "rows dim"], Float32[Array, " rows"]]:
+) -> tuple[Float32[Array, "rows dim"], Scratch]:
     """Move the rows of words; the sum of curvatures over the words of a row gives its rate.
 
     Args:
-      pooling: The pieces.
       weight: The input table.
-      totals: Zeros, which are returned as zeros, so that no step touches all rows.
+      scratch: From `pooled` of the same words.
       words: The words.
       moves: The gradient of each word.
       curvature: The curvature of each word.
@@ -101,24 +140,28 @@ def moved(
       width: The number of pieces of a round.
 
     Returns:
-      The table, and the zeros.
+      The table, and the memory for the next step.
     """
-    flat, moves, curvature = jnp.ravel(words), jnp.reshape(moves, (-1, weight.shape[1])), jnp.ravel(curvature)
+    owner = scratch.slots.at[jnp.ravel(words)].get(mode="promise_in_bounds")
+    moves = jnp.zeros((owner.size, weight.shape[1]), moves.dtype).at[owner].add(jnp.reshape(moves, (owner.size, -1)))
+    curvature = jnp.zeros(owner.size, curvature.dtype).at[owner].add(jnp.ravel(curvature))
     zero = np.float32(0)
 
     def add(of: Round, totals: Array) -> Array:
-        return totals.at[of.row].add(jnp.where(of.exists, curvature[of.word], zero), mode="promise_in_bounds")
+        return totals.at[of.row].add(jnp.where(of.exists, curvature[of.place], zero), mode="promise_in_bounds")
 
-    totals = each_round(pooling, flat, width, add, totals)
+    totals = _each_round(scratch, width, add, scratch.totals)
 
     def move(of: Round, weight: Array) -> Array:
         rates = jnp.where(of.exists, rate(totals[of.row]), zero)
-        return weight.at[of.row].add(rates[:, None] * moves[of.word], mode="promise_in_bounds")
+        return weight.at[of.row].add(rates[:, None] * moves[of.place], mode="promise_in_bounds")
 
-    weight = each_round(pooling, flat, width, move, weight)
-    # Rows of no piece are set, too, to the zero that they have.
-    clear = lambda of, totals: totals.at[of.row].set(zero, mode="promise_in_bounds")  # noqa: E731
-    return weight, each_round(pooling, flat, width, clear, totals)
+    weight = _each_round(scratch, width, move, weight)
+
+    def clear(of: Round, totals: Array) -> Array:
+        return totals.at[of.row].set(zero, mode="promise_in_bounds")
+
+    return weight, scratch._replace(totals=_each_round(scratch, width, clear, totals))
 
 
 def padded(pooling: Pooling, words: Int32[Array, "*batch"], longest: int, rows: int) -> Int32[Array, "*batch longest"]:

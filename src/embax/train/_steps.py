@@ -34,7 +34,7 @@ _LEAST = np.float32(0.25)
 # The most noise words of a segment, unless it has more words. With more negatives, each of them weighs more.
 _MOST_NOISE = 256
 # The least words of a segment.
-_SHORTEST = {"skipgram": 16, "cbow": 64}
+_SHORTEST = 16
 
 
 class Plan(NamedTuple):
@@ -74,7 +74,7 @@ def plan_of(model: Model, window: int, negative: int) -> Plan:
     CBOW that is cut loses words, so its segments are longer.
     """
     needed = 3 * window + 1 if model == "skipgram" else 8 * window
-    length = max(_SHORTEST[model], -(-needed // 8) * 8)
+    length = max(_SHORTEST, -(-needed // 8) * 8)
     return Plan(model, window, negative, length, max(length, min(negative, _MOST_NOISE)))
 
 

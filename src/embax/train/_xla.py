@@ -21,7 +21,7 @@ from ..sharding import shard, unshard
 from ._corpus import Corpus
 from ._engine import Initial, Options, fresh_vectors, kept, noise_weights
 from ._parts import AXIS, Parts
-from ._pool import Pooling, moved, numbers, on_device, padded, pooled
+from ._pool import Pooling, moved, numbers, on_device, padded, pooled, scratch_of
 from ._segments import batches, shape_of
 from ._steps import Drawn, Plan, draw, plan_of, terms
 from ._subwords import Pieces
@@ -72,8 +72,9 @@ class Xla:
         if pieces is not None:
             lengths = np.diff(pieces.starts)
             # Most steps handle their pieces in one round.
-            in_a_step = self._shape.segments * parts.number * self._plan.length * float(lengths @ (counts * self._kept))
-            width = -(-int(1.2 * in_a_step / max(words, 1)) // 256) * 256
+            in_a_step = self._shape.segments * parts.number * self._plan.length
+            occurs = 1 - (1 - counts * self._kept / words) ** in_a_step
+            width = -(-int(1.1 * float(lengths @ occurs)) // 256) * 256
             self._plan = self._plan._replace(longest=int(lengths.max()), width=max(width, 256))
             self._pooling = Pooling(*map(parts.everywhere, on_device(pieces)))
 
@@ -155,9 +156,10 @@ def train(
         return state, scratch, loss + step_loss
 
     # One device of a CPU finds equal ids by slots, see `_base.distinct`. They mean nothing after the call.
-    slots = [table.storage.scratch(table.rows) for table in state]
-    if pooling is not None:  # the sums of curvatures of the input rows, which `moved` leaves as zeros
-        slots[0] = jnp.zeros(state.inputs.rows, jnp.float32)
+    slots: list[Any] = [table.storage.scratch(table.rows) for table in state]
+    if pooling is not None:
+        places = tokens.shape[1] * tokens.shape[2]
+        slots[0] = scratch_of(state.inputs.rows, state.outputs.rows, places, plan.longest, plan.width)
     state, _, loss = jax.lax.fori_loop(0, number, step, (state, tuple(slots), jnp.zeros(2, jnp.float32)))
     return state, loss
 
@@ -171,20 +173,20 @@ def _descend_by_slots(
     words = jnp.minimum(drawn.tokens, last)
     targets = jnp.concatenate([words, drawn.noise], axis=1)
     weight, outputs = state.inputs.weight, state.outputs.weight
+    others: Any = scratch[0]
     if pooling is None:
         x = weight.at[words].get(mode="promise_in_bounds")
     else:
-        x = pooled(pooling, weight, drawn.tokens, plan.width)
+        x, others = pooled(pooling, weight, others, words, plan.width)
     found = terms(plan, x, outputs.at[targets].get(mode="promise_in_bounds"), drawn)
     of_words, of_targets = found.curvatures
     slots, total = _summed_by_row(scratch[1], targets, of_targets)
     outputs = outputs.at[targets].add(found.of_outputs(limited(total)), mode="promise_in_bounds")
     if pooling is None:
-        others, total = _summed_by_row(scratch[0], words, of_words)
+        others, total = _summed_by_row(others, words, of_words)
         weight = weight.at[words].add(found.of_inputs(limited(total)), mode="promise_in_bounds")
     else:
-        moves = found.of_inputs(None), of_words, limited
-        weight, others = moved(pooling, weight, scratch[0], drawn.tokens, *moves, plan.width)
+        weight, others = moved(weight, others, words, found.of_inputs(None), of_words, limited, plan.width)
     return State(with_weight(state.inputs, weight), with_weight(state.outputs, outputs)), (others, slots), found.loss
 
 
