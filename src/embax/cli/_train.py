@@ -85,7 +85,8 @@ def train(
         int, typer.Option(callback=at_least_one, help="With --subwords, the characters of the longest n-grams.")
     ] = 6,
     buckets: Annotated[
-        int, typer.Option(callback=at_least_one, help="With --subwords, the rows for n-grams, chosen by hashes.")
+        int,
+        typer.Option(callback=at_least_one, help="With --subwords, the rows for n-grams, all of which the file has."),
     ] = 2_000_000,
     max_vocabulary: Annotated[
         int,

@@ -149,7 +149,8 @@ def _skipgram(plan: Plan, x: Array, t: Array, same: Bool[Array, "segments length
 
 def _cbow(plan: Plan, x: Array, t: Array, same: Bool[Array, "segments length length"], widths: Array) -> Terms:
     # Axes: s segments, i centres, j contexts, m noise, d dim.
-    distance = np.abs(np.subtract.outer(np.arange(plan.length), np.arange(plan.length)))
+    places = np.arange(plan.length, dtype=np.int32)
+    distance = np.abs(places[:, None] - places)
     inside = same & (distance > 0)[None] & (distance[None] <= widths[:, :, None])
     contexts = inside.astype(jnp.float32)
     number = jnp.sum(contexts, axis=2)
