@@ -77,7 +77,7 @@ def ours(model: str, engine: str, threads: int = 1) -> Train:
             threads=threads,
             **more,
         )
-        return vectors.tokens(), vectors, found["outputs"][1]
+        return vectors.vocabulary.tokens(), vectors, found["outputs"][1]
 
     return train
 
