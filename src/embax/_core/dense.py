@@ -13,6 +13,7 @@ from jaxtyping import Array, PyTree
 
 from .._base import distinct as _distinct
 from .._base.axes import explicit_sharding, on_every_device
+from .._base.by_bag import Held
 from .._base.distinct import Distinct, Slots
 from .._base.loops import varying_alike, with_auto_axes
 from .._kernels import combine as _combine
@@ -173,7 +174,7 @@ class Dense(Storage):
         return _added(self, leaf, ids, values)
 
     def step_by_kernel(
-        self, plain: Sequence[Array], arrays: Sequence[Array], ids: Array, values: Array, how: _step.Step
+        self, plain: Sequence[Array], arrays: Sequence[Array], ids: Array, values: Held, how: _step.Step
     ) -> list[Array]:
         """Run the kernel of the optimizer, on a CPU."""
         return _step.step(plain, arrays, self.positions(ids, arrays[0].shape[0]), values, how)

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from jaxtyping import Array, Bool, Float, Int, Int32, PyTree, Shaped
 
+from .._base.by_bag import Held
 from .._base.distinct import Distinct, Slots
 from .layout import Split
 from .stored_rows import StoredRows
@@ -210,12 +211,13 @@ class Storage(abc.ABC):
         plain: Sequence[Array],
         arrays: Sequence[Array],
         ids: Int[Array, " ids"],
-        values: Float[Array, "ids *dim"],
+        values: Held,
         how: Any,
     ) -> list[Array]:
         """Run a step of an optimizer by a kernel; return the plain result if there is no kernel.
 
-        The arrays are the weight and the state of a table, and `how` is a `_kernels.step.Step`.
+        The values are an array `(ids, *dim)`, or a `ByBag`. The arrays are the weight and the state of a table, and
+        `how` is a `_kernels.step.Step`.
         """
         return list(plain)
 

@@ -8,6 +8,7 @@ import numpy as np
 from jax.extend.core import Primitive
 from jaxtyping import Array, Float, Int
 
+from .._base.by_bag import ByBag, Held
 from .._base.distinct import accumulator
 from .library import has
 from .primitive import FLOATS, Outs, call, fits, primitive
@@ -27,7 +28,7 @@ def step(
     plain: Sequence[Array],
     arrays: Sequence[Array],
     ids: Int[Array, " ids"],
-    values: Float[Array, "ids *dim"],
+    values: Held,
     how: Step,
 ) -> list[Array]:
     """Sum the gradients of each row, and update the row and its state.
@@ -36,38 +37,47 @@ def step(
       plain: The arrays after the step by plain JAX.
       arrays: The table, and the arrays of its state in the order of the library.
       ids: Row numbers; a number outside of `[0, rows)` stands for no row.
-      values: The gradient for each id.
+      values: The gradient of each id, or a `ByBag`, whose gradients the kernel reads once for each bag.
       how: The optimizer and its numbers.
 
     Returns:
       The arrays after the step, updated in place if the old ones are not used afterwards.
     """
-    if not _has_kernel(arrays, ids, values, how):
+    numbers, length, bag_of, factors = _of_bags(ids, values)
+    if not _has_kernel(arrays, ids, numbers, how):
         return list(plain)
     scalars = how.scalars.astype(accumulator(arrays[0].dtype))
-    return STEPS[how.optimizer].bind(*plain, *arrays, ids, values, scalars, decays=how.decays)
+    args = *arrays, ids, numbers, bag_of, factors, scalars
+    return STEPS[how.optimizer].bind(*plain, *args, length=length, decays=how.decays)
 
 
-def _has_kernel(arrays: Sequence[Array], ids: Array, values: Array, how: Step) -> bool:
+def _of_bags(ids: Array, values: Held) -> tuple[Array, int, Array, Array]:
+    """Return the gradients as the kernel takes them, how many ids each belongs to, the bag of each id, and factors."""
+    of_bags = values if isinstance(values, ByBag) else ByBag(values, None, None, 0)
+    numbers, bag_of, factors = of_bags.values, of_bags.bag_of, of_bags.factors
+    length = 0 if bag_of is not None or not numbers.shape[0] else ids.shape[0] // numbers.shape[0]
+    bag_of = jnp.zeros(0, jnp.int32) if bag_of is None else bag_of
+    return numbers, length, bag_of, jnp.zeros(0, jnp.float32) if factors is None else factors
+
+
+def _has_kernel(arrays: Sequence[Array], ids: Array, numbers: Array, how: Step) -> bool:
     table = arrays[0]
     return (
         has(how.optimizer)
         and all(x.dtype in FLOATS for x in arrays)
-        and values.dtype == table.dtype
-        and values.shape == (*ids.shape, *table.shape[1:])
-        and fits(*arrays, values, ids=ids)
+        and numbers.dtype == table.dtype
+        and numbers.shape[1:] == table.shape[1:]
+        and fits(*arrays, numbers, ids=ids)
     )
 
 
 def _primitive(name: Optimizer, arrays: int) -> Primitive:
-    def by_kernel(outs: Outs, *args: Array, decays: bool) -> list[Array]:
-        *of_rows, scalars = args
-        no_bags, no_factors = jnp.zeros(0, jnp.int32), jnp.zeros(0, jnp.float32)
-        attributes = {"length": np.int64(1), "decay": np.int32(2 if decays else 0)}
+    def by_kernel(outs: Outs, *args: Array, length: int, decays: bool) -> list[Array]:
+        attributes = {"length": np.int64(length), "decay": np.int32(2 if decays else 0)}
         if name == "step_adam":
             attributes["nesterov"] = np.int32(0)
         aliases = {i: i for i in range(arrays)}
-        return call(name, outs, *of_rows, no_bags, no_factors, scalars, aliases=aliases, **attributes)
+        return call(name, outs, *args, aliases=aliases, **attributes)
 
     return primitive(name, by_kernel, results=arrays, plain_derivative=True)
 
