@@ -15,11 +15,11 @@ The native step of an optimizer reads `values`. Any other code expands them, on 
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Inexact, Int, Int32
+from jaxtyping import Array, Float, Inexact, Int, Int32
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["values", "bag_of", "factors"], meta_fields=["rows"])
@@ -65,6 +65,24 @@ Held = Any  # the values of ids: an array, or a ByBag
 def expanded(ids: Int[Array, "*groups ids"], held: Held) -> Inexact[Array, "*groups_ids_dim"]:
     """Return one value for each id."""
     return held.expanded(ids) if isinstance(held, ByBag) else held
+
+
+class ForKernel(NamedTuple):
+    """The gradients of ids as kernels take them."""
+
+    values: Inexact[Array, "bags *dim"]
+    bag_of: Int32[Array, " ids_or_0"]  # empty for bags of one length
+    factors: Float[Array, " ids_or_0"]  # empty for ones
+    length: int  # of the bags; 0 if `bag_of` has the bag of each id
+
+
+def for_kernel(ids: Int[Array, " ids"], held: Held) -> ForKernel:
+    """Return the gradients of ids without groups as kernels take them; an array has bags of one id."""
+    of_bags = held if isinstance(held, ByBag) else ByBag(held, None, None, 0)
+    values, bag_of, factors = of_bags.values, of_bags.bag_of, of_bags.factors
+    length = 0 if bag_of is not None or not values.shape[0] else ids.shape[0] // values.shape[0]
+    bag_of = jnp.zeros(0, jnp.int32) if bag_of is None else bag_of
+    return ForKernel(values, bag_of, jnp.zeros(0, jnp.float32) if factors is None else factors, length)
 
 
 @functools.partial(jax.jit, inline=True)

@@ -187,6 +187,9 @@ class RowGrad(HeldRows, metaclass=_KindOfRowGrad):
         """
         words = jax.lax.all_gather(jax.random.key_data(self._keys), axis_name)
         keys = jax.random.wrap_key_data(words, impl=KEYS)
+        if isinstance(self._held, ByBag):  # then there are no lanes
+            groups = jax.tree.map(lambda x: jax.lax.all_gather(x, axis_name), self._held)
+            return _fill(object.__new__(RowGrad), jnp.ravel(keys), groups.flat(keys), self.rows, self.at_owners)
         values = jax.lax.all_gather(self.values, axis_name)
         return _fill(object.__new__(RowGrad), keys, values, self.rows, self.at_owners).sum(axis=0)
 

@@ -8,7 +8,7 @@ import numpy as np
 from jax.extend.core import Primitive
 from jaxtyping import Array, Float, Int
 
-from .._base.by_bag import ByBag, Held
+from .._base.by_bag import Held, for_kernel
 from .._base.distinct import accumulator
 from .library import has
 from .primitive import FLOATS, Outs, call, fits, primitive
@@ -43,31 +43,21 @@ def step(
     Returns:
       The arrays after the step, updated in place if the old ones are not used afterwards.
     """
-    numbers, length, bag_of, factors = _of_bags(ids, values)
-    if not _has_kernel(arrays, ids, numbers, how):
+    *of_ids, length = for_kernel(ids, values)
+    if not _has_kernel(arrays, ids, of_ids[0], how):
         return list(plain)
     scalars = how.scalars.astype(accumulator(arrays[0].dtype))
-    args = *arrays, ids, numbers, bag_of, factors, scalars
-    return STEPS[how.optimizer].bind(*plain, *args, length=length, decays=how.decays)
+    return STEPS[how.optimizer].bind(*plain, *arrays, ids, *of_ids, scalars, length=length, decays=how.decays)
 
 
-def _of_bags(ids: Array, values: Held) -> tuple[Array, int, Array, Array]:
-    """Return the gradients as the kernel takes them, how many ids each belongs to, the bag of each id, and factors."""
-    of_bags = values if isinstance(values, ByBag) else ByBag(values, None, None, 0)
-    numbers, bag_of, factors = of_bags.values, of_bags.bag_of, of_bags.factors
-    length = 0 if bag_of is not None or not numbers.shape[0] else ids.shape[0] // numbers.shape[0]
-    bag_of = jnp.zeros(0, jnp.int32) if bag_of is None else bag_of
-    return numbers, length, bag_of, jnp.zeros(0, jnp.float32) if factors is None else factors
-
-
-def _has_kernel(arrays: Sequence[Array], ids: Array, numbers: Array, how: Step) -> bool:
+def _has_kernel(arrays: Sequence[Array], ids: Array, values: Array, how: Step) -> bool:
     table = arrays[0]
     return (
         has(how.optimizer)
         and all(x.dtype in FLOATS for x in arrays)
-        and numbers.dtype == table.dtype
-        and numbers.shape[1:] == table.shape[1:]
-        and fits(*arrays, numbers, ids=ids)
+        and values.dtype == table.dtype
+        and values.shape[1:] == table.shape[1:]
+        and fits(*arrays, values, ids=ids)
     )
 
 
