@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Inexact, Int, Int32
+from jaxtyping import Array, Float, Inexact, Int, Int32, Shaped
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["values", "bag_of", "factors"], meta_fields=["rows"])
@@ -46,8 +46,8 @@ class ByBag:
         """Map the values by a function that treats each number alone, and is linear."""
         return dataclasses.replace(self, values=function(self.values))
 
-    def flat(self, ids: Int[Array, "*groups ids"]) -> "ByBag":
-        """Merge all groups into one; the ids are to be raveled."""
+    def flat(self, ids: Shaped[Array, "*groups ids"]) -> "ByBag":
+        """Merge all groups into one; the ids, or their keys, are to be raveled."""
         axis = ids.ndim - 1
         bags = self.values.shape[axis]
         values = jnp.reshape(self.values, (-1, *self.values.shape[axis + 1 :]))
@@ -109,11 +109,11 @@ def _taken(values: Array, bag_of: Array) -> Array:
     return values.at[bag_of].get(mode="promise_in_bounds", wrap_negative_indices=False)
 
 
-def joined(parts: Sequence[tuple[Int[Array, " ids"], Held]]) -> Held:
+def joined(parts: Sequence[tuple[Shaped[Array, " _ids"], Held]]) -> Held:
     """Concatenate the values of several arrays of ids, of which at least one is held by bag.
 
     Args:
-      parts: Ids and their values, without groups.
+      parts: Ids, or their keys, and their values, without groups.
 
     Returns:
       The values of the concatenated ids, one for each bag; ids whose values are an array are bags of one id.

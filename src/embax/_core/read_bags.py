@@ -109,7 +109,7 @@ def _jvp(primitive: Primitive, plain: Any, primals: PyTree, tangents: PyTree, *,
         moved.append(primitive.bind(of_values, ids, *others, spec=spec))
     if spec.weighted and not isinstance(of_others[-1], ad.Zero):
         moved.append(plain(values, ids, *others[:-1], of_others[-1], spec=spec))
-    return out, functools.reduce(ad.add_tangents, moved) if moved else ad.Zero.from_primal_value(out)
+    return out, functools.reduce(ad.add_tangents, moved) if moved else jnp.zeros_like(out)
 
 
 def _transpose(

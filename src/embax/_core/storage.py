@@ -183,9 +183,9 @@ class Storage(abc.ABC):
     ) -> tuple[Slots, Distinct, Any]:
         """Sum the values of equal ids, in float32 or wider.
 
-        `values` is an array `(ids, *dim)`, or a pair of such an array and one of shape `(ids,)`; with `is_local`, also a
-        `ByBag`. The last result is 1
-        if so many ids had the same owner that other devices had to take over some of its sums.
+        `values` is an array `(ids, *dim)`, or a pair of such an array and one of shape `(ids,)`; with `is_local`,
+        also a `ByBag`. The last result is 1 if so many ids had the same owner that other devices had to take over some
+        of its sums.
         """
 
     @abc.abstractmethod

@@ -272,7 +272,7 @@ def gathered(table: Table, ids: Sequence[Array], cotangents: Sequence[Held]) -> 
     if not ids:
         return _none_read(table)
     storage = table.storage
-    values = [
+    values: list[Held] = [
         x.flat(n) if isinstance(x, ByBag) else storage.flat(x, (n.size, *table.dim))
         for x, n in zip(cotangents, ids, strict=True)
     ]

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, Float, Inexact, Int, Key, PyTree
+from jaxtyping import Array, Inexact, Int, Key, PyTree
 
 from .._base import by_bag
 from .._base import check as _check
@@ -94,8 +94,8 @@ class RowGrad(HeldRows, metaclass=_KindOfRowGrad):
         return decode(self._keys, self.rows)
 
     @property
-    def values(self) -> Float[Array, "*lanes_length_dim"]:
-        """One value for each id."""
+    def values(self) -> PyTree:
+        """One value for each id, `(*lanes, length, *dim)`."""
         if not isinstance(self._held, ByBag):
             return self._held
         if self._expanded is not None:

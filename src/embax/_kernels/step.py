@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Primitive
 from jaxtyping import Array, Float, Int

@@ -170,7 +170,8 @@ def _terms_of_resharded(eqn: JaxprEqn, read: Any, terms: Any) -> list[Term]:
 def _terms_of_bags(eqn: JaxprEqn, read: Any, terms: Any) -> list[Term]:
     values, ids, *others = map(read, eqn.invars)
     spec = eqn.params["spec"]
-    return [Rows(ids, ByBag(values, *spec.apart(others), spec.of_rows.weight.shape[0]))]
+    bag_of, factors = spec.apart(others)
+    return [Rows(ids, ByBag(values, bag_of, factors, spec.of_rows.weight.shape[0]))]
 
 
 _TERMS: dict[str, Callable[..., list[Term]]] = {
