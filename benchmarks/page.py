@@ -1,4 +1,4 @@
-"""Writes what was measured into the tables of docs/benchmarks.md, from the JSON in benchmarks/measured.
+"""Writes what was measured into the tables of docs/benchmarks.md and docs/training.md, from benchmarks/measured.
 
 A table stands between `<!-- measured: name -->` and `<!-- end -->`.
 """
@@ -15,7 +15,7 @@ from workload import Case
 
 FOLDER = Path(__file__).with_name("measured")
 FILES = ("row_sparse", "bags", "calls")
-PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
+PAGES = tuple(Path(__file__).parents[1] / "docs" / name for name in ("benchmarks.md", "training.md"))
 NOTHING = "Not measured yet."
 MORE = 5  # microseconds that kernels may cost a small call
 _SECTION = re.compile(r"(<!-- measured: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -140,6 +140,20 @@ def accelerator(data: Data) -> str:
     return "\n\n".join(parts)
 
 
+def training(data: Data) -> str:
+    """Training of word vectors beside gensim."""
+    rows = []
+    for line in data.get("train", {}).get("training", []):
+        low, high = line["spread"]
+        value, limit = f"{line['value']:.4g}", line["limit"]
+        if limit is not None and (line["value"] > limit if line["is_most"] else line["value"] < limit):
+            value = f"**{value}**"
+        aim = "" if limit is None else f"{'at most' if line['is_most'] else 'at least'} {limit:.4g}"
+        rows.append((line["work"], line["way"], value, f"{low:.4g} to {high:.4g}", aim, f"{line['other']:.4g}"))
+    columns = "work", "embax", "measured", "least and greatest of 3 seeds", "aim", "gensim"
+    return _markdown(columns, rows)
+
+
 def _lines(data: Data, group: str) -> list[Measured]:
     return [line for name in FILES for line in from_json(data.get(name, {}).get(group, []))]
 
@@ -179,13 +193,15 @@ def _markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 SECTIONS: dict[str, Callable[[Data], str]] = {
-    function.__name__: function for function in (machine, first, others, rows, dense, tables, calls, accelerator)
+    function.__name__: function
+    for function in (machine, first, others, rows, dense, tables, calls, accelerator, training)
 }
 
 
 def main() -> None:
-    """Rewrite the page."""
-    PAGE.write_text(rewritten(PAGE.read_text(), read()))
+    """Rewrite the pages."""
+    for page in PAGES:
+        page.write_text(rewritten(page.read_text("utf-8"), read()), "utf-8")
 
 
 if __name__ == "__main__":

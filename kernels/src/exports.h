@@ -26,3 +26,4 @@ EMBAX_EXPORT XLA_FFI_Error* EmbaxStepAdagrad(XLA_FFI_CallFrame*);
 EMBAX_EXPORT XLA_FFI_Error* EmbaxStepRowwiseAdagrad(XLA_FFI_CallFrame*);
 EMBAX_EXPORT XLA_FFI_Error* EmbaxStepAdam(XLA_FFI_CallFrame*);
 EMBAX_EXPORT XLA_FFI_Error* EmbaxStepRowwiseAdam(XLA_FFI_CallFrame*);
+EMBAX_EXPORT XLA_FFI_Error* EmbaxTrainWords(XLA_FFI_CallFrame*);

@@ -8,6 +8,7 @@
 #include "put.h"
 #include "step.h"
 #include "take.h"
+#include "words.h"
 
 #define EMBAX_JOINED(a, b) a##b
 #define EMBAX_NAMED(a, b) EMBAX_JOINED(a, b)
@@ -19,7 +20,7 @@ namespace embax {
 extern const Kernels EMBAX_NAMED(kernels_, EMBAX_ISA);
 const Kernels EMBAX_NAMED(kernels_, EMBAX_ISA) = {
     EMBAX_TEXT(EMBAX_ISA), EMBAX_ISA::take, EMBAX_ISA::set, EMBAX_ISA::add, EMBAX_ISA::combine, EMBAX_ISA::pool,
-    EMBAX_ISA::step,
+    EMBAX_ISA::step, EMBAX_ISA::train_words,
 };
 
 }  // namespace embax

@@ -84,6 +84,28 @@ struct State {
   void* squares;
 };
 
+// Tables of word vectors, and the text to learn from. All has been checked: ids are in [-1, rows), where -1 ends a
+// sequence; aliases in [0, rows); pieces in [0, rows of inputs), and every word that occurs has one.
+struct Training {
+  float *inputs, *outputs;  // rows of `stride` numbers, a multiple of 16; those behind a vector are 0
+  int64_t stride, rows;     // rows of outputs
+  const int32_t* ids;
+  int64_t number;
+  const uint32_t* keep;  // for each word: it is kept if 32 random bits are at most this
+  const uint32_t* cut;   // noise by Walker's aliases: a row, or its alias if 32 random bits are more than this
+  const int32_t* alias;
+  const int32_t *starts, *pieces;  // word k has the inputs pieces[starts[k]:starts[k + 1]]; or none: row k alone
+  int64_t window, negative, parts;
+  bool cbow;
+  float first_rate, last_rate;
+  uint64_t seed;
+};
+
+struct TrainingLoss {
+  double sum;
+  int64_t pairs;
+};
+
 struct Kernels {
   const char* name;
 
@@ -104,6 +126,9 @@ struct Kernels {
 
   // One step of an optimizer on the rows with an id, in place.
   void (*step)(const Pool&, const Step&, Table, State, Ids, const Gradients&);
+
+  // Learns word vectors from a text, in place. The loss is that of some of the pairs.
+  TrainingLoss (*train_words)(const Pool&, const Training&);
 };
 
 extern const Kernels kernels_base;

@@ -126,7 +126,13 @@ def analogies(
     """
     _check.choice("embax.evaluate.analogies(method=...)", method, ("add", "mul"))
     restrict = _restricted("embax.evaluate.analogies(restrict=...)", restrict, vectors)
-    names, of_section, questions = _read_questions(path)
+    return _solve(vectors, _read_questions(path), restrict, method)
+
+
+def _solve(
+    vectors: "Vectors", read: tuple[list[str], list[int], list[list[str]]], restrict: int, method: str
+) -> AnalogyReport:
+    names, of_section, questions = read
     unit = vectors.normalized().weight[:restrict]
     words, rows = _vocabulary(vectors, unit)
     asked = np.asarray([[rows.get(word, -1) for word in question] for question in questions], np.int64)
@@ -174,18 +180,25 @@ def word_pairs(vectors: "Vectors", path: str | os.PathLike[str], restrict: int |
       >>> round(report.spearman, 3), report.pairs
       (1.0, 3)
     """
-    from scipy import stats
-
     restrict = _restricted("embax.evaluate.word_pairs(restrict=...)", restrict, vectors)
     pairs = _read_pairs(path)
+    report = _compare(vectors, pairs, restrict)
+    if report.pairs < 2:
+        raise ValueError(
+            "`embax.evaluate.word_pairs(path=...)` must name at least two pairs of words in the vocabulary, got "
+            f"{report.pairs} of {len(pairs)} in {os.fspath(path)}. Pass pairs in the vectors' language."
+        )
+    return report
+
+
+def _compare(vectors: "Vectors", pairs: list[tuple[str, str, float]], restrict: int) -> PairReport:
+    from scipy import stats
+
     unit = vectors.normalized().weight[:restrict]
     _, rows = _vocabulary(vectors, unit)
     known = [(rows[a], rows[b], judged) for a, b, judged in pairs if a in rows and b in rows]
     if len(known) < 2:
-        raise ValueError(
-            "`embax.evaluate.word_pairs(path=...)` must name at least two pairs of words in the vocabulary, got "
-            f"{len(known)} of {len(pairs)} in {os.fspath(path)}. Pass pairs in the vectors' language."
-        )
+        return PairReport(math.nan, math.nan, len(known), len(pairs) - len(known))
     left, right, judged = zip(*known, strict=True)
     cosines = _cosines(unit[list(left)], unit[list(right)])
     with warnings.catch_warnings():  # if all pairs are equally similar, the result is NaN
@@ -198,6 +211,51 @@ def word_pairs(vectors: "Vectors", path: str | os.PathLike[str], restrict: int |
         len(known),
         len(pairs) - len(known),
     )
+
+
+class Questions:
+    r"""Analogies or word pairs that are read once, and evaluate several vectors, such as those of each epoch.
+
+    Args:
+      path: A file for `analogies`, whose first line begins with a colon, or for `word_pairs`.
+
+    Raises:
+      embax.files.FormatError: If the file has neither form, naming the line.
+      OSError: If the file cannot be opened.
+
+    Example:
+      >>> import embax, pathlib, tempfile
+      >>> path = pathlib.Path(tempfile.mkdtemp(), "pairs.tsv")
+      >>> size = path.write_text("cat\tdog\t7.5\ncat\tcar\t1.0\ndog\tcar\t2\n")
+      >>> vectors = embax.Vectors(["cat", "dog", "car"], [[1.0, 0.2], [1.0, 0.3], [0.0, 1.0]])
+      >>> questions = embax.evaluate.Questions(path)
+      >>> round(questions(vectors).spearman, 3)
+      1.0
+    """
+
+    def __init__(self, path: str | os.PathLike[str]):
+        lines = (line.strip() for _, line in _lines(path))
+        first = next((line for line in lines if line and not line.startswith("#")), "")
+        self.path = os.fspath(path)
+        self._analogies = _read_questions(path) if first.startswith(":") else None
+        self._pairs = _read_pairs(path) if self._analogies is None else []
+        if self._analogies is None and not self._pairs:
+            raise FormatError(path, "holds no analogies and no word pairs.")
+
+    def __call__(self, vectors: "Vectors", restrict: int | None = 300_000) -> AnalogyReport | PairReport:
+        """Evaluate vectors.
+
+        Args:
+          vectors: The vectors.
+          restrict: Use only the first `restrict` tokens. None: all.
+
+        Returns:
+          The report of `analogies` or of `word_pairs`. Without two known pairs, correlations are NaN.
+        """
+        restrict = _restricted("embax.evaluate.Questions(path)(restrict=...)", restrict, vectors)
+        if self._analogies is not None:
+            return _solve(vectors, self._analogies, restrict, "add")
+        return _compare(vectors, self._pairs, restrict)
 
 
 def _cosines(

@@ -63,16 +63,31 @@ def test_train_passes_its_options_on(text, tmp_path, monkeypatch):
 
     def skipgram(sequences, progress, **options):
         given.update(options)
-        return Vectors(["a"], [[1.0]])
+        return Vectors(["a"], [[1.0]], metadata={"engine": "xla"})
 
     monkeypatch.setattr(train, "skipgram", skipgram)
+    monkeypatch.setattr(train, "cbow", lambda *args, **options: skipgram(*args, **options, is_cbow=True))
     assert run("train", text, "-o", tmp_path / "v")[0] == 0
-    defaults = {"dim": 100, "window": 5, "negative": 5, "epochs": 5, "min_count": 5, "sample": 1e-3, "seed": 0}
+    defaults = {
+        "dim": None,
+        "engine": "auto",
+        "threads": 1,
+        "window": 5,
+        "negative": 5,
+        "epochs": 5,
+        "min_count": 5,
+        "max_vocabulary": 5_000_000,
+        "sample": 1e-3,
+        "seed": 0,
+    }
     assert given == defaults | {"learning_rate": 0.025}
     options = {name: number for number, name in enumerate(given, 2)} | {"sample": 0.5, "learning_rate": 0.25}
+    options |= {"engine": "xla"}
     flags = [part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", value)]
     assert run("train", text, "-o", tmp_path / "v", *flags)[0] == 0
     assert given == options
+    assert run("train", text, "-o", tmp_path / "v", *flags, "--model", "cbow")[0] == 0
+    assert given == options | {"is_cbow": True}
 
 
 def test_train_prints_lines_where_there_is_no_terminal(text, tmp_path, monkeypatch):
@@ -81,7 +96,8 @@ def test_train_prints_lines_where_there_is_no_terminal(text, tmp_path, monkeypat
     assert status == 0
     lines = err.splitlines()
     assert lines[0].startswith("embax: read ")
-    assert lines[-1] == f"embax: wrote {tmp_path / 'v'}: 10 words, 4 dimensions"
+    wrote = re.escape(f"embax: wrote {tmp_path / 'v'}: 10 words, 4 dimensions, trained by ")
+    assert re.fullmatch(wrote + r"(native|xla) at [\d,]+ words/s \(\d+% of the time waiting for text\)", lines[-1])
     steps = [line for line in lines if "epoch" in line]
     pattern = r"embax: +\d+%, epoch [123]/3, loss \d+\.\d{3}, [\d,]+ words/s, \d+:\d\d left"
     assert len(steps) >= 3
@@ -203,7 +219,7 @@ def test_train_tells_when_memory_does_not_suffice(text, tmp_path):
 @pytest.mark.skipif(
     signal.getsignal(signal.SIGINT) is signal.SIG_IGN, reason="interrupts are ignored here, as in a background job"
 )
-def test_train_ended_by_an_interrupt_leaves_nothing_behind_and_has_loaded_no_framework(text, tmp_path):
+def test_train_ended_by_an_interrupt_writes_its_vectors_and_has_loaded_no_framework(text, tmp_path):
     at_the_end = "print([module for module in ('brainstate', 'flax', 'equinox', 'optax') if module in sys.modules])"
     code = "import atexit, sys, embax.cli; from embax.cli import _display; _display._LINE = 0\n"
     code += f"atexit.register(lambda: {at_the_end}); embax.cli.main()"
@@ -217,7 +233,8 @@ def test_train_ended_by_an_interrupt_leaves_nothing_behind_and_has_loaded_no_fra
     out, err = child.communicate(timeout=60)
     assert child.returncode == 130
     assert "Traceback" not in err
-    assert os.listdir(tmp_path) == ["text.txt"]
+    assert sorted(os.listdir(tmp_path)) == ["text.txt", "v"]
+    assert len(Vectors.load(tmp_path / "v")) == 10
     assert out == "[]\n"
 
 
@@ -303,7 +320,35 @@ def test_train_prints_json(text, tmp_path):
     assert status == 0
     # "the" 160 times, "eats" and "crown" 40 times, and so on.
     expected = {"output": str(tmp_path / "v"), "words": 10, "dim": 4, "occurrences": TEXT_WORDS, "seed": 0}
-    assert json.loads(out) == expected
+    found = json.loads(out)
+    assert found.pop("words_per_second") > 0
+    assert found.pop("engine") in ("native", "xla")
+    assert 0 <= found.pop("waited") <= 1
+    assert found == expected | {"model": "skipgram", "interrupted": False}
+
+
+def test_train_writes_subwords_as_a_model_of_fasttext(text, tmp_path):
+    flags = ["--subwords", "--max-ngram", 4, "--buckets", 100, "--dim", 4, "--epochs", 1]
+    assert run("train", text, "-o", tmp_path / "v.bin", *flags)[0] == 0
+    vectors = Vectors.load(tmp_path / "v.bin")
+    ngrams = vectors.subwords.ngrams
+    assert (ngrams.minimum, ngrams.maximum, ngrams.buckets) == (3, 4, 100)
+    assert "kings" not in vectors
+    assert np.abs(vectors["kings"]).max() > 0
+    assert_one_line(*run("train", text, "-o", tmp_path / "v", *flags), "v: --subwords needs a model of fastText.")
+    assert_one_line(*run("train", text, "-o", tmp_path / "v.bin", *flags, "--min-ngram", 5), "the shorter first")
+
+
+def test_train_continues_from_vectors(text, tmp_path):
+    Vectors(["the", "unseen"], np.eye(2, 3), [7, 9]).save(tmp_path / "old.txt")
+    status, out, _ = run("train", text, "-o", tmp_path / "v", "--from", tmp_path / "old.txt", "--epochs", 1, "--json")
+    assert (status, json.loads(out)["dim"]) == (0, 3)
+    vectors = Vectors.load(tmp_path / "v")
+    assert len(vectors) == 11
+    np.testing.assert_array_equal(vectors["unseen"], [0, 1, 0])
+    result = run("train", text, "-o", tmp_path / "v", "--from", tmp_path / "old.txt", "--dim", 4)
+    assert_one_line(*result, "old.txt: must have vectors of the size dim=4, got 3. Leave dim out.")
+    assert_one_line(*run("train", text, "-o", tmp_path / "v", "--from", tmp_path / "no"), "no: No such file")
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish", "powershell"])

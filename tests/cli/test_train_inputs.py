@@ -18,7 +18,7 @@ def read(tmp_path, monkeypatch):
 
     def trained(sequences, **_):
         found.extend(list(sequence) for sequence in sequences)
-        return Vectors(["a"], np.ones((1, 1), np.float32), [1])
+        return Vectors(["a"], np.ones((1, 1), np.float32), [1], metadata={"engine": "xla"})
 
     def call(*arguments):
         found.clear()
@@ -52,7 +52,7 @@ def test_train_reads_columns(read):
     [
         (["one.txt", "missing"], ["missing: No such file or directory."]),
         (["*.none"], ["*.none: No file matches."]),
-        (["-", "-"], ["must name standard input once"]),
+        (["-", "-"], ["-: standard input can be read only once"]),
         (["rows", "--column", "year"], ["rows: must have one column 'year', got 'title' string"]),
         (["one.txt", "--column", "text"], ["one.txt: must be a parquet or Arrow file"]),
         (["rows"], ["rows: must have one column of strings"]),

@@ -14,7 +14,7 @@ from embax.vectors import Vectors
 
 INFO_KEYS = (
     "file format compression bytes rows dim dtype memory norms zero_rows not_finite_rows duplicates_left_out counts "
-    "special subwords first_tokens"
+    "special subwords metadata first_tokens"
 ).split()
 
 
@@ -27,7 +27,7 @@ def vectors(tmp_path):
 def test_info_describes_a_file(tmp_path):
     vocabulary = embax.Vocabulary(["[PAD]", "a", "b\x1b", "c"], special={"padding": "[PAD]"})
     weight = np.array([[0, 0], [3, 4], [6, 8], [np.nan, 0]], np.float16)
-    contents = files.Contents(vocabulary, weight, np.array([0, 5, 2, 1]))
+    contents = files.Contents(vocabulary, weight, np.array([0, 5, 2, 1]), metadata={"engine": "xla"})
     files.save(tmp_path / "v", contents)
     found = answer("info", tmp_path / "v")
     assert list(found) == INFO_KEYS
@@ -47,10 +47,19 @@ def test_info_describes_a_file(tmp_path):
         "counts": {"min": 0, "max": 5, "total": 8},
         "special": {"padding": "[PAD]"},
         "subwords": None,
+        "metadata": {"engine": "xla"},
         "first_tokens": ["[PAD]", "a", "b\x1b", "c"],
     }
     table = "\n".join(lines_of("info", tmp_path / "v"))
-    for part in ("safetensors", "2 of float16", "0 to 10, median 5", "0 to 5, 8 in all", "padding [PAD]", r"b\x1b c"):
+    for part in (
+        "safetensors",
+        "2 of float16",
+        "0 to 10, median 5",
+        "0 to 5, 8 in all",
+        "padding [PAD]",
+        "engine xla",
+        r"b\x1b c",
+    ):
         assert part in table
     assert "\x1b" not in table
 

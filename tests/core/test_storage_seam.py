@@ -44,6 +44,7 @@ KNOWN = {
     "optim/_carry_over.py": {"getattr(x.sharding, 'mesh', None)": "of an array of JAX"},
     "_heads/sampled_softmax.py": {"sharding.mesh": "of an array of JAX"},
     "train/_parts.py": {"self.mesh": "that over which `embax train` makes its tables"},
+    "train/_arguments.py": {"given.mesh": "that over which `embax train` makes its tables"},
     "train/_word2vec.py": {"given.mesh": "that over which `embax train` makes its tables"},
     "train/_xla.py": {"self._parts.mesh": "that over which `embax train` makes its tables"},
 }

@@ -9,7 +9,7 @@ import safetensors
 from damage import KINDS, damages, seeds, told
 from safetensors.numpy import save_file
 
-from embax import Vocabulary, files
+from embax import Vectors, Vocabulary, files
 from embax.files._formats.safetensors.file import FORMAT
 from embax.files._io.contents import Options
 from embax.files._io.open import opened
@@ -62,6 +62,23 @@ def test_read_gives_special_tokens_and_no_counts_where_there_are_none(tmp_path):
     found = files.read_safetensors(tmp_path / "v")
     assert found.counts is None
     assert found.vocabulary.special == {"unknown": 1, "end": 3}
+
+
+def test_read_gives_the_metadata(tmp_path):
+    files.write_safetensors(tmp_path / "v", CONTENTS._replace(metadata={"model": "größe", "engine": "xla"}))
+    assert files.read_safetensors(tmp_path / "v").metadata == {"engine": "xla", "model": "größe"}
+    vectors = Vectors.load(tmp_path / "v")
+    assert vectors.subset(["the"]).normalized().metadata == vectors.metadata == {"engine": "xla", "model": "größe"}
+    first = (tmp_path / "v").read_bytes()
+    vectors.save(tmp_path / "v")
+    assert (tmp_path / "v").read_bytes() == first
+
+
+@pytest.mark.parametrize("metadata", [{"format": "mine"}, {"special": "{}"}, {"engine": 1}])
+def test_write_refuses_metadata_that_no_file_can_keep(tmp_path, metadata):
+    with pytest.raises(ValueError, match="metadata that are strings, by names other than format, version and special"):
+        files.write_safetensors(tmp_path / "v", CONTENTS._replace(metadata=metadata))
+    assert not os.listdir(tmp_path)
 
 
 @pytest.mark.parametrize("limit", [0, 1, 3, 4, 9])
@@ -146,7 +163,9 @@ def test_write_is_read_by_the_safetensors_library(tmp_path):
 
 def test_read_takes_files_that_the_safetensors_library_wrote(tmp_path):
     save_file(tensors() | {"extra": np.zeros(3)}, tmp_path / "v", METADATA | {"more": "x"})
-    assert same(files.read_safetensors(tmp_path / "v"), CONTENTS._replace(vocabulary=Vocabulary(TOKENS)))
+    found = files.read_safetensors(tmp_path / "v")
+    assert found.metadata == {"more": "x"}
+    assert same(found._replace(metadata=None), CONTENTS._replace(vocabulary=Vocabulary(TOKENS)))
 
 
 def test_write_gives_the_same_bytes_whatever_the_layout_of_the_arrays(tmp_path):

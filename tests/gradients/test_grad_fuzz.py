@@ -30,6 +30,7 @@ NUMBER = int(os.environ.get("PROGRAMS", "30"))
 )
 @given(program=programs(), sharded=st.integers(0, 9), ids=st.lists(st.integers(0, 99), min_size=4, max_size=4))
 @example(("inner value_and_grad", ("inner gradient", ("map", ("cross entropy", 0)))), 1, [0, 0, 2, 0])  # far from 0
+@example(("switch", ("slice", 0), ("attend", 0)), 0, [0, 0, 0, 0])
 def test_random_programs(program, sharded, ids):
     check(program, sharded == 0, ids)
 
@@ -40,15 +41,17 @@ def check(program, sharded, ids):
     # JAX forgets a custom_jvp of the program itself in second derivatives through a scan, but in no loop of Python.
     if any(node.startswith("inner") for node in nodes_of(program)) and "custom_jvp" not in nodes_of(program):
         expected = built(program, UNROLLED)
+    names, of_tables = [name for name, _ in leaves_of(program)], tables()
+    followed = not DENSE.keys() & set(names)
     # Inside of a shard_map, an inner gradient is summed over devices.
     if sharded and not any(node.startswith("inner") for node in nodes_of(program)):
-        loss, expected = on_two_devices(loss)
-    names, of_tables = [name for name, _ in leaves_of(program)], tables()
+        chooses = bool({"cond", "switch"} & set(nodes_of(program)))
+        loss, expected = on_two_devices(loss, chooses)
+        followed &= not (chooses and "slice" in names)  # a slice of an array that varies over devices stays dense
     args = of_tables, jnp.asarray(ids), jnp.float32(0.7)
     # Compiled functions, which JAX traces once for what it can do, and for the comparison.
     of_jax = {function: jax.jit(jax.value_and_grad(function, (0, 2))) for function in {loss, expected}}
     assume(all(jax_can(function, args) for function in of_jax.values()))
-    followed = not DENSE.keys() & set(names)
     ours = embax.value_and_grad(loss, (0, 2), on_dense="error" if followed else "allow")
 
     @jax.jit

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 
 import embax
@@ -21,9 +22,9 @@ def script(monkeypatch):
 
 def test_the_page_shows_what_was_measured(script):
     page = script("page")
-    text = page.PAGE.read_text("utf-8")
-    assert page.rewritten(text, page.read()) == text
-    assert {f"<!-- measured: {name} -->" for name in page.SECTIONS} <= set(text.splitlines())
+    texts = [path.read_text("utf-8") for path in page.PAGES]
+    assert [page.rewritten(text, page.read()) for text in texts] == texts
+    assert {f"<!-- measured: {name} -->" for name in page.SECTIONS} <= set("\n".join(texts).splitlines())
 
 
 def test_the_accelerator_is_measured(script, tmp_path, monkeypatch, capsys):
@@ -109,3 +110,21 @@ def test_steps_of_the_benchmarks_train_the_rows_that_are_read(script):
     assert (found.to_dense() != 0).any(axis=1).tolist() == [row in ids for row in range(20)]
     for row in set(ids.tolist()):
         assert found.to_dense()[row].tolist() == pytest.approx(gradient[ids == row].sum(0).tolist(), rel=1e-5)
+
+
+def test_quality_is_measured(script, tmp_path):
+    quality = script("quality")
+    words = ["a", "b", "c", "d"] * 30
+    counts = quality.counted([words])
+    rng, eye = np.random.default_rng(0), np.eye(4, 3, dtype=np.float32)
+    held_out = quality.HeldOut(counts, [words] * 3)
+    zeros = quality.Learned(sorted(counts), 0 * eye, eye, eye)
+    assert held_out.loss(zeros) == pytest.approx(6 * 0.6931, rel=1e-3)  # each of six products is 0
+    assert quality.similarity({"a": eye[0], "b": eye[1], "c": eye[0] + eye[1]}, [("a", "b", 0), ("a", "c", 1)]) > 0.9
+    many = [f"w{number}" for number in range(100)]
+    of_many = dict.fromkeys(many, 10)
+    learned = quality.Learned(many, rng.normal(size=(100, 3)), eye, eye)
+    turned = learned._replace(inputs=learned.inputs @ [[0.0, 1, 0], [1, 0, 0], [0, 0, -1]])
+    assert quality.overlap(learned, [turned], of_many) == 1
+    assert quality.overlap(learned, [learned._replace(inputs=rng.normal(size=(100, 3)))], of_many) < 0.5
+    assert quality.genre_share(learned, {word: {"all"} for word in many}, of_many) == 1

@@ -32,6 +32,9 @@ STEPS = {
 for _name in ("Take", "Put", "Combine", "Pool", *(f"Step{name}" for name in STEPS)):
     jax.ffi.register_ffi_target(f"raw_{_name}", jax.ffi.pycapsule(getattr(LIBRARY, f"Embax{_name}")), platform="cpu")
 
+if hasattr(LIBRARY, "EmbaxTrainWords"):
+    jax.ffi.register_ffi_target("raw_TrainWords", jax.ffi.pycapsule(LIBRARY.EmbaxTrainWords), platform="cpu")
+
 NOTHING = np.zeros(0, np.int32)  # in the place of offsets, or of bags
 NO_FACTORS = np.zeros(0, np.float32)
 
@@ -74,6 +77,13 @@ def step(name, arrays, ids, values, scalars, length=1, bag_of=NOTHING, factors=N
     attributes = {"length": np.int64(length), "decay": np.int32(decay)}
     attributes |= {key: np.int32(value) for key, value in more.items()}
     return function(*arrays, ids, values, bag_of, factors, scalars, **attributes)
+
+
+def train_words(inputs, outputs, vocabulary, ids, rates, seed, window, negative, cbow, threads=1):
+    out = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in (inputs, outputs, rates)]
+    function = jax.ffi.ffi_call("raw_TrainWords", out, input_output_aliases={0: 0, 1: 1})
+    attributes = {"window": np.int64(window), "negative": np.int64(negative), "threads": np.int64(threads)}
+    return function(inputs, outputs, ids, *vocabulary, rates, seed, cbow=np.int32(cbow), **attributes)
 
 
 def scalars_of(name, rate=0.05, decay_by=0.01, eps=1e-8, b1=0.9, b2=0.999, steps=1):

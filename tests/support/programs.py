@@ -203,12 +203,20 @@ def nodes_of(program):
     return [] if name in LEAVES else [name, *(node for part in parts for node in nodes_of(part))]
 
 
-def on_two_devices(loss):
-    """The sum of a loss of ids and of another one, each on a device; and the same without devices."""
+def on_two_devices(loss, chooses=False):
+    """The sum of a loss of ids and of another one, each on a device; and the same without devices.
+
+    If the ids choose a branch, the tables and the number are first cast to arrays that vary over devices. Otherwise
+    JAX's own gradient is wrong, since the result of branches that read replicated arrays counts as
+    replicated, even if devices choose different branches; or a branch sums over devices, and those that chose another
+    branch never take part.
+    """
     mesh = jax.make_mesh((2,), ("x",), axis_types=(AxisType.Auto,))
     specs = (PartitionSpec(), PartitionSpec("x"), PartitionSpec())
 
     def of_device(t, ids, x):
+        if chooses:
+            t, x = jax.tree.map(lambda leaf: lax.pcast(leaf, "x", to="varying"), (t, x))
         return lax.psum(loss(t, ids[0], x), "x")
 
     sharded = jax.shard_map(of_device, mesh=mesh, in_specs=specs, out_specs=PartitionSpec())

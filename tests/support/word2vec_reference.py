@@ -18,14 +18,16 @@ class _Moves:
             return np.minimum(rate, 1 / self.curvature)
 
 
-def reference_steps(plan, inputs, outputs, tokens, drawn, rates):
-    """Run some steps.
+def reference_steps(plan, rows, outputs, tokens, drawn, rates, pieces=None):
+    """Run some steps; `pieces` are the rows of each word, by default one.
 
     Returns the tables, the loss with the number of pairs, and how many rows were held back by their limit.
     """
-    inputs, outputs = inputs.astype(np.float64), outputs.astype(np.float64)
+    rows, outputs = rows.astype(np.float64), outputs.astype(np.float64)
+    pieces = pieces or [[row] for row in range(len(outputs))]
     loss, limited = np.zeros(2), 0
     for step, rate in enumerate(rates):
+        inputs = np.asarray([rows[of].mean(axis=0) for of in pieces])
         moves = _Moves(inputs), _Moves(outputs)
         for segment in range(tokens.shape[1]):
             noise = drawn.noise[step, segment]
@@ -34,11 +36,16 @@ def reference_steps(plan, inputs, outputs, tokens, drawn, rates):
                 loss += _skipgram(plan, inputs, outputs, found, noise, moves)
             else:
                 loss += _cbow(plan, inputs, outputs, found, noise, drawn.widths[step, segment], moves)
+        of_rows = _Moves(rows)
+        for word, of in enumerate(pieces):
+            np.add.at(of_rows.sums, of, moves[0].sums[word])
+            np.add.at(of_rows.curvature, of, moves[0].curvature[word])
+        moves = of_rows, moves[1]
         of_rows = [move.rates(rate) for move in moves]
         limited += sum(int((rates < rate).sum()) for rates in of_rows)
-        inputs = inputs + of_rows[0][:, None] * moves[0].sums
+        rows = rows + of_rows[0][:, None] * moves[0].sums
         outputs = outputs + of_rows[1][:, None] * moves[1].sums
-    return inputs, outputs, loss, limited
+    return rows, outputs, loss, limited
 
 
 def _sequences(segment, rows):
@@ -77,9 +84,14 @@ def _pair(inputs, outputs, context, target, label, weight, moves):
     probability = sigmoid(x @ t)
     moves[0].sums[context] += weight * (label - probability) * t
     moves[1].sums[target] += weight * (label - probability) * x
-    moves[0].curvature[context] += weight * probability * (1 - probability) * (t @ t)
-    moves[1].curvature[target] += weight * probability * (1 - probability) * (x @ x)
+    moves[0].curvature[context] += weight * _curvature(label, probability) * (t @ t)
+    moves[1].curvature[target] += weight * _curvature(label, probability) * (x @ x)
     return -weight * np.log(probability if label else 1 - probability)
+
+
+def _curvature(label, probability):
+    wrong = abs(label - probability)
+    return wrong * max(1 - wrong, 0.25)
 
 
 def _cbow(plan, inputs, outputs, sequences, noise, widths, moves):
@@ -95,9 +107,9 @@ def _cbow(plan, inputs, outputs, sequences, noise, widths, moves):
                 t = outputs[target]
                 probability = sigmoid(mean @ t)
                 error = error + weight * (label - probability) * t
-                curvature += weight * probability * (1 - probability) * (t @ t)
+                curvature += weight * _curvature(label, probability) * (t @ t)
                 moves[1].sums[target] += weight * (label - probability) * mean
-                moves[1].curvature[target] += weight * probability * (1 - probability) * (mean @ mean)
+                moves[1].curvature[target] += weight * _curvature(label, probability) * (mean @ mean)
                 loss -= weight * np.log(probability if label else 1 - probability)
             for row in contexts:
                 moves[0].sums[row] += error

@@ -24,12 +24,13 @@ from embax.train._corpus import BREAK, encode
 from embax.train._engine import Options
 from embax.train._parts import WHOLE, Parts, parts_of
 from embax.train._segments import Shape, batches
+from embax.train._subwords import NgramOptions, pieces_of
 from embax.vectors import Vectors
 
 # Seconds in which each process has to end, so that one that hangs is a failure.
 LIMIT = 180
 DEVICES = 4
-OPTIONS = {"dim": 6, "epochs": 2, "min_count": 1, "seed": 3, "sample": 0.05}
+OPTIONS = {"engine": "xla", "dim": 6, "epochs": 2, "min_count": 1, "seed": 3, "sample": 0.05}
 # Processes that wait for each other take long, so what they learn from is short: a call of the program an epoch.
 SHORT = 20
 WORDS = [f"w{number}" for number in range(50)]
@@ -149,17 +150,18 @@ def test_skipgram_refuses_what_is_no_mesh(mesh, error, match):
 # --- A step on a mesh ---
 
 
-@pytest.mark.parametrize("model", ["skipgram", "cbow"])
-def test_train_on_a_mesh_equals_train_without_one(model):
+@pytest.mark.parametrize(("model", "subwords"), [("skipgram", False), ("cbow", True)])
+def test_train_on_a_mesh_equals_train_without_one(model, subwords):
     parts = parts_of("test", mesh())
     assert (parts.number, parts.own) == (4, (0, 1, 2, 3))
     corpora = encode(paragraphs(SHORT), 1, parts)
     options = Options(dim=6, window=5, negative=5, model=model, sample=np.inf, seed=0)
-    engine, alone = _xla.Xla(corpora, parts, options), _xla.Xla(corpora[:1], WHOLE, options)
-    rng = np.random.default_rng(0)
-    weights = tuple(rng.normal(size=(len(WORDS), 6)).astype(np.float32) for _ in range(2))
+    pieces = pieces_of(corpora[0].tokens, NgramOptions(2, 3, 20)) if subwords else None
+    engine, alone = _xla.Xla(corpora, parts, options, pieces), _xla.Xla(corpora[:1], WHOLE, options, pieces)
+    rng, rows = np.random.default_rng(0), pieces.rows if pieces else len(WORDS)
+    weights = tuple(rng.normal(size=(number, 6)).astype(np.float32) for number in (rows, len(WORDS)))
     state = engine.start(weights)
-    assert {shard.data.shape for shard in state.inputs.weight.addressable_shards} == {(13, 6)}
+    assert {shard.data.shape for shard in state.inputs.weight.addressable_shards} == {(-(-rows // DEVICES), 6)}
     (batch,) = engine.batches(1)
     assert batch.words == corpora[0].counts.sum() < batch.tokens.size  # the rest is padding
     state, same_loss = engine.run(state, batch, (0.5, 0.1))
@@ -187,7 +189,7 @@ def stop_after(calls):
     return progress
 
 
-def test_skipgram_goes_on_from_a_checkpoint(tmp_path):
+def test_skipgram_goes_on_from_a_checkpoint(tmp_path, monkeypatch):
     pytest.importorskip("orbax.checkpoint")
     expected = train.skipgram(paragraphs(), **OPTIONS)
     saved = {"checkpoint": tmp_path / "saved", "checkpoint_every": 65}
@@ -206,6 +208,9 @@ def test_skipgram_goes_on_from_a_checkpoint(tmp_path):
             train.skipgram(paragraphs(), **(OPTIONS | other), **saved)
     with pytest.raises(train.CheckpointError, match="another text"):
         train.skipgram(paragraphs(201), **OPTIONS, **saved)
+    monkeypatch.setattr(_xla.Xla, "name", "native")
+    with pytest.raises(train.CheckpointError, match=r"of the engine 'xla', and this run is of 'native'\. Choose"):
+        train.skipgram(paragraphs(), **OPTIONS, **saved)
 
 
 def test_skipgram_refuses_checkpoints_of_something_else(tmp_path):
@@ -307,7 +312,7 @@ def test_two_processes_go_on_from_one_and_give_what_one_gives(text, tmp_path):
     assert [process.returncode for process in processes] == [0, 0], err
     assert other == ("", NOTE + "\n")
     assert json.loads(out)["words"] == len(expected) == len(WORDS)
-    assert err.splitlines()[-1] == f"embax: wrote {output}: 50 words, 6 dimensions"
+    assert err.splitlines()[-1].startswith(f"embax: wrote {output}: 50 words, 6 dimensions, trained by xla at ")
     vectors = Vectors.load(output)
     assert vectors.vocabulary.tokens() == expected.vocabulary.tokens()
     np.testing.assert_array_equal(vectors.counts, expected.counts)

@@ -7,9 +7,12 @@ import numpy as np
 import pytest
 
 from embax import train
-from embax.train import _engine, _loop, _parts, _xla
+from embax.train import _engine, _loop, _native, _parts, _xla
 from embax.train._corpus import encode
 
+kernel = pytest.mark.skipif(
+    _native.lacking(None) is not None, reason="the native kernels are not installed, or switched off"
+)
 DIM = 16  # mostly, so that one compiled program serves many tests
 TOPICS = [[f"{topic}{number}" for number in range(8)] for topic in "abcdef"]
 
@@ -22,9 +25,11 @@ def topics_corpus(sequences, seed=0):
         yield [topic[i] if i < len(topic) else f"common{i}" for i in rng.integers(len(topic) + 3, size=20)]
 
 
+@pytest.mark.parametrize("engine", ["xla", pytest.param("native", marks=kernel)])
 @pytest.mark.parametrize("learn", [train.skipgram, train.cbow])
-def test_training_finds_the_words_of_a_topic(learn):
-    vectors = learn(topics_corpus(300), dim=DIM, epochs=8, sample=0, learning_rate=0.05)
+def test_training_finds_the_words_of_a_topic(learn, engine):
+    vectors = learn(topics_corpus(300), dim=DIM, epochs=8, sample=0, learning_rate=0.05, engine=engine)
+    assert vectors.metadata["engine"] == engine
     for topic in TOPICS:
         for word in topic:
             nearest = [neighbor for neighbor, _ in vectors.most_similar(word, k=7)]
@@ -41,11 +46,20 @@ def half_is_one_item():
     return [[str(item) for item in line] for line in items]
 
 
+def words_of_few_stems():
+    rng = np.random.default_rng(0)
+    stems = ["walk", "talk", "king"]
+    return [[stems[i % 3] + ["s", "ed", "ing"][j] for j in rng.integers(0, 3, 10)] for i in range(400)]
+
+
 @pytest.mark.parametrize("learn", [train.skipgram, train.cbow])
-@pytest.mark.parametrize("corpus", [nine_words, half_is_one_item])
-def test_training_stays_bounded_on_few_words_at_a_high_rate(learn, corpus):
+@pytest.mark.parametrize(
+    ("corpus", "more"), [(nine_words, {}), (half_is_one_item, {}), (words_of_few_stems, {"subwords": True})]
+)
+def test_training_stays_bounded_on_few_words_at_a_high_rate(learn, corpus, more):
     reports = []
-    vectors = learn(corpus(), dim=DIM, epochs=10, sample=0, learning_rate=0.1, progress=reports.append)
+    options = more | {"dim": DIM, "epochs": 10, "sample": 0, "learning_rate": 0.1, "engine": "xla"}
+    vectors = learn(corpus(), **options, progress=reports.append)
     # The text of nine words is learned by heart, so the vectors grow by the logarithm of the number of steps.
     assert np.linalg.norm(vectors.weight, axis=1).max() < 20
     assert reports[-1].loss < reports[0].loss < 6 * np.log(2)  # as with vectors of zero
@@ -77,7 +91,8 @@ def test_skipgram_lowers_its_learning_rate_linearly(monkeypatch):
     rates, run = [], _xla.Xla.run
     monkeypatch.setattr(_xla.Xla, "run", lambda self, state, batch, of: rates.append(of) or run(self, state, batch, of))
     reports = []
-    train.skipgram(topics_corpus(100), dim=DIM, epochs=4, sample=0, learning_rate=0.5, progress=reports.append)
+    options = {"dim": DIM, "epochs": 4, "sample": 0, "learning_rate": 0.5, "engine": "xla"}
+    train.skipgram(topics_corpus(100), **options, progress=reports.append)
     words = np.asarray([0, *(report.words for report in reports)])
     expected = 0.5 * np.maximum(1 - words / 8000, 1e-4)
     np.testing.assert_allclose(rates, np.stack([expected[:-1], expected[1:]], axis=1))
@@ -86,7 +101,7 @@ def test_skipgram_lowers_its_learning_rate_linearly(monkeypatch):
 
 def test_skipgram_reports_progress():
     reports = []
-    train.skipgram(topics_corpus(100), dim=DIM, epochs=3, progress=reports.append)
+    train.skipgram(topics_corpus(100), dim=DIM, epochs=3, engine="xla", progress=reports.append)
     assert [report.epoch for report in reports] == sorted(report.epoch for report in reports)
     assert {report.epoch for report in reports} == {1, 2, 3}
     last = reports[-1]
@@ -177,6 +192,7 @@ def test_training_depends_on_its_seed(learn):
         ({"sample": float("nan")}, ValueError, "sample"),
         ({"seed": -1}, ValueError, "seed"),
         ({"threads": 0}, ValueError, "threads"),
+        ({"threads": 2, "engine": "xla"}, ValueError, r"threads=\.\.\.\)` must be 1 for the engine 'xla'"),
         ({"engine": "gensim"}, ValueError, r"skipgram\(engine=\.\.\.\)` must be .*'gensim'"),
     ],
 )

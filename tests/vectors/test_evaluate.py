@@ -312,3 +312,30 @@ def test_nearest_of_glove_is_that_of_gensim():
         wanted = theirs.most_similar(theirs.index_to_key[row], topn=10)
         assert ours.vocabulary.tokens(rows[place]) == [token for token, _ in wanted]
         np.testing.assert_allclose(products[place], [cosine for _, cosine in wanted], rtol=0, atol=2e-6)
+
+
+def test_questions_are_analogies_or_pairs_by_their_content(tmp_path):
+    known, unknown = vectors(), embax.Vectors(["x"], [[1.0, 0, 0]])
+    analogies = evaluate.Questions(written(tmp_path, "\n" + ANALOGIES.decode()))
+    pairs = evaluate.Questions(written(tmp_path, PAIRS.decode()))
+    (tmp_path / "file.txt").unlink()  # they were read once
+    assert analogies(known) == evaluate.analogies(known, written(tmp_path, ANALOGIES.decode()))
+    assert pairs(known) == evaluate.word_pairs(known, written(tmp_path, PAIRS.decode()))
+    assert analogies(known, restrict=2).total == 0
+    assert np.isnan(analogies(unknown).accuracy)
+    assert np.isnan(pairs(unknown).spearman)
+    assert (pairs(unknown).pairs, pairs(unknown).missing) == (0, 3)
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        ("", "holds no analogies and no word pairs"),
+        ("# only\n", "holds no analogies and no word pairs"),
+        (": a\nb c\n", "line 2 must be four words"),
+        ("x y z\na b c d\n", "line 2 must be two words and a number"),
+    ],
+)
+def test_questions_of_neither_form_are_a_format_error(tmp_path, text, match):
+    with pytest.raises(FormatError, match=match):
+        evaluate.Questions(written(tmp_path, text))

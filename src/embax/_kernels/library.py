@@ -26,6 +26,7 @@ HANDLERS = {
     "step_rowwise_adagrad": "EmbaxStepRowwiseAdagrad",
     "step_adam": "EmbaxStepAdam",
     "step_rowwise_adam": "EmbaxStepRowwiseAdam",
+    "train_words": "EmbaxTrainWords",
 }
 
 

@@ -16,6 +16,9 @@ import typer
 if TYPE_CHECKING:
     from rich.table import Table
 
+# The exit status of an interrupted program in a shell: 128 plus the signal's number.
+INTERRUPTED = 130
+
 
 class UserError(Exception):
     """An error that the user can fix, printed in one line."""

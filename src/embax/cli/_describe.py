@@ -17,7 +17,7 @@ _SHOWN = 10
 
 def described(file: str, identity: "Identity", contents: "Contents", duplicates: int) -> dict[str, Any]:
     """Describe a file, as the JSON document."""
-    vocabulary, weight, counts, subwords = contents
+    vocabulary, weight, counts, subwords, metadata = contents
     norms = _norms(weight)
     finite = np.sort(norms[np.isfinite(norms)])
     ngrams = None if subwords is None else subwords.ngrams
@@ -45,6 +45,7 @@ def described(file: str, identity: "Identity", contents: "Contents", duplicates:
         "subwords": None
         if ngrams is None
         else {"minimum": ngrams.minimum, "maximum": ngrams.maximum, "buckets": ngrams.buckets},
+        "metadata": dict(metadata or {}),
         "first_tokens": vocabulary.tokens(np.arange(min(_SHOWN, len(vocabulary)))),
     }
 
@@ -90,6 +91,8 @@ def as_table(found: dict[str, Any]) -> Any:
         lines["sub-words"] = (
             f"of {subwords['minimum']} to {subwords['maximum']} characters, {subwords['buckets']:,} buckets"
         )
+    if found["metadata"]:
+        lines["metadata"] = ", ".join(f"{name} {value}" for name, value in found["metadata"].items())
     lines["first tokens"] = " ".join(found["first_tokens"])
     table = plain_table("", "")
     table.show_header = False

@@ -105,7 +105,10 @@ class Display:
 
     def say(self, message: str) -> None:
         """Print a line that stays."""
-        print(f"embax: {message}", file=sys.stderr) if self._bar is None else self._bar.console.print(message)
+        if self._bar is None:
+            print(f"embax: {message}", file=sys.stderr)
+        else:  # brackets in names of files are not the console's markup
+            self._bar.console.print(message, markup=False)
 
     def _due(self) -> bool:
         return time.monotonic() - self._shown >= (_LINE if self._bar is None else _REDRAW)

@@ -8,15 +8,13 @@ import typer
 
 import embax
 
-from ._common import UserError, printable
+from ._common import INTERRUPTED, UserError, printable
 from ._evaluate import evaluate
 from ._files import convert, info
 from ._map import map_
 from ._queries import analogy, neighbors
 from ._train import train
 
-# The exit status of an interrupted program in a shell: 128 plus the signal's number.
-_INTERRUPTED = 130
 # If this environment variable is set, Typer prints completions instead of running a command.
 _COMPLETE = "_EMBAX_COMPLETE"
 _SHELLS = ("bash", "zsh", "fish", "powershell")
@@ -49,7 +47,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         # If the output is a closed pipe, Typer itself exits, silently and with status 1.
         status = app(arguments, prog_name="embax", standalone_mode=False) or 0
     except (typer.Abort, KeyboardInterrupt):
-        status = _INTERRUPTED
+        status = INTERRUPTED
     except typer.TyperException as error:
         status = _complain(f"{error.format_message().rstrip('.')}. See embax --help.")
     except UserError as error:

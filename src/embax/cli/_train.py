@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from ._common import (
+    INTERRUPTED,
     Json,
     To,
     UserError,
@@ -15,10 +16,12 @@ from ._common import (
     is_same_file,
     name_of,
     not_negative,
+    option_of,
     print_json,
     rule,
 )
 from ._display import Display
+from ._following import Following, refuse_standard_input_twice
 from ._processes import address, together
 
 _share = rule(lambda value: 0 <= value <= 1, "a number from 0 to 1")
@@ -62,7 +65,37 @@ def train(
             "only one of these, or the one named text, tokens, words, ids or input_ids."
         ),
     ] = None,
-    dim: Annotated[int, typer.Option(callback=at_least_one, help="The size of a vector.")] = 100,
+    model: Annotated[
+        str,
+        option_of("skipgram", "cbow", help="skipgram, or cbow: faster with the native engine, but it learns less."),
+    ] = "skipgram",
+    subwords: Annotated[
+        bool,
+        typer.Option(
+            "--subwords",
+            help="Learn vectors of n-grams of characters, too, so that unknown words get vectors. Writes a model of "
+            "fastText, .bin.",
+        ),
+    ] = False,
+    min_ngram: Annotated[
+        int, typer.Option(callback=at_least_one, help="With --subwords, the characters of the shortest n-grams.")
+    ] = 3,
+    max_ngram: Annotated[
+        int, typer.Option(callback=at_least_one, help="With --subwords, the characters of the longest n-grams.")
+    ] = 6,
+    buckets: Annotated[
+        int, typer.Option(callback=at_least_one, help="With --subwords, the rows for n-grams, chosen by hashes.")
+    ] = 2_000_000,
+    max_vocabulary: Annotated[
+        int,
+        typer.Option(
+            callback=at_least_one,
+            help="The most words to keep, and to count at a time, 150 bytes each; the least frequent are left out.",
+        ),
+    ] = 5_000_000,
+    dim: Annotated[
+        int | None, typer.Option(callback=at_least_one, help="The size of a vector. Default: 100, or that of --from.")
+    ] = None,
     window: Annotated[
         int, typer.Option(callback=at_least_one, help="The most words on either side that are context.")
     ] = 5,
@@ -84,6 +117,31 @@ def train(
     seed: Annotated[
         int, typer.Option(callback=not_negative, help="The same seed gives the same file on the same machine.")
     ] = 0,
+    start: Annotated[
+        str | None,
+        typer.Option(
+            "--from",
+            metavar="FILE",
+            help="Vectors to continue from, of any format: known words begin at their vectors, and words that the text "
+            "lacks keep theirs.",
+        ),
+    ] = None,
+    engine: Annotated[
+        str,
+        option_of(
+            "auto",
+            "native",
+            "xla",
+            help="native, the kernel of embax-kernels for one process on a CPU; xla, for every platform; or auto.",
+        ),
+    ] = "auto",
+    threads: Annotated[
+        int,
+        typer.Option(
+            callback=at_least_one,
+            help="Threads of the native engine. With more than one, the file differs from run to run.",
+        ),
+    ] = 1,
     checkpoint: Annotated[
         str | None,
         typer.Option(
@@ -94,6 +152,26 @@ def train(
     checkpoint_every: Annotated[
         int, typer.Option(callback=at_least_one, help="The number of steps between checkpoints.")
     ] = 10_000,
+    evaluate: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FILE",
+            help="Evaluate after each epoch by a file of analogies or of word pairs, as embax evaluate does; may be "
+            "repeated.",
+        ),
+    ] = None,
+    held_out: Annotated[
+        bool,
+        typer.Option(
+            "--held-out", help="Print the loss on every 20th paragraph after each epoch, and do not train on it."
+        ),
+    ] = False,
+    log_dir: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FOLDER", help="Write curves, and in the end the vectors for the projector, for TensorBoard."
+        ),
+    ] = None,
     distributed: Annotated[
         bool,
         typer.Option(
@@ -120,7 +198,7 @@ def train(
     ] = None,
     json: Json = False,
 ) -> None:
-    """Learn word vectors from a text, by skip-gram with negative sampling (Mikolov et al., 2013).
+    """Learn word vectors from a text, by skip-gram or CBOW with negative sampling (Mikolov et al., 2013).
 
     Words are lower-cased, unless there is a --tokenizer; a blank line, or the end of a row or file, ends the context of
     a word.
@@ -139,7 +217,15 @@ def train(
         "sample": sample,
         "learning_rate": learning_rate,
         "seed": seed,
+        "engine": engine,
+        "threads": threads,
+        "max_vocabulary": max_vocabulary,
     }
+    if subwords:
+        options |= {"subwords": True, "ngram_lengths": (min_ngram, max_ngram), "buckets": buckets}
+        to = to or ("fasttext" if output.endswith(".bin") else None)
+    if held_out:
+        options["held_out"] = True
     if checkpoint is not None:
         options |= {"checkpoint": checkpoint, "checkpoint_every": checkpoint_every}
     with together(where, lost) as is_first:
@@ -148,59 +234,97 @@ def train(
 
             options["mesh"] = jax.make_mesh((jax.device_count(),), ("devices",))
         reading = {"tokenizer": tokenizer, "lines": lines, "column": column}
-        vectors = _train(files, reading, output, to, options, is_first)
-    if json and is_first:
+        vectors, following = _train(
+            files, reading, output, to, model, start, options, is_first, (evaluate or [], log_dir)
+        )
+    if following is None:
+        return
+    if json:
         print_json(
             {
                 "output": output,
                 "words": len(vectors),
-                "dim": dim,
+                "dim": vectors.weight.shape[1],
                 "occurrences": int(vectors.counts.sum()),
                 "seed": seed,
+                **vectors.metadata,
+                **following.summary(),
             },
             written=output,
         )
+    if following.interrupted:
+        raise typer.Exit(INTERRUPTED)
 
 
 def _train(
-    files: list[str], reading: dict[str, Any], output: str, to: str | None, options: dict[str, Any], is_first: bool
-) -> Any:
-    """Train; the first process also reports progress and writes the vectors."""
+    files: list[str],
+    reading: dict[str, Any],
+    output: str,
+    to: str | None,
+    model: str,
+    start: str | None,
+    options: dict[str, Any],
+    is_first: bool,
+    measured: tuple[list[str], str | None],
+) -> tuple[Any, Following | None]:
+    """Train; the first process also follows the run and writes the vectors."""
     import embax.files
     import embax.train
     from embax.train._sources import expanded
 
     with in_one_line(output):
         format = embax.files.format_to_write(output, to)
+    if "subwords" in options and format != "fasttext":
+        raise UserError(f"{output}: --subwords needs a model of fastText. Name a file .bin, or add --to fasttext.")
     if is_first:
         embax.files.check_writable(output)
+    questions, log_dir = measured
+    refuse_standard_input_twice(files, questions)
     with in_one_line():
         paths = expanded(files)
     name = name_of(paths[0]) if len(paths) == 1 else f"{len(paths):,} files"
     for path in paths:
         if is_same_file(path, output):
             raise UserError(f"{output}: is the text itself. Name another file for the vectors.")
-    with Display() if is_first else contextlib.nullcontext() as display:
+    if start is not None:
+        with in_one_line(start):
+            options |= {"initial": embax.Vectors.load(start)}
+    with contextlib.ExitStack() as stack:
         with in_one_line():
             sequences: Any = embax.train.read_sequences(paths, **reading)
-        if "mesh" not in options and display is not None:  # on a mesh, each process reads only its own sequences
-            sequences = display.reading(sequences)
+        following = None
+        if is_first:
+            display = Display()
+            following = stack.enter_context(Following(display, questions, log_dir, may_end_early="mesh" not in options))
+            stack.enter_context(display)
+            options |= {"progress": following.progress}
+            if "mesh" not in options:  # on a mesh, each process reads only its own sequences
+                sequences = display.reading(sequences)
+        if "held_out" in options or questions:  # all processes bring the vectors together
+            options |= {"after_epoch": following.after_epoch if following is not None else lambda epoch: None}
         try:
-            vectors = embax.train.skipgram(sequences, **options, progress=None if display is None else display.training)
+            learn = embax.train.cbow if model == "cbow" else embax.train.skipgram
+            vectors = learn(sequences, **options)
         except embax.train.CorpusError as error:
             raise UserError(f"{name}: {error.reason}") from None
         except embax.train.CheckpointError as error:
             raise UserError(f"{error.path}: {error.reason}") from None
         except ImportError as error:
             raise UserError(str(error)) from None
+        except ValueError:
+            with in_one_line(start):
+                raise
         except (MemoryError, RuntimeError) as error:  # JAX's own error of a lack of memory is a RuntimeError
             if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             raise UserError("not enough memory. Lower --dim or --window, or raise --min-count.") from None
-        if display is not None:
+        if following is not None:
             with in_one_line(output):
                 vectors.save(output, format=format)
-            display.say(
-                f"wrote {name_of(output, 'standard output')}: {len(vectors):,} words, {options['dim']} dimensions"
+            following.finish(vectors)
+            following.say(
+                f"wrote {name_of(output, 'standard output')}: {len(vectors):,} words, {vectors.weight.shape[1]} "
+                f"dimensions, trained by {vectors.metadata['engine']} at {following.words_per_second:,.0f} words/s "
+                f"({following.waited:.0%} of the time waiting for text)"
             )
-    return vectors
+    return vectors, following

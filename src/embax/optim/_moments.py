@@ -34,5 +34,5 @@ def check_decays(call: str, b1: float, b2: float) -> None:
 
 
 def not_negative(call: str, **numbers: object) -> list[float]:
-    """Return numbers, 0 or more; raise a ValueError or a TypeError that names the argument for anything else."""
-    return [0.0 if value == 0 else _check.positive(f"{call}({name}=...)", value) for name, value in numbers.items()]
+    """Return finite numbers, 0 or more; an error for anything else names the argument."""
+    return [_check.not_negative(f"{call}({name}=...)", value) for name, value in numbers.items()]

@@ -14,7 +14,7 @@ import collections
 import itertools
 import json
 import numbers
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,8 @@ MAX_VOCABULARY = 5_000_000
 _DROPPED = -2
 # The key, and number, of the end of a sequence while words are numbered.
 _END, _END_NUMBER = object(), 0
+# The number of the part whose sequences are held out.
+_HELD_OUT = -1
 # Words that are numbered together.
 _CHUNK = 1 << 16
 
@@ -87,12 +89,14 @@ def encode(
     parts: Parts,
     *,
     max_vocabulary: int = MAX_VOCABULARY,
+    known: Container[str] = (),
+    held_out: int | None = None,
     call: str = "embax.train.skipgram",
 ) -> list[Corpus]:
     """Number the words of a corpus in one pass; the text is not kept.
 
     Sequence `i` belongs to part `i mod n`. A process keeps the sequences of its own parts, counts their words, and sums
-    the counts over all processes.
+    the counts over all processes. Sequences that are held out belong to no part, and their words are not counted.
 
     Memory is bounded: the longest sequence, 4 MiB for ids, and about 150 bytes for each distinct word, of which
     `max_vocabulary + 65,536` are counted at a time. Further ids are in a temporary file, four bytes each.
@@ -105,11 +109,14 @@ def encode(
       max_vocabulary: The most words to keep. Whenever more are counted, the least frequent quarter is dropped, among
         equals those that came first; a dropped word that comes again is counted anew. This happens in each process for
         itself.
+      known: Words to keep however seldom they occur.
+      held_out: Hold out every so many-th sequence. Default: none.
       call: The call, for messages.
 
     Returns:
       For each part of this process: the vocabulary of the whole corpus, by falling count and then by spelling, and the
-      row numbers of this part.
+      row numbers of this part. With `held_out`, the last one has the row numbers of the sequences that are held out; it
+      is the same in all processes.
 
     Raises:
       TypeError: If a sequence is a string, whose items would be characters, or not a sequence, or has items that are
@@ -117,14 +124,19 @@ def encode(
       CorpusError: If no word occurs often enough.
       OSError: If there is no space for the temporary file.
     """
-    numbering = _Numbering(parts.own, max_vocabulary)
-    for number, sequence in enumerate(sequences):
+    numbering = _Numbering([*parts.own, *([_HELD_OUT] if held_out else [])], max_vocabulary)
+    number = -1
+    for place, sequence in enumerate(sequences, 1):
         if isinstance(sequence, str | bytes):
             raise TypeError(
                 f"`{call}(sequences=...)` must be sequences of words, got the string {sequence[:40]!r}. "
                 "Split it, as in embax.train.tokenize([text])."
             )
-        if (part := number % parts.number) in numbering.pending:
+        part = _HELD_OUT
+        if not held_out or place % held_out:
+            number += 1
+            part = number % parts.number
+        if part in numbering.pending:
             try:
                 numbering.add(part, sequence)
             except TypeError:
@@ -136,7 +148,12 @@ def encode(
                 ) from None
     spools, own_spellings, own_counts = numbering.finish(call)
     spellings, counts = _of_all_processes(own_spellings, own_counts, parts)
-    order = sorted(np.flatnonzero(counts >= min_count).tolist(), key=lambda first: (-counts[first], spellings[first]))
+    chosen = [
+        first
+        for first, count in enumerate(counts.tolist())
+        if count >= min_count or (count and spellings[first] in known)
+    ]
+    order = sorted(chosen, key=lambda first: (-counts[first], spellings[first]))
     if not order:
         raise CorpusError(_why_empty(spellings, counts, min_count), call)
     order = order[:max_vocabulary]
@@ -185,9 +202,11 @@ class _Numbering:
             while found := list(itertools.islice(items, _CHUNK)):
                 pending += found
                 self._number(part)
+                self._prune()
         pending.append(_END)
         if len(pending) >= _CHUNK:
             self._number(part)
+            self._prune()
 
     def _number(self, part: int) -> None:
         pending = self.pending[part]
@@ -195,16 +214,17 @@ class _Numbering:
         pending.clear()
         if (distinct := len(self._numbers)) > len(self._counts):
             self._counts = np.concatenate([self._counts, np.zeros(distinct, np.int64)])
-        np.add.at(self._counts, found, 1)
+        if part != _HELD_OUT:
+            np.add.at(self._counts, found, 1)
         self._spools[part].append(found)
-        if distinct - 1 > self._most:
-            self._prune()
 
     def _prune(self) -> None:
-        """Drop the least frequent words, among equals the first ones: the others may be on the rise."""
+        """Drop the least frequent words of too many, among equals the first ones: the others may be on the rise."""
+        if len(self._numbers) - 1 <= self._most:
+            return
         counts = self._counts[: len(self._numbers)]
         words = np.arange(1, len(counts))
-        kept = 1 + np.sort(np.lexsort((-words, -counts[1:]))[: max(1, 3 * self._most // 4)])
+        kept = 1 + np.sort(np.lexsort((-words, -counts[1:]))[: -(-3 * self._most // 4)])
         translation = np.full(len(counts), _DROPPED, np.int32)
         translation[_END_NUMBER] = _END_NUMBER
         translation[kept] = np.arange(1, len(kept) + 1)

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float32, Float64, Int64, PyTree
 
 Model = Literal["skipgram", "cbow"]
-Initial = tuple[Float32[np.ndarray, "rows dim"], Float32[np.ndarray, "rows dim"]]
+Initial = tuple[Float32[np.ndarray, "rows dim"], Float32[np.ndarray, "words dim"]]
 
 
 class Options(NamedTuple):
@@ -82,8 +82,17 @@ def noise_weights(counts: Int64[np.ndarray, " rows"]) -> Float64[np.ndarray, " r
     return counts.astype(np.float64) ** 0.75
 
 
-def fresh_vectors(rows: int, options: Options) -> Initial:
-    """The first vectors: inputs uniform within 1 / dim, as in gensim, and outputs of zero, as in word2vec.c."""
+def fresh_vectors(words: int, options: Options, rows: int | None = None) -> Initial:
+    """The first vectors: inputs uniform within 1 / dim, as in gensim, and outputs of zero, as in word2vec.c.
+
+    Args:
+      words: The number of words.
+      options: The options of the run.
+      rows: The rows of the input table. Default: one for each word.
+
+    Returns:
+      The input and output vectors.
+    """
     rng = np.random.default_rng((options.seed, 0))
-    inputs = (rng.random((rows, options.dim), np.float32) - np.float32(0.5)) * np.float32(2 / options.dim)
-    return inputs, np.zeros((rows, options.dim), np.float32)
+    inputs = rng.random((words if rows is None else rows, options.dim), np.float32)
+    return (inputs - np.float32(0.5)) * np.float32(2 / options.dim), np.zeros((words, options.dim), np.float32)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from ..vectors import Vectors
 from ._ahead import Ahead
 from ._engine import Engine, Initial
 from ._resume import Checkpoints, Position
@@ -27,6 +28,8 @@ class Progress(NamedTuple):
     seconds: float  # since the first step began, compilation included
     words_before: int = 0  # words of the earlier run that this one resumes
     engine: str = "xla"
+    waited: float = 0.0  # of these seconds, those in which the engine waited for its input
+    learning_rate: float = 0.0  # after the last step
 
     @property
     def loss(self) -> float:
@@ -45,17 +48,27 @@ class Progress(NamedTuple):
         return (self.total_words - self.words) / max(self.words_per_second, 1e-9)
 
 
+class Epoch(NamedTuple):
+    """The end of an epoch."""
+
+    epoch: int  # from 1
+    epochs: int
+    vectors: Vectors  # of this moment
+    held_out: float | None  # the loss on text that is held out, in nats for each prediction, or None
+
+
 class Run(NamedTuple):
     """What the loop needs to know, besides the engine."""
 
     epochs: int
     words: int  # words of an epoch, before subsampling
     learning_rate: float
-    progress: Callable[[Progress], None] | None = None
+    progress: Callable[[Progress], object] | None = None
+    after_epoch: Callable[[int, Initial], object] | None = None  # gets the number of the epoch, and the vectors
 
 
 def train(engine: Engine, run: Run, initial: Initial | None, saved: Checkpoints | None) -> Initial:
-    """Train, from the last checkpoint on if there is one.
+    """Train, from the last checkpoint on if there is one, until the end or a callback returns True.
 
     Args:
       engine: Runs the steps.
@@ -69,7 +82,7 @@ def train(engine: Engine, run: Run, initial: Initial | None, saved: Checkpoints 
     state, at, total = engine.start(initial), Position(), run.epochs * run.words
     if saved is not None:
         state, at = saved.restore(state)
-    began, words_before, loss_before = time.monotonic(), at.words, None
+    began, waited, words_before, loss_before, ends = time.monotonic(), 0.0, at.words, None, False
     for epoch in range(at.epochs, run.epochs):
         with Ahead(itertools.islice(engine.batches(epoch + 1), at.batches, None)) as batches:
             for batch in batches:
@@ -83,9 +96,18 @@ def train(engine: Engine, run: Run, initial: Initial | None, saved: Checkpoints 
                 if saved is not None:
                     saved.save(state, at)
                 if run.progress is not None:
-                    seconds = time.monotonic() - began
-                    run.progress(
-                        Progress(epoch + 1, run.epochs, after, total, loss, seconds, words_before, engine.name)
-                    )
+                    so_far = time.monotonic() - began, words_before, engine.name, waited + batches.waited, last
+                    ends = run.progress(Progress(epoch + 1, run.epochs, after, total, loss, *so_far)) is True
+                if ends:
+                    if saved is not None:
+                        saved.save_last(state, at)
+                    return engine.vectors(state)
+            waited += batches.waited
         at = at._replace(epochs=epoch + 1, batches=0)
+        if run.after_epoch is not None:
+            paused = time.monotonic()
+            ends = run.after_epoch(epoch + 1, engine.vectors(state)) is True
+            began += time.monotonic() - paused
+            if ends:
+                break
     return engine.vectors(state)

@@ -114,7 +114,15 @@ class Checkpoints:
     def save(self, state: PyTree, at: Position) -> None:
         """Write a checkpoint, if one is due after this number of calls."""
         if at.calls % self._every == 0:
-            self._orbax.save(self._path, {"state": state} | self._about | _stored(at), step=at.calls)
+            self._write(state, at)
+
+    def save_last(self, state: PyTree, at: Position) -> None:
+        """Write a checkpoint of a run that ends early, unless `save` has written it."""
+        if at.calls % self._every:
+            self._write(state, at)
+
+    def _write(self, state: PyTree, at: Position) -> None:
+        self._orbax.save(self._path, {"state": state} | self._about | _stored(at), step=at.calls)
 
 
 def _stored(at: Position) -> dict[str, int]:

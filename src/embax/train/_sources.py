@@ -59,7 +59,8 @@ def read_sequences(
     """
     if lines and column is not None:
         raise ValueError(
-            "`embax.train.read_sequences(lines=...)` must be False for a column, each of whose rows is a sequence, got True. Leave it out."
+            "`embax.train.read_sequences(lines=...)` must be False for a column, each of whose rows is a sequence, got "
+            "True. Leave it out."
         )
     paths = expanded([files] if isinstance(files, str | os.PathLike) else files)
     cut = _cut_of(tokenizer)

@@ -10,6 +10,8 @@ All products of a step see the same vectors, and the moves of a row are summed. 
 "the" occurs in 300 pairs, at a rate of 0.025 it would move by 300 x 0.025 = 7.5 times its mean gradient. The loss of a
 row has a curvature of at most `sum w s (1 - s) |t|^2` along any direction, with `s` the logistic function of each
 product and `w` its weight. So the rate of a row is at most 1 / that sum, the step at which Newton's method would stop.
+Where the label of a product has a probability below 1/4, its curvature counts more, see `_LEAST`: without that, few
+words that share sub-words diverge at a rate of 0.1.
 """
 
 from collections.abc import Callable
@@ -25,6 +27,10 @@ from ._engine import Model
 
 # Keeps the logarithm of a loss finite.
 _TINY = np.float32(1e-30)
+# The curvature `s (1 - s)` of a product whose label is improbable is nearly 0, but a long move would meet much more
+# on its way. So it counts at least a quarter of the probability of the other label: 1/4 in the limit, which is the most
+# that `s (1 - s)` can be.
+_LEAST = np.float32(0.25)
 # The most noise words of a segment, unless it has more words. With more negatives, each of them weighs more.
 _MOST_NOISE = 256
 # The least words of a segment.
@@ -39,6 +45,8 @@ class Plan(NamedTuple):
     negative: int
     length: int  # words of a segment
     noise: int  # noise words of a segment
+    longest: int = 0  # the most pieces of a word; 0 without sub-words
+    width: int = 0  # pieces that are handled together, see `_pool`
 
 
 class Drawn(NamedTuple):
@@ -120,7 +128,7 @@ def _skipgram(plan: Plan, x: Array, t: Array, same: Bool[Array, "segments length
     products = jnp.einsum("sjd,std->sjt", x, t)
     wrong = 1 / (1 + jnp.exp(sign * products))  # how far the probability of each label is from 1
     pull = weight * wrong
-    bend = pull * (1 - wrong)
+    bend = pull * jnp.maximum(1 - wrong, _LEAST)
     pull = pull * sign
     curvatures = (
         jnp.einsum("sjt,st->sj", bend, jnp.sum(t * t, axis=2)),
@@ -152,7 +160,8 @@ def _cbow(plan: Plan, x: Array, t: Array, same: Bool[Array, "segments length len
     wrong = 1 / (1 + jnp.exp(jnp.sum(mean * own, axis=2)))
     wrong_noise = 1 / (1 + jnp.exp(-jnp.einsum("sid,smd->sim", mean, noise)))
     pull, pull_noise = has_context * wrong, -of_noise * wrong_noise
-    bend, bend_noise = pull * (1 - wrong), -pull_noise * (1 - wrong_noise)
+    bend = pull * jnp.maximum(1 - wrong, _LEAST)
+    bend_noise = -pull_noise * jnp.maximum(1 - wrong_noise, _LEAST)
     # Each context gets the whole error of the mean, as in word2vec.c. All contexts of a window move together, so the
     # mean moves as far as each of them, and the curvature of the mean bounds the rate of each.
     of_mean = bend * jnp.sum(own * own, axis=2) + jnp.einsum("sim,sm->si", bend_noise, jnp.sum(noise * noise, axis=2))

@@ -1,48 +1,31 @@
 """Word vectors by word2vec: skip-gram and CBOW with negative sampling."""
 
-import math
+import functools
 import os
-from collections.abc import Callable, Iterable
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Iterable, Sequence
 
+import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import Float32
 
-from .._base import check as _check
 from ..vectors import Vectors
-from ._corpus import encode
-from ._engine import Engine, Model, Options
-from ._loop import Progress, Run, train
-from ._parts import parts_of
+from . import _initial, _native
+from ._arguments import Arguments, EngineName, checked
+from ._corpus import MAX_VOCABULARY, Corpus, CorpusError, encode
+from ._engine import Engine, Initial, Model, Options, kept, noise_weights
+from ._held_out import EVERY, HeldOut, draw_held_out
+from ._loop import Epoch, Progress, Run, train
+from ._parts import Parts, parts_of
 from ._resume import Checkpoints, fingerprint
 from ._segments import STEPS_A_CALL
+from ._subwords import NgramOptions, Pieces, finished, pieces_of
 from ._xla import Xla
-
-EngineName = Literal["auto", "native", "xla"]
-
-
-class _Arguments(NamedTuple):
-    """The arguments that both models have, not checked yet."""
-
-    dim: int
-    window: int
-    negative: int
-    epochs: int
-    min_count: int
-    sample: float
-    learning_rate: float
-    seed: int
-    engine: EngineName
-    threads: int
-    progress: Callable[[Progress], None] | None
-    mesh: Mesh | None
-    checkpoint: str | os.PathLike[str] | None
-    checkpoint_every: int
 
 
 def skipgram(
-    sequences: Iterable[Iterable[str]],
+    sequences: Iterable[Iterable[str | int]],
     *,
-    dim: int = 100,
+    dim: int | None = None,
     window: int = 5,
     negative: int = 5,
     epochs: int = 5,
@@ -50,9 +33,16 @@ def skipgram(
     sample: float = 1e-3,
     learning_rate: float = 0.025,
     seed: int = 0,
+    initial: Vectors | None = None,
+    subwords: bool = False,
+    ngram_lengths: tuple[int, int] = (3, 6),
+    buckets: int = 2_000_000,
     engine: EngineName = "auto",
     threads: int = 1,
-    progress: Callable[[Progress], None] | None = None,
+    max_vocabulary: int = MAX_VOCABULARY,
+    held_out: bool = False,
+    progress: Callable[[Progress], object] | None = None,
+    after_epoch: Callable[[Epoch], object] | None = None,
     mesh: Mesh | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     checkpoint_every: int = 10_000,
@@ -74,9 +64,9 @@ def skipgram(
     work until they are read.
 
     Args:
-      sequences: The words of each sequence, such as from `embax.train.tokenize`; iterated once. A window never reaches
-        into another sequence.
-      dim: The size of a vector.
+      sequences: The words of each sequence, such as from `embax.train.read_sequences`; iterated once. Integer ids stand
+        for their decimal spelling. A window never reaches into another sequence.
+      dim: The size of a vector. Default: that of `initial`, or 100.
       window: The most words on either side of a centre that are its context. A word at the distance `k` counts
         `(window + 1 - k) / window`, as often as word2vec's random widths reach it.
       negative: The number of noise words for each pair, drawn by the 0.75th power of their frequency.
@@ -87,11 +77,26 @@ def skipgram(
       learning_rate: The initial learning rate, as in word2vec: the factor of the gradient of one pair. It falls
         linearly to a ten-thousandth of itself. In (0, 1].
       seed: The seed of all random numbers, 0 or more.
+      initial: Vectors to continue from, with new text. Known words begin at their vectors, also those that occur less
+        than `min_count` times now; other words begin at fresh ones. The second table begins at zero, since files of
+        vectors lack it. Words that do not occur now keep their vectors, and counts are summed. Default: none.
+      subwords: Whether the vector of a word is the mean of a vector of its own and those of its n-grams (Bojanowski et
+        al.). The result then answers unknown words, too, and is saved as a model of fastText.
+      ngram_lengths: With `subwords`, the lengths of the shortest and the longest n-grams, in characters; "<" and ">"
+        around a word count.
+      buckets: With `subwords`, the number of rows for n-grams, which are chosen by hashes, as in fastText. Memory
+        follows the n-grams that occur, except in the file.
       engine: `"native"`, the kernel of `embax-kernels` for one process on a CPU; `"xla"`, for every platform and
         meshes; `"auto"`, the native one where it is possible. The vectors differ between engines, not their quality.
       threads: The number of threads of the native engine. More than one change the tables at the same time, and the
         vectors differ from run to run (Recht et al.).
-      progress: Called after every few steps. It need not read `Progress.loss` each time.
+      max_vocabulary: The most words to keep. Whenever more are counted, the least frequent quarter is dropped.
+      held_out: Hold out every 20th sequence, which is not trained on. `Epoch.held_out` is the loss on up to 60,000
+        pairs of them, each with five noise words that stay the same; for CBOW, on centres and their windows.
+      progress: Called after every few steps. It need not read `Progress.loss` each time. If it returns True, training
+        ends, and the vectors of this moment are returned; with `checkpoint`, the run can be resumed from there.
+      after_epoch: Called after each epoch with its number and the vectors of this moment. If it returns True, training
+        ends.
       mesh: A mesh of all devices to use. Default: none, only the default device.
       checkpoint: A directory that all processes can access, in which the run is saved at intervals. If it holds a
         checkpoint of the same run, with the same arguments, engine and number of devices, the run is resumed, with the
@@ -101,7 +106,7 @@ def skipgram(
         of up to 131,072 words, counts as 32 steps.
 
     Returns:
-      The vectors, by falling count and then by spelling.
+      The vectors, by falling count and then by spelling. Their `metadata` name the model and the engine.
 
     Raises:
       CorpusError: If no word occurs `min_count` times; a ValueError.
@@ -120,10 +125,12 @@ def skipgram(
       Mikolov et al., Distributed representations of words and phrases and their compositionality, 2013,
       https://arxiv.org/abs/1310.4546, equations 4 and 5.
       Ji et al., Parallelizing word2vec in shared and distributed memory, 2016, https://arxiv.org/abs/1604.04661.
+      Bojanowski et al., Enriching word vectors with subword information, 2017, https://arxiv.org/abs/1607.04606,
+      section 3.2.
       Recht et al., Hogwild: a lock-free approach to parallelizing stochastic gradient descent, 2011,
       https://arxiv.org/abs/1106.5730.
     """
-    arguments = _Arguments(
+    arguments = Arguments(
         dim=dim,
         window=window,
         negative=negative,
@@ -132,9 +139,16 @@ def skipgram(
         sample=sample,
         learning_rate=learning_rate,
         seed=seed,
+        initial=initial,
+        subwords=subwords,
+        ngram_lengths=ngram_lengths,
+        buckets=buckets,
         engine=engine,
         threads=threads,
+        max_vocabulary=max_vocabulary,
+        held_out=held_out,
         progress=progress,
+        after_epoch=after_epoch,
         mesh=mesh,
         checkpoint=checkpoint,
         checkpoint_every=checkpoint_every,
@@ -143,9 +157,9 @@ def skipgram(
 
 
 def cbow(
-    sequences: Iterable[Iterable[str]],
+    sequences: Iterable[Iterable[str | int]],
     *,
-    dim: int = 100,
+    dim: int | None = None,
     window: int = 5,
     negative: int = 5,
     epochs: int = 5,
@@ -153,9 +167,16 @@ def cbow(
     sample: float = 1e-3,
     learning_rate: float = 0.025,
     seed: int = 0,
+    initial: Vectors | None = None,
+    subwords: bool = False,
+    ngram_lengths: tuple[int, int] = (3, 6),
+    buckets: int = 2_000_000,
     engine: EngineName = "auto",
     threads: int = 1,
-    progress: Callable[[Progress], None] | None = None,
+    max_vocabulary: int = MAX_VOCABULARY,
+    held_out: bool = False,
+    progress: Callable[[Progress], object] | None = None,
+    after_epoch: Callable[[Epoch], object] | None = None,
     mesh: Mesh | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     checkpoint_every: int = 10_000,
@@ -169,7 +190,7 @@ def cbow(
 
     Args:
       sequences: See `skipgram`, as for all arguments.
-      dim: The size of a vector.
+      dim: The size of a vector. Default: that of `initial`, or 100.
       window: The most words on either side of a centre that are its context.
       negative: The number of noise words for each centre.
       epochs: The number of passes over the corpus.
@@ -177,15 +198,22 @@ def cbow(
       sample: Words whose share of the text is larger are dropped at random.
       learning_rate: The initial learning rate.
       seed: The seed of all random numbers.
+      initial: Vectors to continue from.
+      subwords: Whether the vector of a word is the mean of a vector of its own and those of its n-grams.
+      ngram_lengths: The lengths of the shortest and the longest n-grams.
+      buckets: The number of rows for n-grams.
       engine: The engine.
       threads: The number of threads of the native engine.
+      max_vocabulary: The most words to keep.
+      held_out: Hold out every 20th sequence.
       progress: Called after every few steps.
+      after_epoch: Called after each epoch.
       mesh: A mesh of all devices to use.
       checkpoint: A directory in which the run is saved at intervals.
       checkpoint_every: The number of steps between checkpoints.
 
     Returns:
-      The vectors, by falling count and then by spelling.
+      The vectors, by falling count and then by spelling. Their `metadata` name the model and the engine.
 
     Raises:
       CorpusError: If no word occurs `min_count` times; a ValueError.
@@ -204,7 +232,7 @@ def cbow(
       Mikolov et al., Efficient estimation of word representations in vector space, 2013,
       https://arxiv.org/abs/1301.3781, section 3.1.
     """
-    arguments = _Arguments(
+    arguments = Arguments(
         dim=dim,
         window=window,
         negative=negative,
@@ -213,9 +241,16 @@ def cbow(
         sample=sample,
         learning_rate=learning_rate,
         seed=seed,
+        initial=initial,
+        subwords=subwords,
+        ngram_lengths=ngram_lengths,
+        buckets=buckets,
         engine=engine,
         threads=threads,
+        max_vocabulary=max_vocabulary,
+        held_out=held_out,
         progress=progress,
+        after_epoch=after_epoch,
         mesh=mesh,
         checkpoint=checkpoint,
         checkpoint_every=checkpoint_every,
@@ -223,48 +258,67 @@ def cbow(
     return _learned("cbow", sequences, arguments)
 
 
-def _learned(model: Model, sequences: Iterable[Iterable[str]], given: _Arguments) -> Vectors:
+def _learned(model: Model, sequences: Iterable[Iterable[str | int]], given: Arguments) -> Vectors:
     call = f"embax.train.{model}"
-    given = _checked(call, given)
+    given, options = checked(call, model, given)
     parts = parts_of(call, given.mesh)
-    corpora = encode(sequences, given.min_count, parts, call=call)
-    options = Options(given.dim, given.window, given.negative, model, given.sample, given.seed, threads=given.threads)
-    engine: Engine = Xla(corpora, parts, options)
+    corpora = encode(
+        sequences,
+        given.min_count,
+        parts,
+        max_vocabulary=given.max_vocabulary,
+        known=() if given.initial is None else given.initial.vocabulary,
+        held_out=EVERY if given.held_out else None,
+        call=call,
+    )
+    held_out = _held_out(call, corpora.pop(), model, given) if given.held_out else None
     tokens, counts = corpora[0].tokens, corpora[0].counts
+    ngrams = NgramOptions(*given.ngram_lengths, given.buckets) if given.subwords else None
+    pieces = None if ngrams is None else pieces_of(tokens, ngrams)
+    engine = _engine_of(given, corpora, parts, options, pieces)
     saved = None
     if given.checkpoint is not None:
         of_run = {"epochs": given.epochs, "min_count": given.min_count, "learning_rate": given.learning_rate}
-        of_run |= options._asdict() | {"engine": engine.name, "mesh": given.mesh is not None}
+        of_run |= options._asdict() | {"mesh": given.mesh is not None, "initial": _initial.digest(given.initial)}
+        of_run |= {"subwords": ngrams}
         every = -(-given.checkpoint_every // STEPS_A_CALL)
         saved = Checkpoints(given.checkpoint, every, fingerprint(corpora, parts, of_run), engine.name, parts)
-    run = Run(given.epochs, int(counts.sum()), given.learning_rate, given.progress)
-    inputs, _ = train(engine, run, None, saved)
-    return Vectors(tokens, inputs, counts)
+
+    def made(inputs: Float32[np.ndarray, "rows dim"]) -> Vectors:
+        metadata = {"engine": engine.name, "model": model}
+        if ngrams is None or pieces is None:
+            return _initial.joined(given.initial, tokens, inputs, counts, metadata)
+        weight, of_ngrams = finished(tokens, pieces, inputs, ngrams, options)
+        return Vectors(of_ngrams.vocabulary, weight, counts, of_ngrams, metadata)
+
+    def after_epoch(call_back: Callable[[Epoch], object], number: int, vectors: Initial) -> object:
+        of_words = made(vectors[0])
+        weight = vectors[0] if pieces is None else of_words.weight
+        loss = None if held_out is None else held_out.loss(weight, vectors[1])
+        return call_back(Epoch(number, given.epochs, of_words, loss))
+
+    call_back = None if given.after_epoch is None else functools.partial(after_epoch, given.after_epoch)
+    run = Run(given.epochs, int(counts.sum()), given.learning_rate, given.progress, call_back)
+    first = _initial.first_vectors(given.initial, tokens, options) if pieces is None else None
+    inputs, _ = train(engine, run, first, saved)
+    return made(inputs)
 
 
-def _checked(call: str, given: _Arguments) -> _Arguments:
-    """Check the arguments before the text is read."""
-    names = "dim", "window", "negative", "epochs", "min_count", "checkpoint_every", "threads"
-    sizes = {name: _at_least_one(f"{call}({name}=...)", getattr(given, name)) for name in names}
-    return given._replace(
-        **sizes,
-        learning_rate=_at_most_one(f"{call}(learning_rate=...)", given.learning_rate),
-        # 0 means no subsampling: no frequency is above infinity.
-        sample=_at_most_one(f"{call}(sample=...)", given.sample) if given.sample != 0 else math.inf,
-        seed=_check.size(f"{call}(seed=...)", given.seed),
-        engine=_check.choice(f"{call}(engine=...)", given.engine, ("auto", "native", "xla")),
-    )
+def _engine_of(
+    given: Arguments, corpora: Sequence[Corpus], parts: Parts, options: Options, pieces: Pieces | None
+) -> Engine:
+    if given.engine == "native" or (given.engine == "auto" and _native.is_best(given.mesh)):
+        return _native.Native(corpora[0], options, pieces)
+    return Xla(corpora, parts, options, pieces)
 
 
-def _at_least_one(argument: str, value: object) -> int:
-    number = _check.integer(argument, value)
-    if not 1 <= number < 2**31:
-        raise ValueError(f"`{argument}` must be at least 1 and below 2**31, got {number}. Pass a number between them.")
-    return number
-
-
-def _at_most_one(argument: str, value: object) -> float:
-    number = _check.positive(argument, value)
-    if number > 1:
-        raise ValueError(f"`{argument}` must be at most 1, got {number}. Pass a number in (0, 1].")
-    return number
+def _held_out(call: str, corpus: Corpus, model: Model, given: Arguments) -> HeldOut:
+    """Draw pairs of the text that is held out."""
+    likely = kept(corpus.counts, given.sample), noise_weights(corpus.counts)
+    held_out = draw_held_out(corpus, given.window, *likely, whole_windows=model == "cbow")
+    if held_out is None:
+        raise CorpusError(
+            f"every {EVERY}th sequence is held out, but these have no pairs of words. Give more text.",
+            call,
+        )
+    return held_out

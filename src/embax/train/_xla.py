@@ -5,7 +5,7 @@ the gradients of its segments, and adds them to the rows; see `_steps` for its m
 """
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -16,14 +16,18 @@ from jaxtyping import Array, Float32, Int32, UInt32
 from .._core.table import Table, with_weight
 from .._gradients.apply import apply_updates
 from .._gradients.row_grad import row_grad
-from .._heads.candidates import pieces
+from .._heads import candidates
 from ..sharding import shard, unshard
 from ._corpus import Corpus
 from ._engine import Initial, Options, fresh_vectors, kept, noise_weights
 from ._parts import AXIS, Parts
+from ._pool import Pooling, moved, numbers, on_device, padded, pooled, scratch_of
 from ._segments import batches, shape_of
 from ._steps import Drawn, Plan, draw, plan_of, terms
+from ._subwords import Pieces
 
+# Gives the rate of rows from their curvatures.
+Limited = Callable[[Array], Array]
 # Added to curvatures, so that rows without pairs have a rate.
 _FLAT = np.float32(1e-20)
 
@@ -31,8 +35,8 @@ _FLAT = np.float32(1e-20)
 class State(NamedTuple):
     """The state of training, which a step updates."""
 
-    inputs: Table  # (rows, dim) float32, the vectors that are returned
-    outputs: Table  # (rows, dim) float32, the vectors that they are multiplied with
+    inputs: Table  # (rows, dim) float32, the vectors that are returned, or their pieces
+    outputs: Table  # (words, dim) float32, the vectors that they are multiplied with
 
 
 class Batch(NamedTuple):
@@ -51,21 +55,33 @@ class Xla:
       corpora: The parts of this process.
       parts: All parts.
       options: The options of the run.
+      pieces: The sub-words, or None.
     """
 
     name = "xla"
 
-    def __init__(self, corpora: Sequence[Corpus], parts: Parts, options: Options):
+    def __init__(self, corpora: Sequence[Corpus], parts: Parts, options: Options, pieces: Pieces | None = None):
         self._corpora, self._parts, self._options = corpora, parts, options
         counts = corpora[0].counts
-        self._rows, self._kept = len(counts), kept(counts, options.sample)
-        self._noise = parts.everywhere(jnp.asarray(pieces(noise_weights(counts))))
+        self._kept, self._pieces = kept(counts, options.sample), pieces
+        self._noise = parts.everywhere(jnp.asarray(candidates.pieces(noise_weights(counts))))
         self._plan = plan_of(options.model, options.window, options.negative)
-        self._shape = shape_of(self._plan.length, float(counts @ self._kept), parts.number)
+        words = float(counts @ self._kept)
+        self._shape = shape_of(self._plan.length, words, parts.number)
+        self._pooling = None
+        if pieces is not None:
+            lengths = np.diff(pieces.starts)
+            # Most steps handle their pieces in one round.
+            in_a_step = self._shape.segments * parts.number * self._plan.length
+            occurs = 1 - (1 - counts * self._kept / words) ** in_a_step
+            width = -(-int(1.1 * float(lengths @ occurs)) // 256) * 256
+            self._plan = self._plan._replace(longest=int(lengths.max()), width=max(width, 256))
+            self._pooling = Pooling(*map(parts.everywhere, on_device(pieces)))
 
     def start(self, initial: Initial | None) -> State:
         """Make both tables; on a mesh, each device holds a part of the rows."""
-        vectors = fresh_vectors(self._rows, self._options) if initial is None else initial
+        rows = None if self._pieces is None else self._pieces.rows
+        vectors = fresh_vectors(len(self._kept), self._options, rows) if initial is None else initial
         return State(*(self._table(rows) for rows in vectors))
 
     def _table(self, rows: np.ndarray) -> Table:
@@ -90,9 +106,8 @@ class Xla:
     def run(self, state: State, batch: Batch, rates: tuple[float, float]) -> tuple[State, Float32[Array, "2"]]:
         """Run the compiled program."""
         tokens = self._parts.split(batch.tokens)
-        return train(
-            state, self._noise, tokens, np.int32(batch.steps), batch.key, np.asarray(rates, np.float32), self._plan
-        )
+        given = tokens, np.int32(batch.steps), batch.key, np.asarray(rates, np.float32)
+        return train(state, self._noise, self._pooling, *given, self._plan)
 
     def vectors(self, state: State) -> Initial:
         """Copy the vectors; on a mesh, from all devices to this process."""
@@ -103,7 +118,8 @@ class Xla:
 @functools.partial(jax.jit, static_argnames="plan", donate_argnames="state")
 def train(
     state: State,
-    noise: UInt32[Array, " rows"],
+    noise: UInt32[Array, " words"],
+    pooling: Pooling | None,
     tokens: Int32[Array, "steps segments length"],
     number: Int32[Array, ""],
     key: UInt32[Array, "2"],
@@ -114,7 +130,8 @@ def train(
 
     Args:
       state: Both tables.
-      noise: The ends of the words' pieces, see `candidates.pieces`.
+      noise: The ends of the words' pieces of the range of random numbers, see `candidates.pieces`.
+      pooling: The sub-words, or None.
       tokens: The segments of each step.
       number: How many of the steps to run.
       key: The data of a random key.
@@ -125,41 +142,52 @@ def train(
       Both tables; and the loss summed over pairs, with the number of pairs.
     """
     all_drawn = draw(plan, jax.random.wrap_key_data(key), noise, tokens)
-    rows = state.inputs.rows
 
     def step(i: Array, carry: tuple[State, Any, Array]) -> tuple[State, Any, Array]:
-        state, slots, loss = carry
+        state, scratch, loss = carry
         drawn = jax.tree.map(lambda x: x[i], all_drawn)
         rate = rates[0] + (rates[1] - rates[0]) * (i / jnp.maximum(number, 1)).astype(jnp.float32)
-        words, targets = drawn.tokens, jnp.concatenate([drawn.tokens, drawn.noise], axis=1)
-        descend = _descend if slots[0] is None else _descend_by_slots
-        state, slots, step_loss = descend(plan, state, slots, words, targets, drawn, rate)
-        return state, slots, loss + step_loss
+
+        def limited(curvature: Array) -> Array:
+            return jnp.minimum(rate, 1 / (curvature + _FLAT))
+
+        descend = _descend if scratch[1] is None else _descend_by_slots
+        state, scratch, step_loss = descend(plan, pooling, state, scratch, drawn, limited)
+        return state, scratch, loss + step_loss
 
     # One device of a CPU finds equal ids by slots, see `_base.distinct`. They mean nothing after the call.
-    slots = tuple(table.storage.scratch(rows) for table in state)
-    state, _, loss = jax.lax.fori_loop(0, number, step, (state, slots, jnp.zeros(2, jnp.float32)))
+    slots: list[Any] = [table.storage.scratch(table.rows) for table in state]
+    if pooling is not None:
+        places = tokens.shape[1] * tokens.shape[2]
+        slots[0] = scratch_of(state.inputs.rows, state.outputs.rows, places, plan.longest, plan.width)
+    state, _, loss = jax.lax.fori_loop(0, number, step, (state, tuple(slots), jnp.zeros(2, jnp.float32)))
     return state, loss
 
 
 def _descend_by_slots(
-    plan: Plan, state: State, slots: Any, words: Array, targets: Array, drawn: Drawn, rate: Array
+    plan: Plan, pooling: Pooling | None, state: State, scratch: Any, drawn: Drawn, limited: Limited
 ) -> tuple[State, Any, Array]:
     """Descend on one device: the rate of each row goes into its pairs, so that rows are scattered once."""
-    last = np.int32(state.inputs.rows - 1)
-    ids = jnp.minimum(words, last), jnp.minimum(targets, last)  # padding weighs nothing, so it may have any row
-    x, t = (table.weight.at[at].get(mode="promise_in_bounds") for table, at in zip(state, ids, strict=True))
-    found = terms(plan, x, t, drawn)
-    new_slots, weights = [], []
-    for table, at, of, curvature, of_slots in zip(
-        state, ids, (found.of_inputs, found.of_outputs), found.curvatures, slots, strict=True
-    ):
-        of_slots, total = _summed_by_row(of_slots, at, curvature)
-        move = of(jnp.minimum(rate, 1 / (total + _FLAT)))
-        new_slots.append(of_slots)
-        weights.append(table.weight.at[at].add(move, mode="promise_in_bounds"))
-    tables = (with_weight(table, weight) for table, weight in zip(state, weights, strict=True))
-    return State(*tables), tuple(new_slots), found.loss
+    last = np.int32(state.outputs.rows - 1)
+    # Padding weighs nothing, so it may have any row.
+    words = jnp.minimum(drawn.tokens, last)
+    targets = jnp.concatenate([words, drawn.noise], axis=1)
+    weight, outputs = state.inputs.weight, state.outputs.weight
+    others: Any = scratch[0]
+    if pooling is None:
+        x = weight.at[words].get(mode="promise_in_bounds")
+    else:
+        x, others = pooled(pooling, weight, others, words, plan.width)
+    found = terms(plan, x, outputs.at[targets].get(mode="promise_in_bounds"), drawn)
+    of_words, of_targets = found.curvatures
+    slots, total = _summed_by_row(scratch[1], targets, of_targets)
+    outputs = outputs.at[targets].add(found.of_outputs(limited(total)), mode="promise_in_bounds")
+    if pooling is None:
+        others, total = _summed_by_row(others, words, of_words)
+        weight = weight.at[words].add(found.of_inputs(limited(total)), mode="promise_in_bounds")
+    else:
+        weight, others = moved(weight, others, words, found.of_inputs(None), of_words, limited, plan.width)
+    return State(with_weight(state.inputs, weight), with_weight(state.outputs, outputs)), (others, slots), found.loss
 
 
 def _summed_by_row(
@@ -174,20 +202,35 @@ def _summed_by_row(
 
 
 def _descend(
-    plan: Plan, state: State, slots: Any, words: Array, targets: Array, drawn: Drawn, rate: Array
+    plan: Plan, pooling: Pooling | None, state: State, scratch: Any, drawn: Drawn, limited: Limited
 ) -> tuple[State, Any, Array]:
     """Descend by the methods of a storage: moves and curvatures of a row are summed where the row is."""
-    ids = words, targets
-    x, t = (table.storage.take(table.weight, at, 0) for table, at in zip(state, ids, strict=True))
+    words, targets = drawn.tokens, jnp.concatenate([drawn.tokens, drawn.noise], axis=1)
+    if pooling is not None:
+        words = padded(pooling, words, plan.longest, state.inputs.rows)
+    x, t = (table.storage.take(table.weight, ids, 0) for table, ids in zip(state, (words, targets), strict=True))
+    if pooling is not None:
+        x = jnp.sum(x, axis=2) / jnp.maximum(numbers(pooling, drawn.tokens), 1).astype(jnp.float32)[..., None]
     found = terms(plan, x, t, drawn)
-    tables = []
-    for table, at, of, curvature in zip(state, ids, (found.of_inputs, found.of_outputs), found.curvatures, strict=True):
-        storage = table.storage
-        flat = storage.flat(at, (at.size,))
-        values = storage.flat(of(None), (at.size, *table.dim)), storage.flat(curvature, (at.size,))
-        _, distinct, _ = storage.combine(None, flat, values, table.rows, table.dim)
-        moves, total = distinct.values
-        moves = jnp.minimum(rate, 1 / (total + _FLAT))[:, None] * moves
-        update = row_grad(distinct.ids, moves, table.rows, at_owners=storage.owners_add)
-        tables.append(apply_updates(table, update))
-    return State(*tables), slots, found.loss
+    moves, of_words = found.of_inputs(None), found.curvatures[0]
+    if pooling is not None:
+        moves = jnp.broadcast_to(moves[:, :, None], (*words.shape, moves.shape[-1]))
+        of_words = jnp.broadcast_to(of_words[:, :, None], words.shape)
+    inputs = _moved_by_storage(state.inputs, words, moves, of_words, limited)
+    outputs = _moved_by_storage(state.outputs, targets, found.of_outputs(None), found.curvatures[1], limited)
+    return State(inputs, outputs), scratch, found.loss
+
+
+def _moved_by_storage(
+    table: Table,
+    ids: Int32[Array, "*batch"],
+    moves: Float32[Array, "*batch dim"],
+    curvature: Float32[Array, "*batch"],
+    limited: Limited,
+) -> Table:
+    storage = table.storage
+    values = storage.flat(moves, (ids.size, *table.dim)), storage.flat(curvature, (ids.size,))
+    _, distinct, _ = storage.combine(None, storage.flat(ids, (ids.size,)), values, table.rows, table.dim)
+    moves, total = distinct.values
+    update = row_grad(distinct.ids, limited(total)[:, None] * moves, table.rows, at_owners=storage.owners_add)
+    return apply_updates(table, update)

@@ -1,7 +1,7 @@
 """Vectors: a vector for each token of a vocabulary, with queries by token."""
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, final, overload
 
 import numpy as np
@@ -45,6 +45,8 @@ class Vectors(Queries):
       weight: One row for each token, `(rows, dim)`; a float array keeps its dtype, anything else becomes float32.
       counts: How often each token occurred in the training text. Default: 0 for each.
       subwords: The n-grams of a fastText file, which give a vector to tokens that are not in the vocabulary.
+      metadata: How the vectors were made, in strings by name, such as the engine that trained them. `.safetensors`
+        files keep it.
 
     Raises:
       TypeError: If a token is not a string.
@@ -67,12 +69,14 @@ class Vectors(Queries):
         weight: ArrayLike,
         counts: ArrayLike | None = None,
         subwords: "Subwords | None" = None,
+        metadata: Mapping[str, str] | None = None,
     ):
         self.vocabulary = tokens if isinstance(tokens, Vocabulary) else Vocabulary(tokens)
         rows = len(self.vocabulary)
         self.weight: Float[np.ndarray, "rows dim"] = read_only(weight, float_dtype(weight))
         self.counts: Int64[np.ndarray, " rows"] = read_only(np.zeros(rows) if counts is None else counts, np.int64)
         self.subwords = subwords
+        self.metadata = dict(metadata or {})
         self._said = False
         self._path: str | None = None
         if self.weight.ndim != 2 or self.weight.shape[0] != rows or self.counts.shape != (rows,):
@@ -153,7 +157,8 @@ class Vectors(Queries):
           >>> embax.Vectors.load(path)["queen"]
           array([0., 1.], dtype=float32)
         """
-        files.save(path, files.Contents(self.vocabulary, self.weight, self.counts, self.subwords), format=format)
+        contents = files.Contents(self.vocabulary, self.weight, self.counts, self.subwords, self.metadata)
+        files.save(path, contents, format=format)
 
     def normalized(self) -> "Vectors":
         """Return the vectors scaled to length 1, in float32; vectors of zeros stay zero.
@@ -161,7 +166,7 @@ class Vectors(Queries):
         fastText's n-grams are kept; the vectors that they give have length 1, too.
         """
         subwords = None if self.subwords is None else self.subwords.normalized()
-        return Vectors(self.vocabulary, self._unit, self.counts, subwords)
+        return Vectors(self.vocabulary, self._unit, self.counts, subwords, self.metadata)
 
     def subset(self, tokens: Iterable[str]) -> "Vectors":
         """Return the vectors of some tokens, in the order given.
@@ -187,7 +192,7 @@ class Vectors(Queries):
         if repeated.any():
             twice = vocabulary.tokens(int(repeated.argmax()))
             raise ValueError(f"`embax.Vectors.subset(tokens=...)` must not repeat a token, got {twice!r} twice.")
-        return Vectors(vocabulary, self.weight[rows], self.counts[rows], self.subwords)
+        return Vectors(vocabulary, self.weight[rows], self.counts[rows], self.subwords, self.metadata)
 
     def to_table(self, **rules: Any) -> Table:
         """Return a table of the vectors.

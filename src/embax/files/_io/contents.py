@@ -36,6 +36,7 @@ class Contents(NamedTuple):
     weight: Float[np.ndarray, "rows dim"]
     counts: Int64[np.ndarray, " rows"] | None = None
     subwords: Any = None  # the `Subwords` of a fastText model, or None
+    metadata: Mapping[str, str] | None = None  # how the vectors were made, in words
 
 
 class Options(NamedTuple):

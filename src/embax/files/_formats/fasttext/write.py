@@ -35,7 +35,7 @@ def write_fasttext(path: str | os.PathLike[str], contents: Contents) -> None:
         their vectors have another size than the weight.
       OSError: If the file cannot be written.
     """
-    vocabulary, weight, counts, subwords = contents
+    vocabulary, weight, counts, subwords, _ = contents
     words, dim = _words_to_write(vocabulary, subwords), weight.shape[1]
     buckets, args = 0, Arguments(dim)
     if subwords is not None:

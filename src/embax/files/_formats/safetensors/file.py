@@ -15,6 +15,7 @@ from ..format import Format
 from .header import FLOATS, Tensor, is_safetensors, read_header
 
 _METADATA = {"format": "embax.vectors", "version": "1"}
+_SPECIAL = "special"
 # The NumPy dtype, safetensors dtype and number of axes of each tensor except `weight`. Wide dtypes come first, so that
 # each tensor is aligned to the size of its numbers.
 _LAYOUT = {"counts": ("<i8", "I64", 1), "token_offsets": ("<i8", "I64", 1), "tokens": ("|u1", "U8", 1)}
@@ -25,17 +26,17 @@ def write_safetensors(path: str | os.PathLike[str], contents: Contents) -> None:
 
     The tensors are `weight` `(rows, dim)` in its own dtype of floats, `tokens` uint8 (the tokens in UTF-8, one after
     the other), `token_offsets` int64 `(rows + 1)` (the byte at which each token begins, and the end of the last one)
-    and, if there are counts, `counts` int64 `(rows)`. The metadata are `format=embax.vectors`, `version=1` and, if
-    there are special tokens, `special`, their row numbers as JSON. Bytes of tokens that are not UTF-8 become `\xNN`.
-    The same contents give the same bytes.
+    and, if there are counts, `counts` int64 `(rows)`. The metadata are `format=embax.vectors`, `version=1`, if there
+    are special tokens, `special`, their row numbers as JSON, and those of the contents. Bytes of tokens that are not
+    UTF-8 become `\xNN`. The same contents give the same bytes.
 
     Args:
       path: The destination; an existing file is replaced.
       contents: One token and one vector for each row.
 
     Raises:
-      ValueError: If the contents have sub-words, the weight is not a table of floats with a row for each token, or a
-        token occurs twice.
+      ValueError: If the contents have sub-words, the weight is not a table of floats with a row for each token, a
+        token occurs twice, or the metadata have a name of the format's own.
       OSError: If the file cannot be written.
 
     Example:
@@ -56,7 +57,8 @@ def write_safetensors(path: str | os.PathLike[str], contents: Contents) -> None:
     tensors["tokens"] = (text, "U8")
     metadata = dict(_METADATA)
     if contents.vocabulary.special:
-        metadata["special"] = json.dumps(contents.vocabulary.special, separators=(",", ":"))
+        metadata[_SPECIAL] = json.dumps(contents.vocabulary.special, separators=(",", ":"))
+    metadata |= sorted((contents.metadata or {}).items())
     # Not by safetensors.numpy.save, which writes the metadata in another order in each call.
     header: dict[str, Any] = {"__metadata__": metadata}
     end = 0
@@ -112,6 +114,12 @@ def _checked(contents: Contents) -> str:
             f"`{where}` must have a weight of 16, 32 or 64 bit floats with a row, and counts with a number, for each "
             f"of {rows} tokens, got {weight.dtype} {weight.shape} and {counted} counts. Convert or cut them."
         )
+    for name, value in (contents.metadata or {}).items():
+        if not isinstance(name, str) or not isinstance(value, str) or name in (*_METADATA, _SPECIAL):
+            raise ValueError(
+                f"`{where}` must have metadata that are strings, by names other than {', '.join(_METADATA)} and "
+                f"{_SPECIAL}, got {name!r}: {value!r}. Rename or convert it."
+            )
     repeated = contents.vocabulary.repeated()
     if repeated.any():
         twice = contents.vocabulary.tokens(int(repeated.argmax()))
@@ -153,7 +161,8 @@ def _read(source: Source, options: Options) -> Contents:
         vocabulary = Vocabulary.from_utf8(text, offsets, special=special)
     except ValueError as error:
         raise source.error(f"`tokens` must be UTF-8, cut between characters: {error}.") from None
-    return Contents(vocabulary, found["weight"], counts)
+    others = {name: value for name, value in metadata.items() if name not in (*_METADATA, _SPECIAL)}
+    return Contents(vocabulary, found["weight"], counts, metadata=others or None)
 
 
 def _check_header(source: Source, metadata: dict[str, str], tensors: dict[str, Tensor]) -> int:
@@ -183,11 +192,11 @@ def _check_header(source: Source, metadata: dict[str, str], tensors: dict[str, T
 
 def _special(source: Source, metadata: dict[str, str], rows: int) -> dict[str, int]:
     try:
-        special = json.loads(metadata.get("special", "{}"))
+        special = json.loads(metadata.get(_SPECIAL, "{}"))
     except (ValueError, RecursionError):
         special = None
     if not isinstance(special, dict) or any(type(row) is not int or not 0 <= row < rows for row in special.values()):
-        raise source.error(f"`special` must be row numbers below {rows:,} by name, got {metadata['special'][:80]!r}.")
+        raise source.error(f"`special` must be row numbers below {rows:,} by name, got {metadata[_SPECIAL][:80]!r}.")
     return special
 
 

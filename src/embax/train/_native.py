@@ -1,0 +1,157 @@
+"""The engine of the native library: one CPU takes one window after the other, in chunks of the text.
+
+A chunk ends with a sequence where it can, so that windows are cut nowhere. Each call of the kernel has the seed of its
+chunk, so with one thread the same run gives the same bytes on one instruction set.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Float32, Float64, Int32, UInt32
+
+from .._kernels import words as _kernel
+from ._corpus import BREAK, Corpus
+from ._engine import Initial, Options, fresh_vectors, kept, noise_weights
+from ._subwords import Pieces
+
+# Ids in a chunk: some 0.05 seconds of work.
+_CHUNK = 1 << 17
+# Chunks of small texts are a multiple of so many ids long, so that there are few shapes to compile.
+_STEP = 1 << 10
+
+
+class Batch(NamedTuple):
+    """A chunk of text."""
+
+    words: int
+    ids: Int32[np.ndarray, " ids"]
+    seed: UInt32[np.ndarray, "2"]
+
+
+class Native:
+    """Trains by the native library, on one CPU.
+
+    Args:
+      corpus: The text.
+      options: The options of the run.
+      pieces: The sub-words, or None.
+    """
+
+    name = "native"
+
+    def __init__(self, corpus: Corpus, options: Options, pieces: Pieces | None = None):
+        self._corpus, self._options, self._pieces = corpus, options, pieces
+        self._rows = len(corpus.counts)
+        self._device = jax.local_devices(backend="cpu")[0]
+        self._size = min(_CHUNK, -(-max(corpus.length, 1) // _STEP) * _STEP)
+        none = np.zeros(0, np.int32)
+        of_words = (none, none) if pieces is None else (pieces.starts.astype(np.int32), pieces.ids)
+        likely = _threshold(kept(corpus.counts, options.sample))
+        arrays = likely, *alias_tables(noise_weights(corpus.counts)), *of_words
+        self._words = _kernel.Words(*(jax.device_put(array, self._device) for array in arrays))
+
+    def start(self, initial: Initial | None) -> _kernel.Tables:
+        """Make both tables, with zeros behind each vector."""
+        if initial is None:
+            initial = fresh_vectors(self._rows, self._options, None if self._pieces is None else self._pieces.rows)
+        return _kernel.Tables(*(jax.device_put(_padded(rows), self._device) for rows in initial))
+
+    def batches(self, epoch: int) -> Iterator[Batch]:
+        """Cut the text into chunks."""
+        first, number = 0, 0
+        while first < self._corpus.length:
+            ids = next(iter(self._corpus.blocks(self._size, first)))
+            ends = np.flatnonzero(ids == BREAK)
+            if first + len(ids) < self._corpus.length and len(ends):
+                ids = ids[: ends[-1] + 1]
+            chunk = np.full(self._size, BREAK, np.int32)
+            chunk[: len(ids)] = ids
+            seed = np.random.SeedSequence((self._options.seed, epoch, number)).generate_state(2)
+            yield Batch(int(np.count_nonzero(ids != BREAK)), chunk, seed)
+            first, number = first + len(ids), number + 1
+
+    def run(
+        self, state: _kernel.Tables, batch: Batch, rates: tuple[float, float]
+    ) -> tuple[_kernel.Tables, Float32[Array, "2"]]:
+        """Learn from a chunk."""
+        options = self._options
+        return _kernel.train_words(
+            state,
+            self._words,
+            batch.ids,
+            np.asarray(rates, np.float32),
+            batch.seed,
+            window=options.window,
+            negative=options.negative,
+            model=options.model,
+            threads=options.threads,
+        )
+
+    def vectors(self, state: _kernel.Tables) -> Initial:
+        """Copy the vectors, without the padding of their rows."""
+        inputs, outputs = (np.array(np.asarray(table)[:, : self._options.dim]) for table in state)
+        return inputs, outputs
+
+
+def lacking(mesh: Mesh | None) -> str | None:
+    """Return why the native engine cannot run here, as a sentence; None if it can."""
+    if mesh is not None or jax.process_count() > 1:
+        return "it trains on one CPU, not on a mesh and not in several processes"
+    if not _kernel.available():
+        return "it needs embax-kernels, which are not installed or switched off; see `python -m embax.kernels`"
+    return None
+
+
+def is_best(mesh: Mesh | None) -> bool:
+    """Return whether the native engine can run here, and the default device has nothing faster."""
+    (device,) = jnp.zeros(()).devices()
+    return device.platform == "cpu" and lacking(mesh) is None
+
+
+def alias_tables(
+    weights: Float64[np.ndarray, " rows"],
+) -> tuple[UInt32[np.ndarray, " rows"], Int32[np.ndarray, " rows"]]:
+    """Make Walker's tables: row `k` of `rows` equally likely ones stands for itself, or else for its alias.
+
+    With the weights 1, 1 and 4, the mean is 2. Rows 0 and 1 lack 1 each, and row 2 has 2 more than it needs: so rows 0
+    and 1 stand for themselves half of the time, else for row 2, and row 2 always for itself. If a row that has too much
+    gives away more than that, the next one of its kind makes up for it.
+
+    Args:
+      weights: The weights, not normalised.
+
+    Returns:
+      A row stands for itself if 32 random bits are at most the first number, else for its alias.
+
+    References:
+      Walker, An efficient method for generating discrete random variables with general distributions, 1977,
+      https://doi.org/10.1145/355744.355749.
+    """
+    shares = weights / weights.mean()
+    cut, alias = np.ones_like(shares), np.arange(len(shares), dtype=np.int32)
+    small, large = np.flatnonzero(shares < 1), np.flatnonzero(shares >= 1)
+    # Small rows are served one after the other, each by the first row that has something left, up to rounding.
+    lacking_before = np.concatenate([[0.0], np.cumsum(1 - shares[small])])
+    spare = np.cumsum(shares[large] - 1)
+    served_by = np.searchsorted(spare, lacking_before[:-1], side="right")
+    cut[small], alias[small] = shares[small], large[np.minimum(served_by, len(large) - 1)]
+    # With the last small row that it serves, a row may get to lack something, too; then the next one serves it.
+    served = np.searchsorted(lacking_before[:-1], spare[:-1], side="left")
+    cut[large[:-1]], alias[large[:-1]] = np.clip(1 + spare[:-1] - lacking_before[served], 0, 1), large[1:]
+    return _threshold(cut), alias
+
+
+def _threshold(probabilities: Float64[np.ndarray, " rows"]) -> UInt32[np.ndarray, " rows"]:
+    """The largest of 2**32 equally likely numbers that count, for each probability."""
+    return (np.clip(np.round(probabilities * 2.0**32), 1, 2**32) - 1).astype(np.uint32)
+
+
+def _padded(rows: Float32[np.ndarray, "rows dim"]) -> Float32[np.ndarray, "rows stride"]:
+    stride = -(-rows.shape[1] // _kernel.LINE) * _kernel.LINE
+    padded = np.zeros((rows.shape[0], stride), np.float32)
+    padded[:, : rows.shape[1]] = rows
+    return padded

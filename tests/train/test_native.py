@@ -1,0 +1,178 @@
+"""The engine of the native library."""
+
+import jax
+import numpy as np
+import pytest
+
+from embax import train
+from embax.train import _loop, _native, _parts
+from embax.train._corpus import BREAK, encode
+from embax.train._engine import Options
+from embax.train._native import Native, alias_tables
+from embax.train._subwords import Pieces
+
+kernel = pytest.mark.skipif(
+    _native.lacking(None) is not None, reason="the native kernels are not installed, or switched off"
+)
+
+DIM = 16
+
+
+def corpus_of(sequences):
+    (corpus,) = encode(sequences, 1, _parts.WHOLE)
+    return corpus
+
+
+def options(**more):
+    return Options(**{"dim": DIM, "window": 3, "negative": 5, "model": "skipgram", "sample": np.inf, "seed": 0} | more)
+
+
+def lines(rng, lengths, words=50):
+    return [[str(word) for word in (words * rng.random(length) ** 2).astype(int)] for length in lengths]
+
+
+@pytest.mark.parametrize("weights", [[3.0], [1, 1], [1, 1, 4], [5, 1, 1, 1, 1, 3], range(1, 200), [1] * 50 + [1000]])
+def test_alias_tables_draw_each_row_by_its_weight(weights):
+    weights = np.asarray(weights, np.float64)
+    cut, alias = alias_tables(weights)
+    own = (cut.astype(np.float64) + 1) / 2**32
+    drawn = own.copy()
+    np.add.at(drawn, alias, 1 - own)
+    np.testing.assert_allclose(drawn / len(weights), weights / weights.sum(), rtol=0, atol=1e-9)
+
+
+@kernel
+def test_batches_hold_the_text_and_end_with_sequences(monkeypatch):
+    monkeypatch.setattr(_native, "_CHUNK", 100)
+    monkeypatch.setattr(_native, "_STEP", 10)
+    lengths = [30, 0, 1, 55, 60, 99, 250, 7, 7]  # the last but two is cut, as there is no break
+    corpus = corpus_of(lines(np.random.default_rng(0), lengths))
+    batches = list(Native(corpus, options()).batches(1))
+    assert {batch.ids.shape for batch in batches} == {(100,)}
+    assert sum(batch.words for batch in batches) == sum(lengths) == corpus.counts.sum()
+    assert [batch.words for batch in batches] == [np.count_nonzero(batch.ids != BREAK) for batch in batches]
+    text = np.concatenate(list(corpus.blocks(1 << 20)))
+    np.testing.assert_array_equal(np.concatenate([b.ids[b.ids != BREAK] for b in batches]), text[text != BREAK])
+    assert [batch.words for batch in batches] == [86, 60, 99, 100, 100, 64]
+    seeds = {tuple(batch.seed) for epoch in (1, 2) for batch in Native(corpus, options()).batches(epoch)}
+    assert len(seeds) == 2 * len(batches)
+
+
+@kernel
+@pytest.mark.parametrize("model", ["skipgram", "cbow"])
+def test_one_thread_trains_to_the_same_bytes(model):
+    corpus = corpus_of(lines(np.random.default_rng(0), [40] * 50))
+
+    def trained(**more):
+        engine = Native(corpus, options(model=model, **more))
+        return _loop.train(engine, _loop.Run(2, int(corpus.counts.sum()), 0.05), None, None)
+
+    (inputs, outputs), again, other, threads = trained(), trained(), trained(seed=1), trained(threads=3)
+    assert inputs.shape == outputs.shape == (len(corpus.tokens), DIM)
+    assert (inputs.tobytes(), outputs.tobytes()) == (again[0].tobytes(), again[1].tobytes())
+    assert np.abs(other[0] - inputs).max() > 0.01
+    assert np.abs(outputs).max() > 0.01
+    assert np.isfinite(threads[0]).all()
+    assert np.abs(threads[1]).max() > 0.01
+
+
+@kernel
+def test_training_goes_on_from_vectors():
+    corpus = corpus_of([["a", "b"]])
+    rng = np.random.default_rng(0)
+    initial = tuple(rng.normal(size=(2, DIM)).astype(np.float32) for _ in range(2))
+    engine = Native(corpus, options())
+    for got, want in zip(engine.vectors(engine.start(initial)), initial, strict=True):
+        np.testing.assert_array_equal(got, want)
+
+
+@kernel
+def test_a_resumed_run_gives_the_same_bytes(tmp_path, monkeypatch):
+    pytest.importorskip("orbax.checkpoint")
+    monkeypatch.setattr(_native, "_CHUNK", 64)
+    monkeypatch.setattr(_native, "_STEP", 64)
+    text = lines(np.random.default_rng(0), [40] * 10)
+    given = {"dim": DIM, "min_count": 1, "epochs": 2, "engine": "native"}
+
+    class Stopped(Exception):
+        pass
+
+    def stop(progress):
+        if progress.epoch == 2:
+            raise Stopped
+
+    saved = {"checkpoint": tmp_path / "saved", "checkpoint_every": 1}
+    with pytest.raises(Stopped):
+        train.skipgram(text, **given, **saved, progress=stop)
+    reports = []
+    resumed = train.skipgram(text, **given, **saved, progress=reports.append)
+    assert reports[0].words_before > 0
+    assert resumed.weight.tobytes() == train.skipgram(text, **given).weight.tobytes()
+    with pytest.raises(train.CheckpointError, match=r"of the engine 'native', and this run is of 'xla'\. Choose"):
+        train.skipgram(text, **(given | {"engine": "xla"}), **saved)
+
+
+def test_native_is_refused_where_it_cannot_run(monkeypatch):
+    mesh = jax.make_mesh((1,), ("devices",), devices=jax.devices()[:1])
+    with pytest.raises(ValueError, match=r"skipgram\(engine=\.\.\.\)` must be 'auto' or 'xla' here.* not on a mesh"):
+        train.skipgram([["a", "b"]], engine="native", mesh=mesh)
+    monkeypatch.setattr(_native._kernel, "available", lambda: False)
+    with pytest.raises(ValueError, match=r"cbow\(engine=\.\.\.\)` must be .* it needs embax-kernels"):
+        train.cbow([["a", "b"]], engine="native")
+    assert train.cbow([["a", "b"] * 5], dim=1, epochs=1).metadata["engine"] == "xla"
+
+
+def nine_words():
+    return ["the king holds the crown the queen wears the crown the dog eats the bone".split()] * 400
+
+
+def half_is_one_item():
+    rng = np.random.default_rng(0)
+    items = np.where(rng.random((400, 50)) < 0.5, 0, rng.integers(1, 50, (400, 50)))
+    return [[str(item) for item in line] for line in items]
+
+
+@kernel
+@pytest.mark.parametrize(("window", "negative"), [(5, 5), (100, 20)])
+@pytest.mark.parametrize("model", ["skipgram", "cbow"])
+@pytest.mark.parametrize("text", [nine_words, half_is_one_item])
+@pytest.mark.parametrize("subwords", [False, True])
+def test_training_stays_bounded_on_few_words_at_a_high_rate(text, model, window, negative, subwords):
+    corpus = corpus_of(text())
+    rows, reports = len(corpus.tokens), []
+    pieces = None
+    if subwords:  # each word has a row of its own and some of 20 rows
+        ids = np.random.default_rng(0).integers(rows, rows + 20, (rows, 5))
+        ids[:, 0] = np.arange(rows)
+        pieces = Pieces(np.arange(0, 5 * rows + 1, 5), ids.ravel().astype(np.int32), np.arange(20))
+    engine = Native(corpus, options(model=model, window=window, negative=negative), pieces)
+    run = _loop.Run(10, int(corpus.counts.sum()), 0.1, reports.append)
+    inputs, outputs = _loop.train(engine, run, None, None)
+    assert inputs.shape[0] == (rows + 20 if subwords else rows)
+    # CBOW learns the text of nine words by heart, so its vectors grow as long as the loss falls.
+    most = 20 if model == "skipgram" else 200
+    assert max(np.linalg.norm(table, axis=1).max() for table in (inputs, outputs)) < most
+    assert reports[-1].loss < (1 + negative) * 0.6 * np.log(2)  # with vectors of zero, it would be 1 / 0.6 of this
+
+
+@kernel
+def test_products_approach_the_shifted_mutual_information():
+    """As Levy and Goldberg showed: `v . u = log(pairs / (negative x pairs with other centres x share of noise))`."""
+    rng = np.random.default_rng(0)
+    # A chain of words in which each follows some others more often; window 1.
+    chances = rng.dirichlet(np.full(6, 2.0), size=6)
+    words = [0]
+    for draw in rng.random(40_000):
+        words.append(min(int(np.searchsorted(np.cumsum(chances[words[-1]]), draw)), 5))
+    corpus = corpus_of([[str(word) for word in words]])
+    engine = Native(corpus, options(window=1, negative=2))
+    inputs, outputs = _loop.train(engine, _loop.Run(6, len(words), 0.1), None, None)
+    rows = np.asarray([corpus.tokens.index(str(word)) for word in words])
+    pairs = np.zeros((6, 6))
+    np.add.at(pairs, (rows[1:], rows[:-1]), 1)
+    pairs += pairs.T
+    noise = corpus.counts**0.75 / (corpus.counts**0.75).sum()
+    # A noise word that is the centre does not count, so a word is noise for the windows of other centres.
+    expected = np.log(pairs / ((pairs.sum(axis=1, keepdims=True) - pairs) * noise * 2))
+    np.testing.assert_allclose(inputs @ outputs.T, expected, atol=0.15)  # the noise of the last steps
+    assert np.ptp(expected) > 1.5
