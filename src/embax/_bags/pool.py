@@ -25,7 +25,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Int32, Shaped
 
-from .._base.axes import is_explicit
 from .._base.distinct import accumulator
 from .._base.tangents import with_tangent
 from .._core import ids as _ids
@@ -134,11 +133,9 @@ def _by_rows(
 
 def _one_value_a_bag(rules: Table, tangent: Array, ids: Array, weights: Array | None, layout: BagLayout) -> bool:
     """Whether the gradient of the table is held as one value for each bag: if this is exact, and saves memory."""
-    if not rules.storage.is_local or rules.scale_grad_by_freq:
+    if rules.scale_grad_by_freq or not rules.storage.reads_bags(tangent, ids):
         return False
     if not all(isinstance(n, int) for n in (*ids.shape, *layout.shape)):  # an exported shape may have symbols
-        return False
-    if any(is_explicit(jax.typeof(x).sharding.mesh) for x in (tangent, ids)):
         return False
     # A weighted gradient in bfloat16 would be rounded before it is weighted.
     if weights is not None and accumulator(tangent.dtype) != tangent.dtype:

@@ -189,6 +189,10 @@ class Dense(Storage):
 
     # ---- Bags.
 
+    def reads_bags(self, tangent: Array, ids: Array) -> bool:
+        """Unless an array is on explicit mesh axes, which JAX can neither merge nor split."""
+        return explicit_sharding(tangent) is None and explicit_sharding(ids) is None
+
     def bags_by_kernel(
         self, plain: Array, table: Any, ids: Array, counted: Array, weights: Array | None, offsets: Array | None
     ) -> Array:

@@ -183,9 +183,8 @@ class Storage(abc.ABC):
     ) -> tuple[Slots, Distinct, Any]:
         """Sum the values of equal ids, in float32 or wider.
 
-        `values` is an array `(ids, *dim)`, or a pair of such an array and one of shape `(ids,)`; with `is_local`,
-        also a `ByBag`. The last result is 1 if so many ids had the same owner that other devices had to take over some
-        of its sums.
+        `values` is an array `(ids, *dim)`, a `ByBag`, or a pair of an array and one of shape `(ids,)`. The last
+        result is 1 if so many ids had the same owner that other devices had to take over some of its sums.
         """
 
     @abc.abstractmethod
@@ -246,6 +245,10 @@ class Storage(abc.ABC):
     ) -> Float[Array, "*bags_dim"]:
         """Sum the rows of bags; `pool(table, ids, counted, weights)` does it for a dense table."""
         raise NotImplementedError
+
+    def reads_bags(self, tangent: Weight, ids: Int[Array, "*batch"]) -> bool:
+        """Whether the tangent of bags is to be read by `read_bags`, so that the gradient has one value for each bag."""
+        return False
 
     def bags_by_kernel(
         self,

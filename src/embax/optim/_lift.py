@@ -192,9 +192,8 @@ def _summed_by_row(
         if leaf.kind == "scaled":  # the sum of the updates is the update of the sum
             alone[place] = _dedupe.Distinct(ids, leaf.gradient.values, jnp.int32(ids.shape[0]))
             continue
-        values = leaf.gradient.held if table.storage.is_local else leaf.gradient.values
-        of_table = slots[leaf.number]
-        slots[leaf.number], rows, more = table.storage.combine(of_table, ids, values, table.rows, table.dim)
+        of_table, held = slots[leaf.number], leaf.gradient.held
+        slots[leaf.number], rows, more = table.storage.combine(of_table, ids, held, table.rows, table.dim)
         crowded += more
         if leaf.kind == "joint":
             together[leaf.number] = rows
