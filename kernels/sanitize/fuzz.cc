@@ -3,6 +3,7 @@
 // A case in four does not fit: it must be refused, or be as good as another. Results are compared with plain loops where
 // that is short; their bits are the business of the tests in Python. `LLVMFuzzerTestOneInput` takes the bytes of
 // libFuzzer; without it, main draws them: fuzz [seconds] [seed].
+#include <algorithm>
 #include <chrono>
 #include <cstdio>
 
@@ -80,7 +81,7 @@ class Case {
 
   // Calls a handler, and returns whether it took the arguments; a case that fits must be taken.
   bool run(XLA_FFI_Handler* handler, std::vector<Array*> in, std::vector<Array*> out,
-           std::map<std::string, Attribute> attributes) {
+           std::map<std::string, Attribute> attributes, bool may_refuse = false) {
     Array other = numbers(kFloats[c.below(4)], shape(c.below(70)));
     const bool spoilt = c.one_in(4);
     if (spoilt && c.one_in(3)) attributes.begin()->second.value = c.below(12) - 4;
@@ -88,7 +89,7 @@ class Case {
     else if (spoilt) in[c.below(static_cast<int64_t>(in.size()))] = &other;
     embax_kernels_set_threads(static_cast<int>(c.below(4)));
     const std::string error = call(handler, in, out, attributes, 1 + c.below(3), static_cast<When>(c.below(3)));
-    if (!error.empty() && !spoilt) wrong(error.c_str());
+    if (!error.empty() && !spoilt && !may_refuse) wrong(error.c_str());
     return error.empty() && !spoilt;
   }
 
@@ -222,12 +223,58 @@ void step(Case& c) {
   }
 }
 
+// Texts, vocabularies and sub-words, of which one in four has an id that must be refused.
+void train_words(Case& c) {
+  const auto ints = [&](std::vector<int64_t> shape, auto&& next) {
+    Array array(XLA_FFI_DataType_S32, shape, c.offset);
+    for (int64_t k = 0; k < array.size(); ++k) array.as<int32_t>()[k] = static_cast<int32_t>(next(k));
+    return array;
+  };
+  const auto words = [&](std::vector<int64_t> shape, int64_t edge) {
+    Array array(XLA_FFI_DataType_U32, shape, c.offset);
+    for (int64_t k = 0; k < array.size(); ++k) {
+      array.as<uint32_t>()[k] = c.c.one_in(3) ? static_cast<uint32_t>(-edge) : static_cast<uint32_t>(c.c.word());
+    }
+    return array;
+  };
+  const int64_t rows = c.rows, stride = 16 * (c.c.one_in(3) ? 7 : c.c.below(5));
+  const bool subwords = rows > 0 && c.c.one_in(2), bad = rows > 0 && c.c.one_in(4);
+  const int64_t pieces = subwords ? rows + c.c.below(6 * rows) : 0, more = subwords ? c.c.below(50) : 0;
+  Array inputs = c.numbers(XLA_FFI_DataType_F32, {rows + more, stride});
+  Array outputs = c.numbers(XLA_FFI_DataType_F32, {rows, stride});
+  Array ids = ints({std::min<int64_t>(c.number, 2000)},
+                   [&](int64_t) { return c.c.one_in(8) ? -1 : c.c.below(rows + 1) - 1; });
+  Array alias = ints({rows}, [&](int64_t) { return c.c.below(rows); });
+  Array starts = ints({subwords ? rows + 1 : 0}, [&](int64_t k) { return k + (pieces - rows) * k / rows; });
+  Array ids_of_pieces = ints({pieces}, [&](int64_t) { return c.c.below(rows + more); });
+  Array keep = words({rows}, 1), cut = words({rows}, c.c.below(2)), seed = words({2}, 1);
+  Array rates = c.numbers(XLA_FFI_DataType_F32, {2}), loss(XLA_FFI_DataType_F32, {2});
+  Array* const data[] = {&ids, &alias, &starts, &ids_of_pieces};
+  Array& spoilt = *data[c.c.below(4)];
+  bool refused = false;
+  if (bad && spoilt.size()) {
+    // Below the first row, or behind the last; of an id, -1 is none, and a bad piece may be of no word.
+    const int64_t wrong = c.c.one_in(2) ? -2 - c.c.below(9) : INT32_MAX - c.c.below(9);
+    spoilt.as<int32_t>()[c.c.below(spoilt.size())] = static_cast<int32_t>(wrong);
+    refused = &spoilt == &ids || &spoilt == &alias;
+  }
+  std::vector<Array*> in{&inputs, &outputs, &ids, &keep, &cut, &alias, &starts, &ids_of_pieces, &rates, &seed};
+  const std::map<std::string, Attribute> attributes{{"cbow", narrow(c.c.below(2))},
+                                                    {"negative", wide(1 + c.c.below(c.c.one_in(3) ? 30 : 6))},
+                                                    {"threads", wide(1 + c.c.below(4))},
+                                                    {"window", wide(1 + c.c.below(c.c.one_in(3) ? 120 : 6))}};
+  const std::string before = inputs.copy() + outputs.copy();
+  const bool taken = c.run(EmbaxTrainWords, in, {&inputs, &outputs, &loss}, attributes, bad);
+  if (taken && refused) c.wrong("train_words");
+  if (refused && inputs.copy() + outputs.copy() != before) c.wrong("train_words wrote");
+}
+
 }  // namespace
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   Choices choices(data, size);
-  void (*const works[])(Case&) = {take, put, combine, pool, step, step};
-  const int64_t work = choices.below(6);
+  void (*const works[])(Case&) = {take, put, combine, pool, step, step, train_words};
+  const int64_t work = choices.below(7);
   Case c(choices);
   works[work](c);
   return 0;

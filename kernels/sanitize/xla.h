@@ -19,7 +19,8 @@ inline int64_t bytes_of(XLA_FFI_DataType dtype) {
     case XLA_FFI_DataType_F64:
     case XLA_FFI_DataType_S64: return 8;
     case XLA_FFI_DataType_F32:
-    case XLA_FFI_DataType_S32: return 4;
+    case XLA_FFI_DataType_S32:
+    case XLA_FFI_DataType_U32: return 4;
     case XLA_FFI_DataType_S8: return 1;
     default: return 2;
   }

@@ -204,6 +204,25 @@ def test_a_full_disk_keeps_the_old_file(text):
     assert sorted(os.listdir(".")) == ["pairs.tsv", "questions.txt", "text.txt", "v"]
 
 
+@pytest.mark.parametrize(
+    "error", [ValueError("RESOURCE_EXHAUSTED: Error writing x: No space left on device"), OSError(28, "No space", "x")]
+)
+def test_a_full_disk_for_a_checkpoint_is_said_in_one_line(text, monkeypatch, error):
+    pytest.importorskip("orbax.checkpoint")
+    from embax import checkpoint
+
+    def save(*_, **__):
+        raise error
+
+    monkeypatch.setattr(checkpoint, "save", save)
+    status, out, err = run("train", text, "-o", "v", *SMALL, "--checkpoint", "saved", "--checkpoint-every", "1")
+    assert (status, out) == (2, "")
+    assert (
+        err
+        == "embax: error: saved: No space left on device for a checkpoint. Make space, and resume from the last one.\n"
+    )
+
+
 def test_a_killed_run_goes_on_from_its_last_checkpoint(text):
     pytest.importorskip("orbax.checkpoint")
     options = [

@@ -1,5 +1,11 @@
 """The training of word vectors by the native library, against the same in float64 with the same random numbers."""
 
+import hashlib
+import os
+import subprocess
+import sys
+
+import jax
 import numpy as np
 import pytest
 
@@ -74,3 +80,104 @@ def test_train_words_is_plain_sgd_on_windows(model, subwords, dim, window, negat
         np.testing.assert_allclose(np.asarray(got), want, rtol=0, atol=2e-6)
         assert not np.asarray(got)[:, dim:].any()
     np.testing.assert_allclose(np.asarray(loss), expected[2], rtol=1e-5)
+
+
+def test_train_words_splits_a_text_into_parts_at_breaks():
+    """On one thread, parts follow one another, so that the result is known."""
+    rng = np.random.default_rng(1)
+    words = vocabulary(rng)
+    before = tables(rng, 20, ROWS)
+    texts = [text(rng, lengths=[7] * 12), text(rng, lengths=[61]), text(rng, lengths=[2])]  # few breaks, or none
+    native.LIBRARY.embax_kernels_set_threads(1)
+    try:
+        for ids, parts in zip(texts, (4, 3, 5), strict=True):
+            arguments = (*before, words, ids, RATES, SEED, 5, 5, False)
+            expected = word_reference.train(*arguments, parts)
+            for got, want in zip(native.train_words(*arguments, threads=parts), expected, strict=True):
+                np.testing.assert_allclose(np.asarray(got), want, rtol=1e-5, atol=2e-6)
+    finally:
+        native.LIBRARY.embax_kernels_set_threads(0)
+
+
+def test_train_words_without_pairs_changes_nothing():
+    rng = np.random.default_rng(2)
+    before = tables(rng, 20, ROWS)
+    for ids in ([], [-1], [3], [3, -1, 4, -1, -1], [-1, -1, 5]):
+        inputs, outputs, loss = native.train_words(
+            *before, vocabulary(rng, sample=False), np.asarray(ids, np.int32), RATES, SEED, 5, 5, False
+        )
+        np.testing.assert_array_equal(inputs, before[0])
+        np.testing.assert_array_equal(outputs, before[1])
+        np.testing.assert_array_equal(loss, [0, 0])
+
+
+BAD = [
+    ("ids", 4, -2, r"`ids` must be in \[-1, 40\), got -2 at position 4"),
+    ("ids", 0, ROWS, r"`ids` must be in \[-1, 40\), got 40 at position 0"),
+    ("ids", 3, 2**31 - 1, r"`ids` must be in \[-1, 40\), got 2147483647 at position 3"),
+    ("alias", 39, ROWS, r"`alias` must be in \[0, 40\), got 40 at position 39"),
+    ("alias", 0, -1, r"`alias` must be in \[0, 40\), got -1"),
+    ("starts", 5, -1, r"`starts` must be rising positions of the \d+ pieces, got 157 at position 4"),
+    ("starts", 6, 2**31 - 1, r"`starts` must be rising positions of the \d+ pieces"),
+    ("pieces", -1, ROWS + BUCKETS, r"`pieces` must be in \[0, 65\), got 65"),
+    ("pieces", 0, -1, r"`pieces` must be in \[0, 65\), got -1 at position 0"),
+]
+
+
+@pytest.mark.parametrize(("name", "position", "value", "match"), BAD)
+def test_train_words_refuses_ids_without_a_row(name, position, value, match):
+    rng = np.random.default_rng(3)
+    words, ids = vocabulary(rng, subwords=True), np.arange(ROWS, dtype=np.int32)
+    arrays = {"ids": ids, **words._asdict()}
+    arrays[name] = arrays[name].copy()
+    arrays[name][position] = value
+    ids = arrays.pop("ids")
+    with pytest.raises(jax.errors.JaxRuntimeError, match=match):
+        native.train_words(*tables(rng, 5, 65), word_reference.Vocabulary(**arrays), ids, RATES, SEED, 5, 5, False)
+
+
+def test_train_words_refuses_arguments_that_do_not_fit():
+    rng = np.random.default_rng(4)
+    words, ids, fitting = vocabulary(rng), text(rng), tables(rng, 5, ROWS)
+
+    def refused(match, given=fitting, of=words, rates=RATES, window=5, negative=5, threads=1):
+        with pytest.raises(jax.errors.JaxRuntimeError, match=match):
+            native.train_words(*given, of, ids, rates, SEED, window, negative, False, threads)
+
+    refused("`inputs` must be of two axes, the second a multiple of 16", [table[:, :5] for table in fitting])
+    refused(r"`inputs` must be of shape \(40,16\)", [fitting[0][:30], fitting[1]])
+    refused(r"`inputs` must be of shape \(40,32\)", [fitting[0], np.zeros((ROWS, 32), np.float32)])
+    refused(r"`keep` must be of dtype U32", of=words._replace(keep=words.keep.astype(np.int32)))
+    refused(r"`cut` must be of shape \(40,\)", of=words._replace(cut=words.cut[1:]))
+    refused(r"`starts` must be of shape \(41,\)", of=words._replace(starts=np.zeros(3, np.int32)))
+    refused("window between 1 and 2147483647, which is 0", window=0)
+    refused("number of noise words between 1 and 1000000, which is 0", negative=0)
+    refused("number of threads between 1 and 1024, which is 0", threads=0)
+
+
+def digest():
+    """A hash of what all models learn."""
+    rng = np.random.default_rng(5)
+    found = hashlib.sha256()
+    for subwords in (False, True):
+        words, ids = vocabulary(rng, subwords=subwords), text(rng)
+        before = tables(rng, 100, ROWS + BUCKETS if subwords else ROWS)
+        for cbow in (False, True):
+            for array in native.train_words(*before, words, ids, RATES, SEED, 5, 5, cbow):
+                found.update(np.asarray(array).tobytes())
+    return found.hexdigest()
+
+
+def test_train_words_gives_the_same_bytes_again():
+    assert digest() == digest()
+
+
+def test_train_words_is_right_with_every_instruction_set():
+    """The tests of this file that compare with float64 pass with the code for each instruction set."""
+    if "EMBAX_KERNELS_ISA" in os.environ:
+        pytest.skip("runs with one instruction set")
+    for instructions in ("base", "v3"):
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "plain_sgd or parts", __file__]
+        environment = os.environ | {"EMBAX_KERNELS_ISA": instructions}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout

@@ -9,8 +9,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
+from corpora import ids_of
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from embax import files, train
+from embax.train._corpus import BREAK, encode
+from embax.train._parts import WHOLE
 from embax.train._sources import expanded
 
 TEXT = "To be,\nor not.\n\nThe King's\nend"
@@ -164,3 +169,46 @@ def test_memory_does_not_grow_with_the_text(tmp_path):
         assert path.stat().st_size > 0.97e6 * millions
         assert words > 200_000 * millions
     assert peaks[20] - peaks[2] < 16_000, peaks  # kB; the ids of the longer text alone take 18 MB
+
+
+ALPHABET = "aAbB'-_ \n\0\t" + "é\u2019\u00ad1"
+
+
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.text(ALPHABET, max_size=80), st.booleans(), st.sampled_from(["words", "whitespace"]), st.sampled_from([None, 2])
+)
+def test_batches_give_the_corpus_of_the_sequences(tmp_path, text, lines, tokenizer, held_out):
+    path = tmp_path / "text"
+    path.write_text(text, newline="")
+    sequences = train.read_sequences(path, lines=lines, tokenizer=tokenizer)
+    one_by_one = [list(sequence) for sequence in sequences]
+    one_by_one = [[word for word in words if word != "\0"] for words in one_by_one]
+    one_by_one = [words for words in one_by_one if words]
+    if not any(one_by_one if not held_out else one_by_one[::2]):
+        with pytest.raises(train.CorpusError):
+            encode(sequences, 1, WHOLE, held_out=held_out)
+        return
+    found, expected = encode(sequences, 1, WHOLE, held_out=held_out), encode(one_by_one, 1, WHOLE, held_out=held_out)
+    for part, of_each in zip(found, expected, strict=True):
+        assert part.tokens == of_each.tokens
+        assert part.counts.tolist() == of_each.counts.tolist()
+        assert ids_of(part) == ids_of(of_each)
+
+
+def test_batches_report_the_words_so_far(text, tmp_path):
+    pyarrow.parquet.write_table(pa.table({"ids": [[1, 2], [], [3]]}), tmp_path / "rows")
+    sequences, reports = train.read_sequences([text, tmp_path / "rows"]), []
+    sequences.report = reports.append
+    (corpus,) = encode(sequences, 1, WHOLE)
+    assert reports == [7, 10]
+    assert corpus.counts.sum() == 10
+    assert [corpus.tokens[row] for row in ids_of(corpus) if row != BREAK][-3:] == ["1", "2", "3"]
+
+
+def test_the_zero_character_is_no_word(tmp_path):
+    pyarrow.parquet.write_table(pa.table({"words": [["a", "\0"], ["b"]]}), tmp_path / "rows")
+    with pytest.raises(ValueError, match="must not have the zero character as a word"):
+        encode(train.read_sequences(tmp_path / "rows"), 1, WHOLE)
+    with pytest.raises(ValueError, match=r"cbow\(sequences=.* must not have the zero character"):
+        encode([["a", "\0"], ["b"]], 1, WHOLE, call="embax.train.cbow")

@@ -122,7 +122,7 @@ def test_draw_draws_noise_by_the_power_of_the_counts_and_widths_evenly():
     np.testing.assert_allclose(widths, [0, 1 / 3, 1 / 3, 1 / 3], atol=0.006)  # 4 standard deviations
 
 
-@pytest.mark.parametrize("counts", [[1], [1, 1], [10**12, 1], np.ones(1_000_003)])
+@pytest.mark.parametrize("counts", [[1], [1, 1], [10**12, 1], np.ones(1_000_003, np.int64)])
 def test_noise_covers_all_of_uint32(counts):
     ends = pieces(noise_weights(np.asarray(counts))).astype(np.int64)
     assert ends[-1] == 2**32 - 1
@@ -137,7 +137,8 @@ def test_noise_covers_all_of_uint32(counts):
         ("skipgram", 10, 20, 32, 32),
         ("skipgram", 20, 100, 64, 100),
         ("skipgram", 5, 1000, 16, 256),
-        ("cbow", 5, 5, 64, 64),
+        ("cbow", 1, 5, 16, 16),
+        ("cbow", 5, 5, 40, 40),
         ("cbow", 20, 5, 160, 160),
     ],
 )

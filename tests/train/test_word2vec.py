@@ -203,3 +203,11 @@ def test_skipgram_refuses_arguments_before_it_reads(arguments, error, match):
 
     with pytest.raises(error, match=match):
         train.skipgram(sequences(), **arguments)
+
+
+def test_training_is_the_same_where_64_bit_types_are_enabled():
+    options = {"dim": DIM, "epochs": 1, "engine": "xla", "subwords": True, "buckets": 50}
+    expected = train.cbow(topics_corpus(50), **options)
+    with jax.enable_x64():
+        vectors = train.cbow(topics_corpus(50), **options)
+    np.testing.assert_array_equal(vectors.weight, expected.weight)

@@ -4,6 +4,7 @@ For instance, a loss that looks up the ids `[4, 1, 4]` of a table of a million r
 of values, in which row 4 occurs twice. `row_keys` stores the ids, and `row_sums` sums rows.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -270,6 +271,8 @@ class RowGrad(HeldRows, metaclass=_KindOfRowGrad):
 
 def row_grad(ids: Int[Array, " length"], values: Held, rows: int, *, at_owners: bool = False) -> RowGrad:
     """`RowGrad` without its checks; any id outside of `[0, rows)` means no row, and values may be a `ByBag`."""
+    if isinstance(values, ByBag):  # of a table that may be a part of another one
+        values = dataclasses.replace(values, rows=rows)
     return _fill(object.__new__(RowGrad), encode(ids, rows), values, rows, at_owners)
 
 

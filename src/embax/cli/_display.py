@@ -5,9 +5,9 @@ import math
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -82,16 +82,12 @@ class Display:
         if self._bar is not None:
             self._bar.stop()
 
-    def reading(self, sequences: Iterable[Iterable[Any]]) -> Iterator[list[Any]]:
-        """Pass on sequences that have words, and report the number of words."""
-        words, self._shown = 0, time.monotonic()
-        for sequence in map(list, sequences):
-            if not sequence:
-                continue
-            yield sequence
-            words += len(sequence)
-            if self._due():
-                self._show(f"read {words:,} words", None)
+    def reading(self, words: int) -> None:
+        """Report the number of words that have been read."""
+        if self._shown == -math.inf:
+            self._shown = time.monotonic()  # a short text has no report
+        if self._due():
+            self._show(f"read {words:,} words", None)
 
     def training(self, progress: "Progress") -> None:
         """Report the progress of training."""

@@ -1,6 +1,7 @@
 """`embax train`: learn word vectors from a text."""
 
 import contextlib
+import logging
 import re
 from typing import Annotated, Any
 
@@ -84,7 +85,8 @@ def train(
         int, typer.Option(callback=at_least_one, help="With --subwords, the characters of the longest n-grams.")
     ] = 6,
     buckets: Annotated[
-        int, typer.Option(callback=at_least_one, help="With --subwords, the rows for n-grams, chosen by hashes.")
+        int,
+        typer.Option(callback=at_least_one, help="With --subwords, the rows for n-grams, all of which the file has."),
     ] = 2_000_000,
     max_vocabulary: Annotated[
         int,
@@ -228,6 +230,10 @@ def train(
         options["held_out"] = True
     if checkpoint is not None:
         options |= {"checkpoint": checkpoint, "checkpoint_every": checkpoint_every}
+        with in_one_line():
+            import embax.checkpoint  # noqa: F401, its logger must be there
+        # Orbax logs errors with tracebacks, and raises them, too.
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
     with together(where, lost) as is_first:
         if where is not None:
             import jax
@@ -291,15 +297,14 @@ def _train(
             options |= {"initial": embax.Vectors.load(start)}
     with contextlib.ExitStack() as stack:
         with in_one_line():
-            sequences: Any = embax.train.read_sequences(paths, **reading)
+            sequences = embax.train.read_sequences(paths, **reading)
         following = None
         if is_first:
             display = Display()
             following = stack.enter_context(Following(display, questions, log_dir, may_end_early="mesh" not in options))
             stack.enter_context(display)
             options |= {"progress": following.progress}
-            if "mesh" not in options:  # on a mesh, each process reads only its own sequences
-                sequences = display.reading(sequences)
+            sequences.report = display.reading
         if "held_out" in options or questions:  # all processes bring the vectors together
             options |= {"after_epoch": following.after_epoch if following is not None else lambda epoch: None}
         try:

@@ -21,8 +21,10 @@ import numpy as np
 from jaxtyping import Int32, Int64
 
 from ._parts import Parts
+from ._sources import FileSequences
 from ._spool import IN_MEMORY, Spool
 from ._text import Paragraph
+from ._tokenizers import END
 
 # Ends each sequence in the blocks of a corpus.
 BREAK = -1
@@ -30,8 +32,8 @@ BREAK = -1
 MAX_VOCABULARY = 5_000_000
 # An id that stands for a word that is not in the vocabulary, before it is removed.
 _DROPPED = -2
-# The key, and number, of the end of a sequence while words are numbered.
-_END, _END_NUMBER = object(), 0
+# The number of the end of a sequence while words are numbered.
+_END_NUMBER = 0
 # The number of the part whose sequences are held out.
 _HELD_OUT = -1
 # Words that are numbered together.
@@ -125,6 +127,33 @@ def encode(
       OSError: If there is no space for the temporary file.
     """
     numbering = _Numbering([*parts.own, *([_HELD_OUT] if held_out else [])], max_vocabulary)
+    if isinstance(sequences, FileSequences) and parts.number == 1:
+        for batch in sequences.batches():
+            numbering.add_batch(batch, held_out)
+    else:
+        _add_each(numbering, sequences, parts, held_out, call)
+    spools, own_spellings, own_counts = numbering.finish(call)
+    spellings, counts = _of_all_processes(own_spellings, own_counts, parts)
+    chosen = [
+        first
+        for first, count in enumerate(counts.tolist())
+        if count >= min_count or (count and spellings[first] in known)
+    ]
+    order = sorted(chosen, key=lambda first: (-counts[first], spellings[first]))
+    if not order:
+        raise CorpusError(_why_empty(spellings, counts, min_count), call)
+    order = order[:max_vocabulary]
+    tokens, counts = [spellings[first] for first in order], counts[order]
+    row_of = dict(zip(tokens, range(len(tokens)), strict=True))
+    rows = np.asarray([BREAK, *(row_of.get(word, _DROPPED) for word in own_spellings)], np.int32)
+    numbering.translate(rows)
+    return [Corpus(tokens, counts, spool) for spool in spools]
+
+
+def _add_each(
+    numbering: "_Numbering", sequences: Iterable[Iterable[Any]], parts: Parts, held_out: int | None, call: str
+) -> None:
+    """Add each sequence to its part."""
     number = -1
     for place, sequence in enumerate(sequences, 1):
         if isinstance(sequence, str | bytes):
@@ -146,22 +175,6 @@ def encode(
                     f"`{call}(sequences=...)` must be sequences of words, got the item {sequence!r}. Pass a list of "
                     "lists."
                 ) from None
-    spools, own_spellings, own_counts = numbering.finish(call)
-    spellings, counts = _of_all_processes(own_spellings, own_counts, parts)
-    chosen = [
-        first
-        for first, count in enumerate(counts.tolist())
-        if count >= min_count or (count and spellings[first] in known)
-    ]
-    order = sorted(chosen, key=lambda first: (-counts[first], spellings[first]))
-    if not order:
-        raise CorpusError(_why_empty(spellings, counts, min_count), call)
-    order = order[:max_vocabulary]
-    tokens, counts = [spellings[first] for first in order], counts[order]
-    row_of = dict(zip(tokens, range(len(tokens)), strict=True))
-    rows = np.asarray([BREAK, *(row_of.get(word, _DROPPED) for word in own_spellings)], np.int32)
-    numbering.translate(rows)
-    return [Corpus(tokens, counts, spool) for spool in spools]
 
 
 class _Numbering:
@@ -180,6 +193,8 @@ class _Numbering:
         self._translations, self._sizes = Spool(), list[int]()
         self._ends: list[list[int]] = []  # the lengths of the spools at these times
         self._counts = np.zeros(1, np.int64)  # with space for more words
+        self._sequences = 0  # of batches
+        self._added = 0  # sequences, one by one
         self._numbers: collections.defaultdict[Any, int] = collections.defaultdict()
         self._renumber([])
 
@@ -187,7 +202,7 @@ class _Numbering:
         self._numbers.default_factory = None  # which refers to it, so that its memory would not be freed
         self._numbers = collections.defaultdict()
         self._numbers.default_factory = self._numbers.__len__
-        self._numbers[_END] = _END_NUMBER
+        self._numbers[END] = _END_NUMBER
         self._numbers.update(zip(items, itertools.count(1)))
 
     def add(self, part: int, sequence: Iterable[Any]) -> None:
@@ -201,17 +216,38 @@ class _Numbering:
             items = iter(sequence)
             while found := list(itertools.islice(items, _CHUNK)):
                 pending += found
-                self._number(part)
                 self._prune()
-        pending.append(_END)
+                self._number(part)
+        pending.append(END)
+        self._added += part != _HELD_OUT
         if len(pending) >= _CHUNK:
-            self._number(part)
             self._prune()
+            self._number(part)
+
+    def add_batch(self, batch: list[Any], held_out: int | None) -> None:
+        """Add the items of many sequences, with `END` after each, to the one part; empty sequences are left out."""
+        self._prune()  # before: the last words are kept as far as `max_vocabulary` allows
+        found = self._numbered(batch)
+        ends = found == _END_NUMBER
+        stays = ~ends | np.append(False, ~ends[:-1])
+        found, ends = found[stays], ends[stays]
+        if held_out:
+            number = self._sequences + np.cumsum(ends) - ends
+            self._sequences += int(np.count_nonzero(ends))
+            is_held_out = number % held_out == held_out - 1
+            self._keep(_HELD_OUT, found[is_held_out])
+            found = found[~is_held_out]
+        self._keep(0, found)
 
     def _number(self, part: int) -> None:
         pending = self.pending[part]
-        found = np.fromiter(map(self._numbers.__getitem__, pending), np.int32, len(pending))
+        self._keep(part, self._numbered(pending))
         pending.clear()
+
+    def _numbered(self, items: list[Any]) -> Int32[np.ndarray, " items"]:
+        return np.fromiter(map(self._numbers.__getitem__, items), np.int32, len(items))
+
+    def _keep(self, part: int, found: Int32[np.ndarray, " items"]) -> None:
         if (distinct := len(self._numbers)) > len(self._counts):
             self._counts = np.concatenate([self._counts, np.zeros(distinct, np.int64)])
         if part != _HELD_OUT:
@@ -242,6 +278,10 @@ class _Numbering:
         for part, pending in self.pending.items():
             if pending:
                 self._number(part)
+        if self._added and self._counts[_END_NUMBER] != self._added:
+            raise ValueError(
+                f"`{call}(sequences=...)` must not have the zero character as a word, got one. Leave it out."
+            )
         items = list(self._numbers)[1:]
         self._renumber([])
         spellings = [item if type(item) is str else _spelling(item, call) for item in items]
@@ -288,7 +328,7 @@ def _spelling(item: Any, call: str) -> str:
 
 def _of_all_processes(
     spellings: list[str], counts: Int64[np.ndarray, " distinct"], parts: Parts
-) -> tuple[list[str], Int64[np.ndarray, " distinct"]]:
+) -> tuple[list[str], Int64[np.ndarray, " of_all"]]:
     """Sum the counts of each spelling over all processes."""
     found = [(spellings, counts.tolist())]
     if parts.is_shared:

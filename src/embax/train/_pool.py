@@ -22,7 +22,7 @@ from ._subwords import Pieces
 
 
 class Pooling(NamedTuple):
-    """Pieces on the device. The last two words, without pieces, are padding and the end."""
+    """Pieces on the device. Behind the words is one without pieces, for padding."""
 
     starts: Int32[Array, " words_and_2"]
     ids: Int32[Array, " pieces"]

@@ -1,5 +1,6 @@
 """Checkpoints of training: resume an interrupted run, with the same result as without the interruption."""
 
+import errno
 import hashlib
 import json
 import os
@@ -12,6 +13,7 @@ from jaxtyping import PyTree, UInt32
 
 from ._corpus import Corpus
 from ._parts import Parts
+from ._spool import is_full
 
 # The names of engines, as checkpoints number them.
 ENGINES = "native", "xla"
@@ -122,7 +124,13 @@ class Checkpoints:
             self._write(state, at)
 
     def _write(self, state: PyTree, at: Position) -> None:
-        self._orbax.save(self._path, {"state": state} | self._about | _stored(at), step=at.calls)
+        try:
+            self._orbax.save(self._path, {"state": state} | self._about | _stored(at), step=at.calls)
+        except (OSError, ValueError) as error:
+            if not is_full(error):
+                raise
+            reason = "No space left on device for a checkpoint. Make space, and resume from the last one"
+            raise OSError(errno.ENOSPC, reason, os.fspath(self._path)) from None
 
 
 def _stored(at: Position) -> dict[str, int]:

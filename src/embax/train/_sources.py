@@ -1,30 +1,30 @@
 """Read sequences of words from files: text, and columns of parquet and Arrow files."""
 
 import errno
-import functools
 import glob
+import itertools
 import os
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, cast
 
 from ..files import is_stream, read_column, read_text
 from ..files._formats.sequences import has_columns
-from ..files._io.error import FormatError
 from ._ahead import Ahead
-from ._text import LONGEST, Paragraph, paragraphs, words_of
+from ._text import Paragraph, blocks_of_text
+from ._tokenizers import END, Tokenizer, in_blocks, tokenizer_of
 
-# Cuts a text into words.
-Cut = Callable[[str], list[str]]
+# Characters, or items, that are cut at once: few enough to stay in the caches.
+_BLOCK = 1 << 17
 _STANDARD = "-"
 
 
 def read_sequences(
     files: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
     *,
-    tokenizer: str | os.PathLike[str] | Cut = "words",
+    tokenizer: str | os.PathLike[str] | Callable[[str], list[str]] = "words",
     lines: bool = False,
     column: str | None = None,
-) -> Iterator[Iterable[str] | list[int]]:
+) -> "FileSequences":
     r"""Read sequences of words or ids from files, one after the other, in bounded memory.
 
     Files are UTF-8 text, plain or compressed by gzip or xz, or parquet and Arrow files. In a text, each paragraph is a
@@ -41,7 +41,7 @@ def read_sequences(
         Default: plain files are recognised by their first bytes, and compressed files and streams are text.
 
     Returns:
-      An iterator of sequences. Those of strings are cut into words only when they are iterated.
+      An iterable of sequences. Texts are cut into words only when they are iterated.
 
     Raises:
       embax.files.FormatError: If a file cannot be read, or is no JSON file of a tokenizer; see `embax.files.read_text`
@@ -63,41 +63,63 @@ def read_sequences(
             "True. Leave it out."
         )
     paths = expanded([files] if isinstance(files, str | os.PathLike) else files)
-    cut = _cut_of(tokenizer)
+    cut = tokenizer_of(tokenizer)
     is_table = [column is not None or (not is_stream(path) and has_columns(path)) for path in paths]
     if lines and all(is_table):
         raise ValueError("`embax.train.read_sequences(lines=...)` must be False without text, got True. Leave it out.")
-    return _read(list(zip(paths, is_table, strict=True)), cut, lines, column)
+    return FileSequences(list(zip(paths, is_table, strict=True)), cut, lines, column)
 
 
-def _read(
-    files: list[tuple[str, bool]], cut: Cut, lines: bool, column: str | None
-) -> Iterator[Iterable[str] | list[int]]:
-    for path, is_table in files:
-        if is_table:
-            for row in read_column(path, column):
-                yield Paragraph(row, cut) if isinstance(row, str) else row
-        elif is_stream(path):  # not ahead: an interrupt could not end a thread that waits for a stream
-            yield from _of_text(read_text(path), cut, lines)
-        else:
-            with Ahead(read_text(path)) as pieces:
-                yield from _of_text(pieces, cut, lines)
+class FileSequences:
+    """The sequences of files; see `read_sequences`.
 
+    Args:
+      files: The path of each file, and whether it has columns.
+      tokenizer: Cuts texts.
+      lines: Whether each line of a text is a sequence.
+      column: The column to read.
 
-def _of_text(pieces: Iterable[str], cut: Cut, lines: bool) -> Iterator[Paragraph]:
-    return (Paragraph(line, cut) for line in _lines(pieces)) if lines else paragraphs(pieces, cut)
+    Attributes:
+      report: Called with the number of words so far while `batches` is iterated.
+    """
 
+    def __init__(self, files: list[tuple[str, bool]], tokenizer: Tokenizer, lines: bool, column: str | None):
+        self._files, self._tokenizer, self._lines, self._column = files, tokenizer, lines, column
+        self.report: Callable[[int], None] | None = None
 
-def _lines(pieces: Iterable[str]) -> Iterator[str]:
-    pending = ""
-    for piece in pieces:
-        *complete, pending = (pending + piece).split("\n")
-        yield from complete
-        if len(pending) >= LONGEST:
-            end = pending.rfind(" ") + 1 or len(pending)
-            yield pending[:end]
-            pending = pending[end:]
-    yield pending
+    def __iter__(self) -> Iterator[Iterable[str] | list[int]]:
+        for block in self._blocks():
+            for row in block:
+                yield Paragraph(row, self._tokenizer.cut) if isinstance(row, str) else row
+
+    def batches(self) -> Iterator[list[Any]]:
+        """Yield the items of many sequences at once, with `END` after each sequence."""
+        words = 0
+        for block in in_blocks(itertools.chain.from_iterable(self._blocks()), _BLOCK):
+            if isinstance(block[0], str):
+                batch = self._tokenizer.many(cast(list[str], block))
+            else:
+                batch = [item for row in block for item in (*row, END)]
+                if batch.count(END) > len(block):
+                    raise ValueError(
+                        "`embax.train.read_sequences(files=...)` must not have the zero character as a word. Leave it "
+                        "out."
+                    )
+            words += len(batch) - len(block)
+            if self.report is not None:
+                self.report(words)
+            yield batch
+
+    def _blocks(self) -> Iterator[Sequence[str | list[str] | list[int]]]:
+        """Yield some texts, or lists of items, at a time."""
+        for path, is_table in self._files:
+            if is_table:
+                yield from ([row] for row in read_column(path, self._column))
+            elif is_stream(path):  # not ahead: an interrupt could not end a thread that waits for a stream
+                yield from blocks_of_text(read_text(path), self._lines)
+            else:
+                with Ahead(read_text(path)) as pieces:
+                    yield from blocks_of_text(pieces, self._lines)
 
 
 def expanded(files: Iterable[str | os.PathLike[str]]) -> list[str]:
@@ -124,34 +146,3 @@ def expanded(files: Iterable[str | os.PathLike[str]]) -> list[str]:
         if not is_stream(path):
             open(path, "rb").close()
     return paths
-
-
-def _cut_of(tokenizer: str | os.PathLike[str] | Cut) -> Cut:
-    if tokenizer == "words":
-        return words_of
-    if tokenizer == "whitespace":
-        return str.split
-    if callable(tokenizer):
-        return tokenizer
-    return functools.partial(_tokens, _loaded(os.fspath(tokenizer)))
-
-
-def _tokens(loaded: Any, text: str) -> list[str]:
-    return loaded.encode(text, add_special_tokens=False).tokens
-
-
-def _loaded(path: str) -> Any:
-    """Read a tokenizer of the library `tokenizers`."""
-    open(path, "rb").close()  # or the library's own error would be no OSError
-    try:
-        from tokenizers import Tokenizer
-    except ImportError:
-        raise ImportError(
-            "`embax.train.read_sequences(tokenizer=...)` needs the library tokenizers for a JSON file. "
-            'Run pip install "embax[tokenizers]".'
-        ) from None
-    try:
-        return Tokenizer.from_file(path)
-    except Exception as error:  # the library raises no narrower one
-        reason = str(error).splitlines()[0][:200].rstrip(".")
-        raise FormatError(path, f'must be "words", "whitespace" or a JSON file of tokenizers ({reason}).') from None

@@ -69,7 +69,14 @@ def _named() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+        if not is_full(error):
             raise
         reason = f"{error.strerror}, for the numbered words. Set TMPDIR to a folder with more space"
         raise OSError(error.errno, reason, tempfile.gettempdir()) from None
+
+
+def is_full(error: Exception) -> bool:
+    """Whether an error says that a disk is full. That of TensorStore, by which Orbax writes, is a ValueError."""
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+    return isinstance(error, ValueError) and "RESOURCE_EXHAUSTED" in str(error)

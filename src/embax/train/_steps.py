@@ -34,7 +34,7 @@ _LEAST = np.float32(0.25)
 # The most noise words of a segment, unless it has more words. With more negatives, each of them weighs more.
 _MOST_NOISE = 256
 # The least words of a segment.
-_SHORTEST = {"skipgram": 16, "cbow": 64}
+_SHORTEST = 16
 
 
 class Plan(NamedTuple):
@@ -74,7 +74,7 @@ def plan_of(model: Model, window: int, negative: int) -> Plan:
     CBOW that is cut loses words, so its segments are longer.
     """
     needed = 3 * window + 1 if model == "skipgram" else 8 * window
-    length = max(_SHORTEST[model], -(-needed // 8) * 8)
+    length = max(_SHORTEST, -(-needed // 8) * 8)
     return Plan(model, window, negative, length, max(length, min(negative, _MOST_NOISE)))
 
 
@@ -149,7 +149,8 @@ def _skipgram(plan: Plan, x: Array, t: Array, same: Bool[Array, "segments length
 
 def _cbow(plan: Plan, x: Array, t: Array, same: Bool[Array, "segments length length"], widths: Array) -> Terms:
     # Axes: s segments, i centres, j contexts, m noise, d dim.
-    distance = np.abs(np.subtract.outer(np.arange(plan.length), np.arange(plan.length)))
+    places = np.arange(plan.length, dtype=np.int32)
+    distance = np.abs(places[:, None] - places)
     inside = same & (distance > 0)[None] & (distance[None] <= widths[:, :, None])
     contexts = inside.astype(jnp.float32)
     number = jnp.sum(contexts, axis=2)

@@ -31,11 +31,14 @@ class TensorBoard:
       OSError: If the folder cannot be made.
 
     Example:
-      ```python
-      with embax.train.TensorBoard("runs/1") as log:
-          vectors = embax.train.skipgram(sequences, progress=log.progress, after_epoch=log.after_epoch)
-          log.projector(vectors)
-      ```
+      >>> import embax.train, os, tempfile
+      >>> folder, text = tempfile.mkdtemp(), "the king holds the crown. the queen wears the crown. " * 20
+      >>> with embax.train.TensorBoard(folder) as log:
+      ...     words = embax.train.tokenize([text])
+      ...     vectors = embax.train.skipgram(words, dim=8, epochs=1, progress=log.progress, after_epoch=log.after_epoch)
+      ...     log.projector(vectors)
+      >>> sorted(os.listdir(folder))[1:]
+      ['metadata.tsv', 'projector_config.pbtxt', 'tensors.tsv']
     """
 
     def __init__(self, folder: str | os.PathLike[str]):

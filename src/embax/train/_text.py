@@ -10,15 +10,13 @@ import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 
 # A blank line ends a paragraph; lines of verse and wrapped lines belong together.
-_PARAGRAPH = re.compile(r"\n[^\S\n]*\n")
+_PARAGRAPH, _LINE = re.compile(r"\n[^\S\n]*\n"), re.compile(r"\n")
 # The zero-width non-joiner and joiner: inside a word, they control how letters join (Unicode Annex 29, rule WB4).
 _JOINERS = "\u200c\u200d"
-# ASCII letters in lower case, digits and apostrophes; a space for each other character.
-_ASCII = bytes(
-    ord(chr(code).lower()) if code < 128 and (chr(code).isalnum() or code == 39) else 32 for code in range(256)
-)
+# ASCII letters in lower case, digits, apostrophes and zero characters; a space for each other character.
+_ASCII = bytes(ord(x.lower()) if x.isascii() and (x.isalnum() or x in "'\0") else 32 for x in map(chr, range(256)))
 # The most characters of a paragraph. A longer one, such as a whole corpus on one line, is cut.
-LONGEST = 1 << 20
+_LONGEST = 1 << 20
 
 
 class Paragraph:
@@ -55,17 +53,29 @@ def paragraphs(pieces: Iterable[str], cut: Callable[[str], list[str]] | None = N
       >>> [list(words) for words in embax.train.paragraphs(["Bright angel!\n\n***\n\nO, speak."])]
       [['bright', 'angel'], [], ['o', 'speak']]
     """
+    for block in blocks_of_text(pieces):
+        yield from (Paragraph(text, cut) for text in block)
+
+
+def blocks_of_text(pieces: Iterable[str], lines: bool = False) -> Iterator[list[str]]:
+    """Cut text into lists of paragraphs, or of lines, each of about a million characters.
+
+    Args:
+      pieces: As in `tokenize`.
+      lines: Whether to cut into lines.
+    """
+    split = _LINE.split if lines else _PARAGRAPH.split
     pending = ""
     for piece in pieces:
         pending += piece
-        if len(pending) >= LONGEST:
-            complete = _PARAGRAPH.split(pending)
+        if len(pending) >= _LONGEST:
+            complete = split(pending)
             pending = complete.pop()
             if not complete:
                 end = pending.rfind(" ") + 1 or pending.rfind("\n") + 1 or len(pending)
                 complete, pending = [pending[:end]], pending[end:]
-            yield from (Paragraph(text, cut) for text in complete)
-    yield from (Paragraph(text, cut) for text in _PARAGRAPH.split(pending))
+            yield complete
+    yield split(pending)
 
 
 def tokenize(pieces: Iterable[str]) -> Iterator[list[str]]:
@@ -95,15 +105,15 @@ def tokenize(pieces: Iterable[str]) -> Iterator[list[str]]:
 def words_of(text: str) -> list[str]:
     """Cut text into lower-cased words, as `tokenize` describes."""
     if text.isascii():
-        return _ascii_words(text)
+        return ascii_words(text.replace("\0", " "))
     # Drop soft hyphens first: a combining mark behind one belongs to the letter before it.
     text = unicodedata.normalize("NFC", text.replace("\u00ad", "")).replace("\u2019", "'")
     word = _any_word(has_joiners=any(joiner in text for joiner in _JOINERS))
     return word.findall(text.lower().replace("_", " "))
 
 
-def _ascii_words(text: str) -> list[str]:
-    # Twice as fast as a regular expression.
+def ascii_words(text: str) -> list[str]:
+    """Cut ASCII text, twice as fast as by a regular expression; zero characters are kept."""
     marked = text.encode().translate(_ASCII)
     if b"'" in marked:  # only single ones between letters belong to words
         marked = b" %b " % marked.replace(b"''", b"  ")
