@@ -47,6 +47,10 @@ class RowGrad(HeldRows, metaclass=_KindOfRowGrad):
     and arithmetic. You may also pass a bare RowGrad in place of a Table; `dataclasses.replace(table,
     weight=RowGrad(...))` wraps it.
 
+    The gradient of bags is held as one value for each bag (`held`), and `values` is computed when it is asked for.
+    Sums, scaling, `psum` and native kernels work with one value for each bag. The leaves of the pytree are `values` and
+    the ids, so a result of `jax.jit`, `jax.vmap` or `jax.tree.map` has a value for each id.
+
     Leading axes are lanes, each with a gradient of its own: `jax.vmap` makes them for gradients by example, and
     `jax.lax.scan` for the gradients of its steps. `g.sum(axis=0)` joins lanes to the gradient of their sum, for
     gradient accumulation. Optimizers and `apply_updates` take such sums, and refuse lanes.
