@@ -29,7 +29,8 @@ from .._base.distinct import accumulator
 from .._base.tangents import with_tangent
 from .._core import ids as _ids
 from .._core.dense import DENSE
-from .._core.lookup import constant, read_resolved, rows_of_tangent
+from .._core.lookup import constant, read_of_tangent, read_resolved, rows_of_tangent
+from .._core.read_bags import read_bags
 from .._core.storage import Storage
 from .._core.table import Table, with_weight
 from .ragged import segments_of
@@ -117,8 +118,29 @@ def _by_rows(
     tangent: Shaped[Array, "rows *dim"], ids: Any, counted: Any, weights: Any, offsets: Any, rules: Table, shape: Any
 ) -> Float[Array, "*bags_dim"]:
     """The tangent of the sums for a tangent of the table's weight."""
+    layout = BagLayout(shape, offsets)
+    if _one_value_a_bag(rules, tangent, ids, weights, layout):
+        flat_ids, flat_counted = jnp.ravel(ids), jnp.ravel(counted)
+        wide, named = read_of_tangent(rules, tangent, flat_ids, flat_counted)
+        bag_of = None if offsets is None else _bag_of(offsets, ids.size)
+        # Weights that do not count may be NaN.
+        factors = None if weights is None else jnp.where(flat_counted, jnp.ravel(weights), jnp.zeros((), weights.dtype))
+        sums = read_bags(wide, named, math.prod(shape), bag_of, factors, rules.storage)
+        return jnp.reshape(sums, (*shape, *sums.shape[1:]))
     rows = rows_of_tangent(rules, tangent, ids, counted)
-    return _summed(_terms(rows, counted, weights), BagLayout(shape, offsets), rules.storage)
+    return _summed(_terms(rows, counted, weights), layout, rules.storage)
+
+
+def _one_value_a_bag(rules: Table, tangent: Array, ids: Array, weights: Array | None, layout: BagLayout) -> bool:
+    """Whether the gradient of the table is held as one value for each bag: if this is exact, and saves memory."""
+    if rules.scale_grad_by_freq or not rules.storage.reads_bags(tangent, ids):
+        return False
+    if not all(isinstance(n, int) for n in (*ids.shape, *layout.shape)):  # an exported shape may have symbols
+        return False
+    # A weighted gradient in bfloat16 would be rounded before it is weighted.
+    if weights is not None and accumulator(tangent.dtype) != tangent.dtype:
+        return False
+    return 0 < math.prod(layout.shape) < ids.size
 
 
 def _by_weights(

@@ -13,6 +13,7 @@ from jaxtyping import Array, PyTree
 
 from .._base import distinct as _distinct
 from .._base.axes import explicit_sharding, on_every_device
+from .._base.by_bag import Held
 from .._base.distinct import Distinct, Slots
 from .._base.loops import varying_alike, with_auto_axes
 from .._kernels import combine as _combine
@@ -173,7 +174,7 @@ class Dense(Storage):
         return _added(self, leaf, ids, values)
 
     def step_by_kernel(
-        self, plain: Sequence[Array], arrays: Sequence[Array], ids: Array, values: Array, how: _step.Step
+        self, plain: Sequence[Array], arrays: Sequence[Array], ids: Array, values: Held, how: _step.Step
     ) -> list[Array]:
         """Run the kernel of the optimizer, on a CPU."""
         return _step.step(plain, arrays, self.positions(ids, arrays[0].shape[0]), values, how)
@@ -187,6 +188,10 @@ class Dense(Storage):
         return array
 
     # ---- Bags.
+
+    def reads_bags(self, tangent: Array, ids: Array) -> bool:
+        """Unless an array is on explicit mesh axes, which JAX can neither merge nor split."""
+        return explicit_sharding(tangent) is None and explicit_sharding(ids) is None
 
     def bags_by_kernel(
         self, plain: Array, table: Any, ids: Array, counted: Array, weights: Array | None, offsets: Array | None

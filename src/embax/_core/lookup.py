@@ -138,13 +138,20 @@ def rows_of_tangent(
       The tangent of each row that was read.
     """
     table = with_weight(rules, tangent)
+    wide, named = read_of_tangent(rules, tangent, ids, counted)
+    return gradient_rules(table, ids, read_rows(wide, named, table.storage)).astype(table.dtype)
+
+
+def read_of_tangent(
+    rules: Table, tangent: Shaped[Array, "rows *dim"], ids: Int[Array, "*batch"], counted: Bool[Array, "*batch"] | None
+) -> tuple[Shaped[Array, "rows *dim"], Int[Array, "*batch"]]:
+    """Return the tangent and the ids that `read_rows` is called with: ids without a gradient become `rows`."""
+    table = with_weight(rules, tangent)
     # At least float32, since the transpose adds up duplicates: 4096 bfloat16 ones would sum to 256. XLA fuses the cast
     # of the whole tangent into the read.
     wide = tangent.astype(accumulator(table.dtype))
     named = _ids.trained(ids, table)
-    if counted is not None:
-        named = jnp.where(counted, named, table.rows)
-    return gradient_rules(table, ids, read_rows(wide, named, table.storage)).astype(table.dtype)
+    return wide, named if counted is None else jnp.where(counted, named, table.rows)
 
 
 def _or_first(table: Table, ids: Int[Array, "*batch"], counted: Bool[Array, "*batch"] | None) -> Int[Array, "*batch"]:

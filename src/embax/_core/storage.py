@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from jaxtyping import Array, Bool, Float, Int, Int32, PyTree, Shaped
 
+from .._base.by_bag import Held
 from .._base.distinct import Distinct, Slots
 from .layout import Split
 from .stored_rows import StoredRows
@@ -182,8 +183,8 @@ class Storage(abc.ABC):
     ) -> tuple[Slots, Distinct, Any]:
         """Sum the values of equal ids, in float32 or wider.
 
-        `values` is an array `(ids, *dim)`, or a pair of such an array and one of shape `(ids,)`. The last result is 1
-        if so many ids had the same owner that other devices had to take over some of its sums.
+        `values` is an array `(ids, *dim)`, a `ByBag`, or a pair of an array and one of shape `(ids,)`. The last
+        result is 1 if so many ids had the same owner that other devices had to take over some of its sums.
         """
 
     @abc.abstractmethod
@@ -210,12 +211,13 @@ class Storage(abc.ABC):
         plain: Sequence[Array],
         arrays: Sequence[Array],
         ids: Int[Array, " ids"],
-        values: Float[Array, "ids *dim"],
+        values: Held,
         how: Any,
     ) -> list[Array]:
         """Run a step of an optimizer by a kernel; return the plain result if there is no kernel.
 
-        The arrays are the weight and the state of a table, and `how` is a `_kernels.step.Step`.
+        The values are an array `(ids, *dim)`, or a `ByBag`. The arrays are the weight and the state of a table, and
+        `how` is a `_kernels.step.Step`.
         """
         return list(plain)
 
@@ -243,6 +245,10 @@ class Storage(abc.ABC):
     ) -> Float[Array, "*bags_dim"]:
         """Sum the rows of bags; `pool(table, ids, counted, weights)` does it for a dense table."""
         raise NotImplementedError
+
+    def reads_bags(self, tangent: Weight, ids: Int[Array, "*batch"]) -> bool:
+        """Whether the tangent of bags is to be read by `read_bags`, so that the gradient has one value for each bag."""
+        return False
 
     def bags_by_kernel(
         self,

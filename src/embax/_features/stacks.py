@@ -105,7 +105,7 @@ def cut_out(stack: PyTree, member: Member) -> PyTree:
     end = member.start + member.rows
     if isinstance(stack, RowGrad):
         ids = jnp.where((stack.ids >= member.start) & (stack.ids < end), stack.ids - member.start, member.rows)
-        rows = row_grad(ids, stack.values, member.rows)
+        rows = row_grad(ids, stack.held, member.rows)
         if not isinstance(stack, Table):
             return rows
         storage = stack.storage.with_rows(member.rows)

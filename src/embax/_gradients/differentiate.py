@@ -16,6 +16,8 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jaxtyping import Array, PyTree
 
+from .._base import by_bag
+from .._base.by_bag import ByBag, Held
 from .._core import ids as _ids
 from .._core.table import Table, is_table, with_weight
 from ._analysis.equations import without_constants
@@ -228,7 +230,7 @@ def _of_terms(table: Table, value: Array, terms: Sequence[Term]) -> PyTree:
     rows = [x for x in reversed(terms) if isinstance(x, Rows)]  # in the order of the lookups
     whole = [x for x in terms if not isinstance(x, Rows)]
     ids = [after_loss(value, _ids.narrow(x.ids, table.rows, jnp)) for x in rows]
-    of_rows = gathered(table, ids, [x.values for x in rows])
+    of_rows = gathered(table, ids, [x.held for x in rows])
     if not whole:
         return of_rows
     total = with_weight(table, sum(whole[1:], start=whole[0]))
@@ -265,14 +267,21 @@ def _none_read(table: Table) -> PyTree:
     return no_rows(table)
 
 
-def gathered(table: Table, ids: Sequence[Array], cotangents: Sequence[Array]) -> RowGrad:
+def gathered(table: Table, ids: Sequence[Array], cotangents: Sequence[Held]) -> RowGrad:
     """Concatenate the gradients of a table's lookups into one RowGrad."""
     if not ids:
         return _none_read(table)
     storage = table.storage
-    values = [storage.flat(x, (n.size, *table.dim)) for x, n in zip(cotangents, ids, strict=True)]
-    flat_ids = storage.joined([storage.flat(n, (n.size,)) for n in ids], table.rows)
-    return row_grad(flat_ids, storage.joined(values, 0), table.rows)
+    values: list[Held] = [
+        x.flat(n) if isinstance(x, ByBag) else storage.flat(x, (n.size, *table.dim))
+        for x, n in zip(cotangents, ids, strict=True)
+    ]
+    flat_ids = [storage.flat(n, (n.size,)) for n in ids]
+    if any(isinstance(x, ByBag) for x in values):
+        held = values[0] if len(values) == 1 else by_bag.joined(list(zip(flat_ids, values, strict=True)))
+    else:
+        held = storage.joined(values, 0)
+    return row_grad(storage.joined(flat_ids, table.rows), held, table.rows)
 
 
 def after_loss(value: Array, ids: Array) -> Array:

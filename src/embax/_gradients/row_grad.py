@@ -4,14 +4,19 @@ For instance, a loss that looks up the ids `[4, 1, 4]` of a table of a million r
 of values, in which row 4 occurs twice. `row_keys` stores the ids, and `row_sums` sums rows.
 """
 
+import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Inexact, Int, Key, PyTree, Shaped
+from jax.core import Tracer
+from jaxtyping import Array, Inexact, Int, Key, PyTree
 
+from .._base import by_bag
 from .._base import check as _check
+from .._base.by_bag import ByBag, Held
 from .._core.held_rows import HeldRows, bare, is_label
 from .._core.table import Table
 from . import row_checks, row_sums
@@ -42,6 +47,10 @@ class RowGrad(HeldRows, metaclass=_KindOfRowGrad):
     and arithmetic. You may also pass a bare RowGrad in place of a Table; `dataclasses.replace(table,
     weight=RowGrad(...))` wraps it.
 
+    The gradient of bags is held as one value for each bag (`held`), and `values` is computed when it is asked for.
+    Sums, scaling, `psum` and native kernels work with one value for each bag. The leaves of the pytree are `values` and
+    the ids, so a result of `jax.jit`, `jax.vmap` or `jax.tree.map` has a value for each id.
+
     Leading axes are lanes, each with a gradient of its own: `jax.vmap` makes them for gradients by example, and
     `jax.lax.scan` for the gradients of its steps. `g.sum(axis=0)` joins lanes to the gradient of their sum, for
     gradient accumulation. Optimizers and `apply_updates` take such sums, and refuse lanes.
@@ -71,10 +80,11 @@ class RowGrad(HeldRows, metaclass=_KindOfRowGrad):
       (1000, 2)
     """
 
-    __slots__ = ("_keys", "at_owners", "rows", "values")
+    __slots__ = ("_expanded", "_held", "_keys", "at_owners", "rows")
     __array_ufunc__ = None  # so that NumPy leaves `numpy_scalar * g` to `__rmul__`
     _keys: Key[Array, "*lanes length"]
-    values: Float[Array, "*lanes_length_dim"]
+    _held: Held  # the values, or one for each bag
+    _expanded: Array | None  # the values once they were expanded, if they are concrete
     rows: int
     at_owners: bool  # whether each row of a sharded table is on its owner, as `Storage.combine` leaves it
 
@@ -89,6 +99,23 @@ class RowGrad(HeldRows, metaclass=_KindOfRowGrad):
         return decode(self._keys, self.rows)
 
     @property
+    def values(self) -> PyTree:
+        """One value for each id, `(*lanes, length, *dim)`."""
+        if not isinstance(self._held, ByBag):
+            return self._held
+        if self._expanded is not None:
+            return self._expanded
+        values = self._held.expanded(self.ids)
+        if not isinstance(values, Tracer):  # a tracer may belong to an inner program
+            self._expanded = values
+        return values
+
+    @property
+    def held(self) -> Held:
+        """The values as they are held: an array, or a `ByBag`."""
+        return self._held
+
+    @property
     def lanes(self) -> tuple[int, ...]:
         """The sizes of the leading axes, `()` for a gradient without lanes."""
         return tuple(self._keys.shape[:-1])
@@ -96,12 +123,13 @@ class RowGrad(HeldRows, metaclass=_KindOfRowGrad):
     @property
     def dim(self) -> tuple[int, ...]:
         """The sizes of a row's axes."""
-        return tuple(self.values.shape[self._keys.ndim :])
+        held = self._held.values if isinstance(self._held, ByBag) else self._held
+        return tuple(held.shape[self._keys.ndim :])
 
     @property
     def dtype(self) -> np.dtype:
         """The dtype of the values."""
-        return self.values.dtype
+        return self._held.dtype
 
     def to_dense(self) -> Inexact[Array, "*lanes_rows_dim"]:
         """Return the gradient as an array of all rows; duplicates are summed in float32 or wider."""
@@ -164,6 +192,9 @@ class RowGrad(HeldRows, metaclass=_KindOfRowGrad):
         """
         words = jax.lax.all_gather(jax.random.key_data(self._keys), axis_name)
         keys = jax.random.wrap_key_data(words, impl=KEYS)
+        if isinstance(self._held, ByBag):  # then there are no lanes
+            groups = jax.tree.map(lambda x: jax.lax.all_gather(x, axis_name), self._held)
+            return _fill(object.__new__(RowGrad), jnp.ravel(keys), groups.flat(keys), self.rows, self.at_owners)
         values = jax.lax.all_gather(self.values, axis_name)
         return _fill(object.__new__(RowGrad), keys, values, self.rows, self.at_owners).sum(axis=0)
 
@@ -184,7 +215,12 @@ class RowGrad(HeldRows, metaclass=_KindOfRowGrad):
                 f"`RowGrad + RowGrad` must have the same lanes, got {self.lanes} and {other.lanes}. Sum lanes first: "
                 "g.sum(axis=0)."
             )
-        keys, values = row_sums.together((self._keys, self.values), (other._keys, other.values))
+        held = [x._held if isinstance(x._held, ByBag) else x.values for x in (self, other)]
+        if any(isinstance(x, ByBag) for x in held):  # then there are no lanes
+            values = by_bag.joined([(self._keys, held[0]), (other._keys, held[1])])
+            keys = jnp.concatenate([self._keys, other._keys])
+        else:
+            keys, values = row_sums.together((self._keys, held[0]), (other._keys, held[1]))
         return _fill(object.__new__(RowGrad), keys, values, self.rows)
 
     __radd__ = __add__
@@ -199,7 +235,7 @@ class RowGrad(HeldRows, metaclass=_KindOfRowGrad):
     __rsub__ = __sub__
 
     def __neg__(self) -> "RowGrad":
-        return self._with_values(-self.values)
+        return self._mapped(jnp.negative)
 
     def __pos__(self) -> "RowGrad":
         return self
@@ -207,17 +243,18 @@ class RowGrad(HeldRows, metaclass=_KindOfRowGrad):
     def __mul__(self, factor: PyTree) -> "RowGrad":
         if isinstance(factor, RowGrad) or not row_checks.is_factor(factor, "factor * RowGrad"):
             return NotImplemented
-        return self._with_values(self.values * jnp.asarray(factor, self.dtype))
+        return self._mapped(lambda values: values * jnp.asarray(factor, self.dtype))
 
     __rmul__ = __mul__
 
     def __truediv__(self, divisor: PyTree) -> "RowGrad":
         if isinstance(divisor, RowGrad) or not row_checks.is_factor(divisor, "RowGrad / divisor"):
             return NotImplemented
-        return self._with_values(self.values / jnp.asarray(divisor, self.dtype))
+        return self._mapped(lambda values: values / jnp.asarray(divisor, self.dtype))
 
-    def _with_values(self, values: PyTree) -> "RowGrad":
-        return _fill(object.__new__(RowGrad), self._keys, values, self.rows, self.at_owners)
+    def _mapped(self, function: Callable[[Array], Array]) -> "RowGrad":
+        held = self._held.mapped(function) if isinstance(self._held, ByBag) else function(self._held)
+        return _fill(object.__new__(RowGrad), self._keys, held, self.rows, self.at_owners)
 
     def label(self) -> PyTree:
         """The label of the values, if the leaves are labels; else the node itself."""
@@ -228,18 +265,18 @@ class RowGrad(HeldRows, metaclass=_KindOfRowGrad):
         return _fill(object.__new__(RowGrad), None, None, self.rows, self.at_owners)
 
     def __repr__(self) -> str:
-        values = self.values
-        if not (hasattr(values, "shape") and hasattr(values, "dtype")):
-            return f"RowGrad(of {self.rows} rows, {values!r})"
-        shape = ",".join(map(str, values.shape))
+        held = self._held.values if isinstance(self._held, ByBag) else self._held
+        if not (hasattr(held, "shape") and hasattr(held, "dtype")):
+            return f"RowGrad(of {self.rows} rows, {held!r})"
+        shape = ",".join(map(str, (*self._keys.shape, *held.shape[self._keys.ndim :])))
         lanes = f"lanes {self.lanes}, each of " if self.lanes else ""
-        return f"RowGrad({lanes}{self._keys.shape[-1]} ids of {self.rows} rows, {values.dtype}[{shape}])"
+        return f"RowGrad({lanes}{self._keys.shape[-1]} ids of {self.rows} rows, {held.dtype}[{shape}])"
 
 
-def row_grad(
-    ids: Int[Array, " length"], values: Shaped[Array, "length *dim"], rows: int, *, at_owners: bool = False
-) -> RowGrad:
-    """`RowGrad` without its checks; any id outside of `[0, rows)` means no row."""
+def row_grad(ids: Int[Array, " length"], values: Held, rows: int, *, at_owners: bool = False) -> RowGrad:
+    """`RowGrad` without its checks; any id outside of `[0, rows)` means no row, and values may be a `ByBag`."""
+    if isinstance(values, ByBag):  # of a table that may be a part of another one
+        values = dataclasses.replace(values, rows=rows)
     return _fill(object.__new__(RowGrad), encode(ids, rows), values, rows, at_owners)
 
 
@@ -249,8 +286,9 @@ def no_rows(table: Table) -> RowGrad:
     return row_grad(jnp.zeros(0, jnp.int32), jnp.zeros((0, *table.dim), dtype), table.rows)
 
 
-def _fill(gradient: RowGrad, keys: Any, values: PyTree, rows: int, at_owners: bool = False) -> RowGrad:
-    gradient._keys, gradient.values, gradient.rows, gradient.at_owners = keys, values, rows, at_owners
+def _fill(gradient: RowGrad, keys: Any, held: PyTree, rows: int, at_owners: bool = False) -> RowGrad:
+    gradient._keys, gradient._held, gradient.rows, gradient.at_owners = keys, held, rows, at_owners
+    gradient._expanded = None
     return gradient
 
 

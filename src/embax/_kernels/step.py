@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Primitive
 from jaxtyping import Array, Float, Int
 
+from .._base.by_bag import Held, for_kernel
 from .._base.distinct import accumulator
 from .library import has
 from .primitive import FLOATS, Outs, call, fits, primitive
@@ -27,7 +27,7 @@ def step(
     plain: Sequence[Array],
     arrays: Sequence[Array],
     ids: Int[Array, " ids"],
-    values: Float[Array, "ids *dim"],
+    values: Held,
     how: Step,
 ) -> list[Array]:
     """Sum the gradients of each row, and update the row and its state.
@@ -36,16 +36,17 @@ def step(
       plain: The arrays after the step by plain JAX.
       arrays: The table, and the arrays of its state in the order of the library.
       ids: Row numbers; a number outside of `[0, rows)` stands for no row.
-      values: The gradient for each id.
+      values: The gradient of each id, or a `ByBag`, whose gradients the kernel reads once for each bag.
       how: The optimizer and its numbers.
 
     Returns:
       The arrays after the step, updated in place if the old ones are not used afterwards.
     """
-    if not _has_kernel(arrays, ids, values, how):
+    *of_ids, length = for_kernel(ids, values)
+    if not _has_kernel(arrays, ids, of_ids[0], how):
         return list(plain)
     scalars = how.scalars.astype(accumulator(arrays[0].dtype))
-    return STEPS[how.optimizer].bind(*plain, *arrays, ids, values, scalars, decays=how.decays)
+    return STEPS[how.optimizer].bind(*plain, *arrays, ids, *of_ids, scalars, length=length, decays=how.decays)
 
 
 def _has_kernel(arrays: Sequence[Array], ids: Array, values: Array, how: Step) -> bool:
@@ -54,20 +55,18 @@ def _has_kernel(arrays: Sequence[Array], ids: Array, values: Array, how: Step) -
         has(how.optimizer)
         and all(x.dtype in FLOATS for x in arrays)
         and values.dtype == table.dtype
-        and values.shape == (*ids.shape, *table.shape[1:])
+        and values.shape[1:] == table.shape[1:]
         and fits(*arrays, values, ids=ids)
     )
 
 
 def _primitive(name: Optimizer, arrays: int) -> Primitive:
-    def by_kernel(outs: Outs, *args: Array, decays: bool) -> list[Array]:
-        *of_rows, scalars = args
-        no_bags, no_factors = jnp.zeros(0, jnp.int32), jnp.zeros(0, jnp.float32)
-        attributes = {"length": np.int64(1), "decay": np.int32(2 if decays else 0)}
+    def by_kernel(outs: Outs, *args: Array, length: int, decays: bool) -> list[Array]:
+        attributes = {"length": np.int64(length), "decay": np.int32(2 if decays else 0)}
         if name == "step_adam":
             attributes["nesterov"] = np.int32(0)
         aliases = {i: i for i in range(arrays)}
-        return call(name, outs, *of_rows, no_bags, no_factors, scalars, aliases=aliases, **attributes)
+        return call(name, outs, *args, aliases=aliases, **attributes)
 
     return primitive(name, by_kernel, results=arrays, plain_derivative=True)
 

@@ -12,6 +12,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, PyTree
 
 from .._base.axes import is_explicit, laid_out
+from .._base.by_bag import expanded
 from .._base.distinct import Distinct, Slots, accumulator
 from .._base.dtypes import index_dtype
 from .._core.layout import Split
@@ -215,7 +216,7 @@ class Sharded(Storage):
     ) -> tuple[Slots, Distinct, Array | int]:
         """Sum at the owners. A second array travels as one more column of the first, in the same exchange."""
         if not isinstance(values, tuple):
-            return slots, *_sharded.combine(self.placement, ids, values, dim)
+            return slots, *_sharded.combine(self.placement, ids, expanded(ids, values), dim)
         wide = jnp.concatenate([values[0], values[1][:, None]], axis=1)
         distinct, crowded = _sharded.combine(self.placement, ids, wide, (wide.shape[1],))
         return slots, distinct._replace(values=(distinct.values[:, :-1], distinct.values[:, -1])), crowded

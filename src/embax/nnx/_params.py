@@ -9,6 +9,7 @@ from .._core import modules as _modules
 from .._core.held import as_table, held
 from .._core.modules import OfTable, copied
 from .._core.table import Table, shared_rules
+from .._gradients.row_grad import RowGrad
 from ._embedding import Embedding
 
 
@@ -42,7 +43,8 @@ def tree_of(state: PyTree, tables: Mapping[int, Table]) -> PyTree:
     def value(variable: PyTree) -> PyTree:
         if not isinstance(variable, nnx.Variable):
             return variable
-        value = variable.get_value()
+        raw = variable.get_raw_value()
+        value = raw if isinstance(raw, RowGrad) else variable.get_value()  # which copies it by its leaves, too
         return as_table(tables[id(variable)], value) if id(variable) in tables else value  # may be a Table itself
 
     return _mapped(state, value)
@@ -55,7 +57,10 @@ def with_values(state: PyTree, tree: PyTree) -> PyTree:
         if not isinstance(variable, nnx.Variable):
             return value
         of_layer = isinstance(value, Table) and not isinstance(variable.get_value(), Table)
-        return variable.replace(held(value) if of_layer else value)
+        value = held(value) if of_layer else value
+        if isinstance(value, RowGrad):  # `replace` would copy it by its leaves, and so expand the gradients of bags
+            return type(variable).from_metadata(value, variable.get_metadata())
+        return variable.replace(value)
 
     mapped = _mapped(state, replaced, tree)
     return nnx.State(mapped) if isinstance(state, Mapping) else mapped

@@ -68,8 +68,8 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
         for leaf, number in zip(leaves, numbers, strict=True):
             if isinstance(leaf, RowGrad):
                 refuse_lanes(call, leaf)
-            if isinstance(leaf, RowGrad) and leaf.values.shape[0]:
-                kept, summed = combine(None if number is None else slots[number], leaf.ids, leaf.values, leaf.rows)
+            if isinstance(leaf, RowGrad) and leaf.ids.shape[0]:
+                kept, summed = combine(None if number is None else slots[number], leaf.ids, leaf.held, leaf.rows)
                 if number is not None:
                     slots[number] = kept
                 distinct.append(summed.values)

@@ -188,12 +188,12 @@ def _summed_by_row(
             together[leaf.number] = None
             continue
         table = leaf.param
-        ids, values = _ids.trained(leaf.gradient.ids, table), leaf.gradient.values
+        ids = _ids.trained(leaf.gradient.ids, table)
         if leaf.kind == "scaled":  # the sum of the updates is the update of the sum
-            alone[place] = _dedupe.Distinct(ids, values, jnp.int32(ids.shape[0]))
+            alone[place] = _dedupe.Distinct(ids, leaf.gradient.values, jnp.int32(ids.shape[0]))
             continue
-        of_table = slots[leaf.number]
-        slots[leaf.number], rows, more = table.storage.combine(of_table, ids, values, table.rows, table.dim)
+        of_table, held = slots[leaf.number], leaf.gradient.held
+        slots[leaf.number], rows, more = table.storage.combine(of_table, ids, held, table.rows, table.dim)
         crowded += more
         if leaf.kind == "joint":
             together[leaf.number] = rows

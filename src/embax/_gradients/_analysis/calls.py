@@ -182,8 +182,8 @@ def _run_scan(
 
 
 def _steps_after_lanes(rows: Rows, type_: Any) -> Rows:
-    lanes = type_.ndim - 1 - (rows.values.ndim - rows.ids.ndim)
-    return Rows(jnp.moveaxis(rows.ids, 0, lanes), jnp.moveaxis(rows.values, 0, lanes), rows.axes)
+    lanes = type_.ndim - 1 - rows.dim
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, lanes), rows)
 
 
 def _run_cond(

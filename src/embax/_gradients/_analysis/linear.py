@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from jax.extend.core import JaxprEqn, Literal
 
+from ..._core.read_bags import add_bags_p
 from ..._core.read_rows import add_rows_p, all_rows_p
 from .equations import NO_AXES, shape_of
 from .opening import Kind, Lanes, Opening, is_zero
@@ -92,10 +93,11 @@ def _selected(eqn: JaxprEqn) -> Opening:
 
 
 def _added(eqn: JaxprEqn) -> Opening:
-    _, ids = eqn.invars
+    _, ids, *_ = eqn.invars
     spec = eqn.params["spec"]
+    spec = spec.of_rows if eqn.primitive is add_bags_p else spec
     kind = Kind(spec.lanes, spec.storage)
-    return Opening({}, (0, 1), math.prod(shape_of(ids)), frozenset({NO_AXES}), frozenset({kind}))
+    return Opening({}, range(len(eqn.invars)), math.prod(shape_of(ids)), frozenset({NO_AXES}), frozenset({kind}))
 
 
 def _joined(eqn: JaxprEqn) -> Opening | None:
@@ -124,6 +126,7 @@ _OPENINGS: dict[str, Callable[..., Opening | None]] = {
     "neg": _mapped,
     "select_n": _selected,
     add_rows_p.name: _added,
+    add_bags_p.name: _added,
     "reduce_sum": _joined,
     "psum_invariant": _summed_over_devices,
 }

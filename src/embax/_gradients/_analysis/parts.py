@@ -105,7 +105,7 @@ def _all_rows(array: Array, lanes: int) -> Rows:
 
 
 def _lanes(rows: Rows, v: Any) -> int:
-    return len(shape_of(v)) - 1 - (rows.values.ndim - rows.ids.ndim)
+    return len(shape_of(v)) - 1 - rows.dim
 
 
 # ---- slice and split: the gradients of padding and of concatenation.

@@ -1,25 +1,48 @@
 """Rows: a term of a gradient that is zero except for some rows.
 
-For instance, `Rows(ids=[1, 3, 9], values=[u, v, w])` of an array of 4 rows is `[0, u, 0, v]`: there is no row 9.
+For instance, `Rows([1, 3, 9], [u, v, w])` of an array of 4 rows is `[0, u, 0, v]`: there is no row 9. The rows of bags
+are held as one value for each bag, see `ByBag`, as long as no rule asks for the values of their ids.
 """
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 
 from ..._base.axes import on_every_device
+from ..._base.by_bag import ByBag, Held, expanded
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["ids", "values"], meta_fields=["axes"])
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["ids", "held"], meta_fields=["axes"])
 @dataclasses.dataclass(frozen=True)
 class Rows:
     """Rows to be added to zeros; an id outside of the array stands for no row."""
 
     ids: Any  # (*lanes, *batch)
-    values: Any  # (*lanes, *batch, *dim)
+    held: Held  # (*lanes, *batch, *dim), or a ByBag
     axes: frozenset[str] = frozenset()  # in a `shard_map`: the mesh axes whose devices' rows are still to be added up
+
+    @property
+    def values(self) -> Any:
+        """A value for each id, (*lanes, *batch, *dim)."""
+        return expanded(self.ids, self.held)
+
+    @property
+    def dim(self) -> int:
+        """The number of axes of a row."""
+        array = self.held.values if isinstance(self.held, ByBag) else self.held
+        return array.ndim - self.ids.ndim
+
+    def mapped(self, function: Callable[[Any], Any]) -> "Rows":
+        """Map the values by a function that treats each number alone, and is linear."""
+        held = self.held.mapped(function) if isinstance(self.held, ByBag) else function(self.held)
+        return dataclasses.replace(self, held=held)
+
+    def with_values(self, values: Any) -> "Rows":
+        """The same rows with other values."""
+        return dataclasses.replace(self, held=values)
 
 
 Term = Any  # Rows, or an array of all rows

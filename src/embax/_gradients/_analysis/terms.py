@@ -9,6 +9,7 @@ A term is an array of all rows, or `Rows`. The example of `linear`, with the ids
 """
 
 import dataclasses
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,6 +20,8 @@ from jax.sharding import NamedSharding, PartitionSpec, reshard
 from jaxtyping import Array, PyTree
 
 from ..._base.axes import explicit_sharding, is_explicit
+from ..._base.by_bag import ByBag
+from ..._core.read_bags import add_bags_p
 from ..._core.read_rows import add_rows_p
 from .equations import shape_of
 from .opening import Opening
@@ -49,10 +52,7 @@ def terms_of(
 
 
 def _each(terms: Sequence[Term], function: Callable[[Any], Any]) -> list[Term]:
-    return [
-        dataclasses.replace(term, values=function(term.values)) if isinstance(term, Rows) else function(term)
-        for term in terms
-    ]
+    return [term.mapped(function) if isinstance(term, Rows) else function(term) for term in terms]
 
 
 def _terms_of_sum(eqn: JaxprEqn, read: Any, terms: PyTree) -> list[Term]:
@@ -68,12 +68,14 @@ def _terms_of_map(eqn: JaxprEqn, read: Any, terms: PyTree) -> list[Term]:
 
 def _terms_of_scaled(eqn: JaxprEqn, read: Any, terms: PyTree, summed: int) -> list[Term]:
     factor = read(eqn.invars[1 - summed])
+    apply = operator.truediv if eqn.primitive.name == "div" else operator.mul
 
     def scaled(term: Term) -> Term:
-        by = _at_rows(factor, eqn, term) if isinstance(term, Rows) else factor
-        values = term.values if isinstance(term, Rows) else term
-        values = values / by if eqn.primitive.name == "div" else values * by
-        return dataclasses.replace(term, values=values) if isinstance(term, Rows) else values
+        if not isinstance(term, Rows):
+            return apply(term, factor)
+        if jnp.ndim(factor) == 0:
+            return term.mapped(lambda values: apply(values, factor))
+        return term.with_values(apply(term.values, _at_rows(factor, eqn, term)))
 
     return [scaled(term) for term in terms(eqn.invars[summed])]
 
@@ -89,7 +91,7 @@ def _at_rows(array: Any, eqn: JaxprEqn, rows: Rows) -> PyTree:
         sharding = explicit_sharding(ids, array.ndim - 1)
         return array.at[ids].get(mode="fill", fill_value=1, wrap_negative_indices=False, out_sharding=sharding)
 
-    for _ in range(array.ndim - 1 - (rows.values.ndim - rows.ids.ndim)):
+    for _ in range(array.ndim - 1 - rows.dim):
         of_lane = jax.vmap(of_lane)
     return of_lane(array, rows.ids)
 
@@ -102,7 +104,7 @@ def _terms_of_selected(eqn: JaxprEqn, read: Any, terms: PyTree) -> list[Term]:
                 found.append(jnp.where(which.astype(jnp.int32) == case, term, jnp.zeros((), term.dtype)))
                 continue
             here = _at_rows(which.astype(jnp.int32), eqn, term) == case
-            found.append(dataclasses.replace(term, values=jnp.where(here, term.values, jnp.zeros_like(term.values))))
+            found.append(term.with_values(jnp.where(here, term.values, jnp.zeros_like(term.values))))
     return found
 
 
@@ -124,10 +126,10 @@ def _terms_of_joined(eqn: JaxprEqn, read: Any, terms: PyTree) -> list[Term]:
     def joined(term: Term) -> Term:
         if not isinstance(term, Rows):
             return term.sum(axes)
-        lanes = len(shape_of(eqn.invars[0])) - 1 - (term.values.ndim - term.ids.ndim)
+        lanes = len(shape_of(eqn.invars[0])) - 1 - term.dim
         last = range(lanes - len(axes), lanes)
         ids, values = (jnp.moveaxis(x, axes, last) for x in (term.ids, term.values))
-        return dataclasses.replace(term, ids=ids, values=values)
+        return Rows(ids, values, term.axes)
 
     return [joined(term) for term in terms(eqn.invars[0])]
 
@@ -165,6 +167,13 @@ def _terms_of_resharded(eqn: JaxprEqn, read: Any, terms: Any) -> list[Term]:
     ]
 
 
+def _terms_of_bags(eqn: JaxprEqn, read: Any, terms: Any) -> list[Term]:
+    values, ids, *others = map(read, eqn.invars)
+    spec = eqn.params["spec"]
+    bag_of, factors = spec.apart(others)
+    return [Rows(ids, ByBag(values, bag_of, factors, spec.of_rows.weight.shape[0]))]
+
+
 _TERMS: dict[str, Callable[..., list[Term]]] = {
     "add_any": _terms_of_sum,
     "add": _terms_of_sum,
@@ -176,6 +185,7 @@ _TERMS: dict[str, Callable[..., list[Term]]] = {
     "convert_element_type": _terms_of_map,
     "neg": _terms_of_map,
     "select_n": _terms_of_selected,
+    add_bags_p.name: _terms_of_bags,
     add_rows_p.name: lambda eqn, read, terms: [Rows(read(eqn.invars[1]), read(eqn.invars[0]))],
     "reduce_sum": _terms_of_joined,
     "psum_invariant": _terms_of_devices,
