@@ -67,7 +67,7 @@ class Engine(Protocol):
         ...
 
     def vectors(self, state: PyTree) -> Initial:
-        """Copy the input and output vectors of all rows."""
+        """Return the input vectors of all rows, a copy, and the output vectors, which may change in the next `run`."""
         ...
 
 
@@ -95,4 +95,6 @@ def fresh_vectors(words: int, options: Options, rows: int | None = None) -> Init
     """
     rng = np.random.default_rng((options.seed, 0))
     inputs = rng.random((words if rows is None else rows, options.dim), np.float32)
-    return (inputs - np.float32(0.5)) * np.float32(2 / options.dim), np.zeros((words, options.dim), np.float32)
+    inputs -= np.float32(0.5)
+    inputs *= np.float32(2 / options.dim)
+    return inputs, np.zeros((words, options.dim), np.float32)

@@ -58,7 +58,8 @@ class Native:
         """Make both tables, with zeros behind each vector."""
         if initial is None:
             initial = fresh_vectors(self._rows, self._options, None if self._pieces is None else self._pieces.rows)
-        return _kernel.Tables(*(jax.device_put(_padded(rows), self._device) for rows in initial))
+        # One after the other, so that there are never two copies of both.
+        return _kernel.Tables(*(jax.device_put(_padded(rows), self._device).block_until_ready() for rows in initial))
 
     def batches(self, epoch: int) -> Iterator[Batch]:
         """Cut the text into chunks."""
@@ -92,9 +93,9 @@ class Native:
         )
 
     def vectors(self, state: _kernel.Tables) -> Initial:
-        """Copy the vectors, without the padding of their rows."""
-        inputs, outputs = (np.array(np.asarray(table)[:, : self._options.dim]) for table in state)
-        return inputs, outputs
+        """Return the vectors without the padding of their rows. Only the inputs are copied, to save memory."""
+        inputs, outputs = (np.asarray(table)[:, : self._options.dim] for table in state)
+        return inputs.copy(), outputs
 
 
 def lacking(mesh: Mesh | None) -> str | None:
@@ -153,5 +154,6 @@ def _threshold(probabilities: Float64[np.ndarray, " rows"]) -> UInt32[np.ndarray
 def _padded(rows: Float32[np.ndarray, "rows dim"]) -> Float32[np.ndarray, "rows stride"]:
     stride = -(-rows.shape[1] // _kernel.LINE) * _kernel.LINE
     padded = np.zeros((rows.shape[0], stride), np.float32)
-    padded[:, : rows.shape[1]] = rows
+    if rows.any():  # zeros that were never written take no memory
+        padded[:, : rows.shape[1]] = rows
     return padded
