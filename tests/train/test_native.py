@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 import pytest
+from corpora import half_is_one_item, nine_words
 
 from embax import train
 from embax.train import _loop, _native, _parts
@@ -120,16 +121,6 @@ def test_native_is_refused_where_it_cannot_run(monkeypatch):
     with pytest.raises(ValueError, match=r"cbow\(engine=\.\.\.\)` must be .* it needs embax-kernels"):
         train.cbow([["a", "b"]], engine="native")
     assert train.cbow([["a", "b"] * 5], dim=1, epochs=1).metadata["engine"] == "xla"
-
-
-def nine_words():
-    return ["the king holds the crown the queen wears the crown the dog eats the bone".split()] * 400
-
-
-def half_is_one_item():
-    rng = np.random.default_rng(0)
-    items = np.where(rng.random((400, 50)) < 0.5, 0, rng.integers(1, 50, (400, 50)))
-    return [[str(item) for item in line] for line in items]
 
 
 @kernel

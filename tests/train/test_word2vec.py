@@ -5,6 +5,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+from corpora import half_is_one_item, nine_words
 
 from embax import train
 from embax.train import _engine, _loop, _native, _parts, _xla
@@ -34,16 +35,6 @@ def test_training_finds_the_words_of_a_topic(learn, engine):
         for word in topic:
             nearest = [neighbor for neighbor, _ in vectors.most_similar(word, k=7)]
             assert len(set(nearest) & set(topic)) >= 6, (word, nearest)
-
-
-def nine_words():
-    return ["the king holds the crown the queen wears the crown the dog eats the bone".split()] * 400
-
-
-def half_is_one_item():
-    rng = np.random.default_rng(0)
-    items = np.where(rng.random((400, 50)) < 0.5, 0, rng.integers(1, 50, (400, 50)))
-    return [[str(item) for item in line] for line in items]
 
 
 def words_of_few_stems():

@@ -63,6 +63,14 @@ def scratch_of(rows: int, words: int, places: int, longest: int, width: int) -> 
     return Scratch(jnp.zeros(words, jnp.int32), most, most, jnp.int32(0), jnp.zeros(rows, jnp.float32))
 
 
+def owners(
+    slots: Int32[Array, " rows"], ids: Int32[Array, " places"]
+) -> tuple[Int32[Array, " rows"], Int32[Array, " places"]]:
+    """Choose one of the places of each id, its owner, by slots, see `_base.distinct.scratch`; ids must be in bounds."""
+    slots = slots.at[ids].set(jnp.arange(ids.size, dtype=jnp.int32), mode="promise_in_bounds")
+    return slots, slots.at[ids].get(mode="promise_in_bounds")
+
+
 def _each_round(scratch: Scratch, width: int, do: Callable[[Round, Any], Any], start: Any) -> Any:
     """Handle the pieces of a step, `width` at a time: `state = do(round, state)`, from `start` on."""
 
@@ -103,10 +111,8 @@ def pooled(
 ) -> tuple[Float32[Array, "*batch dim"], Scratch]:
     """The mean of the rows of each word."""
     flat = jnp.ravel(words)
-    places = jnp.arange(flat.size, dtype=jnp.int32)
-    slots = scratch.slots.at[flat].set(places, mode="promise_in_bounds")
-    owner = slots.at[flat].get(mode="promise_in_bounds")
-    once = jnp.where(owner == places, flat, pooling.starts.size - 2)
+    slots, owner = owners(scratch.slots, flat)
+    once = jnp.where(owner == jnp.arange(flat.size, dtype=jnp.int32), flat, pooling.starts.size - 2)
     scratch = _listed(pooling, scratch._replace(slots=slots), once, width)
 
     def add(of: Round, sums: Array) -> Array:

@@ -36,14 +36,13 @@ class Paragraph:
         return iter(self.cut(self.text))
 
 
-def paragraphs(pieces: Iterable[str], cut: Callable[[str], list[str]] | None = None) -> Iterator[Paragraph]:
+def paragraphs(pieces: Iterable[str]) -> Iterator[Paragraph]:
     r"""Cut text into paragraphs that are not cut into words yet.
 
     If several processes train together, each of them must count all paragraphs, but needs the words of its own only.
 
     Args:
       pieces: As in `tokenize`.
-      cut: A function that cuts a paragraph into words. Default: as `tokenize` does.
 
     Yields:
       The paragraphs that `tokenize` cuts, including those without words.
@@ -54,7 +53,7 @@ def paragraphs(pieces: Iterable[str], cut: Callable[[str], list[str]] | None = N
       [['bright', 'angel'], [], ['o', 'speak']]
     """
     for block in blocks_of_text(pieces):
-        yield from (Paragraph(text, cut) for text in block)
+        yield from map(Paragraph, block)
 
 
 def blocks_of_text(pieces: Iterable[str], lines: bool = False) -> Iterator[list[str]]:

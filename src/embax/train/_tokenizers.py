@@ -1,7 +1,7 @@
 """Cut texts into words: one by one, or many at once into one list, which takes half of the time."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from ..files._io.error import FormatError
@@ -23,11 +23,7 @@ class Tokenizer:
 
     def many(self, texts: list[str]) -> list[str]:
         """Cut texts; returns the words of all of them, with `END` after each text."""
-        words: list[str] = []
-        for text in texts:
-            words += (word for word in self.cut(text) if word != END)
-            words.append(END)
-        return words
+        return _with_ends(map(self.cut, texts))
 
 
 class Words(Tokenizer):
@@ -82,11 +78,7 @@ class FileTokenizer(Tokenizer):
 
     def many(self, texts: list[str]) -> list[str]:
         """Cut texts, by several threads."""
-        words: list[str] = []
-        for found in self._loaded.encode_batch(texts, add_special_tokens=False):
-            words += (word for word in found.tokens if word != END)
-            words.append(END)
-        return words
+        return _with_ends(found.tokens for found in self._loaded.encode_batch(texts, add_special_tokens=False))
 
 
 def tokenizer_of(given: str | os.PathLike[str] | Callable[[str], list[str]]) -> Tokenizer:
@@ -96,6 +88,15 @@ def tokenizer_of(given: str | os.PathLike[str] | Callable[[str], list[str]]) -> 
     if given == "whitespace":
         return Whitespace()
     return Tokenizer(given) if callable(given) else FileTokenizer(os.fspath(given))
+
+
+def _with_ends(sequences: Iterable[list[str]]) -> list[str]:
+    """Put sequences of words one after the other, with `END` after each."""
+    words: list[str] = []
+    for sequence in sequences:
+        words += (word for word in sequence if word != END)
+        words.append(END)
+    return words
 
 
 def _joined(texts: list[str]) -> str:

@@ -21,7 +21,7 @@ from ..sharding import shard, unshard
 from ._corpus import Corpus
 from ._engine import Initial, Options, fresh_vectors, kept, noise_weights
 from ._parts import AXIS, Parts
-from ._pool import Pooling, moved, numbers, on_device, padded, pooled, scratch_of
+from ._pool import Pooling, moved, numbers, on_device, owners, padded, pooled, scratch_of
 from ._segments import batches, shape_of
 from ._steps import Drawn, Plan, draw, plan_of, terms
 from ._subwords import Pieces
@@ -193,11 +193,9 @@ def _descend_by_slots(
 def _summed_by_row(
     slots: Int32[Array, " rows"], ids: Int32[Array, "*batch"], values: Float32[Array, "*batch"]
 ) -> tuple[Int32[Array, " rows"], Float32[Array, "*batch"]]:
-    """Sum values of equal ids by slots, see `_base.distinct.scratch`; each position gets the sum of its id."""
-    flat = jnp.ravel(ids)
-    slots = slots.at[flat].set(jnp.arange(flat.size, dtype=jnp.int32), mode="promise_in_bounds")
-    owner = slots.at[flat].get(mode="promise_in_bounds")
-    total = jnp.zeros(flat.size, values.dtype).at[owner].add(jnp.ravel(values), mode="promise_in_bounds")
+    """Sum values of equal ids; each position gets the sum of its id."""
+    slots, owner = owners(slots, jnp.ravel(ids))
+    total = jnp.zeros(ids.size, values.dtype).at[owner].add(jnp.ravel(values), mode="promise_in_bounds")
     return slots, jnp.reshape(total.at[owner].get(mode="promise_in_bounds"), ids.shape)
 
 
