@@ -6,9 +6,10 @@ import pytest
 from corpora import half_is_one_item, nine_words
 
 from embax import train
+from embax._kernels import words as _kernel
 from embax.train import _loop, _native, _parts
 from embax.train._corpus import BREAK, encode
-from embax.train._engine import Options
+from embax.train._engine import Known, Options
 from embax.train._native import Native, alias_tables
 from embax.train._subwords import Pieces
 
@@ -45,11 +46,10 @@ def test_alias_tables_draw_each_row_by_its_weight(weights):
 @kernel
 def test_batches_hold_the_text_and_end_with_sequences(monkeypatch):
     monkeypatch.setattr(_native, "_CHUNK", 100)
-    monkeypatch.setattr(_native, "_STEP", 10)
     lengths = [30, 0, 1, 55, 60, 99, 250, 7, 7]  # the last but two is cut, as there is no break
     corpus = corpus_of(lines(np.random.default_rng(0), lengths))
     batches = list(Native(corpus, options()).batches(1))
-    assert {batch.ids.shape for batch in batches} == {(100,)}
+    assert max(len(batch.ids) for batch in batches) <= 100
     assert sum(batch.words for batch in batches) == sum(lengths) == corpus.counts.sum()
     assert [batch.words for batch in batches] == [np.count_nonzero(batch.ids != BREAK) for batch in batches]
     text = np.concatenate(list(corpus.blocks(1 << 20)))
@@ -81,17 +81,32 @@ def test_one_thread_trains_to_the_same_bytes(model):
 def test_training_goes_on_from_vectors():
     corpus = corpus_of([["a", "b"]])
     rng = np.random.default_rng(0)
-    initial = tuple(rng.normal(size=(2, DIM)).astype(np.float32) for _ in range(2))
+    known = Known(np.asarray([1]), np.asarray([2]), rng.normal(size=(3, DIM)).astype(np.float32))
     engine = Native(corpus, options())
-    for got, want in zip(engine.vectors(engine.start(initial)), initial, strict=True):
-        np.testing.assert_array_equal(got, want)
+    fresh, _ = engine.finish(engine.start(None))
+    inputs, outputs = engine.finish(engine.start(known))
+    np.testing.assert_array_equal(inputs, [fresh[0], known.weight[2]])
+    np.testing.assert_array_equal(outputs, np.zeros((2, DIM)))
+
+
+@kernel
+@pytest.mark.parametrize("dim", [1, 16, 37])
+def test_finish_moves_rows_over_their_padding(dim, monkeypatch):
+    monkeypatch.setattr(_native, "_AT_ONCE", 3)
+    engine = Native(corpus_of([[str(word) for word in range(20)]]), options(dim=dim))
+    state = engine.start(None)
+    copied, _ = engine.vectors(state)
+    inputs, _ = engine.finish(state)
+    np.testing.assert_array_equal(inputs, copied)
+    assert np.shares_memory(inputs, state.inputs)
+    assert not np.shares_memory(copied, state.inputs)
+    assert len(np.unique(inputs)) > 0.9 * inputs.size
 
 
 @kernel
 def test_a_resumed_run_gives_the_same_bytes(tmp_path, monkeypatch):
     pytest.importorskip("orbax.checkpoint")
     monkeypatch.setattr(_native, "_CHUNK", 64)
-    monkeypatch.setattr(_native, "_STEP", 64)
     text = lines(np.random.default_rng(0), [40] * 10)
     given = {"dim": DIM, "min_count": 1, "epochs": 2, "engine": "native"}
 
@@ -167,3 +182,29 @@ def test_products_approach_the_shifted_mutual_information():
     expected = np.log(pairs / ((pairs.sum(axis=1, keepdims=True) - pairs) * noise * 2))
     np.testing.assert_allclose(inputs @ outputs.T, expected, atol=0.15)  # the noise of the last steps
     assert np.ptp(expected) > 1.5
+
+
+@kernel
+@pytest.mark.parametrize(
+    ("name", "value", "match"),
+    [
+        ("outputs", np.zeros((40, 5), np.float32), "`outputs` must have rows of a multiple of 16 numbers, got 5"),
+        ("inputs", np.zeros((30, 16), np.float32), r"`inputs` must be .* float32\[40, 16\], got float32\[30, 16\]"),
+        ("inputs", np.zeros((40, 32), np.float32)[:, ::2], "`inputs` must be a contiguous writable array"),
+        ("inputs", np.broadcast_to(np.float32(0), (40, 16)), "`inputs` must be a contiguous writable array"),
+        ("keep", np.zeros(40, np.int32), r"`keep` must be .* uint32\[40\], got int32\[40\]"),
+        ("cut", np.zeros(39, np.uint32), r"`cut` must be .* uint32\[40\], got uint32\[39\]"),
+        ("starts", np.zeros(3, np.int32), r"`starts` must be .* int32\[41\], got int32\[3\]"),
+        ("ids", np.zeros(2, np.int64), r"`ids` must be .* int32\[2\], got int64\[2\]"),
+        ("ids", np.asarray([7, 40], np.int32), r"`ids` must be in \[-1, 40\), got 40 at position 1"),
+    ],
+)
+def test_train_words_refuses_arrays_that_do_not_fit(name, value, match):
+    numbers, nothing = np.zeros(40, np.uint32), np.zeros(0, np.int32)
+    given = {"inputs": np.zeros((40, 16), np.float32), "outputs": np.zeros((40, 16), np.float32)}
+    given |= {"keep": numbers, "cut": numbers, "alias": numbers.astype(np.int32), "starts": nothing, "pieces": nothing}
+    given |= {"ids": nothing} | {name: value}
+    made = [kind(*(given[field] for field in kind._fields)) for kind in (_kernel.Tables, _kernel.Words)]
+    options = {"window": 5, "negative": 5, "model": "skipgram", "threads": 1}
+    with pytest.raises(ValueError, match=match):
+        _kernel.train_words(*made, given["ids"], (0.1, 0.1), np.zeros(2, np.uint32), **options)

@@ -10,7 +10,7 @@ import numpy as np
 
 from ..vectors import Vectors
 from ._ahead import Ahead
-from ._engine import Engine, Initial
+from ._engine import Engine, Known, Learned
 from ._resume import Checkpoints, Position
 
 # The learning rate falls to this fraction of itself, as in word2vec.c.
@@ -64,22 +64,22 @@ class Run(NamedTuple):
     words: int  # words of an epoch, before subsampling
     learning_rate: float
     progress: Callable[[Progress], object] | None = None
-    after_epoch: Callable[[int, Initial], object] | None = None  # gets the number of the epoch, and the vectors
+    after_epoch: Callable[[int, Learned], object] | None = None  # gets the number of the epoch, and the vectors
 
 
-def train(engine: Engine, run: Run, initial: Initial | None, saved: Checkpoints | None) -> Initial:
+def train(engine: Engine, run: Run, known: Known | None, saved: Checkpoints | None) -> Learned:
     """Train, from the last checkpoint on if there is one, until the end or a callback returns True.
 
     Args:
       engine: Runs the steps.
       run: The epochs and rates.
-      initial: Vectors to continue from; None: fresh ones.
+      known: Vectors to begin at; None: only fresh ones.
       saved: The checkpoints, or None.
 
     Returns:
       The input and output vectors.
     """
-    state, at, total = engine.start(initial), Position(), run.epochs * run.words
+    state, at, total = engine.start(known), Position(), run.epochs * run.words
     if saved is not None:
         state, at = saved.restore(state)
     began, waited, words_before, loss_before, ends = time.monotonic(), 0.0, at.words, None, False
@@ -101,13 +101,14 @@ def train(engine: Engine, run: Run, initial: Initial | None, saved: Checkpoints 
                 if ends:
                     if saved is not None:
                         saved.save_last(state, at)
-                    return engine.vectors(state)
+                    return engine.finish(state)
             waited += batches.waited
         at = at._replace(epochs=epoch + 1, batches=0)
         if run.after_epoch is not None:
             paused = time.monotonic()
-            ends = run.after_epoch(epoch + 1, engine.vectors(state)) is True
+            is_last = epoch + 1 == run.epochs
+            learned = engine.finish(state) if is_last else engine.vectors(state)
+            if run.after_epoch(epoch + 1, learned) is True or is_last:
+                return learned
             began += time.monotonic() - paused
-            if ends:
-                break
-    return engine.vectors(state)
+    return engine.finish(state)

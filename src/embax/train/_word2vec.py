@@ -12,10 +12,11 @@ from ..vectors import Vectors
 from . import _initial, _native
 from ._arguments import Arguments, EngineName, checked
 from ._corpus import MAX_VOCABULARY, Corpus, CorpusError, encode
-from ._engine import Engine, Initial, Model, Options, kept, noise_weights
+from ._engine import Engine, Learned, Model, Options, kept, noise_weights
 from ._held_out import EVERY, HeldOut, draw_held_out
 from ._loop import Epoch, Progress, Run, train
 from ._parts import Parts, parts_of
+from ._release import release_memory
 from ._resume import Checkpoints, fingerprint
 from ._segments import STEPS_A_CALL
 from ._subwords import NgramOptions, Pieces, finished, pieces_of
@@ -272,9 +273,10 @@ def _learned(model: Model, sequences: Iterable[Iterable[str | int]], given: Argu
         call=call,
     )
     held_out = _held_out(call, corpora.pop(), model, given) if given.held_out else None
-    tokens, counts = corpora[0].tokens, corpora[0].counts
+    release_memory()
+    vocabulary, counts = corpora[0].vocabulary, corpora[0].counts
     ngrams = NgramOptions(*given.ngram_lengths, given.buckets) if given.subwords else None
-    pieces = None if ngrams is None else pieces_of(tokens, ngrams)
+    pieces = None if ngrams is None else pieces_of(vocabulary, ngrams)
     engine = _engine_of(given, corpora, parts, options, pieces)
     saved = None
     if given.checkpoint is not None:
@@ -287,21 +289,22 @@ def _learned(model: Model, sequences: Iterable[Iterable[str | int]], given: Argu
     def made(inputs: Float32[np.ndarray, "rows dim"]) -> Vectors:
         metadata = {"engine": engine.name, "model": model}
         if ngrams is None or pieces is None:
-            return _initial.joined(given.initial, tokens, inputs, counts, metadata)
-        weight, of_ngrams = finished(tokens, pieces, inputs, ngrams, options)
+            return _initial.joined(given.initial, vocabulary, inputs, counts, metadata)
+        weight, of_ngrams = finished(vocabulary, pieces, inputs, ngrams, options)
         return Vectors(of_ngrams.vocabulary, weight, counts, of_ngrams, metadata)
 
-    def after_epoch(call_back: Callable[[Epoch], object], number: int, vectors: Initial) -> object:
-        of_words = made(vectors[0])
-        weight = vectors[0] if pieces is None else of_words.weight
-        loss = None if held_out is None else held_out.loss(weight, vectors[1])
+    def after_epoch(call_back: Callable[[Epoch], object], number: int, learned: Learned) -> object:
+        inputs = learned[0].view()
+        inputs.flags.writeable = False  # those of the last epoch become the result
+        of_words = made(inputs)
+        weight = inputs if pieces is None else of_words.weight
+        loss = None if held_out is None else held_out.loss(weight, learned[1])
         return call_back(Epoch(number, given.epochs, of_words, loss))
 
     call_back = None if given.after_epoch is None else functools.partial(after_epoch, given.after_epoch)
     run = Run(given.epochs, int(counts.sum()), given.learning_rate, given.progress, call_back)
-    first = _initial.first_vectors(given.initial, tokens, options) if pieces is None else None
-    inputs, _ = train(engine, run, first, saved)
-    return made(inputs)
+    known = _initial.known_of(given.initial, vocabulary)
+    return made(train(engine, run, known, saved)[0])
 
 
 def _engine_of(

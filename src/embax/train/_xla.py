@@ -19,7 +19,7 @@ from .._gradients.row_grad import row_grad
 from .._heads import candidates
 from ..sharding import shard, unshard
 from ._corpus import Corpus
-from ._engine import Initial, Options, fresh_vectors, kept, noise_weights
+from ._engine import Known, Learned, Options, fill_inputs, kept, noise_weights
 from ._parts import AXIS, Parts
 from ._pool import Pooling, moved, numbers, on_device, owners, padded, pooled, scratch_of
 from ._segments import batches, shape_of
@@ -78,11 +78,12 @@ class Xla:
             self._plan = self._plan._replace(longest=int(lengths.max()), width=max(width, 256))
             self._pooling = Pooling(*map(parts.everywhere, on_device(pieces)))
 
-    def start(self, initial: Initial | None) -> State:
+    def start(self, known: Known | None) -> State:
         """Make both tables; on a mesh, each device holds a part of the rows."""
-        rows = None if self._pieces is None else self._pieces.rows
-        vectors = fresh_vectors(len(self._kept), self._options, rows) if initial is None else initial
-        return State(*(self._table(rows) for rows in vectors))
+        words = len(self._kept)
+        inputs = np.empty((words if self._pieces is None else self._pieces.rows, self._options.dim), np.float32)
+        fill_inputs(inputs, self._options, known)
+        return State(self._table(inputs), self._table(np.zeros((words, self._options.dim), np.float32)))
 
     def _table(self, rows: np.ndarray) -> Table:
         # Padding reads zeros.
@@ -109,10 +110,14 @@ class Xla:
         given = tokens, np.int32(batch.steps), batch.key, np.asarray(rates, np.float32)
         return train(state, self._noise, self._pooling, *given, self._plan)
 
-    def vectors(self, state: State) -> Initial:
+    def vectors(self, state: State) -> Learned:
         """Copy the vectors; on a mesh, from all devices to this process."""
         inputs, outputs = (np.asarray(unshard(table).weight) for table in state)
         return inputs, outputs
+
+    def finish(self, state: State) -> Learned:
+        """Return the vectors; on a CPU, in the memory of the tables."""
+        return self.vectors(state)
 
 
 @functools.partial(jax.jit, static_argnames="plan", donate_argnames="state")
