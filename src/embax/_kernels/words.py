@@ -57,22 +57,6 @@ def available() -> bool:
     return has("train_words")
 
 
-def zeros(rows: int, dim: int) -> Float32[np.ndarray, "rows stride"]:
-    """Make a table of zeros for vectors of `dim` numbers, whose rows begin at lines of the cache.
-
-    Args:
-      rows: The number of rows.
-      dim: The numbers of a vector.
-
-    Returns:
-      The table. Rows that were never written take no memory.
-    """
-    stride = -(-dim // LINE) * LINE
-    flat = np.zeros(rows * stride + LINE, np.float32)
-    first = -flat.ctypes.data % (4 * LINE) // 4
-    return flat[first : first + rows * stride].reshape(rows, stride)
-
-
 def train_words(
     tables: Tables,
     words: Words,
@@ -111,7 +95,7 @@ def train_words(
         raise RuntimeError("`embax-kernels` must be installed and switched on to train by the native kernel.")
     rows, stride = tables.outputs.shape
     if stride % LINE:
-        raise ValueError(f"`outputs` must have rows of a multiple of {LINE} numbers, got {stride}. Use `zeros`.")
+        raise ValueError(f"`outputs` must have rows of a multiple of {LINE} numbers, got {stride}. Pad them by zeros.")
     with_pieces = len(words.starts) > 0
     shapes = {name: ("u4" if name in ("keep", "cut") else "i4", (rows,)) for name in Words._fields}
     shapes["starts"] = "i4", (rows + 1 if with_pieces else 0,)

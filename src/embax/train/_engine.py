@@ -17,6 +17,8 @@ from jaxtyping import Array, Float, Float32, Float64, Int64, PyTree
 Model = Literal["skipgram", "cbow"]
 # The input vectors of all rows and the output vectors of all words.
 Learned = tuple[Float32[np.ndarray, "rows dim"], Float32[np.ndarray, "words dim"]]
+# Bytes of a line of the cache.
+_LINE = 64
 # Rows that are drawn or copied at once.
 _AT_ONCE = 1 << 10
 
@@ -95,6 +97,14 @@ def kept(counts: Int64[np.ndarray, " rows"], sample: float) -> Float64[np.ndarra
 def noise_weights(counts: Int64[np.ndarray, " rows"]) -> Float64[np.ndarray, " rows"]:
     """The frequency of each word as noise, not normalised: the 0.75th power of its count."""
     return counts.astype(np.float64) ** 0.75
+
+
+def aligned_zeros(shape: tuple[int, int]) -> Float32[np.ndarray, "rows stride"]:
+    """Make a table of zeros that begins at a line of the cache; rows that were never written take no memory."""
+    size = shape[0] * shape[1]
+    flat = np.zeros(size + _LINE // 4, np.float32)
+    first = -flat.ctypes.data % _LINE // 4
+    return flat[first : first + size].reshape(shape)
 
 
 def fill_inputs(inputs: Float32[np.ndarray, "rows dim"], options: Options, known: Known | None = None) -> None:

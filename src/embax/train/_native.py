@@ -14,7 +14,7 @@ from jaxtyping import Float32, Float64, Int32, UInt32
 
 from .._kernels import words as _kernel
 from ._corpus import BREAK, Corpus
-from ._engine import Known, Learned, Options, fill_inputs, kept, noise_weights
+from ._engine import Known, Learned, Options, aligned_zeros, fill_inputs, kept, noise_weights
 from ._subwords import Pieces
 
 # Ids in a chunk: some 0.05 seconds of work.
@@ -53,7 +53,8 @@ class Native:
     def start(self, known: Known | None) -> _kernel.Tables:
         """Make both tables, with zeros behind each vector."""
         dim, rows = self._options.dim, self._rows if self._pieces is None else self._pieces.rows
-        tables = _kernel.Tables(_kernel.zeros(rows, dim), _kernel.zeros(self._rows, dim))
+        stride = -(-dim // _kernel.LINE) * _kernel.LINE
+        tables = _kernel.Tables(aligned_zeros((rows, stride)), aligned_zeros((self._rows, stride)))
         fill_inputs(tables.inputs[:, :dim], self._options, known)
         return tables
 

@@ -20,6 +20,8 @@ from ._parts import Parts
 
 # Ids of a part that are subsampled and shuffled together.
 _BLOCK = 1 << 20
+# Ids that are subsampled at once.
+_AT_ONCE = 1 << 16
 # Steps in one call of the compiled program.
 STEPS_A_CALL = 32
 # All words of a step see the same weights, so a step of a short corpus takes few: an epoch has at least 500 steps.
@@ -76,11 +78,13 @@ def segments(
       The segments.
     """
     rows = len(kept) - 1
-    ids = ids[rng.random(len(ids), np.float32) < kept[ids]]  # BREAK, -1, reads the last entry
+    # Some at a time, to save memory. BREAK, -1, reads the last entry.
+    some = (ids[first : first + _AT_ONCE] for first in range(0, len(ids), _AT_ONCE))
+    ids = np.concatenate([np.zeros(0, np.int32), *(x[rng.random(len(x), np.float32) < kept[x]] for x in some)])
     is_word = ids != BREAK
-    begins = np.ones(len(ids), bool)
-    np.logical_not(is_word[:-1], out=begins[1:])
-    words = np.where(begins, ~ids, ids)[is_word]
+    begins = np.flatnonzero(is_word & np.append(True, ~is_word[:-1])[: len(ids)])
+    ids[begins] = ~ids[begins]
+    words = ids[is_word]
     offset = int(rng.integers(length))
     number = -(-(offset + len(words)) // length) if len(words) else 0
     padded = np.full(number * length, rows, np.int32)

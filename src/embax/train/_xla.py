@@ -19,9 +19,10 @@ from .._gradients.row_grad import row_grad
 from .._heads import candidates
 from ..sharding import shard, unshard
 from ._corpus import Corpus
-from ._engine import Known, Learned, Options, fill_inputs, kept, noise_weights
+from ._engine import Known, Learned, Options, aligned_zeros, fill_inputs, kept, noise_weights
 from ._parts import AXIS, Parts
 from ._pool import Pooling, moved, numbers, on_device, owners, padded, pooled, scratch_of
+from ._release import release_memory
 from ._segments import batches, shape_of
 from ._steps import Drawn, Plan, draw, plan_of, terms
 from ._subwords import Pieces
@@ -65,6 +66,7 @@ class Xla:
         counts = corpora[0].counts
         self._kept, self._pieces = kept(counts, options.sample), pieces
         self._noise = parts.everywhere(jnp.asarray(candidates.pieces(noise_weights(counts))))
+        self._on_cpu = all(device.platform == "cpu" for device in self._noise.devices())
         self._plan = plan_of(options.model, options.window, options.negative)
         words = float(counts @ self._kept)
         self._shape = shape_of(self._plan.length, words, parts.number)
@@ -80,15 +82,28 @@ class Xla:
 
     def start(self, known: Known | None) -> State:
         """Make both tables; on a mesh, each device holds a part of the rows."""
-        words = len(self._kept)
-        inputs = np.empty((words if self._pieces is None else self._pieces.rows, self._options.dim), np.float32)
+        words, dim = len(self._kept), self._options.dim
+        rows = words if self._pieces is None else self._pieces.rows
+        if self._parts.mesh is None and self._on_cpu:
+            self._compile(rows, words)
+        inputs = aligned_zeros((rows, dim))
         fill_inputs(inputs, self._options, known)
-        return State(self._table(inputs), self._table(np.zeros((words, self._options.dim), np.float32)))
+        return State(self._table(inputs), self._table(aligned_zeros((words, dim))))
+
+    def _compile(self, rows: int, words: int) -> None:
+        """Compile the program before there are tables and batches, since the compiler takes much memory, too.
+
+        It runs no step, on zeros that were never written, which take no memory.
+        """
+        state = State(*(self._table(aligned_zeros((number, self._options.dim))) for number in (rows, words)))
+        nothing = Batch(0, np.full(self._shape, words, np.int32), 0, np.zeros(2, np.uint32))
+        jax.block_until_ready(self._called(state, nothing, (0.0, 0.0)))
+        release_memory()
 
     def _table(self, rows: np.ndarray) -> Table:
         # Padding reads zeros.
-        if self._parts.mesh is None:
-            return Table(jnp.asarray(rows), out_of_range="zero")
+        if self._parts.mesh is None:  # a CPU takes an aligned array as it is
+            return Table(jax.device_put(rows), out_of_range="zero")
         # Rows are sorted by frequency: with blocks of rows, the first device would have most of the work.
         return shard(rows, self._parts.mesh, AXIS, "rows-cyclic", out_of_range="zero")
 
@@ -106,9 +121,13 @@ class Xla:
 
     def run(self, state: State, batch: Batch, rates: tuple[float, float]) -> tuple[State, Float32[Array, "2"]]:
         """Run the compiled program."""
+        return self._called(state, batch, rates)
+
+    def _called(self, state: State, batch: Batch, rates: tuple[float, float]) -> tuple[State, Float32[Array, "2"]]:
         tokens = self._parts.split(batch.tokens)
         given = tokens, np.int32(batch.steps), batch.key, np.asarray(rates, np.float32)
-        return train(state, self._noise, self._pooling, *given, self._plan)
+        program = train if self._on_cpu else train_elsewhere
+        return program(state, self._noise, self._pooling, *given, self._plan)
 
     def vectors(self, state: State) -> Learned:
         """Copy the vectors; on a mesh, from all devices to this process."""
@@ -120,8 +139,7 @@ class Xla:
         return self.vectors(state)
 
 
-@functools.partial(jax.jit, static_argnames="plan", donate_argnames="state")
-def train(
+def _train(
     state: State,
     noise: UInt32[Array, " words"],
     pooling: Pooling | None,
@@ -167,6 +185,17 @@ def train(
         slots[0] = scratch_of(state.inputs.rows, state.outputs.rows, places, plan.longest, plan.width)
     state, _, loss = jax.lax.fori_loop(0, number, step, (state, tuple(slots), jnp.zeros(2, jnp.float32)))
     return state, loss
+
+
+train_elsewhere = jax.jit(_train, static_argnames="plan", donate_argnames="state")
+# The products of a step are calls of a library. Of the rest, LLVM's last optimisations make nothing faster, and they take
+# half of the compiler's time and a quarter of its memory.
+train = jax.jit(
+    _train,
+    static_argnames="plan",
+    donate_argnames="state",
+    compiler_options={"xla_backend_optimization_level": 2},
+)
 
 
 def _descend_by_slots(
