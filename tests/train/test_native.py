@@ -128,6 +128,29 @@ def test_a_resumed_run_gives_the_same_bytes(tmp_path, monkeypatch):
         train.skipgram(text, **(given | {"engine": "xla"}), **saved)
 
 
+@kernel
+@pytest.mark.parametrize(("words", "steps"), [(100, 100), (1000, 500), (30_000, 30_000 / 32)])
+def test_an_epoch_has_as_many_steps_as_documented(words, steps, monkeypatch):
+    monkeypatch.setattr(_native, "_CHUNK", 300)
+    engine = Native(corpus_of([["a", "b"] * (words // 4), ["a", "b"] * (words // 4)]), options())
+    batches = len(list(engine.batches(1)))
+    assert engine.steps_a_batch * batches == pytest.approx(steps, rel=0.02)  # breaks take places, too
+    subsampled = Native(corpus_of([["a", "b"] * (words // 2)]), options(sample=0.1))
+    assert subsampled.steps_a_batch * batches < 1000
+
+
+@kernel
+def test_checkpoints_count_steps(tmp_path, monkeypatch):
+    checkpoint = pytest.importorskip("embax.checkpoint")
+    monkeypatch.setattr(_native, "_CHUNK", 1024)
+    monkeypatch.setattr(checkpoint, "save", lambda path, tree, step: saved.append(step))
+    saved, text = [], lines(np.random.default_rng(0), [31] * 640)  # 20 calls an epoch, of 620 steps with 32 words each
+    train.skipgram(
+        text, dim=DIM, min_count=1, sample=0, epochs=2, engine="native", checkpoint=tmp_path, checkpoint_every=310
+    )
+    assert saved == [10, 20, 30, 40]
+
+
 def test_native_is_refused_where_it_cannot_run(monkeypatch):
     mesh = jax.make_mesh((1,), ("devices",), devices=jax.devices()[:1])
     with pytest.raises(ValueError, match=r"skipgram\(engine=\.\.\.\)` must be 'auto' or 'xla' here.* not on a mesh"):

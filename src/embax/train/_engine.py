@@ -52,6 +52,8 @@ class Engine(Protocol):
     """
 
     name: str
+    # The mean number of steps in a batch. A step has as many words with every engine, see `_segments.words_a_step`.
+    steps_a_batch: float
 
     def start(self, known: Known | None) -> PyTree:
         """Make the state, a pytree of arrays: inputs by `fill_inputs`, and outputs of zero, as in word2vec.c."""

@@ -15,6 +15,7 @@ from jaxtyping import Float32, Float64, Int32, UInt32
 from .._kernels import words as _kernel
 from ._corpus import BREAK, Corpus
 from ._engine import Known, Learned, Options, aligned_zeros, fill_inputs, kept, noise_weights
+from ._segments import words_a_step
 from ._subwords import Pieces
 
 # Ids in a chunk: some 0.05 seconds of work.
@@ -45,10 +46,13 @@ class Native:
     def __init__(self, corpus: Corpus, options: Options, pieces: Pieces | None = None):
         self._corpus, self._options, self._pieces = corpus, options, pieces
         self._rows = len(corpus.counts)
+        likely = kept(corpus.counts, options.sample)
+        words = float(corpus.counts @ likely)
+        batches = -(-corpus.length // _CHUNK)
+        self.steps_a_batch = words / words_a_step(words) / max(batches, 1)
         none = np.zeros(0, np.int32)
         of_words = (none, none) if pieces is None else (pieces.starts.astype(np.int32), pieces.ids)
-        likely = _threshold(kept(corpus.counts, options.sample))
-        self._words = _kernel.Words(likely, *alias_tables(noise_weights(corpus.counts)), *of_words)
+        self._words = _kernel.Words(_threshold(likely), *alias_tables(noise_weights(corpus.counts)), *of_words)
 
     def start(self, known: Known | None) -> _kernel.Tables:
         """Make both tables, with zeros behind each vector."""

@@ -48,6 +48,11 @@ class Segments(NamedTuple):
     steps: int  # steps that are not all padding
 
 
+def words_a_step(words: float) -> int:
+    """The words of a step, for an epoch of so many words, both after subsampling."""
+    return min(2 ** int(np.log2(max(words / _STEPS_AN_EPOCH, 1))), _LARGEST_STEP)
+
+
 def shape_of(length: int, words: float, parts: int) -> Shape:
     """Choose how many segments a step has.
 
@@ -59,8 +64,7 @@ def shape_of(length: int, words: float, parts: int) -> Shape:
     Returns:
       The shape.
     """
-    step = 2 ** int(np.log2(max(words / _STEPS_AN_EPOCH, 1)))
-    return Shape(STEPS_A_CALL, -(-max(min(step, _LARGEST_STEP) // length, 1) // parts), length)
+    return Shape(STEPS_A_CALL, -(-max(words_a_step(words) // length, 1) // parts), length)
 
 
 def segments(

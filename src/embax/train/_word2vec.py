@@ -1,6 +1,7 @@
 """Word vectors by word2vec: skip-gram and CBOW with negative sampling."""
 
 import functools
+import math
 import os
 from collections.abc import Callable, Iterable, Sequence
 
@@ -18,7 +19,6 @@ from ._loop import Epoch, Progress, Run, train
 from ._parts import Parts, parts_of
 from ._release import release_memory
 from ._resume import Checkpoints, fingerprint
-from ._segments import STEPS_A_CALL
 from ._subwords import NgramOptions, Pieces, finished, pieces_of
 from ._xla import Xla
 
@@ -102,9 +102,9 @@ def skipgram(
       checkpoint: A directory that all processes can access, in which the run is saved at intervals. If it holds a
         checkpoint of the same run, with the same arguments, engine and number of devices, the run is resumed, with the
         same result as without the interruption. Default: none.
-      checkpoint_every: The number of steps between checkpoints, rounded up to a multiple of 32. An epoch has 500 to
-        1000 steps; a corpus of more than 4 million words has one step for each 4096 words. A call of the native engine,
-        of up to 131,072 words, counts as 32 steps.
+      checkpoint_every: The number of steps between checkpoints, with every engine. An epoch has 500 to 1000 steps; a
+        corpus of which subsampling leaves more than 4 million words has one for each 4096 of them. It is rounded up to
+        calls of the engine: 32 steps of the XLA engine, or up to 131,072 words of the native one.
 
     Returns:
       The vectors, by falling count and then by spelling. Their `metadata` name the model and the engine.
@@ -283,7 +283,7 @@ def _learned(model: Model, sequences: Iterable[Iterable[str | int]], given: Argu
         of_run = {"epochs": given.epochs, "min_count": given.min_count, "learning_rate": given.learning_rate}
         of_run |= options._asdict() | {"mesh": given.mesh is not None, "initial": _initial.digest(given.initial)}
         of_run |= {"subwords": ngrams}
-        every = -(-given.checkpoint_every // STEPS_A_CALL)
+        every = max(1, math.ceil(given.checkpoint_every / engine.steps_a_batch))
         saved = Checkpoints(given.checkpoint, every, fingerprint(corpora, parts, of_run), engine.name, parts)
 
     def made(inputs: Float32[np.ndarray, "rows dim"]) -> Vectors:

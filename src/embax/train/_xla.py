@@ -23,7 +23,7 @@ from ._engine import Known, Learned, Options, aligned_zeros, fill_inputs, kept, 
 from ._parts import AXIS, Parts
 from ._pool import Pooling, moved, numbers, on_device, owners, padded, pooled, scratch_of
 from ._release import release_memory
-from ._segments import batches, shape_of
+from ._segments import STEPS_A_CALL, batches, shape_of
 from ._steps import Drawn, Plan, draw, plan_of, terms
 from ._subwords import Pieces
 
@@ -60,6 +60,7 @@ class Xla:
     """
 
     name = "xla"
+    steps_a_batch = float(STEPS_A_CALL)
 
     def __init__(self, corpora: Sequence[Corpus], parts: Parts, options: Options, pieces: Pieces | None = None):
         self._corpora, self._parts, self._options = corpora, parts, options
