@@ -218,7 +218,7 @@ def test_products_approach_the_shifted_mutual_information():
         ("keep", np.zeros(40, np.int32), r"`keep` must be .* uint32\[40\], got int32\[40\]"),
         ("cut", np.zeros(39, np.uint32), r"`cut` must be .* uint32\[40\], got uint32\[39\]"),
         ("starts", np.zeros(3, np.int32), r"`starts` must be .* int32\[41\], got int32\[3\]"),
-        ("ids", np.zeros(2, np.int64), r"`ids` must be .* int32\[2\], got int64\[2\]"),
+        ("ids", np.zeros(4, np.int32)[::2], r"`ids` must be a contiguous array, int32\[2\]"),
         ("ids", np.asarray([7, 40], np.int32), r"`ids` must be in \[-1, 40\), got 40 at position 1"),
     ],
 )
