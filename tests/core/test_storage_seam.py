@@ -9,14 +9,22 @@ import embax
 
 ROOT = Path(embax.__file__).parent
 # The storages themselves; and moves between layouts, which have to know both.
-STORAGES = "_core/dense.py", "_core/own_rows.py", "_core/storage.py", "_mesh/", "sharding/", "checkpoint/"
+STORAGES = (
+    "_core/dense.py",
+    "_core/one_array.py",
+    "_core/own_rows.py",
+    "_core/storage.py",
+    "_mesh/",
+    "sharding/",
+    "checkpoint/",
+)
 
 # Attributes that tell storages apart: of a Table, of the contract, and of a Placement.
 TELLING = {
     *("placement", "is_local", "mesh"),
     *("cyclic", "shards", "column_shards", "copies", "owner_axes", "copy_axes", "batch_spec", "owner_spec"),
 }
-CLASSES = {"Dense", "DENSE", "Sharded", "Placement"}
+CLASSES = {"Dense", "DENSE", "OneArray", "Sharded", "Placement"}
 
 # What reads one all the same, by the expression, and why.
 KNOWN = {
