@@ -90,10 +90,11 @@ def bytes_of_first_device(state):
     return sum(x.data.nbytes for leaf in arrays for x in leaf.addressable_shards if x.device == jax.devices()[0])
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float16], ids=["float32", "float16"])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_state_of_each_optimizer_is_planned(optimizer):
+def test_state_of_each_optimizer_is_planned(optimizer, dtype):
     mesh = jax.make_mesh((2, 2), ("x", "y"), devices=jax.devices()[:4])
-    tables = embax.shard({"t": embax.Table(np.zeros((1001, 32), np.float32))}, mesh, "x", columns="y")
+    tables = embax.shard({"t": embax.Table(np.zeros((1001, 32), dtype))}, mesh, "x", columns="y")
     planned = plan(tables, mesh, 2048, "x", columns="y", optimizer=optimizer).tables["t"]
     with jax.numpy_dtype_promotion("standard"):  # optax needs it
         state = OPTIMIZERS[optimizer]().init(tables)
