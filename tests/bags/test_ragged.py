@@ -191,7 +191,7 @@ def test_nothing(construct, expected):
 
 
 @pytest.mark.parametrize("array", [np.array, jnp.array])
-def test_pad_to_makes_room_or_takes_it_away(array):
+def test_pad_to_adds_or_removes_padding(array):
     bags = Ragged(array([4, 7, 7, 2, 9, 9]), [0, 3, 3, 4])
     for capacity in (4, 5, 6, 9, np.int64(9)):
         padded = bags.pad_to(capacity)

@@ -126,7 +126,7 @@ def test_train_draws_a_bar_on_a_terminal(text, tmp_path, monkeypatch):
     ],
     ids=["empty", "no-words", "rare", "not-utf8", "gz", "xz"],
 )
-def test_train_tells_what_is_wrong_with_a_text(tmp_path, content, parts):
+def test_train_errors_name_the_text(tmp_path, content, parts):
     path = tmp_path / "text"
     path.write_bytes(content)
     (tmp_path / "v").write_bytes(b"old")
@@ -268,7 +268,7 @@ def test_neighbors_spells_out_control_characters(tmp_path):
 
 
 @pytest.mark.parametrize("content", [None, b"", b"not vectors", "truncated", "directory"])
-def test_neighbors_tells_what_is_wrong_with_a_file(vectors, tmp_path, content):
+def test_neighbors_errors_name_the_file(vectors, tmp_path, content):
     path = tmp_path / "bad"
     if content == "truncated":
         with open(vectors, "rb") as file:
@@ -298,7 +298,7 @@ def test_version_and_help():
     assert "0.025" in run("train", "--help")[1]
 
 
-def test_the_command_line_loads_nothing_heavy_before_it_must():
+def test_command_line_imports_jax_only_when_needed():
     heavy = (
         "jax",
         "numpy",

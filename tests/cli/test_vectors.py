@@ -156,7 +156,7 @@ def test_convert_tells_of_duplicates(tmp_path):
         *(("o", ["--max-expansion", value], ["--max-expansion", "above 0"]) for value in ("0", "nan", "inf", "-1")),
     ],
 )
-def test_convert_tells_what_is_wrong(vectors, tmp_path, output, options, parts):
+def test_convert_errors_name_the_argument(vectors, tmp_path, output, options, parts):
     (tmp_path / "folder").mkdir()
     os.symlink("loop", tmp_path / "loop")
     os.symlink(vectors, tmp_path / "link")
@@ -183,7 +183,7 @@ def test_commands_tell_how_to_convert_a_pickle(tmp_path):
 
 
 @pytest.mark.parametrize("command", ["info", "neighbors", "analogy", "evaluate", "convert", "map"])
-def test_every_command_tells_what_is_wrong_with_a_file(tmp_path, command):
+def test_every_command_names_a_bad_file(tmp_path, command):
     others = {"neighbors": ["a"], "analogy": ["a", "b", "c"], "convert": ["o"], "map": ["-o", "o.png"]}.get(command, [])
     others = [tmp_path / other if other.startswith("o") else other for other in others]
     assert_one_line(*run(command, tmp_path / "missing", *others), "missing: No such file or directory.")
@@ -239,7 +239,7 @@ def test_analogy_finds_the_fourth_word(vectors, method):
     assert [line.split() for line in lines[1:]] == [[token, f"{score:.3f}"] for token, score in expected]
 
 
-def test_analogy_tells_what_is_wrong(vectors):
+def test_analogy_errors_name_the_argument(vectors):
     assert_one_line(*run("analogy", vectors, "men", "king", "woman"), '"men" is not in the vocabulary', '"man"')
     assert_one_line(*run("analogy", vectors, "king", "man"), "Missing argument")
     assert_one_line(*run("analogy", vectors, "king", "man", "woman", "--method", "x"), "add or mul, got 'x'")
@@ -261,7 +261,7 @@ def test_an_error_of_the_system_without_a_file_is_told(vectors, monkeypatch):
     assert_one_line(*run("convert", vectors, f"{vectors}.bin"), "No space left on device.")
 
 
-def test_what_takes_long_is_told_on_a_terminal_only(vectors, tmp_path):
+def test_progress_is_shown_on_a_terminal_only(vectors, tmp_path):
     slow = "import time, sys\nfrom embax.cli import _display\n_display._PATIENCE = 0\n"
     slow += "import embax.files\nload = embax.files.load_identified\n"
     slow += "embax.files.load_identified = lambda *a, **k: (time.sleep(0.6), load(*a, **k))[1]\n"
@@ -274,7 +274,7 @@ def test_what_takes_long_is_told_on_a_terminal_only(vectors, tmp_path):
     assert run("info", vectors)[2] == ""
 
 
-def test_waiting_ends_with_what_it_waits_for():
+def test_waiting_passes_on_exceptions():
     with pytest.raises(ZeroDivisionError), _display.waiting("x"):
         raise ZeroDivisionError
 

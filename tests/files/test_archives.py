@@ -92,7 +92,7 @@ def test_of_several_files_one_has_to_be_named(tmp_path, kind):
         files.load(path)
 
 
-def test_links_and_folders_of_a_tar_archive_are_no_files(tmp_path):
+def test_read_of_a_tar_archive_skips_links_and_folders(tmp_path):
     path = tmp_path / "v.tar"
     with tarfile.open(path, "w") as archive:
         for name, kind in (("folder", tarfile.DIRTYPE), ("passwd", tarfile.SYMTYPE), ("hard", tarfile.LNKTYPE)):
@@ -107,7 +107,7 @@ def test_links_and_folders_of_a_tar_archive_are_no_files(tmp_path):
         files.load(f"{path}:passwd")
 
 
-def test_what_comes_out_of_a_tar_archive_is_limited(tmp_path, monkeypatch):
+def test_size_of_extracted_tar_files_is_limited(tmp_path, monkeypatch):
     monkeypatch.setattr("embax.files._io.open._HARMLESS", 1 << 12)
     path = tmp_path / "v"
     path.write_bytes(

@@ -11,7 +11,7 @@ SUFFIXES = [".safetensors", ".txt", ".vec", ".bin", ".npy", ".parquet", ".arrow"
 
 
 @pytest.mark.parametrize("suffix", ["", *SUFFIXES])
-def test_what_is_saved_is_loaded_whatever_it_is_called(tmp_path, suffix):
+def test_load_recognises_saved_files_under_any_name(tmp_path, suffix):
     path = tmp_path / f"v{suffix}"
     VECTORS.save(path)
     for name in (path, tmp_path / "renamed") if suffix != ".npy" else (path,):
@@ -107,7 +107,7 @@ def test_files_of_no_format_say_which_there_are(tmp_path, content):
         Vectors.load(tmp_path / "v")
 
 
-def test_an_output_through_a_symbolic_link_replaces_what_it_points_to(tmp_path):
+def test_save_through_a_symbolic_link_replaces_its_target(tmp_path):
     (tmp_path / "target").write_text("old")
     (tmp_path / "v.bin").symlink_to(tmp_path / "target")
     VECTORS.save(tmp_path / "v.bin")

@@ -44,7 +44,7 @@ def written(format, folder, columns, **options):
 @pytest.mark.parametrize("counts", [None, np.asarray([9, 5, 5, 1], np.int64)])
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
 @pytest.mark.parametrize("rows", [0, 1, 4])
-def test_read_gives_what_was_written(tmp_path, format, rows, dtype, counts):
+def test_read_returns_written_contents(tmp_path, format, rows, dtype, counts):
     counts = None if counts is None else counts[:rows]
     contents = files.Contents(Vocabulary(TOKENS[:rows]), TABLE[:rows].astype(dtype), counts)
     path = tmp_path / f"v{format.suffixes[0]}"

@@ -88,11 +88,11 @@ def test_explain_lets_safetensors_pass_whose_header_begins_like_a_pickle(tmp_pat
         torch_zip()[:-9],
     ],
 )
-def test_explain_lets_what_is_no_pickle_pass(tmp_path, data):
+def test_explain_returns_none_for_other_files(tmp_path, data):
     (tmp_path / "v").write_bytes(data)
     assert explain(tmp_path / "v") is None
 
 
-def test_explain_of_nothing_is_none(tmp_path):
+def test_explain_returns_none_for_missing_files_and_folders(tmp_path):
     assert explain(tmp_path / "v") is None
     assert explain(tmp_path) is None

@@ -50,14 +50,14 @@ def same(a, b):
 @pytest.mark.parametrize("mmap", [None, True, False])
 @pytest.mark.parametrize("shape", [(4, 3), (0, 3), (4, 0), (0, 0)])
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float32, np.float64])
-def test_read_gives_what_was_written(tmp_path, shape, dtype, mmap):
+def test_read_returns_written_contents(tmp_path, shape, dtype, mmap):
     rows = shape[0]
     contents = files.Contents(Vocabulary(TOKENS[:rows]), np.ones(shape, dtype), CONTENTS.counts[:rows])
     files.write_safetensors(tmp_path / "v", contents)
     assert same(read(tmp_path / "v", mmap=mmap), contents)
 
 
-def test_read_gives_special_tokens_and_no_counts_where_there_are_none(tmp_path):
+def test_read_returns_special_tokens_without_counts(tmp_path):
     files.write_safetensors(tmp_path / "v", CONTENTS._replace(counts=None))
     found = files.read_safetensors(tmp_path / "v")
     assert found.counts is None
@@ -299,13 +299,13 @@ def test_read_refuses_headers_that_lie(tmp_path, data, match):
         pass
 
 
-def test_read_refuses_headers_that_begin_with_a_space_as_the_format_says(tmp_path):
+def test_read_refuses_headers_that_begin_with_a_space(tmp_path):
     (tmp_path / "v").write_bytes(with_header(b" {}", 0))
     with pytest.raises(files.FormatError, match="does not begin with a brace"):
         files.read_safetensors(tmp_path / "v")
 
 
-def test_read_takes_no_memory_for_what_a_compressed_file_says(tmp_path):
+def test_read_does_not_allocate_by_the_header_of_a_compressed_file(tmp_path):
     big = header_of(0, shape=[1, 1 << 50], data_offsets=[0, 1 << 52])
     header = json.loads(big[8:])
     header["token_offsets"] = {"dtype": "I64", "shape": [2], "data_offsets": [1 << 52, (1 << 52) + 16]}

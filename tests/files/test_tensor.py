@@ -198,7 +198,7 @@ def test_read_lists_few_tensors(tmp_path):
         ({"vocab__txt": "a", "tokenizer_config__json": "nonsense"}, "tokenizer_config.json: is no JSON"),
     ],
 )
-def test_read_refuses_vocabularies_that_are_none(tmp_path, beside, match):
+def test_read_refuses_malformed_vocabularies(tmp_path, beside, match):
     with pytest.raises(files.FormatError, match=match):
         read(saved(tmp_path, **beside) + ":token_embed")
 

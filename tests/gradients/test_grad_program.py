@@ -282,7 +282,7 @@ def test_works_under_the_settings_of_jax(context):
         ),
     ],
 )
-def test_eager_calls_compile_as_often_as_those_of_jax(loss, caplog):
+def test_eager_calls_compile_as_often_as_jax(loss, caplog):
     def compiled(grad):
         counts = []
         for k in range(3):

@@ -54,7 +54,7 @@ GIVEN_TOO = {
         *(pytest.param(cases, marks=pytest.mark.exhaustive, id=name) for name, cases in GIVEN_TOO.items()),
     ],
 )
-def test_values_given_what_was_drawn(cases):
+def test_sampled_softmax_equals_the_reference_for_drawn_candidates(cases):
     calls = {}
     for name, remove, samples, rules in cases:
         options = {"samples": samples, "candidates": CANDIDATES[name], "remove_accidental_hits": remove}

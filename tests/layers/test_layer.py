@@ -152,7 +152,7 @@ def test_from_vectors_is_frozen_and_of_all_words(name):
 
 
 @OF_ROWS
-def test_from_vectors_fills_a_vocabulary_and_tells_what_is_missing(name):
+def test_from_vectors_fills_a_vocabulary_and_reports_missing_tokens(name):
     layer = LAYERS[name]
     call = re.escape(f"{layer.__module__}.Embedding.from_vectors")
     with pytest.warns(MissingTokensWarning, match=rf'{call}`: 1 of 3 tokens have no vector, such as "x"\.'):
@@ -212,7 +212,7 @@ def test_a_head_that_is_tied(name):
 
 
 @pytest.mark.parametrize(("module", "extra"), [("flax", "nnx"), ("equinox", "equinox")])
-def test_a_missing_extra_says_what_to_install(module, extra):
+def test_import_without_a_framework_names_the_extra(module, extra):
     code = f"import sys; sys.modules[{module!r}] = None; import embax; import embax.{extra}"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert run.returncode == 1

@@ -58,7 +58,7 @@ def clipped_tree():
     return of, total, *clipped(params, of)
 
 
-def test_global_norm_is_that_of_the_whole_tree():
+def test_global_norm_counts_the_whole_tree():
     _, total, found, _ = clipped_tree()
     np.testing.assert_allclose(found, total, rtol=1e-6)  # float32
 

@@ -58,7 +58,7 @@ def sent(program):
 
 
 @pytest.mark.parametrize("case", [*STEPS, *(pytest.param(x, marks=pytest.mark.exhaustive) for x in MORE_STEPS)])
-def test_plan_is_what_the_compiled_step_sends_and_holds(case):
+def test_plan_equals_the_compiled_step(case):
     shape, layout, optimizer, dtype, lookups = {**STEPS, **MORE_STEPS}[case]
     mesh = jax.make_mesh(shape, ("x", "y")[: len(shape)], devices=jax.devices()[: math.prod(shape)])
     tables = embax.shard({"t": embax.Table(jnp.zeros((1001, 32), dtype))}, mesh, **layout)
@@ -111,7 +111,7 @@ BAGS = {
 
 
 @pytest.mark.parametrize("case", [*BAGS, *(pytest.param(x, marks=pytest.mark.exhaustive) for x in MORE_BAGS)])
-def test_plan_of_bags_is_what_the_compiled_program_sends(case):
+def test_plan_of_bags_equals_the_compiled_program(case):
     shape, layout, dtype, length = {**BAGS, **MORE_BAGS}[case]
     layout = layout | {"pool_at_owners": True}
     mesh = jax.make_mesh(shape, ("x", "y")[: len(shape)], devices=jax.devices()[: math.prod(shape)])
@@ -142,7 +142,7 @@ MESHES = {
 
 @pytest.mark.parametrize("exponent", [0.0, 1.05])
 @pytest.mark.parametrize("case", MESHES)
-def test_expectations_are_what_draws_give(case, exponent):
+def test_expectations_equal_the_mean_of_draws(case, exponent):
     mesh, layout = MESHES[case]
     rows, number, trials = 5003, 256, 400
     table = jax.ShapeDtypeStruct((rows, 8), np.float32)
@@ -184,7 +184,7 @@ def test_expectations_are_what_draws_give(case, exponent):
 
 @pytest.mark.parametrize("exponent", [0.0, 1.05])
 @pytest.mark.parametrize("case", MESHES)
-def test_expectations_of_bags_are_what_draws_give(case, exponent):
+def test_expectations_of_bags_equal_the_mean_of_draws(case, exponent):
     mesh, layout = MESHES[case]
     rows, bags, length, trials = 5003, 32, 40, 100
     planned = plan(
@@ -267,7 +267,7 @@ def test_meshes_and_tables_may_be_real_or_shapes():
     [embax.Table(np.zeros((64, 8), np.float32), freeze=True), jax.ShapeDtypeStruct((64, 8), np.int8)],
     ids=["frozen", "integers"],
 )
-def test_what_is_not_trained_has_no_gradient_and_no_state(table):
+def test_untrained_table_has_no_gradient_and_no_state(table):
     planned = plan({"t": table}, {"x": 4}, 32, "x", optimizer="adam").tables["t"]
     assert {x.phase for x in planned.transfers} == {"forward"}
     assert planned.state_bytes == planned.crowded == 0

@@ -62,7 +62,7 @@ def test_draw_held_out_takes_whole_windows():
     assert set(widths) == {1, 2, 3}
 
 
-def test_draw_held_out_of_text_without_pairs_is_none():
+def test_draw_held_out_returns_none_for_text_without_pairs():
     assert drawn(text(["a"], ["b"], ["a"]), 5) is None
     assert drawn(text(["a", "b"]), 5, kept=np.zeros(2)) is None
 

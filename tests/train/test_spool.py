@@ -10,7 +10,7 @@ from embax.train._spool import Spool
 
 
 @pytest.mark.parametrize("in_memory", [1 << 20, 40])
-def test_spool_reads_what_was_written(in_memory):
+def test_spool_returns_written_items(in_memory):
     spool = Spool(in_memory)
     for first in range(0, 100, 7):
         spool.append(np.arange(first, min(first + 7, 100), dtype=np.int32))
