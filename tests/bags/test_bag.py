@@ -227,7 +227,7 @@ def test_bad_arguments_are_refused(arguments, error, match):
         embedding_bag(**{"table": Table(WEIGHT), "bags": [[1]], **arguments})
 
 
-def test_bags_are_pooled_by_their_mean_where_no_mode_is_given():
+def test_embedding_bag_averages_by_default():
     calls = [([[0, 1], [2, 2]],), (Ragged.from_lists([[0, 1], [], [2]]),), ([[0, 1]], [[3.0, 1.0]])]
     pooled = jax.jit(lambda table: [embedding_bag(table, *call) for call in calls])(
         Table(np.array([[1.0], [3.0], [8.0]], np.float32))

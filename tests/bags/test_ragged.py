@@ -154,7 +154,7 @@ def test_more_ids_and_bags_than_a_small_dtype_can_count(wrap, dtype):
 
 
 @pytest.mark.parametrize("ids", [2**40 + 3, 2**63 + 5], ids=["int64", "uint64"])
-def test_64_bit_numbers_of_the_host_are_kept_where_jax_has_32(ids):
+def test_ragged_keeps_64_bit_numbers_of_the_host(ids):
     key = np.array([ids, ids + 1])
     for bags in [
         Ragged(key, [0, 2]),
@@ -293,7 +293,7 @@ def test_goes_through_vmap_and_scan():
     np.testing.assert_array_equal(again.values, stacked.values)
 
 
-def test_nothing_warns_of_int64_where_jax_has_32():
+def test_ragged_of_int64_does_not_warn():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         bags = Ragged(np.arange(4), np.array([0, 2, 4]))

@@ -573,7 +573,7 @@ def test_fake_state_is_a_constant():
     np.testing.assert_allclose(gradient, WEIGHT[1].sum(), rtol=1e-6)  # float32
 
 
-def test_weight_with_a_unit_goes_the_ordinary_way():
+def test_weight_with_a_unit_has_the_gradient_of_brainstate():
     def make():
         embedding = embax.Embedding(6, 2, embedding_init=WEIGHT * brainunit.ms)
         other = embax.Embedding(6, 2, embedding_init=WEIGHT)
@@ -598,7 +598,7 @@ def test_unit_aware_gradients(has_aux):
     assert_same(ours, brainstate.transform.grad(loss, embedding.weight, unit_aware=True)())
 
 
-def test_integer_weight_goes_the_ordinary_way():
+def test_integer_weight_has_the_gradient_of_brainstate():
     embedding = embax.Embedding.from_pretrained(np.arange(6).reshape(3, 2), freeze=False)
     scale = brainstate.ParamState(jnp.array(2.0))
     fun = lambda: (embedding([1]).astype(jnp.float32) * scale.value).sum()  # noqa: E731
@@ -660,7 +660,7 @@ def test_a_layer_under_raw_jit_is_followed():
     np.testing.assert_array_equal(gradient.ids, [1, 0, 1, 2])
 
 
-def test_a_weight_that_a_layer_has_given_up_is_an_ordinary_state():
+def test_weight_that_a_layer_no_longer_holds_is_an_ordinary_state():
     embedding = embax.Embedding(6, 2, embedding_init=WEIGHT)
     old, embedding.weight = embedding.weight, brainstate.ParamState(jnp.ones((6, 2)))
     fun = lambda: (old.value**2 + embedding([1])).sum()  # noqa: E731

@@ -201,7 +201,7 @@ def test_layer_tied_to_the_weight_of_another_module():
     np.testing.assert_array_equal(output.value[2:], WEIGHT[2:])
 
 
-def test_rules_that_not_all_layers_have_do_not_hold():
+def test_rules_apply_only_if_all_layers_that_share_a_weight_have_them():
     a, b = embax.Embedding(6, 2, padding_idx=0, freeze=True), embax.Embedding(6, 2)
     b.weight = a.weight
     weights = {"shared": a.weight}
@@ -262,7 +262,7 @@ def test_optimizer_state_is_listed_among_states():
     jax.tree.map(np.testing.assert_array_equal, copy.opt_state.value, optimizer.opt_state.value)
 
 
-def test_training_goes_on_from_a_stored_state():
+def test_training_continues_from_a_stored_state():
     tx = lift(optax.adam(0.1))
     whole, _ = train(Model(), tx, steps=6)
     model = Model()

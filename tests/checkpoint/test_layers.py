@@ -90,7 +90,7 @@ class Trained:
 @pytest.mark.parametrize(
     "name", [pytest.param(x, marks=() if x == "equinox" else pytest.mark.exhaustive) for x in LAYERS]
 )
-def test_training_goes_on_in_any_layout(name, tmp_path):
+def test_training_continues_in_any_layout(name, tmp_path):
     layouts = None, "rows-cyclic", "columns"
     for layout in layouts[:2]:
         checkpoint.save(tmp_path / str(layout), Trained(name, LONGER, layout).step().tree)

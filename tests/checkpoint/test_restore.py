@@ -355,7 +355,7 @@ _SAVES = """
 
 
 @pytest.mark.parametrize("wait", [0.031, pytest.param(0.0, marks=pytest.mark.exhaustive)])
-def test_a_process_killed_while_saving_leaves_the_last_whole_one(wait, tmp_path):
+def test_process_killed_while_saving_leaves_the_last_complete_checkpoint(wait, tmp_path):
     like = {"value": 0, **{name: Table(jnp.zeros((20_000, 16))) for name in "abc"}}
     child = subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(_SAVES), tmp_path], stdout=subprocess.PIPE, text=True

@@ -26,7 +26,7 @@ def questions(tmp_path):
     return str(tmp_path / "q.txt"), str(tmp_path / "p.tsv")
 
 
-def test_evaluate_tells_by_section_and_in_all(vectors, questions):
+def test_evaluate_reports_sections_and_totals(vectors, questions):
     found = answer("evaluate", vectors, "--analogies", questions[0], "--word-pairs", questions[1])
     report = embax.evaluate.analogies(Vectors.load(vectors), questions[0])
     pairs = embax.evaluate.word_pairs(Vectors.load(vectors), questions[1])

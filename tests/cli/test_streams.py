@@ -77,7 +77,7 @@ def test_pipes_are_read_and_written(vectors):
     assert (vectors / "copy").read_text() == (vectors / "v.txt").read_text()
 
 
-def test_a_reader_that_goes_away_ends_a_command_quietly(vectors):
+def test_closed_pipe_ends_a_command_quietly(vectors):
     Vectors([f"t{row}" for row in range(5000)], np.ones((5000, 9))).save(vectors / "long")
     done = script("embax convert long - --to word2vec | head -n 1; echo ${PIPESTATUS[0]}", vectors)
     assert done.stdout == "5000 9\n1\n"

@@ -93,7 +93,7 @@ def test_info_of_no_rows(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", [".bin", ".txt", ".npy", ".parquet", ".arrow", ""])
-def test_convert_there_and_back(vectors, tmp_path, suffix):
+def test_convert_round_trip(vectors, tmp_path, suffix):
     status, out, err = run("convert", vectors, tmp_path / f"o{suffix}")
     assert (status, out) == (0, "")
     assert err.startswith(f"embax: wrote {tmp_path / f'o{suffix}'}: 6 rows of 3, ")
@@ -121,14 +121,14 @@ def test_convert_writes_the_format_asked_for(vectors, tmp_path):
     assert (tmp_path / "o.txt").read_text().startswith("man 1 0 0\n")
 
 
-def test_convert_tells_that_sub_words_are_left_out(tmp_path):
+def test_convert_reports_dropped_sub_words(tmp_path):
     status, _, err = run("convert", GENSIM / "lee_fasttext.bin", tmp_path / "o.safetensors")
     assert status == 0
     assert "note: the sub-words are left out" in err.splitlines()[0]
     assert len(Vectors.load(tmp_path / "o.safetensors")) == 1762
 
 
-def test_convert_tells_of_duplicates(tmp_path):
+def test_convert_reports_duplicates(tmp_path):
     (tmp_path / "v\x1b.txt").write_text("2 1\na\x1b 1\na\x1b 2\n")
     status, out, err = run("convert", tmp_path / "v\x1b.txt", tmp_path / "o")
     assert (status, out) == (0, "")
@@ -174,7 +174,7 @@ def test_convert_names_a_token_that_a_format_cannot_hold(tmp_path):
     assert "embax.files" not in err
 
 
-def test_commands_tell_how_to_convert_a_pickle(tmp_path):
+def test_commands_explain_how_to_convert_a_pickle(tmp_path):
     (tmp_path / "v.pkl").write_bytes(b"\x80\x04\x95\x05\x00\x00\x00\x00\x00\x00\x00]\x94.")
     status, out, err = run("info", tmp_path / "v.pkl")
     assert (status, out) == (2, "")
@@ -245,7 +245,7 @@ def test_analogy_errors_name_the_argument(vectors):
     assert_one_line(*run("analogy", vectors, "king", "man", "woman", "--method", "x"), "add or mul, got 'x'")
 
 
-def test_a_lack_of_memory_is_told(vectors, monkeypatch):
+def test_commands_report_lack_of_memory(vectors, monkeypatch):
     def fail(*_, **__):
         raise MemoryError
 
@@ -253,7 +253,7 @@ def test_a_lack_of_memory_is_told(vectors, monkeypatch):
     assert_one_line(*run("info", vectors), "not enough memory. Pass --limit")
 
 
-def test_an_error_of_the_system_without_a_file_is_told(vectors, monkeypatch):
+def test_commands_report_system_errors_without_a_file(vectors, monkeypatch):
     def fail(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
 

@@ -229,7 +229,7 @@ def test_bags():
     assert isinstance(eqx.filter_eval_shape(embax.grad(lambda bag: bag(IDS[None]).sum()), bag).table, RowGrad)
 
 
-def test_a_module_is_one_where_equinox_comes_in():
+def test_embedding_is_an_equinox_module():
     assert isinstance(layer(), eqx.Module)
     assert Embedding.__module__ == EmbeddingBag.__module__ == "embax.equinox"
     assert isinstance(layer().table, Table)

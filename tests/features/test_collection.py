@@ -352,7 +352,7 @@ def like_tables(mode, length, number=6, rows=50):
 @pytest.mark.parametrize(
     ("mode", "length"), [(None, 3), ("mean", 3), ("max", 3), pytest.param("sum", 1, marks=pytest.mark.exhaustive)]
 )
-def test_like_tables_cost_the_gathers_of_one(mode, length):
+def test_stacked_tables_need_the_gathers_of_one(mode, length):
     def count(number):
         text = compiled_as_for_users(lambda c, b: c(b), *like_tables(mode, length, number)).as_text()
         return text.count(" gather(") + text.count('custom_call_target="embax_'), text

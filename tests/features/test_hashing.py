@@ -108,7 +108,7 @@ def test_any_number_any_rows_any_seed(value, rows, seed):
     assert hash_ids(value, rows, seed) == expected(value, rows, seed)
 
 
-def test_64_bit_numbers_of_the_host_are_whole_where_jax_has_32():
+def test_hash_ids_uses_all_64_bits_of_host_numbers():
     values = np.array([2**40, 2**40 + 2**33, -(2**50)])
     with warnings.catch_warnings():
         warnings.simplefilter("error")

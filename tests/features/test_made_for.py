@@ -104,7 +104,7 @@ def test_a_single_table_is_named_too():
         tx.update(RowGrad([7], np.ones((1, 3), np.float32), rows=8), tx.init(of(4)), of(8))
 
 
-def test_clipping_without_parameters_goes_by_the_gradients():
+def test_clipping_without_parameters_uses_the_gradients():
     tx = clip_by_global_norm(1.0)
     update = jax.jit(tx.update)
     params = {"a": of(4), "b": of(5, freeze=True), "c": np.ones(2, np.float32)}

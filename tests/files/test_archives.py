@@ -146,7 +146,7 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 43
 
 @pytest.mark.parametrize("name", ["model.safetensors", "v.txt", "v", "v.bin", "v.npy", "v.parquet"])
 @pytest.mark.parametrize("pointer", [POINTER, POINTER.replace(b"\n", b"\r\n"), POINTER.replace(b"git-lfs", b"hawser")])
-def test_a_git_lfs_pointer_is_told_from_a_file(tmp_path, name, pointer):
+def test_error_names_a_git_lfs_pointer(tmp_path, name, pointer):
     (tmp_path / name).write_bytes(pointer)
     match = (
         rf"{name}: is a Git LFS pointer: the file of 438,000,000 bytes(.|\n)*pull --include={name}(.|\n)*hf download"
@@ -160,7 +160,7 @@ def test_a_git_lfs_pointer_is_told_from_a_file(tmp_path, name, pointer):
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "vocab.txt", "special_tokens_map.json"])
-def test_a_git_lfs_pointer_beside_a_table_is_told(tmp_path, name):
+def test_error_names_a_git_lfs_pointer_beside_a_table(tmp_path, name):
     (tmp_path / "model.safetensors").write_bytes(save({"t": TABLE}))
     (tmp_path / "vocab.txt").write_bytes(TOKENS)
     (tmp_path / name).write_bytes(POINTER)

@@ -39,7 +39,7 @@ def test_byte_order_mark_after_the_first_token_is_text(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", [".glove", ".txt", ".bin"])
-def test_a_first_token_that_begins_with_a_mark_survives(tmp_path, suffix):
+def test_first_token_that_begins_with_a_mark_round_trips(tmp_path, suffix):
     Vectors(["\ufeffa", "b"], TABLE).save(tmp_path / f"v{suffix}")
     assert Vectors.load(tmp_path / f"v{suffix}").vocabulary.tokens() == ["\ufeffa", "b"]
 

@@ -231,7 +231,7 @@ def test_the_terminal_gets_an_escape(tmp_path, path, format):
     assert (status, "one of strict, replace, escape, got 'ignore'" in err) == (2, True)
 
 
-def test_messages_get_an_escape():
+def test_messages_escape_invalid_bytes():
     assert quoted("caf\udcc3") == r'"caf\xc3"'
     assert printable("\x1bcaf\udcc3é") == r"\x1bcaf\xc3é"
     assert printable("".join(map(chr, range(0xDC80, 0xDD00)))) == "".join(
@@ -249,7 +249,7 @@ def test_a_tokens_sub_words_are_of_its_bytes():
     assert len({*plain.vectors(halves).ravel().tolist()}) == 2
 
 
-def test_both_kinds_of_rows_are_left_out_where_tokens_repeat(tmp_path):
+def test_repeated_tokens_with_invalid_bytes_warn_of_both(tmp_path):
     (tmp_path / "v").write_bytes(lines([b"a\xff", b"a\xff", b"b"], WEIGHT[:3]))
     with (
         pytest.warns(UndecodedTokensWarning, match="2 of 3"),

@@ -162,7 +162,7 @@ def test_read_hashes_the_bytes_of_the_file():
     np.testing.assert_array_equal(contents.subwords.vectors(["nejžluťoučký"]), mean)
 
 
-def test_read_tells_of_another_encoding():
+def test_read_warns_of_another_encoding():
     with pytest.warns(
         UndecodedTokensWarning, match=r"cp852_fasttext.bin: 69 of 171 tokens are not UTF-8.*pass such as"
     ):
@@ -318,7 +318,7 @@ def test_read_leaves_pruned_ngrams_out(file):
     assert contents.subwords.covers(tokens).tolist() == expected
 
 
-def test_read_where_all_ngrams_are_pruned_gives_the_rows(file):
+def test_read_of_a_model_without_ngrams_returns_the_rows(file):
     matrix, values = quantized(3, 4, 2)
     contents = read(file(model(matrix=matrix, pruned=[], flags=(1, 0))))
     assert contents.subwords is None
@@ -467,7 +467,7 @@ def test_read_of_any_damage_gives_contents_or_a_format_error(file, kind, seed):
 
 
 @pytest.mark.parametrize("name", ["crime-and-punishment", "toy-model", "lee_fasttext_new", "toy-model-pretrained"])
-def test_write_gives_the_bytes_that_were_read(tmp_path, name):
+def test_write_reproduces_the_bytes_of_the_file(tmp_path, name):
     path = DATA / f"{name}.bin"
     contents = read(path)
     FORMAT.write(tmp_path / "v.bin", contents)

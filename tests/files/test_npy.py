@@ -89,7 +89,7 @@ def test_read_of_each_layout(tmp_path, dtype, order, options):
         assert found.vocabulary.tokens() == TOKENS[:rows]
 
 
-def test_read_maps_where_nothing_has_to_be_converted(tmp_path):
+def test_read_maps_arrays_that_need_no_conversion(tmp_path):
     assert isinstance(read(saved(tmp_path)).weight.base, np.memmap)
     by_column = read(saved(tmp_path, np.asfortranarray(TABLE)), mmap=True).weight
     assert by_column.flags.f_contiguous
@@ -214,7 +214,7 @@ def test_read_of_the_second_version_and_of_old_headers(tmp_path):
         (npy(of(shape=(1 << 62, 0))), "has 4,611,686,018,427,387,904 rows, and .*x.json 4 tokens for rows up to 3"),
     ],
 )
-def test_read_refuses_files_that_lie(tmp_path, data, match):
+def test_read_refuses_wrong_headers(tmp_path, data, match):
     path = saved(tmp_path)
     path.write_bytes(data)
     with pytest.raises(files.FormatError, match=match):

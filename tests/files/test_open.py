@@ -87,7 +87,7 @@ def test_of_an_archive_of_several_files_one_has_to_be_named(tmp_path):
         Vectors.load(f"{path}:c")
 
 
-def test_a_missing_library_for_zstd_is_told(tmp_path, monkeypatch):
+def test_error_names_the_missing_library_for_zstd(tmp_path, monkeypatch):
     path = tmp_path / "v"
     path.write_bytes(zstandard(TEXT))
     monkeypatch.setitem(sys.modules, "backports.zstd", None)

@@ -190,7 +190,7 @@ def test_read_refuses_two_columns_of_the_same_name(tmp_path):
 
 
 @pytest.mark.parametrize("ends", [[0, 1, 1, 8, 1 << 40], [0, 1 << 40, 1, 8, 11], [-8, 1, 1, 8, 11], [0, 1, 1, 4, 11]])
-def test_read_refuses_strings_that_lie_elsewhere(tmp_path, ends):
+def test_read_refuses_strings_outside_of_their_buffer(tmp_path, ends):
     _arrow.FORMAT.write(tmp_path / "v", files.Contents(Vocabulary(TOKENS), TABLE))
     right, wrong = np.asarray([0, 1, 1, 8, 11]).tobytes(), np.asarray(ends).tobytes()
     whole = (tmp_path / "v").read_bytes()
@@ -244,7 +244,7 @@ def test_read_refuses_more_numbers_than_an_arrow_file_of_its_size_holds(tmp_path
 
 
 @both
-def test_read_refuses_few_strings_that_are_named_many_times(tmp_path, format, monkeypatch):
+def test_read_refuses_dictionaries_that_expand_beyond_the_limit(tmp_path, format, monkeypatch):
     monkeypatch.setattr("embax.files._io.open._HARMLESS", 1 << 16)
     tokens = pa.DictionaryArray.from_arrays(pa.array([0] * 4000, pa.int32()), ["x" * 5000])
     path = written(format, tmp_path, {"token": tokens, "vector": lists(table=np.ones((4000, 1)))})
@@ -253,7 +253,7 @@ def test_read_refuses_few_strings_that_are_named_many_times(tmp_path, format, mo
 
 
 @both
-def test_read_of_a_file_that_has_gone_is_the_systems_error(tmp_path, format):
+def test_read_of_a_missing_file_is_file_not_found(tmp_path, format):
     path = written(format, tmp_path, LAYOUTS["lists"])
     with opened(path, 100.0) as source:
         path.unlink()

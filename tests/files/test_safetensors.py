@@ -104,7 +104,7 @@ def test_read_of_a_compressed_file(tmp_path):
         read(tmp_path / "v.gz", mmap=True)
 
 
-def test_read_of_compressed_data_that_end_too_early(tmp_path):
+def test_read_refuses_truncated_compressed_data(tmp_path):
     files.write_safetensors(tmp_path / "v", CONTENTS)
     whole = (tmp_path / "v").read_bytes()
     for end in range(len(whole)):
@@ -125,7 +125,7 @@ def test_read_casts_to_the_dtype_that_is_wanted(tmp_path):
         read(tmp_path / "v", dtype=np.dtype(np.float16), mmap=True)
 
 
-def test_read_maps_the_weight_where_nothing_has_to_be_converted(tmp_path):
+def test_read_maps_a_weight_that_needs_no_conversion(tmp_path):
     files.write_safetensors(tmp_path / "v", CONTENTS)
     for mmap in (None, True):
         weight = read(tmp_path / "v", mmap=mmap).weight
@@ -244,7 +244,7 @@ def test_read_refuses_other_safetensors_files(tmp_path, metadata):
 
 
 @pytest.mark.parametrize("special", ["", "[]", '{"padding":4}', '{"padding":-1}', '{"padding":true}', "[" * 10**5])
-def test_read_refuses_special_tokens_that_are_not_there(tmp_path, special):
+def test_read_refuses_missing_special_tokens(tmp_path, special):
     save_file(tensors(), tmp_path / "v", METADATA | {"special": special})
     with pytest.raises(files.FormatError, match="`special` must be row numbers below 4 by name"):
         files.read_safetensors(tmp_path / "v")
@@ -291,7 +291,7 @@ def with_header(text, size=48):
         (header_of(dtype=["F32"]), "the unknown dtype"),
     ],
 )
-def test_read_refuses_headers_that_lie(tmp_path, data, match):
+def test_read_refuses_wrong_headers(tmp_path, data, match):
     (tmp_path / "v").write_bytes(data)
     with pytest.raises(files.FormatError, match=match):
         files.read_safetensors(tmp_path / "v")

@@ -205,7 +205,7 @@ def test_npy_is_written_to_a_named_pipe_with_the_tokens_beside_it(tmp_path):
     thread.join()
 
 
-def test_a_descriptor_that_cannot_be_written_to_is_told(tmp_path):
+def test_error_names_a_descriptor_that_cannot_be_written_to(tmp_path):
     (tmp_path / "v").write_bytes(TEXT)
     with open(tmp_path / "v", "rb") as file:
         path = f"/dev/fd/{file.fileno()}"

@@ -153,7 +153,7 @@ def test_read_of_special_tokens(tmp_path, beside, special):
         (":b", "has 2 rows, fewer than the 5 that"),
     ],
 )
-def test_read_lists_tensors_where_none_fits(tmp_path, name, match):
+def test_read_error_lists_the_tensors_if_none_fits(tmp_path, name, match):
     tensors = {
         "a": TABLE,
         "embed": TABLE,

@@ -75,7 +75,7 @@ def test_tokens_keep_other_characters_inside(tmp_path, layout, header):
 
 @pytest.mark.parametrize("header", ["", "3 3"], ids=["no header", "header"])
 @pytest.mark.parametrize("layout", [LAYOUTS["tabs"], LAYOUTS["a tab after the token"]])
-def test_a_tab_tells_where_a_token_that_ends_in_a_number_ends(tmp_path, layout, header):
+def test_tab_ends_a_token_that_ends_in_a_number(tmp_path, layout, header):
     for tokens in (["Route 66", "of", "and"], ["item 1", "item 2", "item 3"]):
         vectors = Vectors.load(written(tmp_path, text_of(layout, tokens, header=header)))
         assert vectors.vocabulary.tokens() == tokens
@@ -93,7 +93,7 @@ def test_comma_after_every_token_is_kept_if_blanks_separate_numbers(tmp_path):
     assert Vectors.load(written(tmp_path, text_of(LAYOUTS["spaces"], tokens))).vocabulary.tokens() == tokens
 
 
-def test_lines_of_several_layouts_are_read_where_all_have_one_dimension(tmp_path):
+def test_lines_of_several_layouts_are_read_if_all_have_one_dimension(tmp_path):
     text = "a 1 2\nb\t3 4\nc  5   6\nd\t7\t8\nNew York   9 10\n"
     for header in ("", "5 2\n"):
         vectors = Vectors.load(written(tmp_path, header + text))
@@ -131,7 +131,7 @@ def test_ambiguous_layouts_are_refused_with_their_line(tmp_path, text, message):
         Vectors.load(written(tmp_path, text))
 
 
-def test_a_header_aligned_to_the_right_is_one(tmp_path):
+def test_header_aligned_to_the_right_is_recognised(tmp_path):
     text = f"{3:8d}{3:8d}\n" + text_of(LAYOUTS["aligned to the right"])
     assert Vectors.load(written(tmp_path, text)).vocabulary.tokens() == TOKENS
 

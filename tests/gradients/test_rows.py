@@ -401,7 +401,7 @@ def test_apply_updates_refuses(update, error, match):
         apply_updates({"table": TABLE}, {"other": G})
 
 
-def test_apply_updates_is_in_place_where_the_table_is_donated():
+def test_apply_updates_is_in_place_if_the_table_is_donated():
     temporary = []
     for rows in (10**4, 10**6):
         table = Table(jax.ShapeDtypeStruct((rows, 16), jnp.float32), padding_idx=0)

@@ -91,7 +91,7 @@ def test_the_choice_holds_for_the_process(load, monkeypatch):
     assert load() is None
 
 
-def test_the_module_prints_the_report_and_fails_where_nothing_is_used():
+def test_module_prints_the_report_and_fails_without_kernels():
     code = "import os, runpy; os.environ['EMBAX_KERNELS'] = '0'; runpy.run_module('embax.kernels', run_name='__main__')"
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
     assert done.stdout == "Native kernels: switched off by EMBAX_KERNELS=0. XLA does all the work.\n"

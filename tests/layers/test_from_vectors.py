@@ -39,7 +39,7 @@ def test_from_vectors_fills_a_given_vocabulary_and_reports_missing_tokens():
         embax.Embedding.from_vectors(VECTORS, frozen=True)
 
 
-def test_real_words_get_their_real_vectors():
+def test_from_vectors_of_glove_returns_the_vectors_of_words():
     words = ["the", "king", "embaxian", "sword"]
     embedding, report = embax.Embedding.from_vectors(real.glove(), words, "random", seed=1, return_report=True)
     assert report.missing == ("embaxian",)

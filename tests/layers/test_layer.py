@@ -40,7 +40,7 @@ OF_ALL = pytest.mark.parametrize("name", LAYERS)
 
 
 @OF_ALL
-def test_from_pretrained_is_frozen_unless_told_otherwise(name):
+def test_from_pretrained_freezes_by_default(name):
     layer = LAYERS[name]
     assert type(layer.from_pretrained(WEIGHT)) is layer
     assert layer.from_pretrained(WEIGHT).table.freeze
@@ -124,7 +124,7 @@ def test_options_of_their_own():
     assert embax.equinox.EmbeddingBag.from_table(table, include_last_offset=True).include_last_offset
 
 
-def test_several_padding_rows_move_where_they_can():
+def test_several_padding_rows_are_kept_or_refused():
     table = Table(WEIGHT, padding_idx=(1, 3))
     for layer in embax.nnx.Embedding, embax.equinox.Embedding:
         assert layer.from_table(table).table.padding_idx == (1, 3)

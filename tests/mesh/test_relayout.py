@@ -207,7 +207,7 @@ def test_capacities_do_not_matter_to_a_state():
     assert jax.tree.structure(after) == jax.tree.structure(state)
 
 
-def test_a_state_that_is_sharded_or_taken_off_the_mesh_with_its_tables_goes_with_them():
+def test_state_keeps_the_layout_of_its_tables_through_shard_and_unshard():
     params, mesh = params_of(ROWS), mesh_of({"x": 4})
     gradient = jax.eval_shape(gradient_of, params)
     for name in ("rowwise", "chain"):

@@ -169,7 +169,7 @@ def states_of_nnx_embed():
     return embed, nnx.state(embed)
 
 
-def test_a_state_of_nnx_embed_is_one():
+def test_state_of_nnx_embed_is_accepted():
     embed, state = states_of_nnx_embed()
     embedding = Embedding(6, 2, rngs=nnx.Rngs(0), **RULES)
     assert jax.tree.structure(nnx.state(embedding)) == jax.tree.structure(state)
@@ -184,7 +184,7 @@ def test_a_state_of_nnx_embed_is_one():
     np.testing.assert_array_equal(embed(jnp.arange(6)), WEIGHT)
 
 
-def test_a_checkpoint_of_nnx_embed_is_one(tmp_path):
+def test_checkpoint_of_nnx_embed_is_accepted(tmp_path):
     embed, state = states_of_nnx_embed()
     embedding = nnx.eval_shape(lambda: Embedding(6, 2, rngs=nnx.Rngs(0), **RULES))
     with orbax.checkpoint.StandardCheckpointer() as checkpointer:
@@ -308,7 +308,7 @@ def test_functional_jit_hands_the_stored_rows_out():
 
 
 @pytest.mark.parametrize("options", [{"write_back": False}, {"freeze": True}, {"max_norm": None}], ids=str)
-def test_nothing_is_stored_where_nothing_is_to_be(options):
+def test_frozen_layers_and_write_back_false_store_nothing(options):
     embedding = layer(**{"max_norm": 1.0, **options})
     before = embedding.embedding.get_value()
     embedding(IDS)

@@ -224,7 +224,7 @@ def test_arguments_are_counted_from_the_end_too(number):
     assert_same(ours, theirs)
 
 
-def test_diff_state_says_which_variables():
+def test_diff_state_chooses_the_variables():
     kernel = nnx.DiffState(0, nnx.PathContains("kernel"))
     ours, theirs = both(Model, Model.__call__, IDS, argnums=kernel)
     assert_same(ours, theirs)

@@ -175,7 +175,7 @@ def test_its_state_is_found_and_survives_split_and_merge():
     assert copy.step[...] == optimizer.step[...] == 4
 
 
-def test_training_goes_on_from_a_checkpoint(tmp_path):
+def test_training_continues_from_a_checkpoint(tmp_path):
     tx = lift(optax.adam(0.1))
     whole = Model()
     expected = train(whole, Optimizer(whole, tx), steps=6)

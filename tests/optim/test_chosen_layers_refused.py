@@ -83,7 +83,7 @@ def test_optimizers_and_grad_refuse_wrong_choices_by_name_in_brainstate():
         optimizer.register_trainable_weights(with_unit)
 
 
-def test_a_dense_gradient_of_a_chosen_array_is_told():
+def test_dense_gradient_of_a_chosen_array_warns():
     def of_all_rows():
         return (state.value**2).sum()
 

@@ -132,7 +132,7 @@ def test_init_refuses_row_mixing_transformations_without_jit():
         lift(optax.lamb(0.1)).init({"table": Table(weight())})
 
 
-def test_factored_moments_are_refused_where_the_rows_are_wide_enough_to_be_factored():
+def test_factored_moments_are_refused_for_wide_rows():
     tx = lift(optax.scale_by_factored_rms(min_dim_size_to_factor=DIM + 1))
     jax.eval_shape(tx.init, {"table": Table(weight(200, DIM))})
     with pytest.raises(ValueError, match="must treat each row of a table by itself"):

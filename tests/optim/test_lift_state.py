@@ -248,7 +248,7 @@ def test_two_runs_give_the_same_bytes():
     assert whole_run() == whole_run()
 
 
-def test_scratch_space_is_kept_only_where_duplicates_are_summed_first():
+def test_scratch_space_is_kept_only_if_duplicates_are_summed_first():
     for name, state in ALL.start(ALL.of_all(params_of)).items():
         (slots,) = state.slots
         assert (slots is None) == (name == "sgd"), name
@@ -288,7 +288,7 @@ def after_5_steps():
     return run(ALL, 5)[0] | run(WRAPPED, 5)[0]
 
 
-def test_sgd_without_scratch_space_equals_sgd_with_it():
+def test_sgd_with_and_without_scratch_space_are_equal():
     assert_close(after_5_steps()["sgd"], after_5_steps()["sgd with scratch space"])
 
 

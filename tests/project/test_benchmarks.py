@@ -60,7 +60,7 @@ def test_ratios_and_their_spread(script):
     assert row == ("work", "XLA", "**1.00**", "0.60 to 2.60", "0.5", "2e+03 ms", "2e+03 ms")
 
 
-def test_a_way_that_compiles_in_its_turns_is_refused(script):
+def test_functions_that_compile_while_timed_are_refused(script):
     turns = script("turns")
 
     class Process:

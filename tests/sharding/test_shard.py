@@ -213,7 +213,7 @@ def test_shard_refuses_traced_tables_and_create_too_many_rows():
         Table.create(jax.random.key(0), 2**31 - 1, 1, mesh=mesh, axis="x")
 
 
-def test_a_placement_tells_where_rows_are():
+def test_placement_gives_the_owner_of_each_row():
     placement = embax.shard(WEIGHT, mesh_of({"x": 4, "y": 2}), "x", "rows-cyclic", columns="y").placement
     ids = np.arange(-1, 103)
     exists = (ids >= 0) & (ids < 101)

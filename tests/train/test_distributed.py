@@ -189,7 +189,7 @@ def stop_after(calls):
     return progress
 
 
-def test_skipgram_goes_on_from_a_checkpoint(tmp_path, monkeypatch):
+def test_skipgram_continues_from_a_checkpoint(tmp_path, monkeypatch):
     pytest.importorskip("orbax.checkpoint")
     expected = train.skipgram(paragraphs(), **OPTIONS)
     saved = {"checkpoint": tmp_path / "saved", "checkpoint_every": 65}
@@ -350,7 +350,7 @@ def test_the_loss_of_a_process_ends_the_others(text, tmp_path, cases):
         (OSError("INTERNAL: Socket closed"), False),
     ],
 )
-def test_errors_of_jax_that_mean_a_loss_are_told_from_others(monkeypatch, error, is_lost):
+def test_errors_of_jax_for_a_lost_process_are_recognised(monkeypatch, error, is_lost):
     monkeypatch.setattr(_processes, "_join", lambda where: None)
     monkeypatch.setattr(_processes.atexit, "register", lambda *_: None)
     expected = (UserError, rf"another process was lost\. {GO_ON}") if is_lost else (type(error), re.escape(str(error)))
@@ -360,7 +360,7 @@ def test_errors_of_jax_that_mean_a_loss_are_told_from_others(monkeypatch, error,
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("number", [0, 1])
-def test_training_goes_on_from_before_the_loss_of_a_process(text, tmp_path, number):
+def test_training_continues_after_the_loss_of_a_process(text, tmp_path, number):
     pytest.importorskip("orbax.checkpoint")
     saved = {"checkpoint": str(tmp_path / "saved"), "checkpoint_every": 32}
     lose(number, signal.SIGKILL, 2, text, "--checkpoint", saved["checkpoint"], "--checkpoint-every", "32")
@@ -386,7 +386,7 @@ def test_training_goes_on_from_before_the_loss_of_a_process(text, tmp_path, numb
         (["--checkpoint-every", "0"], "at least 1"),
     ],
 )
-def test_train_refuses_options_that_do_not_go_together(text, tmp_path, options, part):
+def test_train_refuses_conflicting_options(text, tmp_path, options, part):
     assert_one_line(*run("train", text, "-o", tmp_path / "v", *options), part)
 
 

@@ -117,7 +117,7 @@ def test_after_epoch_gets_the_vectors_and_a_falling_loss():
     assert vectors.counts.sum() == 9 * (120 - 6)
 
 
-def test_training_ends_where_a_callback_returns_true():
+def test_training_ends_if_a_callback_returns_true():
     epochs, reports = [], []
     ended = train.skipgram(CORPUS, **OPTIONS, after_epoch=lambda epoch: epochs.append(epoch) or epoch.epoch == 2)
     np.testing.assert_array_equal(ended.weight, epochs[1].vectors.weight)

@@ -78,7 +78,7 @@ def test_one_thread_trains_to_the_same_bytes(model):
 
 
 @kernel
-def test_training_goes_on_from_vectors():
+def test_training_continues_from_vectors():
     corpus = corpus_of([["a", "b"]])
     rng = np.random.default_rng(0)
     initial = tuple(rng.normal(size=(2, DIM)).astype(np.float32) for _ in range(2))

@@ -54,7 +54,7 @@ except OSError as error:
 """
 
 
-def test_spool_says_where_the_disk_is_full(tmp_path, monkeypatch):
+def test_spool_error_for_a_full_disk_names_its_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True, timeout=60)
     number, reason, folder = done.stdout.strip().split("|")

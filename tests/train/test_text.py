@@ -55,7 +55,7 @@ def test_tokenize_ends_a_sequence_at_a_blank_line():
 
 @settings(deadline=None)
 @given(st.text(alphabet="ab\u00e9'\u2019 \n_", max_size=60), st.lists(st.integers(0, 60), max_size=5))
-def test_tokenize_does_not_depend_on_where_the_text_is_cut(text, cuts):
+def test_tokenize_does_not_depend_on_the_parts_of_the_text(text, cuts):
     text = unicodedata.normalize("NFC", text)
     ends = [0, *sorted(cuts), len(text)]
     pieces = [text[first:last] for first, last in itertools.pairwise(ends)]

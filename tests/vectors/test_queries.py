@@ -76,7 +76,7 @@ def test_unit_rows_leaves_its_argument_unchanged_and_accepts_no_rows():
     assert _queries.unit_rows(np.ones((3, 0))).shape == (3, 0)
 
 
-def test_unit_rows_begin_where_jax_reads_without_a_copy():
+def test_unit_rows_are_aligned_for_jax():
     assert _queries.unit_rows(np.ones((5, 3))).ctypes.data % 64 == 0
 
 
@@ -91,7 +91,7 @@ def test_nearest_equals_float64(rows, dim, number):
 
 
 @pytest.mark.parametrize("number", [1, 10])
-def test_nearest_of_rows_that_all_point_away(number):
+def test_nearest_of_rows_with_negative_products(number):
     unit = _queries.unit_rows(np.random.default_rng(0).uniform(-2, -1, (4097, 4)))
     check(unit, np.random.default_rng(1).uniform(1, 2, (number, 4)), 1)
 

@@ -141,7 +141,7 @@ def test_load_returns_the_saved_vectors(tmp_path):
     np.testing.assert_array_equal(loaded.counts, vectors.counts)
 
 
-def test_rows_that_are_not_finite_are_told_and_left_out(tmp_path):
+def test_rows_that_are_not_finite_are_reported_and_left_out(tmp_path):
     weight = np.asarray([[1, 0], [np.nan, 0], [0.6, 0.8], [np.inf, 0], [3e38, 3e38]], np.float32)
     Vectors("abcde", weight).save(tmp_path / "v")
     with pytest.warns(NotFiniteWarning, match="v: 2 of 5 vectors hold NaN or infinity. Queries leave them out"):

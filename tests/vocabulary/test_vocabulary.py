@@ -172,7 +172,7 @@ def test_ids_equal_a_dictionary(tokens, wanted):
         assert vocabulary.ids(tokens + wanted, unknown=-1).tolist() == [first.get(t, -1) for t in tokens + wanted]
 
 
-def test_strings_of_one_hash_are_told_apart(monkeypatch):
+def test_strings_of_one_hash_stay_distinct(monkeypatch):
     monkeypatch.setattr(_strings, "_hashes", lambda strings: np.zeros(strings.number, np.uint64))
     vocabulary = Vocabulary(WORDS)
     assert vocabulary.ids(WORDS).tolist() == list(range(len(WORDS)))
