@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int32, Int64
 
+from .._base.limits import MAX_VOCABULARY
 from ._parts import Parts
 from ._sources import FileSequences
 from ._spool import IN_MEMORY, Spool
@@ -28,8 +29,6 @@ from ._tokenizers import END
 
 # Ends each sequence in the blocks of a corpus.
 BREAK = -1
-# The most words that are counted at a time. A word takes about 150 bytes.
-MAX_VOCABULARY = 5_000_000
 # An id that stands for a word that is not in the vocabulary, before it is removed.
 _DROPPED = -2
 # The number of the end of a sequence while words are numbered.

@@ -8,10 +8,11 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float32
 
+from .._base.limits import MAX_VOCABULARY
 from ..vectors import Vectors
 from . import _initial, _native
 from ._arguments import Arguments, EngineName, checked
-from ._corpus import MAX_VOCABULARY, Corpus, CorpusError, encode
+from ._corpus import Corpus, CorpusError, encode
 from ._engine import Engine, Initial, Model, Options, kept, noise_weights
 from ._held_out import EVERY, HeldOut, draw_held_out
 from ._loop import Epoch, Progress, Run, train
