@@ -63,7 +63,7 @@ class Corpus:
     Attributes:
       tokens: As above.
       counts: As above.
-      length: The number of ids, those of `BREAK` included.
+      length: The number of ids, each `BREAK` included.
     """
 
     def __init__(self, tokens: list[str], counts: Int64[np.ndarray, " rows"], ids: Spool):
@@ -107,9 +107,9 @@ def encode(
         window never reaches into another sequence.
       min_count: Words that occur less often are removed.
       parts: The parts.
-      max_vocabulary: The most words to keep. Whenever more are counted, the least frequent quarter is dropped, among
-        equals those that came first; a dropped word that comes again is counted anew. This happens in each process for
-        itself.
+      max_vocabulary: The most words to keep. Whenever more are counted, the least frequent quarter is dropped, the
+        earliest first among words of equal frequency. A dropped word that comes again is counted from 0. Each process
+        drops words of its own parts.
       known: Words to keep however seldom they occur.
       held_out: Hold out every so many-th sequence. Default: none.
       call: The call, for messages.

@@ -155,7 +155,7 @@ def train(
         state, scratch, step_loss = descend(plan, pooling, state, scratch, drawn, limited)
         return state, scratch, loss + step_loss
 
-    # One device of a CPU finds equal ids by slots, see `_base.distinct`. They mean nothing after the call.
+    # One CPU device finds equal ids by slots, see `_base.distinct`. Their contents are not used after the call.
     slots: list[Any] = [table.storage.scratch(table.rows) for table in state]
     if pooling is not None:
         places = tokens.shape[1] * tokens.shape[2]
@@ -202,7 +202,7 @@ def _summed_by_row(
 def _descend(
     plan: Plan, pooling: Pooling | None, state: State, scratch: Any, drawn: Drawn, limited: Limited
 ) -> tuple[State, Any, Array]:
-    """Descend by the methods of a storage: moves and curvatures of a row are summed where the row is."""
+    """Descend by the methods of a storage: the owner of a row sums its updates and curvatures."""
     words, targets = drawn.tokens, jnp.concatenate([drawn.tokens, drawn.noise], axis=1)
     if pooling is not None:
         words = padded(pooling, words, plan.longest, state.inputs.rows)
