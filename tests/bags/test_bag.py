@@ -67,7 +67,7 @@ def kinds_of_cases():
 
 
 @pytest.mark.parametrize(("layout", "rules", "kinds"), [*kinds_of_cases()])
-def test_bags_and_gradients_are_those_of_the_reference(layout, rules, kinds):
+def test_bags_and_gradients_equal_the_reference(layout, rules, kinds):
     lists, bags, weights, shape = of_layout(layout)
     cotangents = np.random.default_rng(1).normal(size=(*shape, 3)).astype(np.float32)
 
@@ -157,7 +157,7 @@ def test_small_and_large_integers(cases):
     ("layout", "mode"),
     usual_and_rest([("ragged", "sum"), ("2d", "max")], itertools.product(["2d", "ragged"], ["sum", "max"])),
 )
-def test_rows_of_several_axes_and_of_none(layout, mode):
+def test_bags_of_rows_with_zero_one_or_two_axes(layout, mode):
     weight = np.random.default_rng(0).normal(size=(ROWS, 2, 3)).astype(np.float32)
     expected = reference.embedding_bag(weight, FULL, None, mode, padding_idx=2)
 
@@ -227,7 +227,7 @@ def test_bad_arguments_are_refused(arguments, error, match):
         embedding_bag(**{"table": Table(WEIGHT), "bags": [[1]], **arguments})
 
 
-def test_bags_are_pooled_by_their_mean_where_no_mode_is_given():
+def test_embedding_bag_averages_by_default():
     calls = [([[0, 1], [2, 2]],), (Ragged.from_lists([[0, 1], [], [2]]),), ([[0, 1]], [[3.0, 1.0]])]
     pooled = jax.jit(lambda table: [embedding_bag(table, *call) for call in calls])(
         Table(np.array([[1.0], [3.0], [8.0]], np.float32))

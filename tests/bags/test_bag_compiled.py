@@ -51,7 +51,7 @@ def with_others(names, main, all_cases):
     ],
     [*itertools.product(["sum", "mean", "sqrtn"], RULES, ["plain", "weighted"])],
 )
-def test_memory_of_bags_of_one_length_is_that_of_the_bags(mode, rules, weights):
+def test_memory_of_bags_of_one_length_follows_the_bags(mode, rules, weights):
     pool = functools.partial(embedding_bag, mode=mode)
     weights = jax.ShapeDtypeStruct(MATRIX.shape, jnp.float32) if weights == "weighted" else None
     # Some integers an id; with a norm, two blocks of rows: one read, and one clipped.
@@ -60,7 +60,7 @@ def test_memory_of_bags_of_one_length_is_that_of_the_bags(mode, rules, weights):
 
 
 @with_others("mode", [("sqrtn",)], [("sum",), ("mean",), ("sqrtn",)])
-def test_memory_of_ragged_bags_is_that_of_their_pieces(mode):
+def test_memory_of_ragged_bags_follows_their_pieces(mode):
     pool = functools.partial(embedding_bag, mode=mode)
     pieces = IDS // 16 + BAGS
     # A vector for each piece; a few integers for each of its places.

@@ -216,7 +216,7 @@ def test_checkify_finds_bad_ids_and_nothing_else(mode, layout, rules, kinds):
 
 
 @pytest.mark.parametrize("offsets", [[0], [0, 0, 0]], ids=["no_bags", "no_ids"])
-def test_checkify_finds_nothing_where_nothing_is(offsets):
+def test_checkify_reports_no_error_for_empty_bags(offsets):
     def bags_of(_):
         return Ragged(jnp.array([9, 2]), jnp.array(offsets))
 
@@ -226,7 +226,7 @@ def test_checkify_finds_nothing_where_nothing_is(offsets):
 
 
 @pytest.mark.parametrize("lists", UNEQUAL)
-def test_lists_of_different_lengths_are_told_of_ragged(lists):
+def test_error_for_lists_of_different_lengths_names_ragged(lists):
     table = Table(WEIGHT)
     features = [embax.Feature("bags", "t", "sum"), embax.Feature("rows", "t")]
     collection = jax.eval_shape(lambda table: embax.Collection({"t": table}, features), table)

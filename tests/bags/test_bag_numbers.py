@@ -127,7 +127,7 @@ def test_largest_of_equals_nans_and_infinities(rows, ids, expected, row_of_colum
         np.testing.assert_array_equal(gradient, of_rows, err_msg=name)
 
 
-def test_a_row_that_is_not_a_number_is_the_largest_wherever_it_stands():
+def test_max_of_a_bag_with_nan_at_any_place_is_nan():
     weight = np.random.default_rng(0).normal(size=(22, 8)).astype(np.float32)
     weight[21, :7] = np.nan
     ids = np.random.default_rng(1).integers(0, 21, (16, 40))

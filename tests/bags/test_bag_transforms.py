@@ -78,7 +78,7 @@ OTHER_KINDS = {case: [kind for kind in KINDS if kind not in kinds] for case, kin
         ),
     ],
 )
-def test_gradient_by_rows_is_that_of_the_reference(layout, rules, kinds):
+def test_gradient_by_rows_equals_the_reference(layout, rules, kinds):
     rules = {"none": {}, "all": RULES, "freeze": {"freeze": True}}[rules]
     matrix = np.array([[2, 0, 2], [1, 2, 2], [2, 2, 2], [-1, 3, 4], [0, 0, 2]])
     lists, bags = (matrix.tolist(), matrix) if layout == "2d" else (LISTS, ragged(LISTS))
@@ -264,7 +264,7 @@ SECOND = ["forward over forward", "forward over reverse", "reverse over reverse"
         ),
     ],
 )
-def test_second_derivatives_are_those_of_differences(mode, layout, orders):
+def test_second_derivatives_equal_finite_differences(mode, layout, orders):
     bags = np.array([[2, 0, 2], [1, 2, 5], [-1, 3, 4]]) if layout == "2d" else ragged(LISTS)
     # Without clipping, whose gradient is not that of its value; the padding row has none either.
     rules = {} if mode == "max" else {"padding_idx": 2}

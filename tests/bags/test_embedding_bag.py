@@ -28,7 +28,7 @@ def layer(**options):
     return embax.EmbeddingBag.from_pretrained(WEIGHT, **{"freeze": False, **options})
 
 
-def test_signatures_are_those_of_torch():
+def test_signatures_equal_torch():
     def parameters(function):
         return {name: p.default for name, p in inspect.signature(function).parameters.items() if name != "self"}
 
@@ -120,7 +120,7 @@ with_modes = pytest.mark.parametrize("mode", ["mean", pytest.param("max", marks=
 
 
 @with_modes
-def test_gradient_by_rows_is_that_of_brainstate(mode):
+def test_gradient_by_rows_equals_brainstate(mode):
     bag = layer(mode=mode, padding_idx=4)
     cotangents = np.cos(np.arange(8.0, dtype=np.float32)).reshape(4, 2)
 
@@ -182,7 +182,7 @@ def test_small_integers_name_no_row_of_a_large_table():
 
 
 @pytest.mark.parametrize("options", [{"write_back": False}, {"freeze": True}, {"padding_idx": 2}], ids=str)
-def test_what_is_not_stored(options):
+def test_write_back_false_frozen_and_padding_rows_store_nothing(options):
     bag = layer(mode="sum", max_norm=1.0, **options)
     out = bag([[2, 2], [2, 2]])
     np.testing.assert_array_equal(bag.weight.value, WEIGHT)
@@ -205,7 +205,7 @@ def test_raw_jit_stores_nothing():
 
 
 @with_modes
-def test_unit_is_that_of_the_table(mode):
+def test_output_has_the_unit_of_the_table(mode):
     weight = brainunit.Quantity(WEIGHT, unit=brainunit.mV)
     bag = embax.EmbeddingBag.from_pretrained(weight, freeze=False, mode=mode, max_norm=0.005 * brainunit.volt)
     out = brainstate.transform.jit(bag)(IDS, OFFSETS)
@@ -218,7 +218,7 @@ def test_unit_is_that_of_the_table(mode):
     np.testing.assert_allclose(norms[[0, 2, 4, 5]], [5**0.5, 5, 5, 5], **TOLERANCE)
 
 
-def test_dtype_is_that_of_the_output():
+def test_dtype_sets_the_dtype_of_the_output():
     low, half = layer(dtype="bfloat16"), embax.EmbeddingBag.from_pretrained(WEIGHT.astype("float16"))
     of_low, of_half = jax.eval_shape(lambda: (low([[0, 1]]), half([[0, 1]])))
     assert (of_low.dtype, of_half.dtype) == (jnp.bfloat16, jnp.float16)

@@ -154,7 +154,7 @@ def test_more_ids_and_bags_than_a_small_dtype_can_count(wrap, dtype):
 
 
 @pytest.mark.parametrize("ids", [2**40 + 3, 2**63 + 5], ids=["int64", "uint64"])
-def test_64_bit_numbers_of_the_host_are_kept_where_jax_has_32(ids):
+def test_ragged_keeps_64_bit_numbers_of_the_host(ids):
     key = np.array([ids, ids + 1])
     for bags in [
         Ragged(key, [0, 2]),
@@ -191,7 +191,7 @@ def test_nothing(construct, expected):
 
 
 @pytest.mark.parametrize("array", [np.array, jnp.array])
-def test_pad_to_makes_room_or_takes_it_away(array):
+def test_pad_to_adds_or_removes_padding(array):
     bags = Ragged(array([4, 7, 7, 2, 9, 9]), [0, 3, 3, 4])
     for capacity in (4, 5, 6, 9, np.int64(9)):
         padded = bags.pad_to(capacity)
@@ -293,7 +293,7 @@ def test_goes_through_vmap_and_scan():
     np.testing.assert_array_equal(again.values, stacked.values)
 
 
-def test_nothing_warns_of_int64_where_jax_has_32():
+def test_ragged_of_int64_does_not_warn():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         bags = Ragged(np.arange(4), np.array([0, 2, 4]))

@@ -21,7 +21,7 @@ def test_integer_and_size_take_whole_numbers(value):
 
 @pytest.mark.parametrize("value", [True, np.True_, 2.5, np.nan, np.inf, "3", None, [3], 3j, jnp.array(3.0)], ids=repr)
 @pytest.mark.parametrize("check", [_check.integer, _check.size, lambda *args: _check.row(*args, rows=9)])
-def test_integer_refuses_what_is_no_whole_number(check, value):
+def test_integer_refuses_other_numbers_and_types(check, value):
     with pytest.raises(TypeError, match=r"`f\(n=\.\.\.\)` must be a whole number, got .*\. Pass an int\."):
         check("f(n=...)", value)
 
@@ -52,7 +52,7 @@ def test_positive_refuses_other_numbers(value):
 
 
 @pytest.mark.parametrize("value", [None, "big", "3", b"3", True, np.True_, 1j, [1.0]], ids=repr)
-def test_positive_refuses_what_is_no_number(value):
+def test_positive_refuses_other_types(value):
     with pytest.raises(TypeError, match=r"`f\(x=\.\.\.\)` must be a positive number, got .*\. Pass a float\."):
         _check.positive("f(x=...)", value)
 
@@ -63,7 +63,7 @@ def test_flag_takes_bools():
 
 
 @pytest.mark.parametrize("value", [0, 1, None, "True", [True]], ids=repr)
-def test_flag_refuses_what_is_no_bool(value):
+def test_flag_refuses_other_types(value):
     with pytest.raises(TypeError, match=r"`f\(on=\.\.\.\)` must be a bool, got .*\. Pass True or False\."):
         _check.flag("f(on=...)", value)
 
@@ -81,7 +81,7 @@ def test_row_counts_from_either_end(value, expected):
 
 
 @pytest.mark.parametrize(("value", "rows"), [(3, 3), (-4, 3), (0, 0), (-1, 0)])
-def test_row_refuses_a_row_that_is_not_there(value, rows):
+def test_row_refuses_a_row_out_of_range(value, rows):
     message = (
         rf"`f\(row=\.\.\.\)` must be a row of the table, in \[{-rows}, {rows}\), got {value}\. Name a row that exists"
     )

@@ -72,7 +72,7 @@ def test_combine_sums_any_ids(slots, ids):
 
 
 @by_every_way
-def test_what_belongs_to_no_row_goes_nowhere(slots):
+def test_values_of_the_sentinel_are_dropped(slots):
     ids = np.array(CASES["some_without_a_row"])
     for garbage in (np.nan, np.inf):
         values = np.where(ids[:, None] == ROWS, np.float32(garbage), VALUES)

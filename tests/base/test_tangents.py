@@ -68,11 +68,11 @@ def results():
     ],
     ids=str,
 )
-def test_tangents_are_those_of_the_function(name, expected):
+def test_tangents_equal_those_of_the_plain_function(name, expected):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), results()[name], expected)
 
 
-def test_the_value_is_no_operation():
+def test_value_adds_no_operation_to_the_program():
     lowered = jax.jit(clipped).lower(X)
     assert "minimum" in lowered.as_text()
     assert len(jax.make_jaxpr(clipped)(X).eqns) == 3
@@ -100,7 +100,7 @@ def test_lanes_stay_on_the_devices_that_they_are_split_over():
     assert sharded.params["in_specs"] == (jax.sharding.PartitionSpec("lanes", "x"),)
 
 
-def test_the_tangent_varies_over_devices_as_the_value_does():
+def test_tangent_varies_over_the_same_mesh_axes_as_the_value():
     """A value of each device, which has its tangent from an array that all devices share."""
     mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
     shared, split = jax.sharding.PartitionSpec(), jax.sharding.PartitionSpec("x")

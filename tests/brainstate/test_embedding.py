@@ -17,7 +17,7 @@ WEIGHT = np.arange(1.0, 13.0, dtype=np.float32).reshape(6, 2)
 
 
 @pytest.mark.parametrize("method", ["__init__", "from_pretrained", "update"])
-def test_signature_begins_as_the_one_it_replaces(method):
+def test_signature_begins_like_that_of_brainstates_layer(method):
     def parameters(layer):
         return [
             (p.name, p.kind)
@@ -31,7 +31,7 @@ def test_signature_begins_as_the_one_it_replaces(method):
 
 
 @pytest.mark.parametrize("method", ["__init__", "from_pretrained"])
-def test_defaults_are_the_ones_it_replaces(method):
+def test_defaults_equal_those_of_brainstates_layer(method):
     theirs = inspect.signature(getattr(brainstate.nn.Embedding, method)).parameters
     ours = inspect.signature(getattr(embax.Embedding, method)).parameters
     for name, parameter in theirs.items():
@@ -68,7 +68,7 @@ def test_whole_floats_and_numpy_sizes_are_sizes():
 
 @pytest.mark.parametrize("options", [{}, {"padding_idx": 0}])
 @pytest.mark.parametrize("size", [(50, 8), (7, (2, 3))])
-def test_same_seed_gives_the_weights_of_the_layer_it_replaces(size, options):
+def test_same_seed_gives_the_weights_of_brainstates_layer(size, options):
     weights = []
     for layer in (embax.Embedding, brainstate.nn.Embedding):
         brainstate.random.seed(7)
@@ -158,7 +158,7 @@ def test_sizes_of_zero_and_one(size):
         assert embedding([0, -1]).shape == (2, size[1])
 
 
-def test_state_as_embedding_init_is_its_value():
+def test_embedding_init_takes_the_value_of_a_state():
     state = brainstate.ParamState(jnp.asarray(WEIGHT))
     embedding = embax.Embedding(6, 2, embedding_init=state)
     assert embedding.weight is not state
@@ -210,7 +210,7 @@ def test_dtype_casts_the_output_only():
     assert brainstate.transform.grad(lambda: embedding([0]).sum(), embedding.weight)().dtype == jnp.float32
 
 
-def test_fake_state_is_no_state():
+def test_fake_state_is_not_listed_among_states():
     embedding = embax.Embedding(6, 2, param_type=brainstate.FakeState)
     assert not embedding.states()
     assert brainstate.transform.jit(embedding)(jnp.array([1])).shape == (1, 2)
@@ -265,7 +265,7 @@ def test_max_norm_with_a_unit_is_converted_to_the_tables(kind):
     np.testing.assert_allclose(np.linalg.norm(embedding(5).mantissa), 5, rtol=3e-7)  # float32
 
 
-def test_max_norm_as_a_number_is_in_the_tables_unit():
+def test_max_norm_without_unit_is_in_the_unit_of_the_table():
     embedding = embax.Embedding.from_pretrained(WEIGHT * brainunit.volt, max_norm=0.005)
     np.testing.assert_allclose(np.linalg.norm(embedding(5).mantissa), 0.005, rtol=3e-7)  # float32
 
@@ -275,7 +275,7 @@ def test_max_norm_of_another_dimension_is_refused():
         embax.Embedding(6, 2, max_norm=1.0 * brainunit.second)
 
 
-def test_quantity_from_an_initialiser_and_as_embedding_init():
+def test_embedding_init_takes_a_quantity_or_an_initialiser_of_one():
     made = embax.Embedding(6, 2, brainstate.nn.init.LecunUniform(unit=brainunit.mV), padding_idx=0)
     assert made([0, 1]).unit == brainunit.mV
     np.testing.assert_array_equal(made(0).mantissa, [0, 0])

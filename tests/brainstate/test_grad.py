@@ -102,7 +102,7 @@ IN_SHORT = [
         for options in ALL_THAT_IS_RETURNED
     ],
 )
-def test_returns_what_brainstate_returns(has_aux, return_value, argnums, compile_):
+def test_grad_returns_the_same_tuple_as_brainstate(has_aux, return_value, argnums, compile_):
     def make():
         model = Noisy()
         fun = (lambda *args: (model(*args), {"count": model.count.value})) if has_aux else lambda *args: model(*args)
@@ -128,7 +128,7 @@ def test_returns_what_brainstate_returns(has_aux, return_value, argnums, compile
     ],
     ids=["state", "list", "twice", "nested", "states()"],
 )
-def test_gradients_come_as_the_states_do(choose):
+def test_gradients_have_the_structure_of_the_states(choose):
     def make():
         model = Model()
         return model, choose(model)
@@ -138,7 +138,7 @@ def test_gradients_come_as_the_states_do(choose):
     assert_same(ours, theirs)
 
 
-def test_works_as_a_decorator():
+def test_grad_works_as_a_decorator():
     model = Model()
 
     @embax.brainstate.grad(grad_states=model.embedding.weight, return_value=True, on_dense="error")
@@ -152,7 +152,7 @@ def test_works_as_a_decorator():
     assert value.shape == ()
 
 
-def test_without_an_embedding_it_is_brainstates():
+def test_grad_without_an_embedding_equals_brainstate():
     assert embax.brainstate.grad(lambda x: x**2)(3.0) == 6
     state = brainstate.ParamState(jnp.array(3.0))
     gradient, value = embax.brainstate.grad(lambda: state.value**2, state, return_value=True)()
@@ -439,7 +439,7 @@ def test_states_are_written_once_and_random_numbers_drawn_once(compile_):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), *keys)  # float32
 
 
-def test_eager_call_leaves_other_states_as_they_are():
+def test_eager_call_leaves_other_states_unchanged():
     model = Model()
     before = model.scale.value, model.embedding.weight.value
     embax.brainstate.grad(model, model.states(brainstate.ParamState))(IDS)
@@ -448,7 +448,7 @@ def test_eager_call_leaves_other_states_as_they_are():
 
 
 @once
-def test_a_stored_weight_leaves_the_function_as_it_is_stored(compile_):
+def test_grad_returns_the_weight_that_the_function_stored(compile_):
     snapshot = brainstate.ShortTermState(jnp.zeros((6, 2)))
 
     def make():
@@ -573,7 +573,7 @@ def test_fake_state_is_a_constant():
     np.testing.assert_allclose(gradient, WEIGHT[1].sum(), rtol=1e-6)  # float32
 
 
-def test_weight_with_a_unit_goes_the_ordinary_way():
+def test_weight_with_a_unit_has_the_gradient_of_brainstate():
     def make():
         embedding = embax.Embedding(6, 2, embedding_init=WEIGHT * brainunit.ms)
         other = embax.Embedding(6, 2, embedding_init=WEIGHT)
@@ -598,7 +598,7 @@ def test_unit_aware_gradients(has_aux):
     assert_same(ours, brainstate.transform.grad(loss, embedding.weight, unit_aware=True)())
 
 
-def test_integer_weight_goes_the_ordinary_way():
+def test_integer_weight_has_the_gradient_of_brainstate():
     embedding = embax.Embedding.from_pretrained(np.arange(6).reshape(3, 2), freeze=False)
     scale = brainstate.ParamState(jnp.array(2.0))
     fun = lambda: (embedding([1]).astype(jnp.float32) * scale.value).sum()  # noqa: E731
@@ -634,7 +634,7 @@ def test_debug_nan_and_errors_of_brainstate_come_through():
         embax.brainstate.grad(model, [jnp.ones(3)])
 
 
-def test_the_function_runs_as_often_as_under_brainstate_on_its_arguments_as_given():
+def test_grad_runs_the_function_as_often_as_brainstate():
     embedding, runs, seen = embax.Embedding(6, 2, embedding_init=WEIGHT), [], []
 
     def fun(ids, flag, name):
@@ -660,7 +660,7 @@ def test_a_layer_under_raw_jit_is_followed():
     np.testing.assert_array_equal(gradient.ids, [1, 0, 1, 2])
 
 
-def test_a_weight_that_a_layer_has_given_up_is_an_ordinary_state():
+def test_weight_that_a_layer_no_longer_holds_is_an_ordinary_state():
     embedding = embax.Embedding(6, 2, embedding_init=WEIGHT)
     old, embedding.weight = embedding.weight, brainstate.ParamState(jnp.ones((6, 2)))
     fun = lambda: (old.value**2 + embedding([1])).sum()  # noqa: E731

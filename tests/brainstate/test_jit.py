@@ -117,7 +117,7 @@ def test_disabled_jit_runs_the_function():
     np.testing.assert_array_equal(state.value, np.ones(4))
 
 
-def test_randomness_goes_on():
+def test_random_state_advances_under_jit():
     embedding = embax.Embedding(10, 2)
 
     @embax.brainstate.jit

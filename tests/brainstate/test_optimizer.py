@@ -120,7 +120,7 @@ def test_padding_and_frozen_rows_never_change(grad):
     assert (np.asarray(model.frozen.scale.value) != [[1.0, 2.0]]).all()
 
 
-def test_rows_that_are_not_read_stay_as_they_are():
+def test_rows_that_are_not_read_stay_unchanged():
     model = Model(rows=100)
     before = np.asarray(model.embedding.weight.value)
     train(model, lift(optax.adamw(0.1)), steps=2)
@@ -201,7 +201,7 @@ def test_layer_tied_to_the_weight_of_another_module():
     np.testing.assert_array_equal(output.value[2:], WEIGHT[2:])
 
 
-def test_rules_that_not_all_layers_have_do_not_hold():
+def test_rules_apply_only_if_all_layers_that_share_a_weight_have_them():
     a, b = embax.Embedding(6, 2, padding_idx=0, freeze=True), embax.Embedding(6, 2)
     b.weight = a.weight
     weights = {"shared": a.weight}
@@ -244,7 +244,7 @@ def test_states_that_hold_trees():
     assert values[-1] < values[0]
 
 
-def test_its_state_is_a_state_that_is_found():
+def test_optimizer_state_is_listed_among_states():
     _, optimizer = train(Model(), lift(optax.adam(0.1)), steps=1)
     assert isinstance(optimizer, brainstate.graph.Node)
     assert isinstance(optimizer.opt_state, brainstate.LongTermState)
@@ -262,7 +262,7 @@ def test_its_state_is_a_state_that_is_found():
     jax.tree.map(np.testing.assert_array_equal, copy.opt_state.value, optimizer.opt_state.value)
 
 
-def test_training_goes_on_from_a_stored_state():
+def test_training_continues_from_a_stored_state():
     tx = lift(optax.adam(0.1))
     whole, _ = train(Model(), tx, steps=6)
     model = Model()
@@ -377,7 +377,7 @@ def test_changed_rules():
     assert (model.embedding.weight.value[0] != before[0]).all()
 
 
-def test_plain_optax_trains_what_is_no_table():
+def test_plain_optax_trains_ordinary_states():
     state = brainstate.ParamState(jnp.ones(2))
     optimizer = embax.brainstate.Optimizer(optax.sgd(0.5)).register_trainable_weights({"x": state})
     optimizer.update({"x": jnp.ones(2)})

@@ -90,7 +90,7 @@ class Trained:
 @pytest.mark.parametrize(
     "name", [pytest.param(x, marks=() if x == "equinox" else pytest.mark.exhaustive) for x in LAYERS]
 )
-def test_training_goes_on_in_any_layout(name, tmp_path):
+def test_training_continues_in_any_layout(name, tmp_path):
     layouts = None, "rows-cyclic", "columns"
     for layout in layouts[:2]:
         checkpoint.save(tmp_path / str(layout), Trained(name, LONGER, layout).step().tree)
@@ -104,7 +104,7 @@ def test_training_goes_on_in_any_layout(name, tmp_path):
         np.testing.assert_allclose(other.step().rows, expected, rtol=1e-6, atol=1e-6)
 
 
-def test_states_of_flax_are_those_off_the_mesh():
+def test_flax_states_do_not_depend_on_the_layout():
     layers = {x: embax.nnx.Embedding.from_table(table_of(WEIGHT, x)) for x in (None, "rows-cyclic", "columns")}
     saved = {x: serialization.to_bytes(nnx.to_pure_dict(nnx.state(layer))) for x, layer in layers.items()}
     assert saved[None] == saved["rows-cyclic"] == saved["columns"]
@@ -120,7 +120,7 @@ def test_states_of_flax_are_those_off_the_mesh():
 
 
 @pytest.mark.parametrize("layout", [pytest.param("rows-cyclic", marks=pytest.mark.exhaustive), "rows"])
-def test_a_state_of_another_layout_brings_it_along(layout):
+def test_update_with_a_state_of_another_layout_changes_the_layout(layout):
     """A plain array is taken for what it is: rows in the order of their ids."""
     off, on = (embax.nnx.Embedding.from_table(table_of(w, x)) for w, x in [(WEIGHT, None), (2 * WEIGHT, layout)])
     states = [nnx.state(nnx.clone(layer)) for layer in (on, off)]
@@ -151,7 +151,7 @@ def test_a_gradient_of_another_layout_is_refused():
         embax.nnx.Optimizer(on, TX).update(on, gradient)
 
 
-def test_files_of_equinox_are_those_off_the_mesh(tmp_path):
+def test_equinox_files_do_not_depend_on_the_layout(tmp_path):
     modules = {x: embax.equinox.Embedding.from_table(table_of(WEIGHT, x)) for x in (None, "rows-cyclic", "columns")}
     for layout, module in modules.items():
         model = {"layer": module, "scale": jnp.ones(2), "frozen": eqx.filter(module, lambda leaf: False)}

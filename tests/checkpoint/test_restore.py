@@ -155,7 +155,7 @@ def step_of(tx):
     return step
 
 
-def test_saved_on_eight_devices_and_restored_on_three_training_goes_on_as_if_never_stopped(tmp_path):
+def test_training_saved_on_eight_devices_continues_on_three(tmp_path):
     tx = embax.optim.rowwise_adagrad(optax.cosine_decay_schedule(0.1, 8))
     step = step_of(tx)
     batches = [np.random.default_rng(k).permutation(101)[:24].astype(np.int32) for k in range(4)]  # distinct ids
@@ -215,7 +215,7 @@ def test_keys_numbers_and_low_precision(tmp_path):
     assert not back["scalar"].committed
 
 
-def test_what_is_empty(tmp_path):
+def test_restore_of_empty_trees_and_tables(tmp_path):
     mesh = mesh_of({"x": 8})
     empty = Table(jnp.zeros((0, 4)))
     collection = Collection({"none": empty, "some": Table(jnp.ones((3, 4)))}, [Feature("some", "some")])
@@ -248,7 +248,7 @@ def test_steps_are_kept_and_named(tmp_path):
         checkpoint.restore(tmp_path, like, step=30)
 
 
-def test_what_is_not_in_the_checkpoint_is_refused(tmp_path):
+def test_restore_refuses_leaves_that_the_checkpoint_lacks(tmp_path):
     table = Table(WEIGHT)
     checkpoint.save(tmp_path, {"table": table, "user": table})
     with pytest.raises(ValueError, match=r"got 'film', 'other', which it lacks. It has 'table', 'user'"):
@@ -276,7 +276,7 @@ def test_what_is_not_in_the_checkpoint_is_refused(tmp_path):
         ({"shape": jax.ShapeDtypeStruct((2,), jnp.float32)}, "must have values to write, got the shape .* for 'shape'"),
     ],
 )
-def test_what_cannot_be_written_is_refused(tree, message, tmp_path):
+def test_save_refuses_leaves_that_it_cannot_write(tree, message, tmp_path):
     with pytest.raises(TypeError, match=message):
         checkpoint.save(tmp_path, tree)
 
@@ -293,7 +293,7 @@ def test_values_out_of_range_are_refused(tmp_path):
         checkpoint.save(tmp_path / "file", {"a": 1})
 
 
-def test_what_is_no_checkpoint_is_refused(tmp_path):
+def test_restore_refuses_other_folders(tmp_path):
     like = {"table": Table(WEIGHT)}
     for name in "none", "file":
         (tmp_path / "file").write_text("")
@@ -332,7 +332,7 @@ def test_damaged_files_are_refused(tmp_path):
     assert refused >= 4  # what describes the arrays, how they are named, their index and their numbers
 
 
-def test_without_orbax_the_import_says_what_to_install(monkeypatch):
+def test_import_without_orbax_names_the_extra(monkeypatch):
     for name in [name for name in sys.modules if f"{name}.".startswith("embax.checkpoint.")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.delattr(embax, "checkpoint")
@@ -355,7 +355,7 @@ _SAVES = """
 
 
 @pytest.mark.parametrize("wait", [0.031, pytest.param(0.0, marks=pytest.mark.exhaustive)])
-def test_a_process_killed_while_saving_leaves_the_last_whole_one(wait, tmp_path):
+def test_process_killed_while_saving_leaves_the_last_complete_checkpoint(wait, tmp_path):
     like = {"value": 0, **{name: Table(jnp.zeros((20_000, 16))) for name in "abc"}}
     child = subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(_SAVES), tmp_path], stdout=subprocess.PIPE, text=True

@@ -52,7 +52,7 @@ def assert_same(ours, theirs):
         np.testing.assert_array_equal(a, b)
 
 
-def test_a_restored_state_says_what_it_was_made_for(tmp_path):
+def test_restored_state_keeps_the_description_of_its_tables(tmp_path):
     params = params_of()
     state = trained(params)
     checkpoint.save(tmp_path, {"state": state, "params": params})
@@ -74,7 +74,7 @@ def without_scratch(state):
     return jax.tree.map(lambda node: node._replace(slots=()) if has_scratch(node) else node, state, is_leaf=has_scratch)
 
 
-def test_a_state_of_another_layout_is_that_of_the_new_one(tmp_path):
+def test_restore_moves_a_state_to_another_layout(tmp_path):
     params, mesh = params_of(), mesh_of({"x": 4})
     both = {"params": params, "state": without_scratch(trained(params))}
     before, after = embax.shard(both, mesh, "x"), embax.shard(both, mesh, "x", "rows-cyclic")
@@ -97,7 +97,7 @@ def test_a_vocabulary_grows_after_a_checkpoint(tmp_path):
     jax.eval_shape(update, grown, carried)
 
 
-def test_a_checkpoint_that_does_not_say_what_a_state_was_made_for(tmp_path):
+def test_restore_of_a_checkpoint_without_descriptions_of_tables(tmp_path):
     params = params_of()
     state = trained(params)
     checkpoint.save(tmp_path, state)

@@ -26,7 +26,7 @@ def questions(tmp_path):
     return str(tmp_path / "q.txt"), str(tmp_path / "p.tsv")
 
 
-def test_evaluate_tells_by_section_and_in_all(vectors, questions):
+def test_evaluate_reports_sections_and_totals(vectors, questions):
     found = answer("evaluate", vectors, "--analogies", questions[0], "--word-pairs", questions[1])
     report = embax.evaluate.analogies(Vectors.load(vectors), questions[0])
     pairs = embax.evaluate.word_pairs(Vectors.load(vectors), questions[1])
@@ -92,7 +92,7 @@ def test_evaluate_takes_the_words_of_gensim(tmp_path):
     assert [Path(pairs["path"]).name for pairs in found["word_pairs"]] == ["wordsim353.tsv", "simlex999.txt"]
 
 
-def test_evaluate_of_gensims_words_tells_which_are_not_there(tmp_path):
+def test_evaluate_of_gensims_words_counts_missing_words(tmp_path):
     Vectors(["boy", "girl", "brother", "sister"], np.eye(4)).save(tmp_path / "v")
     status, out, err = run("evaluate", tmp_path / "v")
     assert status == 0
@@ -102,7 +102,7 @@ def test_evaluate_of_gensims_words_tells_which_are_not_there(tmp_path):
     assert "wordsim353.tsv: must name at least two pairs" in err
 
 
-def test_evaluate_without_words_says_what_to_pass(vectors, monkeypatch):
+def test_evaluate_without_words_names_the_argument(vectors, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert_one_line(*run("evaluate", vectors), "--analogies", "--word-pairs", "pip install gensim")
 
@@ -126,7 +126,7 @@ def test_map_draws_words(vectors, tmp_path, suffix):
     assert output.read_bytes().startswith(b"\x89PNG" if suffix == ".png" else b"<!doctype html>")
 
 
-def test_map_draws_the_first_tokens_and_leaves_out_what_is_not_finite(tmp_path):
+def test_map_draws_the_first_tokens_without_rows_that_are_not_finite(tmp_path):
     weight = np.float32([[1, 0, 0], [np.nan, 0, 0], [0, 1, 0], [0, 0, 1]])
     Vectors(["a", "b", "c", "d"], weight).save(tmp_path / "v.npy")
     status, out, err = run("map", tmp_path / "v.npy", "-o", tmp_path / "map.html", "--first", 3)
@@ -149,7 +149,7 @@ def test_map_draws_the_first_tokens_and_leaves_out_what_is_not_finite(tmp_path):
         ([], ["--output"]),
     ],
 )
-def test_map_tells_what_is_wrong(vectors, tmp_path, monkeypatch, options, parts):
+def test_map_errors_name_the_argument(vectors, tmp_path, monkeypatch, options, parts):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "umap", None)
     (tmp_path / "folder.png").mkdir()

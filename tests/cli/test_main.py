@@ -90,7 +90,7 @@ def test_train_passes_its_options_on(text, tmp_path, monkeypatch):
     assert given == options | {"is_cbow": True}
 
 
-def test_train_prints_lines_where_there_is_no_terminal(text, tmp_path, monkeypatch):
+def test_train_prints_lines_without_a_terminal(text, tmp_path, monkeypatch):
     monkeypatch.setattr(_display, "_LINE", 0.0)
     status, _, err = run("train", text, "-o", tmp_path / "v", "--dim", 4, "--epochs", 3)
     assert status == 0
@@ -126,7 +126,7 @@ def test_train_draws_a_bar_on_a_terminal(text, tmp_path, monkeypatch):
     ],
     ids=["empty", "no-words", "rare", "not-utf8", "gz", "xz"],
 )
-def test_train_tells_what_is_wrong_with_a_text(tmp_path, content, parts):
+def test_train_errors_name_the_text(tmp_path, content, parts):
     path = tmp_path / "text"
     path.write_bytes(content)
     (tmp_path / "v").write_bytes(b"old")
@@ -210,7 +210,7 @@ def test_usage_errors_are_one_line(arguments, part):
     assert_one_line(*run(*arguments), part)
 
 
-def test_train_tells_when_memory_does_not_suffice(text, tmp_path):
+def test_train_reports_lack_of_memory(text, tmp_path):
     assert_one_line(
         *run("train", text, "-o", tmp_path / "v", "--dim", 2**31 - 1, "--negative", 2**31 - 1), "not enough memory"
     )
@@ -249,7 +249,7 @@ def test_neighbors_prints_a_table_of_cosines(vectors):
     assert len(lines) == 4
 
 
-def test_neighbors_prints_all_words_where_k_is_more(vectors):
+def test_neighbors_prints_all_words_if_k_is_larger(vectors):
     assert len(run("neighbors", vectors, "king", "-k", 1000)[1].splitlines()) == len(WORDS)
 
 
@@ -268,7 +268,7 @@ def test_neighbors_spells_out_control_characters(tmp_path):
 
 
 @pytest.mark.parametrize("content", [None, b"", b"not vectors", "truncated", "directory"])
-def test_neighbors_tells_what_is_wrong_with_a_file(vectors, tmp_path, content):
+def test_neighbors_errors_name_the_file(vectors, tmp_path, content):
     path = tmp_path / "bad"
     if content == "truncated":
         with open(vectors, "rb") as file:
@@ -280,7 +280,7 @@ def test_neighbors_tells_what_is_wrong_with_a_file(vectors, tmp_path, content):
     assert_one_line(*run("neighbors", path, "king"), f"{path}: ")
 
 
-def test_a_table_is_quiet_where_nobody_reads(vectors):
+def test_printing_to_a_closed_pipe_is_quiet(vectors):
     read, write = os.pipe()
     os.close(read)
     child = subprocess.run(command("info", vectors), stdout=write, stderr=subprocess.PIPE, timeout=60)
@@ -298,7 +298,7 @@ def test_version_and_help():
     assert "0.025" in run("train", "--help")[1]
 
 
-def test_the_command_line_loads_nothing_heavy_before_it_must():
+def test_command_line_imports_jax_only_when_needed():
     heavy = (
         "jax",
         "numpy",

@@ -30,7 +30,7 @@ def script(text, folder):
     return subprocess.run(["bash", "-c", text], cwd=folder, capture_output=True, text=True, timeout=100)
 
 
-def test_a_redirected_script_keeps_what_it_writes_before_and_after(vectors):
+def test_redirected_output_keeps_other_output_of_the_script(vectors):
     done = script(
         """
         { echo before; embax convert v.safetensors /dev/stdout --to word2vec --json; echo after; } >both 2>json
@@ -77,7 +77,7 @@ def test_pipes_are_read_and_written(vectors):
     assert (vectors / "copy").read_text() == (vectors / "v.txt").read_text()
 
 
-def test_a_reader_that_goes_away_ends_a_command_quietly(vectors):
+def test_closed_pipe_ends_a_command_quietly(vectors):
     Vectors([f"t{row}" for row in range(5000)], np.ones((5000, 9))).save(vectors / "long")
     done = script("embax convert long - --to word2vec | head -n 1; echo ${PIPESTATUS[0]}", vectors)
     assert done.stdout == "5000 9\n1\n"
@@ -150,7 +150,7 @@ def test_train_writes_to_standard_output(tmp_path, monkeypatch):
         (["convert", "v.txt", "/dev/full", "--to", "glove"], ["/dev/full: No space left on device."]),
     ],
 )
-def test_what_a_stream_cannot_be_is_told(vectors, monkeypatch, arguments, parts):
+def test_stream_errors_name_the_argument(vectors, monkeypatch, arguments, parts):
     monkeypatch.chdir(vectors)
     assert_one_line(*run(*arguments), *parts)
 

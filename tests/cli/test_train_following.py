@@ -65,7 +65,7 @@ def test_train_evaluates_after_each_epoch(text):
     assert found["interrupted"] is False
 
 
-def test_train_goes_on_where_questions_have_no_known_words(text, tmp_path):
+def test_train_accepts_questions_without_known_words(text, tmp_path):
     (tmp_path / "questions.txt").write_text(": a\nw x y z\n")
     (tmp_path / "pairs.tsv").write_text("w x 3\ny z 4\n")
     status, _, err = run("train", text, "-o", "v", *SMALL, "--evaluate", "questions.txt", "--evaluate", "pairs.tsv")
@@ -147,7 +147,7 @@ def interrupting(progress, at):
 
 
 @can_interrupt
-def test_an_interrupt_saves_a_checkpoint_from_which_the_run_goes_on(text, monkeypatch):
+def test_interrupted_run_saves_a_checkpoint_and_continues(text, monkeypatch):
     pytest.importorskip("orbax.checkpoint")
     options = ["--dim", 4, "--epochs", 9]
     assert run("train", text, "-o", "whole", *options)[0] == 0
@@ -225,7 +225,7 @@ def test_a_full_disk_for_a_checkpoint_is_said_in_one_line(text, monkeypatch, err
     )
 
 
-def test_a_full_disk_for_a_log_ends_the_log_and_keeps_the_vectors(text, monkeypatch):
+def test_train_ends_the_log_and_keeps_the_vectors_on_a_full_disk(text, monkeypatch):
     tensorboardX = pytest.importorskip("tensorboardX")
     write, written = tensorboardX.RecordWriter.write, []
 
@@ -248,7 +248,7 @@ def test_a_full_disk_for_a_log_ends_the_log_and_keeps_the_vectors(text, monkeypa
     np.testing.assert_array_equal(Vectors.load("v").weight, Vectors.load("expected").weight)
 
 
-def test_a_killed_run_goes_on_from_its_last_checkpoint(text):
+def test_killed_run_continues_from_its_last_checkpoint(text):
     pytest.importorskip("orbax.checkpoint")
     options = [
         "train",

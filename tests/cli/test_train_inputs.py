@@ -62,7 +62,7 @@ def test_train_reads_columns(read):
         (["one.txt", "two.txt", "--min-count", "9"], ["2 files: none of its 7 words"]),
     ],
 )
-def test_train_says_in_one_line_what_it_cannot_read(read, tmp_path, monkeypatch, arguments, parts):
+def test_train_errors_are_one_line(read, tmp_path, monkeypatch, arguments, parts):
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)
     (tmp_path / "v").write_text("old")

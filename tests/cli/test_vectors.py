@@ -93,7 +93,7 @@ def test_info_of_no_rows(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", [".bin", ".txt", ".npy", ".parquet", ".arrow", ""])
-def test_convert_there_and_back(vectors, tmp_path, suffix):
+def test_convert_round_trip(vectors, tmp_path, suffix):
     status, out, err = run("convert", vectors, tmp_path / f"o{suffix}")
     assert (status, out) == (0, "")
     assert err.startswith(f"embax: wrote {tmp_path / f'o{suffix}'}: 6 rows of 3, ")
@@ -121,14 +121,14 @@ def test_convert_writes_the_format_asked_for(vectors, tmp_path):
     assert (tmp_path / "o.txt").read_text().startswith("man 1 0 0\n")
 
 
-def test_convert_tells_that_sub_words_are_left_out(tmp_path):
+def test_convert_reports_dropped_sub_words(tmp_path):
     status, _, err = run("convert", GENSIM / "lee_fasttext.bin", tmp_path / "o.safetensors")
     assert status == 0
     assert "note: the sub-words are left out" in err.splitlines()[0]
     assert len(Vectors.load(tmp_path / "o.safetensors")) == 1762
 
 
-def test_convert_tells_of_duplicates(tmp_path):
+def test_convert_reports_duplicates(tmp_path):
     (tmp_path / "v\x1b.txt").write_text("2 1\na\x1b 1\na\x1b 2\n")
     status, out, err = run("convert", tmp_path / "v\x1b.txt", tmp_path / "o")
     assert (status, out) == (0, "")
@@ -156,7 +156,7 @@ def test_convert_tells_of_duplicates(tmp_path):
         *(("o", ["--max-expansion", value], ["--max-expansion", "above 0"]) for value in ("0", "nan", "inf", "-1")),
     ],
 )
-def test_convert_tells_what_is_wrong(vectors, tmp_path, output, options, parts):
+def test_convert_errors_name_the_argument(vectors, tmp_path, output, options, parts):
     (tmp_path / "folder").mkdir()
     os.symlink("loop", tmp_path / "loop")
     os.symlink(vectors, tmp_path / "link")
@@ -174,7 +174,7 @@ def test_convert_names_a_token_that_a_format_cannot_hold(tmp_path):
     assert "embax.files" not in err
 
 
-def test_commands_tell_how_to_convert_a_pickle(tmp_path):
+def test_commands_explain_how_to_convert_a_pickle(tmp_path):
     (tmp_path / "v.pkl").write_bytes(b"\x80\x04\x95\x05\x00\x00\x00\x00\x00\x00\x00]\x94.")
     status, out, err = run("info", tmp_path / "v.pkl")
     assert (status, out) == (2, "")
@@ -183,7 +183,7 @@ def test_commands_tell_how_to_convert_a_pickle(tmp_path):
 
 
 @pytest.mark.parametrize("command", ["info", "neighbors", "analogy", "evaluate", "convert", "map"])
-def test_every_command_tells_what_is_wrong_with_a_file(tmp_path, command):
+def test_every_command_names_a_bad_file(tmp_path, command):
     others = {"neighbors": ["a"], "analogy": ["a", "b", "c"], "convert": ["o"], "map": ["-o", "o.png"]}.get(command, [])
     others = [tmp_path / other if other.startswith("o") else other for other in others]
     assert_one_line(*run(command, tmp_path / "missing", *others), "missing: No such file or directory.")
@@ -239,13 +239,13 @@ def test_analogy_finds_the_fourth_word(vectors, method):
     assert [line.split() for line in lines[1:]] == [[token, f"{score:.3f}"] for token, score in expected]
 
 
-def test_analogy_tells_what_is_wrong(vectors):
+def test_analogy_errors_name_the_argument(vectors):
     assert_one_line(*run("analogy", vectors, "men", "king", "woman"), '"men" is not in the vocabulary', '"man"')
     assert_one_line(*run("analogy", vectors, "king", "man"), "Missing argument")
     assert_one_line(*run("analogy", vectors, "king", "man", "woman", "--method", "x"), "add or mul, got 'x'")
 
 
-def test_a_lack_of_memory_is_told(vectors, monkeypatch):
+def test_commands_report_lack_of_memory(vectors, monkeypatch):
     def fail(*_, **__):
         raise MemoryError
 
@@ -253,7 +253,7 @@ def test_a_lack_of_memory_is_told(vectors, monkeypatch):
     assert_one_line(*run("info", vectors), "not enough memory. Pass --limit")
 
 
-def test_an_error_of_the_system_without_a_file_is_told(vectors, monkeypatch):
+def test_commands_report_system_errors_without_a_file(vectors, monkeypatch):
     def fail(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -261,7 +261,7 @@ def test_an_error_of_the_system_without_a_file_is_told(vectors, monkeypatch):
     assert_one_line(*run("convert", vectors, f"{vectors}.bin"), "No space left on device.")
 
 
-def test_what_takes_long_is_told_on_a_terminal_only(vectors, tmp_path):
+def test_progress_is_shown_on_a_terminal_only(vectors, tmp_path):
     slow = "import time, sys\nfrom embax.cli import _display\n_display._PATIENCE = 0\n"
     slow += "import embax.files\nload = embax.files.load_identified\n"
     slow += "embax.files.load_identified = lambda *a, **k: (time.sleep(0.6), load(*a, **k))[1]\n"
@@ -274,7 +274,7 @@ def test_what_takes_long_is_told_on_a_terminal_only(vectors, tmp_path):
     assert run("info", vectors)[2] == ""
 
 
-def test_waiting_ends_with_what_it_waits_for():
+def test_waiting_passes_on_exceptions():
     with pytest.raises(ZeroDivisionError), _display.waiting("x"):
         raise ZeroDivisionError
 

@@ -139,7 +139,7 @@ def test_memory_of_renormalize_follows_the_ids(function, dtype):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", rest("float8_e4m3fn"), rest("float32")])
-def test_memory_of_renormalize_grows_with_the_rows_only_where_any_scatter_does(dtype):
+def test_memory_of_renormalize_grows_with_rows_only_if_a_scatter_does(dtype):
     """On jax 0.10's CPU backend a bfloat16 scatter converts the whole table; renormalize adds nothing to that.
 
     A kernel converts no table of a dtype that it knows.

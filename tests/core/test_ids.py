@@ -110,7 +110,7 @@ NO_IDS = [True, 1.0, 1j, "1", b"1", None, [True], [1.5], [None], {1, 2}, np.zero
 
 @pytest.mark.parametrize("function", [lookup, renormalize])
 @pytest.mark.parametrize("ids", NO_IDS, ids=repr)
-def test_what_is_no_integer_is_a_type_error(ids, function):
+def test_ids_that_are_not_integers_are_a_type_error(ids, function):
     name = np.asarray(ids).dtype.name.replace("str32", "<U1").replace("bytes8", r"\|S1")
     with pytest.raises(
         TypeError, match=rf"`embax\.{function.__name__}\(ids=\.\.\.\)` must be of an integer dtype, got {name}"
@@ -119,7 +119,7 @@ def test_what_is_no_integer_is_a_type_error(ids, function):
 
 
 @pytest.mark.parametrize("ids", [jnp.array(True), jnp.array([1.0]), jax.random.key(0)], ids=["bool", "float", "key"])
-def test_what_is_no_integer_is_a_type_error_under_jit(ids):
+def test_ids_that_are_not_integers_are_a_type_error_under_jit(ids):
     for call in lookup, jax.jit(lookup):
         with pytest.raises(TypeError, match=r"must be of an integer dtype, got (bool|float32|key<fry>)\. Cast them"):
             call(TABLE, ids)

@@ -64,7 +64,7 @@ DIRECT = pytest.param(lambda f: f, marks=pytest.mark.exhaustive)
 
 
 @pytest.mark.parametrize("wrap", [DIRECT, jax.jit], ids=["direct", "jit"])
-def test_70000_duplicates_scaled_by_frequency_are_one(wrap):
+def test_frequency_scaling_of_70000_duplicates_sums_to_one(wrap):
     tables = {dtype: table_of_ones(dtype, scale_grad_by_freq=True) for dtype in ("bfloat16", "float16", "float32")}
     each = wrap(lambda tables, ids: {dtype: jax.grad(total)(table, ids) for dtype, table in tables.items()})
     for dtype, gradient in each(tables, jnp.full(70_000, -1)).items():

@@ -34,7 +34,7 @@ def test_rows_are_kept_sorted_and_once():
 
 
 @pytest.mark.parametrize(("given", "kept"), [((), None), ((3,), 3), ((-1,), 5), ((4, -2), 4), (np.int64(2), 2)])
-def test_few_rows_are_kept_as_a_number_or_none(given, kept):
+def test_padding_idx_of_one_or_no_row_is_an_int_or_none(given, kept):
     table = Table(jnp.asarray(WEIGHT), padding_idx=given)
     assert table.padding_idx == kept
     assert type(table.padding_idx) is type(kept)
@@ -67,7 +67,7 @@ def test_resize_keeps_them():
     assert embax.resize(Table(jnp.asarray(WEIGHT), padding_idx=(0, 2)), 3).padding_idx == (0, 2)
 
 
-def test_gradient_leaves_them_out_even_where_it_is_nan():
+def test_gradient_of_padding_rows_is_zero_for_nan_cotangents():
     cotangent = np.random.default_rng(1).normal(size=(FLAT.size, 3)).astype(np.float32)
     cotangent[np.isin(FLAT, PADDING)] = np.nan
 
@@ -90,7 +90,7 @@ def test_gradient_leaves_them_out_even_where_it_is_nan():
             np.testing.assert_allclose(gradient, expected, rtol=1e-5, atol=1e-6)  # float32
 
 
-def test_max_norm_leaves_them_as_they_are():
+def test_max_norm_does_not_clip_padding_rows():
     table, expected = padded(max_norm=0.5), WEIGHT.astype(np.float64)
     for row in range(ROWS):
         if row not in PADDING:

@@ -47,7 +47,7 @@ def test_renormalize_of_rows_of_any_shape():
     assert_as_reference({str(weight.shape): (weight, np.array([0, -1, 0]), RULES["all"]) for weight in weights})
 
 
-def test_renormalize_writes_the_row_that_a_bad_id_reads_or_none():
+def test_renormalize_treats_bad_ids_like_lookup():
     ids = np.array([7, -8, 3, 2**31 - 1, -(2**31)])
     assert_as_reference(
         {
@@ -73,7 +73,7 @@ def test_renormalize_without_max_norm_or_frozen_gives_the_table_itself():
         renormalize(Table(WEIGHT), [7])
 
 
-def test_renormalize_stores_what_lookup_reads():
+def test_renormalize_stores_the_rows_that_lookup_returns():
     table, ids = Table(WEIGHT, max_norm=1.5), np.arange(7)
     stored = renormalize(table, ids)
     np.testing.assert_allclose(stored.weight, lookup(table, ids), rtol=2e-7)  # float32

@@ -80,7 +80,7 @@ def expected():
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_every_storage_computes_as_the_dense_one(name, expected):
+def test_every_storage_computes_like_the_dense_one(name, expected):
     ours = by_rows(everything(STORAGES[name](TABLE)))
     for name, value in expected.items():
         for one, other in zip(jax.tree.leaves(ours[name]), jax.tree.leaves(value), strict=True):
@@ -115,7 +115,7 @@ def test_every_storage_keeps_rows_when_tables_change(name):
         itertools.product(STORAGES, STORAGES),
     ),
 )
-def test_what_one_storage_saves_every_other_loads(saved, loaded, tmp_path):
+def test_checkpoints_of_one_storage_load_into_every_other(saved, loaded, tmp_path):
     before, zeros = STORAGES[saved](TABLE), STORAGES[loaded](Table(WEIGHT * 0, **RULES))
     checkpoint.save(tmp_path, before)
     for table in (

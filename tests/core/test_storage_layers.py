@@ -76,7 +76,7 @@ def computed(framework, table):
 
 
 @pytest.mark.parametrize(("framework", "name"), usual_and_rest(COMPUTING, itertools.product(LAYERS, OF_MORE)))
-def test_layers_compute_and_store_as_those_of_a_dense_table(framework, name, off):
+def test_layers_compute_and_store_like_dense_ones(framework, name, off):
     expected, ours = off(computed, framework), computed(LAYERS[framework], STORED[name](made()))
     assert LAYERS[framework].stores == (expected[2]["bags"] != WEIGHT).any()
     for one, other in zip(jax.tree.leaves(ours), jax.tree.leaves(expected), strict=True):
@@ -94,7 +94,7 @@ def trained(framework, table, optimizer, by_rows):
     ("framework", "name", "optimizer", "by_rows"),
     usual_and_rest(TRAINING, itertools.product(LAYERS, OF_MORE, OPTIMIZERS, [True, False])),
 )
-def test_layers_train_as_those_of_a_dense_table(framework, name, optimizer, by_rows, off):
+def test_layers_train_like_dense_ones(framework, name, optimizer, by_rows, off):
     expected = off(trained, framework, optimizer, by_rows)
     ours = trained(LAYERS[framework], STORED[name](made()), optimizer, by_rows)
     assert (expected != WEIGHT).any()

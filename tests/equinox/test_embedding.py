@@ -36,7 +36,7 @@ def test_the_same_key_gives_the_weight_of_equinox(dtype):
 
 
 @pytest.mark.parametrize("name", ["__init__", "__call__"])
-def test_it_takes_every_argument_of_equinox(name):
+def test_embedding_takes_every_argument_of_equinox(name):
     ours, theirs = (inspect.signature(getattr(cls, name)).parameters for cls in (Embedding, eqx.nn.Embedding))
     assert set(theirs) <= set(ours)
     positional = [name for name, parameter in theirs.items() if parameter.kind == parameter.POSITIONAL_OR_KEYWORD]
@@ -229,7 +229,7 @@ def test_bags():
     assert isinstance(eqx.filter_eval_shape(embax.grad(lambda bag: bag(IDS[None]).sum()), bag).table, RowGrad)
 
 
-def test_a_module_is_one_where_equinox_comes_in():
+def test_embedding_is_an_equinox_module():
     assert isinstance(layer(), eqx.Module)
     assert Embedding.__module__ == EmbeddingBag.__module__ == "embax.equinox"
     assert isinstance(layer().table, Table)

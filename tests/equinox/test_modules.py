@@ -72,7 +72,7 @@ def densely(module):
     ],
     ids=["eager", "jit"],
 )
-def test_modules_as_they_are(rules, compile_):
+def test_value_and_grad_takes_whole_modules(rules, compile_):
     model = Model(**rules)
     value, gradient = compile_(embax.value_and_grad(Model.__call__))(model, IDS)
     expected, theirs = eqx.filter_jit(eqx.filter_value_and_grad(Model.__call__))(model, IDS)

@@ -227,7 +227,7 @@ def test_an_id_without_a_row_never_reads_the_next_table(policy):
         assert_same_bits(concrete, traced)
 
 
-def test_junk_behind_a_ragged_is_no_id_and_gets_no_gradient():
+def test_padding_of_a_ragged_is_not_read_and_gets_no_gradient():
     tables = {k: Table(np.full((3, 2), v, np.float32)) for k, v in (("a", 1.0), ("b", 7.0))}
     features = [Feature("fa", "a", "sum"), Feature("fb", "b", "mean")]
     batch = {"fa": Ragged([0, 1, 9, -9, 2], [0, 2, 2]), "fb": Ragged([2, 2, 1], [0, 1])}
@@ -352,7 +352,7 @@ def like_tables(mode, length, number=6, rows=50):
 @pytest.mark.parametrize(
     ("mode", "length"), [(None, 3), ("mean", 3), ("max", 3), pytest.param("sum", 1, marks=pytest.mark.exhaustive)]
 )
-def test_like_tables_cost_the_gathers_of_one(mode, length):
+def test_stacked_tables_need_the_gathers_of_one(mode, length):
     def count(number):
         text = compiled_as_for_users(lambda c, b: c(b), *like_tables(mode, length, number)).as_text()
         return text.count(" gather(") + text.count('custom_call_target="embax_'), text

@@ -54,7 +54,7 @@ def loss(tables, batch):
 GRADIENT = jax.jit(embax.value_and_grad(loss))
 
 
-def test_row_gradients_equal_those_of_separate_tables():
+def test_row_gradients_equal_separate_tables():
     value, gradient = GRADIENT(put_together(TABLES, FEATURES), batch())
     assert isinstance(gradient, Collection)
     assert all(isinstance(stack, RowGrad) for stack in gradient.stacks)
@@ -88,7 +88,7 @@ def test_frequency_is_counted_within_a_feature():
         pytest.param(optax.chain(clip_by_global_norm(0.5), rowwise_adagrad(0.1)), id="clipped_rowwise_adagrad"),
     ],
 )
-def test_steps_equal_those_of_separate_tables(tx):
+def test_steps_equal_separate_tables(tx):
     @jax.jit
     def updated(tables, state, gradient):
         updates, state = tx.update(gradient, state, tables)

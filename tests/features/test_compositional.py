@@ -83,7 +83,7 @@ def test_by_default_the_fewest_rows_are_stored(ids):
         assert (table.quotient.rows, table.remainder.rows) == (-(-ids // remainders), remainders)
 
 
-def test_reads_what_it_is_put_together_from():
+def test_lookup_combines_rows_of_both_tables():
     plain = {combine: create(combine) for combine in COMBINE}
     padded = {combine: create(combine, padding_idx=7) for combine in COMBINE}
     ids = np.arange(-IDS, IDS).reshape(2, IDS)
@@ -232,7 +232,7 @@ def in_full(gradient):
     return CompositionalTable(*parts, gradient.ids, gradient.combine, gradient.padding_idx)
 
 
-def test_gradient_by_rows_is_that_of_jax():
+def test_gradient_by_rows_equals_jax():
     tables = {combine: create(combine, padding_idx=2) for combine in COMBINE}
     ids = np.array([[0, 22, 7], [7, -1, 2]])
 
@@ -253,7 +253,7 @@ def test_gradient_by_rows_is_that_of_jax():
 
 
 @pytest.mark.parametrize("combines", [["mul"], pytest.param(["add", "concat"], marks=exhaustive)], ids=str)
-def test_trains_only_what_is_read(combines):
+def test_training_changes_only_the_rows_that_are_read(combines):
     tx, ids, target = rowwise_adagrad(0.5), np.array([6, 7, 0, 6]), np.ones((4, DIM), np.float32)
     before = {combine: create(combine, padding_idx=0) for combine in combines}
 

@@ -108,7 +108,7 @@ def test_any_number_any_rows_any_seed(value, rows, seed):
     assert hash_ids(value, rows, seed) == expected(value, rows, seed)
 
 
-def test_64_bit_numbers_of_the_host_are_whole_where_jax_has_32():
+def test_hash_ids_uses_all_64_bits_of_host_numbers():
     values = np.array([2**40, 2**40 + 2**33, -(2**50)])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -125,7 +125,7 @@ SHAPES = [(), (0,), (2, 0, 3), (1,), (2, 3)]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_shape_is_that_of_the_values(shape):
+def test_hash_ids_keeps_the_shape(shape):
     values = np.arange(math.prod(shape)).reshape(shape)
     for array in values, values.astype(str), values.astype(str).astype(object), values.astype(bytes):
         out = hash_ids(array, 1000)
@@ -133,7 +133,7 @@ def test_shape_is_that_of_the_values(shape):
         assert out.dtype == np.int32
 
 
-def test_shape_is_that_of_the_values_of_jax():
+def test_hash_ids_keeps_the_shape_under_jit():
     arrays = [np.zeros(shape, np.int32) for shape in SHAPES]
     for shape, out in zip(SHAPES, jax.jit(lambda arrays: [hash_ids(x, 1000) for x in arrays])(arrays), strict=True):
         assert out.shape == shape
@@ -220,7 +220,7 @@ def test_values_fall_evenly(values, rows):
 
 @pytest.mark.parametrize("values", VALUES.values(), ids=VALUES)
 @pytest.mark.parametrize("rows", [10**5, 10**6])
-def test_as_many_collide_as_by_chance(values, rows):
+def test_hash_ids_collides_as_often_as_chance(values, rows):
     places = hash_ids(values, rows)
     shares = np.bincount(places, minlength=rows)[places] > 1
     probability = 1 - math.exp(-NUMBER / rows)

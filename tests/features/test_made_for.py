@@ -104,7 +104,7 @@ def test_a_single_table_is_named_too():
         tx.update(RowGrad([7], np.ones((1, 3), np.float32), rows=8), tx.init(of(4)), of(8))
 
 
-def test_clipping_without_parameters_goes_by_the_gradients():
+def test_clipping_without_parameters_uses_the_gradients():
     tx = clip_by_global_norm(1.0)
     update = jax.jit(tx.update)
     params = {"a": of(4), "b": of(5, freeze=True), "c": np.ones(2, np.float32)}
@@ -176,7 +176,7 @@ def test_steps_compile_once():
     ],
     ids=["map", "flatten", "eval_shape", "jit", "pickle", "deepcopy"],
 )
-def test_what_a_state_was_made_for_stays_with_it(through):
+def test_description_of_tables_stays_with_the_state(through):
     params = {"words": of(padding_idx=(0, 2)), "film": collection(film=of(3), user=of(2))}
     for name in ("rowwise_adam", "chain"):
         tx = TXS[name]
@@ -195,7 +195,7 @@ def without_description(state):
     return jax.tree.map(lambda x: x._replace(made_for=None) if is_leaf(x) else x, state, is_leaf=is_leaf)
 
 
-def test_a_state_that_does_not_say_what_it_was_made_for_is_refused_and_carried_over():
+def test_state_without_description_is_refused_and_can_be_carried_over():
     params = {"words": of(), "bias": np.ones(2, np.float32)}
     for tx in TXS.values():
         state = tx.init(params)
@@ -205,7 +205,7 @@ def test_a_state_that_does_not_say_what_it_was_made_for_is_refused_and_carried_o
         assert jax.tree.structure(again) == jax.tree.structure(state)
 
 
-def test_what_is_no_state_of_the_transformation_is_refused():
+def test_update_refuses_states_of_other_transformations():
     params = {"words": of(), "bias": np.ones(2, np.float32)}
     gradient = gradient_of(params)
     adam, sgd = TXS["adam"], TXS["sgd"]
@@ -222,7 +222,7 @@ def test_repr_is_short():
     assert repr(TXS["adam"].init({"words": of()}).made_for) == "MadeFor(params['words']: 4 rows)"
 
 
-def test_the_rules_are_those_of_the_parameters_at_each_step():
+def test_rules_are_read_from_the_parameters_at_each_step():
     tx, params = TXS["adam"], {"words": of(max_norm=1.0)}
     state = tx.init(params)
     params["words"] = dataclasses.replace(params["words"], max_norm=None)

@@ -66,7 +66,7 @@ def named(tree):
     return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
-def test_tables_go_by_name_as_they_came():
+def test_collection_returns_tables_by_name_in_order():
     collection = put_together(TABLES, FEATURES)
     assert list(collection.tables) == list(TABLES)
     assert len(collection.stacks) == 3
@@ -102,7 +102,7 @@ def test_unstacked_parameters_and_state_have_the_names_and_values_of_separate_ta
 
 
 @pytest.mark.parametrize("name", STATES)
-def test_restack_takes_back_what_unstack_gave(name):
+def test_restack_undoes_unstack(name):
     tree = dict(zip(("params", "state"), trained(name, stacked=True), strict=True))
     apart = jax.jit(embax.unstack)(tree)
     assert not any(
@@ -127,7 +127,7 @@ def test_restack_refuses_another_structure():
         embax.restack({"other": embax.unstack(params)["rows"]}, like=params)
 
 
-def test_trees_without_collections_stay_as_they_are():
+def test_trees_without_collections_stay_unchanged():
     tree = {"table": TABLES["film"], "bias": jnp.ones(2), "none": None}
     assert jax.tree.structure(embax.unstack(tree)) == jax.tree.structure(tree)
     assert embax.restack(embax.unstack(tree), like=tree)["table"].weight is TABLES["film"].weight

@@ -92,7 +92,7 @@ def test_of_several_files_one_has_to_be_named(tmp_path, kind):
         files.load(path)
 
 
-def test_links_and_folders_of_a_tar_archive_are_no_files(tmp_path):
+def test_read_of_a_tar_archive_skips_links_and_folders(tmp_path):
     path = tmp_path / "v.tar"
     with tarfile.open(path, "w") as archive:
         for name, kind in (("folder", tarfile.DIRTYPE), ("passwd", tarfile.SYMTYPE), ("hard", tarfile.LNKTYPE)):
@@ -107,7 +107,7 @@ def test_links_and_folders_of_a_tar_archive_are_no_files(tmp_path):
         files.load(f"{path}:passwd")
 
 
-def test_what_comes_out_of_a_tar_archive_is_limited(tmp_path, monkeypatch):
+def test_size_of_extracted_tar_files_is_limited(tmp_path, monkeypatch):
     monkeypatch.setattr("embax.files._io.open._HARMLESS", 1 << 12)
     path = tmp_path / "v"
     path.write_bytes(
@@ -146,7 +146,7 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 43
 
 @pytest.mark.parametrize("name", ["model.safetensors", "v.txt", "v", "v.bin", "v.npy", "v.parquet"])
 @pytest.mark.parametrize("pointer", [POINTER, POINTER.replace(b"\n", b"\r\n"), POINTER.replace(b"git-lfs", b"hawser")])
-def test_a_git_lfs_pointer_is_told_from_a_file(tmp_path, name, pointer):
+def test_error_names_a_git_lfs_pointer(tmp_path, name, pointer):
     (tmp_path / name).write_bytes(pointer)
     match = (
         rf"{name}: is a Git LFS pointer: the file of 438,000,000 bytes(.|\n)*pull --include={name}(.|\n)*hf download"
@@ -160,7 +160,7 @@ def test_a_git_lfs_pointer_is_told_from_a_file(tmp_path, name, pointer):
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "vocab.txt", "special_tokens_map.json"])
-def test_a_git_lfs_pointer_beside_a_table_is_told(tmp_path, name):
+def test_error_names_a_git_lfs_pointer_beside_a_table(tmp_path, name):
     (tmp_path / "model.safetensors").write_bytes(save({"t": TABLE}))
     (tmp_path / "vocab.txt").write_bytes(TOKENS)
     (tmp_path / name).write_bytes(POINTER)

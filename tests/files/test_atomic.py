@@ -71,7 +71,7 @@ def test_replacing_takes_the_longest_name_that_the_file_system_has(tmp_path):
     ],
 )
 @pytest.mark.parametrize("call", [files.check_writable, lambda path: files.replacing(path).__enter__()])
-def test_replacing_and_check_writable_refuse_what_cannot_be_replaced(tmp_path, call, name, error, match):
+def test_replacing_and_check_writable_refuse_bad_paths(tmp_path, call, name, error, match):
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(error, match=match):
         call(os.path.join(tmp_path, name))

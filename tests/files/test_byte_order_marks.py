@@ -32,14 +32,14 @@ def test_a_mark_is_dropped_from_vectors(tmp_path, header, encoding):
         assert vectors.weight.tolist() == TABLE.tolist()
 
 
-def test_a_mark_of_another_token_than_the_first_is_part_of_it(tmp_path):
+def test_byte_order_mark_after_the_first_token_is_text(tmp_path):
     for text in ("2 2\n\ufeffa 1 0\nb 0 1\n", "b 0 1\n\ufeffa 1 0\n"):
         (tmp_path / "v.txt").write_text(text)
         assert "\ufeffa" in Vectors.load(tmp_path / "v.txt")
 
 
 @pytest.mark.parametrize("suffix", [".glove", ".txt", ".bin"])
-def test_a_first_token_that_begins_with_a_mark_survives(tmp_path, suffix):
+def test_first_token_that_begins_with_a_mark_round_trips(tmp_path, suffix):
     Vectors(["\ufeffa", "b"], TABLE).save(tmp_path / f"v{suffix}")
     assert Vectors.load(tmp_path / f"v{suffix}").vocabulary.tokens() == ["\ufeffa", "b"]
 

@@ -78,7 +78,7 @@ def test_the_same_format_is_written_with_the_same_bytes(tmp_path, path, format):
 
 
 @formats
-def test_errors_say_what_becomes_of_them(tmp_path, path, format):
+def test_load_errors_option_decides_about_invalid_utf8(tmp_path, path, format):
     with pytest.raises(
         FormatError, match=r"v: token 1 is not UTF-8: b'\\xe6\\x9d'. Pass its encoding, .* errors='escape'"
     ):
@@ -160,7 +160,7 @@ def test_an_escape_that_is_another_token_is_refused(tmp_path, suffix):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_vocabulary_takes_the_strings_that_it_gives(cut):
+def test_vocabulary_accepts_its_own_escaped_strings(cut):
     assert Vocabulary(STRINGS) == cut.vocabulary
     assert Vocabulary(cut.vocabulary) == cut.vocabulary
     assert cut.vocabulary.take(np.array([2, 0])).tokens() == ["caf\udcc3", "king"]
@@ -172,7 +172,7 @@ def test_a_vocabulary_takes_the_strings_that_it_gives(cut):
         assert cut.vocabulary.ids(["king", token], unknown=-1).tolist() == [0, -1]
 
 
-def test_from_utf8_does_with_them_as_asked():
+def test_from_utf8_errors_option_decides_about_invalid_utf8():
     text, ends = "aé".encode(), [0, 2, 3]
     with pytest.raises(ValueError, match=r"token 1 is not UTF-8: b'\\xa9'"):
         Vocabulary.from_utf8(text, ends)
@@ -231,7 +231,7 @@ def test_the_terminal_gets_an_escape(tmp_path, path, format):
     assert (status, "one of strict, replace, escape, got 'ignore'" in err) == (2, True)
 
 
-def test_messages_get_an_escape():
+def test_messages_escape_invalid_bytes():
     assert quoted("caf\udcc3") == r'"caf\xc3"'
     assert printable("\x1bcaf\udcc3é") == r"\x1bcaf\xc3é"
     assert printable("".join(map(chr, range(0xDC80, 0xDD00)))) == "".join(
@@ -249,7 +249,7 @@ def test_a_tokens_sub_words_are_of_its_bytes():
     assert len({*plain.vectors(halves).ravel().tolist()}) == 2
 
 
-def test_both_kinds_of_rows_are_left_out_where_tokens_repeat(tmp_path):
+def test_repeated_tokens_with_invalid_bytes_warn_of_both(tmp_path):
     (tmp_path / "v").write_bytes(lines([b"a\xff", b"a\xff", b"b"], WEIGHT[:3]))
     with (
         pytest.warns(UndecodedTokensWarning, match="2 of 3"),

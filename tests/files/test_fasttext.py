@@ -117,7 +117,7 @@ FILES = ["lee_fasttext", "lee_fasttext_new", "crime-and-punishment", "toy-model"
 
 
 @pytest.mark.parametrize("name", [*FILES, "non_ascii_fasttext"])
-def test_read_is_as_in_gensim(name):
+def test_read_equals_gensim(name):
     path = DATA / f"{name}.bin"
     contents, expected = read(path), of_gensim(path)
     assert recognised(path)
@@ -133,7 +133,7 @@ def test_read_is_as_in_gensim(name):
 
 
 @pytest.mark.parametrize("name", ["lee_fasttext", "crime-and-punishment", "pang_lee_polarity_fasttext"])
-def test_read_is_as_fasttext_itself_printed(name):
+def test_read_equals_the_output_of_fasttext(name):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UnicodeWarning)
         contents = read(DATA / f"{name}.bin")
@@ -162,7 +162,7 @@ def test_read_hashes_the_bytes_of_the_file():
     np.testing.assert_array_equal(contents.subwords.vectors(["nejžluťoučký"]), mean)
 
 
-def test_read_tells_of_another_encoding():
+def test_read_warns_of_another_encoding():
     with pytest.warns(
         UndecodedTokensWarning, match=r"cp852_fasttext.bin: 69 of 171 tokens are not UTF-8.*pass such as"
     ):
@@ -171,7 +171,7 @@ def test_read_tells_of_another_encoding():
         read(DATA / "cp852_fasttext.bin", errors="strict")
 
 
-def test_read_takes_a_few_tokens_that_are_no_text():
+def test_read_accepts_tokens_that_are_not_utf8():
     with pytest.warns(UndecodedTokensWarning, match=r"5 of [\d,]+ tokens are not UTF-8, such as b'\\x97'; they keep"):
         contents = read(DATA / "pang_lee_polarity_fasttext.bin")
     assert "\udc97" in contents.vocabulary
@@ -224,7 +224,7 @@ def test_read_takes_blocks_of_any_size():
         np.testing.assert_array_equal(found.weight, expected.weight)
 
 
-def test_read_grows_with_what_comes_out_of_a_compressed_model(file, monkeypatch):
+def test_read_of_a_compressed_model_grows_its_buffers(file, monkeypatch):
     monkeypatch.setattr("embax.files._formats.fasttext.file._BLOCK", 100)
     plain = DATA / "lee_fasttext_new.bin"
     found, expected = read(file(gzip.compress(plain.read_bytes()))), read(plain)
@@ -318,7 +318,7 @@ def test_read_leaves_pruned_ngrams_out(file):
     assert contents.subwords.covers(tokens).tolist() == expected
 
 
-def test_read_where_all_ngrams_are_pruned_gives_the_rows(file):
+def test_read_of_a_model_without_ngrams_returns_the_rows(file):
     matrix, values = quantized(3, 4, 2)
     contents = read(file(model(matrix=matrix, pruned=[], flags=(1, 0))))
     assert contents.subwords is None
@@ -397,7 +397,7 @@ WRONG = {
 
 @pytest.mark.parametrize("case", WRONG)
 @pytest.mark.parametrize("suffix", ["bin", "gz"])
-def test_read_refuses_what_is_wrong(file, case, suffix):
+def test_read_refuses_malformed_models(file, case, suffix):
     data, message = WRONG[case]
     if suffix == "gz":
         data = gzip.compress(data)
@@ -435,7 +435,7 @@ WHOLE = {
 
 @pytest.mark.parametrize("kind", WHOLE)
 @pytest.mark.parametrize("is_compressed", [False, True])
-def test_read_refuses_what_is_cut_off(file, kind, is_compressed):
+def test_read_refuses_truncated_files(file, kind, is_compressed):
     data = WHOLE[kind]
     assert read(file(data)).weight.shape == (3, 4)
     step = 1 if kind != "ftz" else 37
@@ -467,7 +467,7 @@ def test_read_of_any_damage_gives_contents_or_a_format_error(file, kind, seed):
 
 
 @pytest.mark.parametrize("name", ["crime-and-punishment", "toy-model", "lee_fasttext_new", "toy-model-pretrained"])
-def test_write_gives_the_bytes_that_were_read(tmp_path, name):
+def test_write_reproduces_the_bytes_of_the_file(tmp_path, name):
     path = DATA / f"{name}.bin"
     contents = read(path)
     FORMAT.write(tmp_path / "v.bin", contents)
@@ -535,7 +535,7 @@ def test_write_keeps_changed_vectors(tmp_path, file):
     np.testing.assert_array_equal(again.subwords.vectors(UNKNOWN), contents.subwords.vectors(UNKNOWN))
 
 
-def test_write_keeps_bytes_that_are_no_text(tmp_path, file):
+def test_write_keeps_bytes_that_are_not_utf8(tmp_path, file):
     with pytest.warns(UndecodedTokensWarning, match="1 of 2 tokens are not UTF-8"):
         contents = read(file(model(["the", b"caf\xe9s"])))
     FORMAT.write(tmp_path / "v.bin", contents)

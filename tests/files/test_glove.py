@@ -41,7 +41,7 @@ def recogniser(path):
 
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning")  # gensim leaves the file open
-def test_glove_of_others_is_read_as_gensim_does():
+def test_read_of_foreign_files_equals_gensim():
     path = DATA / "test_glove.txt"
     assert recogniser(path) == "glove"
     expected = KeyedVectors.load_word2vec_format(str(path), no_header=True)
@@ -51,7 +51,7 @@ def test_glove_of_others_is_read_as_gensim_does():
 
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
-def test_gensim_reads_what_is_written(tmp_path):
+def test_gensim_reads_written_files(tmp_path):
     expected = KeyedVectors.load_word2vec_format(str(DATA / "euclidean_vectors.bin"), binary=True)
     FORMAT.write(tmp_path / "vectors", Contents(Vocabulary(expected.index_to_key), expected.vectors))
     assert recogniser(tmp_path / "vectors") == "glove"
@@ -62,7 +62,7 @@ def test_gensim_reads_what_is_written(tmp_path):
 
 @pytest.mark.parametrize("has_pyarrow", [True, False])
 @pytest.mark.parametrize("rows", [1, 3])
-def test_what_is_written_is_read(tmp_path, monkeypatch, rows, has_pyarrow):
+def test_read_returns_written_contents(tmp_path, monkeypatch, rows, has_pyarrow):
     if not has_pyarrow:
         monkeypatch.setitem(sys.modules, "pyarrow", None)
     FORMAT.write(tmp_path / "vectors", Contents(CONTENTS.vocabulary.take(np.arange(rows)), NUMBERS[:rows]))
@@ -96,7 +96,7 @@ def test_any_tokens_and_numbers_survive(tmp_path_factory, tokens, seed, dim, is_
     np.testing.assert_array_equal(contents.weight, weight)
 
 
-def test_write_refuses_what_cannot_be_read_again(tmp_path):
+def test_write_refuses_tokens_that_cannot_be_read_back(tmp_path):
     with pytest.raises(ValueError, match=r"must have no space or newline in a token for the format 'glove', got 'New"):
         FORMAT.write(tmp_path / "vectors", Contents(Vocabulary(["New York"]), NUMBERS[:1]))
     with pytest.raises(ValueError, match=r"must have no tab in a token for the format 'glove', got 'a.tb'"):
@@ -144,7 +144,7 @@ def test_glove_is_read(tmp_path, text, tokens, dim):
         (b"2 2\nthe 1 2\nof 3 4\n", r"line 1 has 1 numbers after the token, not 2"),
     ],
 )
-def test_glove_that_is_wrong_is_an_error(tmp_path, text, message):
+def test_read_refuses_malformed_lines(tmp_path, text, message):
     with pytest.raises(FormatError, match=message):
         read_bytes(tmp_path, text)
 

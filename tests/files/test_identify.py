@@ -38,7 +38,7 @@ def test_identify_names_the_compression(tmp_path, contents):
     ("content", "message"),
     [(b"\x00nothing", "v: is of no format that is known here"), (b"\x80\x04]\x94.", "is a Python pickle")],
 )
-def test_identify_refuses_what_it_does_not_know(tmp_path, content, message):
+def test_identify_refuses_unknown_formats(tmp_path, content, message):
     (tmp_path / "v").write_bytes(content)
     with pytest.raises(files.FormatError, match=message):
         files.identify(tmp_path / "v")

@@ -44,7 +44,7 @@ TOKENS = st.text(" \t\r\x00\"'\\a1.\ufeff\x85", max_size=4)
     delimiter=st.sampled_from([b" ", b"\t"]),
     end=st.sampled_from(["\n", "\r\n", " \n", "\t\n", "\n\n"]),
 )
-def test_pyarrow_reads_as_line_by_line(rows, dim, delimiter, end):
+def test_pyarrow_reads_the_same_as_line_by_line(rows, dim, delimiter, end):
     parting = delimiter.decode()
     block = "".join(parting.join([token, *fields]) + end for token, fields in rows).encode()
     layout = lines.TextLayout(delimiter, dim)

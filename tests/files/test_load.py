@@ -11,7 +11,7 @@ SUFFIXES = [".safetensors", ".txt", ".vec", ".bin", ".npy", ".parquet", ".arrow"
 
 
 @pytest.mark.parametrize("suffix", ["", *SUFFIXES])
-def test_what_is_saved_is_loaded_whatever_it_is_called(tmp_path, suffix):
+def test_load_recognises_saved_files_under_any_name(tmp_path, suffix):
     path = tmp_path / f"v{suffix}"
     VECTORS.save(path)
     for name in (path, tmp_path / "renamed") if suffix != ".npy" else (path,):
@@ -44,7 +44,7 @@ def test_the_first_rows_in_another_dtype(tmp_path, suffix):
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".npy"])
-def test_arrays_are_mapped_where_they_can_be(tmp_path, suffix):
+def test_load_maps_arrays_if_possible(tmp_path, suffix):
     path = tmp_path / f"v{suffix}"
     VECTORS.save(path)
     for mmap, mapped in ((True, True), (None, True), (False, False)):
@@ -55,7 +55,7 @@ def test_arrays_are_mapped_where_they_can_be(tmp_path, suffix):
         Vectors.load(path, mmap=True, dtype=np.float16)
 
 
-def test_of_tokens_that_occur_twice_the_first_is_taken(tmp_path):
+def test_load_takes_the_first_of_repeated_tokens(tmp_path):
     path = tmp_path / "v.txt"
     path.write_text("4 1\na 1\nb 2\na 3\nb 4\n")
     with pytest.warns(DuplicateTokensWarning, match=r"v\.txt: 2 rows are left out, .* such as 'a'"):
@@ -101,13 +101,13 @@ def test_suffixes_that_no_format_has_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b"\0", b"hello", b"\n\n\n", b"{}", b"a b c\nd e f\n", bytes(range(256))])
-def test_files_of_no_format_say_which_there_are(tmp_path, content):
+def test_load_error_for_unknown_files_lists_the_formats(tmp_path, content):
     (tmp_path / "v").write_bytes(content)
     with pytest.raises(files.FormatError, match="v: "):
         Vectors.load(tmp_path / "v")
 
 
-def test_an_output_through_a_symbolic_link_replaces_what_it_points_to(tmp_path):
+def test_save_through_a_symbolic_link_replaces_its_target(tmp_path):
     (tmp_path / "target").write_text("old")
     (tmp_path / "v.bin").symlink_to(tmp_path / "target")
     VECTORS.save(tmp_path / "v.bin")
@@ -122,7 +122,7 @@ def test_vectors_of_none_can_be_saved_and_loaded(tmp_path):
         assert Vectors.load(tmp_path / f"v{suffix}").weight.shape == (0, 4)
 
 
-def test_special_tokens_come_back(tmp_path):
+def test_special_tokens_round_trip(tmp_path):
     vectors = Vectors(Vocabulary(["[PAD]", "a"], special={"padding": "[PAD]"}), np.ones((2, 3), np.float32))
     vectors.save(tmp_path / "v.safetensors")
     assert Vectors.load(tmp_path / "v.safetensors").to_table().padding_idx == 0

@@ -35,7 +35,7 @@ def saved(folder, table=TABLE, **beside):
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
 @pytest.mark.parametrize("shape", [(4, 3), (0, 3), (4, 0), (0, 0)])
-def test_read_gives_what_was_written(tmp_path, shape, dtype):
+def test_read_returns_written_contents(tmp_path, shape, dtype):
     contents = files.Contents(Vocabulary(TOKENS[: shape[0]]), np.full(shape, 1.5, dtype))
     FORMAT.write(tmp_path / "v.npy", contents)
     with opened(tmp_path / "v.npy", 100.0) as source:
@@ -65,7 +65,7 @@ def test_write_refuses_the_name_of_the_tokens(tmp_path):
         FORMAT.write(tmp_path / "v.json", files.Contents(Vocabulary(TOKENS), TABLE))
 
 
-def test_write_that_fails_leaves_both_files_as_they_were(tmp_path, monkeypatch):
+def test_write_that_fails_leaves_both_files_unchanged(tmp_path, monkeypatch):
     path = saved(tmp_path)
     before = {name: (tmp_path / name).read_bytes() for name in os.listdir(tmp_path)}
     monkeypatch.setattr(np.lib.format, "write_array", lambda file, *_, **__: file.write(b"half") / 0)
@@ -89,7 +89,7 @@ def test_read_of_each_layout(tmp_path, dtype, order, options):
         assert found.vocabulary.tokens() == TOKENS[:rows]
 
 
-def test_read_maps_where_nothing_has_to_be_converted(tmp_path):
+def test_read_maps_arrays_that_need_no_conversion(tmp_path):
     assert isinstance(read(saved(tmp_path)).weight.base, np.memmap)
     by_column = read(saved(tmp_path, np.asfortranarray(TABLE)), mmap=True).weight
     assert by_column.flags.f_contiguous
@@ -214,7 +214,7 @@ def test_read_of_the_second_version_and_of_old_headers(tmp_path):
         (npy(of(shape=(1 << 62, 0))), "has 4,611,686,018,427,387,904 rows, and .*x.json 4 tokens for rows up to 3"),
     ],
 )
-def test_read_refuses_files_that_lie(tmp_path, data, match):
+def test_read_refuses_wrong_headers(tmp_path, data, match):
     path = saved(tmp_path)
     path.write_bytes(data)
     with pytest.raises(files.FormatError, match=match):
@@ -226,7 +226,7 @@ def test_read_refuses_files_that_lie(tmp_path, data, match):
 
 
 @pytest.mark.parametrize("by_column", [False, True])
-def test_read_takes_no_memory_for_what_a_compressed_file_says(tmp_path, by_column):
+def test_read_does_not_allocate_by_the_header_of_a_compressed_file(tmp_path, by_column):
     saved(tmp_path)
     data = npy(of(shape=(4, 1 << 50), fortran_order=by_column), bytes(1000))
     (tmp_path / "x.npy.gz").write_bytes(gzip.compress(data))

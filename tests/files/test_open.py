@@ -43,7 +43,7 @@ PACKED = {
 
 
 @pytest.mark.parametrize("how", PACKED)
-def test_files_are_read_as_they_are(tmp_path, how):
+def test_plain_files_are_read_unchanged(tmp_path, how):
     path = tmp_path / "v"
     path.write_bytes(PACKED[how](TEXT))
     vectors = Vectors.load(path)
@@ -52,7 +52,7 @@ def test_files_are_read_as_they_are(tmp_path, how):
 
 
 @pytest.mark.parametrize("how", [how for how in PACKED if how != "plain"])
-def test_what_comes_out_of_a_compressed_file_is_limited(tmp_path, how, monkeypatch):
+def test_size_of_decompressed_files_is_limited(tmp_path, how, monkeypatch):
     monkeypatch.setattr(_open, "_HARMLESS", 1 << 16)
     path, rows = tmp_path / "bomb", 20_000
     path.write_bytes(PACKED[how](f"{rows} 3\n".encode() + b"".join(b"%d 0 0 0\n" % row for row in range(rows))))
@@ -87,7 +87,7 @@ def test_of_an_archive_of_several_files_one_has_to_be_named(tmp_path):
         Vectors.load(f"{path}:c")
 
 
-def test_a_missing_library_for_zstd_is_told(tmp_path, monkeypatch):
+def test_error_names_the_missing_library_for_zstd(tmp_path, monkeypatch):
     path = tmp_path / "v"
     path.write_bytes(zstandard(TEXT))
     monkeypatch.setitem(sys.modules, "backports.zstd", None)
@@ -118,7 +118,7 @@ def test_any_damage_gives_vectors_or_a_format_error(tmp_path, how, seed):
             assert len(files.load(tmp_path / "v").weight) <= 27  # lines: three times, 8 new bytes may end 8 more
 
 
-def test_a_zip_archive_whose_file_begins_before_it_is_a_format_error(tmp_path):
+def test_zip_archive_with_a_wrong_offset_is_a_format_error(tmp_path):
     data = bytearray(zipped(vectors=TEXT))
     end = data.rindex(b"PK\x05\x06")
     data[end + 16 : end + 20] = (len(data) * 4).to_bytes(4, "little")  # where the list of files begins

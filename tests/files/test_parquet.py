@@ -44,7 +44,7 @@ def written(format, folder, columns, **options):
 @pytest.mark.parametrize("counts", [None, np.asarray([9, 5, 5, 1], np.int64)])
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
 @pytest.mark.parametrize("rows", [0, 1, 4])
-def test_read_gives_what_was_written(tmp_path, format, rows, dtype, counts):
+def test_read_returns_written_contents(tmp_path, format, rows, dtype, counts):
     counts = None if counts is None else counts[:rows]
     contents = files.Contents(Vocabulary(TOKENS[:rows]), TABLE[:rows].astype(dtype), counts)
     path = tmp_path / f"v{format.suffixes[0]}"
@@ -162,7 +162,7 @@ MISSING = pa.array([[1.0, 2.0], [1.0, None], None, []], pa.list_(pa.float32()))
         ({"token": pa.array(["a", None] * 2).dictionary_encode(), "vector": lists()}, "row 1: the value of 'token'"),
         ({"token": TOKENS, "vector": MISSING.take([0, 2, 0, 0])}, "row 1: the value of 'vector' is missing"),
         ({"token": TOKENS, "vector": MISSING.take([0, 0, 0, 1])}, "row 3: a number is missing"),
-        ({"token": TOKENS, "vector": MISSING.take([0, 0, 3, 0])}, "row 2 has 0 numbers, where those before it have 2"),
+        ({"token": TOKENS, "vector": MISSING.take([0, 0, 3, 0])}, "row 2 has 0 numbers, but the rows before it have 2"),
         ({"token": TOKENS, "a": [1.0, None, 2.0, 3.0]}, "row 1: the value of 'a' is missing"),
         ({"token": TOKENS, "vector": lists(), "count": [1, None, 1, 1]}, "row 1: the value of 'count' is missing"),
         ({"token": TOKENS, "vector": lists(), "count": [1, 1, -1, 1]}, "row 2: the count must not be negative"),
@@ -190,7 +190,7 @@ def test_read_refuses_two_columns_of_the_same_name(tmp_path):
 
 
 @pytest.mark.parametrize("ends", [[0, 1, 1, 8, 1 << 40], [0, 1 << 40, 1, 8, 11], [-8, 1, 1, 8, 11], [0, 1, 1, 4, 11]])
-def test_read_refuses_strings_that_lie_elsewhere(tmp_path, ends):
+def test_read_refuses_strings_outside_of_their_buffer(tmp_path, ends):
     _arrow.FORMAT.write(tmp_path / "v", files.Contents(Vocabulary(TOKENS), TABLE))
     right, wrong = np.asarray([0, 1, 1, 8, 11]).tobytes(), np.asarray(ends).tobytes()
     whole = (tmp_path / "v").read_bytes()
@@ -244,7 +244,7 @@ def test_read_refuses_more_numbers_than_an_arrow_file_of_its_size_holds(tmp_path
 
 
 @both
-def test_read_refuses_few_strings_that_are_named_many_times(tmp_path, format, monkeypatch):
+def test_read_refuses_dictionaries_that_expand_beyond_the_limit(tmp_path, format, monkeypatch):
     monkeypatch.setattr("embax.files._io.open._HARMLESS", 1 << 16)
     tokens = pa.DictionaryArray.from_arrays(pa.array([0] * 4000, pa.int32()), ["x" * 5000])
     path = written(format, tmp_path, {"token": tokens, "vector": lists(table=np.ones((4000, 1)))})
@@ -253,7 +253,7 @@ def test_read_refuses_few_strings_that_are_named_many_times(tmp_path, format, mo
 
 
 @both
-def test_read_of_a_file_that_has_gone_is_the_systems_error(tmp_path, format):
+def test_read_of_a_missing_file_is_file_not_found(tmp_path, format):
     path = written(format, tmp_path, LAYOUTS["lists"])
     with opened(path, 100.0) as source:
         path.unlink()

@@ -29,7 +29,7 @@ PICKLES = [
 
 @pytest.mark.parametrize("data", PICKLES)
 @pytest.mark.parametrize("compressed", [False, True])
-def test_load_refuses_pickles_and_tells_how_to_convert_them(tmp_path, data, compressed):
+def test_load_refuses_pickles_and_explains_how_to_convert_them(tmp_path, data, compressed):
     (tmp_path / "v.pkl").write_bytes(gzip.compress(data) if compressed else data)
     match = r"v.pkl: is a Python pickle, which can run any program .* never read here(.|\n)*numpy.save"
     with pytest.raises(files.FormatError, match=match):
@@ -66,7 +66,7 @@ def test_load_refuses_hdf5(tmp_path):
 
 
 @pytest.mark.parametrize("size", [0x0280, 0x0380, 0x0480, 0x0580])
-def test_explain_lets_safetensors_pass_whose_header_begins_like_a_pickle(tmp_path, size):
+def test_explain_returns_none_for_safetensors_that_begin_like_a_pickle(tmp_path, size):
     entry = {"tokens": {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}}
     data = size.to_bytes(8, "little") + json.dumps(entry).encode().ljust(size)
     (tmp_path / "v").write_bytes(data)
@@ -88,11 +88,11 @@ def test_explain_lets_safetensors_pass_whose_header_begins_like_a_pickle(tmp_pat
         torch_zip()[:-9],
     ],
 )
-def test_explain_lets_what_is_no_pickle_pass(tmp_path, data):
+def test_explain_returns_none_for_other_files(tmp_path, data):
     (tmp_path / "v").write_bytes(data)
     assert explain(tmp_path / "v") is None
 
 
-def test_explain_of_nothing_is_none(tmp_path):
+def test_explain_returns_none_for_missing_files_and_folders(tmp_path):
     assert explain(tmp_path / "v") is None
     assert explain(tmp_path) is None

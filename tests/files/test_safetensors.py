@@ -50,14 +50,14 @@ def same(a, b):
 @pytest.mark.parametrize("mmap", [None, True, False])
 @pytest.mark.parametrize("shape", [(4, 3), (0, 3), (4, 0), (0, 0)])
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float32, np.float64])
-def test_read_gives_what_was_written(tmp_path, shape, dtype, mmap):
+def test_read_returns_written_contents(tmp_path, shape, dtype, mmap):
     rows = shape[0]
     contents = files.Contents(Vocabulary(TOKENS[:rows]), np.ones(shape, dtype), CONTENTS.counts[:rows])
     files.write_safetensors(tmp_path / "v", contents)
     assert same(read(tmp_path / "v", mmap=mmap), contents)
 
 
-def test_read_gives_special_tokens_and_no_counts_where_there_are_none(tmp_path):
+def test_read_returns_special_tokens_without_counts(tmp_path):
     files.write_safetensors(tmp_path / "v", CONTENTS._replace(counts=None))
     found = files.read_safetensors(tmp_path / "v")
     assert found.counts is None
@@ -104,7 +104,7 @@ def test_read_of_a_compressed_file(tmp_path):
         read(tmp_path / "v.gz", mmap=True)
 
 
-def test_read_of_compressed_data_that_end_too_early(tmp_path):
+def test_read_refuses_truncated_compressed_data(tmp_path):
     files.write_safetensors(tmp_path / "v", CONTENTS)
     whole = (tmp_path / "v").read_bytes()
     for end in range(len(whole)):
@@ -125,7 +125,7 @@ def test_read_casts_to_the_dtype_that_is_wanted(tmp_path):
         read(tmp_path / "v", dtype=np.dtype(np.float16), mmap=True)
 
 
-def test_read_maps_the_weight_where_nothing_has_to_be_converted(tmp_path):
+def test_read_maps_a_weight_that_needs_no_conversion(tmp_path):
     files.write_safetensors(tmp_path / "v", CONTENTS)
     for mmap in (None, True):
         weight = read(tmp_path / "v", mmap=mmap).weight
@@ -244,7 +244,7 @@ def test_read_refuses_other_safetensors_files(tmp_path, metadata):
 
 
 @pytest.mark.parametrize("special", ["", "[]", '{"padding":4}', '{"padding":-1}', '{"padding":true}', "[" * 10**5])
-def test_read_refuses_special_tokens_that_are_not_there(tmp_path, special):
+def test_read_refuses_missing_special_tokens(tmp_path, special):
     save_file(tensors(), tmp_path / "v", METADATA | {"special": special})
     with pytest.raises(files.FormatError, match="`special` must be row numbers below 4 by name"):
         files.read_safetensors(tmp_path / "v")
@@ -291,7 +291,7 @@ def with_header(text, size=48):
         (header_of(dtype=["F32"]), "the unknown dtype"),
     ],
 )
-def test_read_refuses_headers_that_lie(tmp_path, data, match):
+def test_read_refuses_wrong_headers(tmp_path, data, match):
     (tmp_path / "v").write_bytes(data)
     with pytest.raises(files.FormatError, match=match):
         files.read_safetensors(tmp_path / "v")
@@ -299,13 +299,13 @@ def test_read_refuses_headers_that_lie(tmp_path, data, match):
         pass
 
 
-def test_read_refuses_headers_that_begin_with_a_space_as_the_format_says(tmp_path):
+def test_read_refuses_headers_that_begin_with_a_space(tmp_path):
     (tmp_path / "v").write_bytes(with_header(b" {}", 0))
     with pytest.raises(files.FormatError, match="does not begin with a brace"):
         files.read_safetensors(tmp_path / "v")
 
 
-def test_read_takes_no_memory_for_what_a_compressed_file_says(tmp_path):
+def test_read_does_not_allocate_by_the_header_of_a_compressed_file(tmp_path):
     big = header_of(0, shape=[1, 1 << 50], data_offsets=[0, 1 << 52])
     header = json.loads(big[8:])
     header["token_offsets"] = {"dtype": "I64", "shape": [2], "data_offsets": [1 << 52, (1 << 52) + 16]}

@@ -70,7 +70,7 @@ def test_read_column_reads_all_row_groups_of_compressed_files(tmp_path, group, m
         ({"a": [["x"], ["y", None]]}, "a", "row 1: an item of 'a' is missing"),
     ],
 )
-def test_read_column_says_what_is_wrong(tmp_path, columns, column, match):
+def test_read_column_refuses_columns_of_other_types(tmp_path, columns, column, match):
     path = written(tmp_path, columns)
     with pytest.raises(files.FormatError, match=match):
         list(files.read_column(path, column))

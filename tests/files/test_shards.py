@@ -82,7 +82,7 @@ def test_a_missing_shard_is_named(tmp_path):
         ({}, "0 of its tensors"),
     ],
 )
-def test_an_index_that_is_none_is_a_format_error(tmp_path, weight_map, match):
+def test_read_refuses_files_that_are_no_index(tmp_path, weight_map, match):
     index = sharded(tmp_path, {}, weight_map=weight_map)
     with pytest.raises(files.FormatError, match=match):
         files.load(index)
@@ -160,7 +160,7 @@ def test_tables_of_model2vec_that_do_not_fit_are_format_errors(tmp_path, tensors
         files.load(model2vec(tmp_path / "m", embeddings=SMALL, **tensors))
 
 
-def test_tables_of_model2vec_cannot_be_mapped_and_other_integers_are_no_table(tmp_path):
+def test_model2vec_tables_cannot_be_mapped_and_integers_are_refused(tmp_path):
     with pytest.raises(files.FormatError, match="cannot be mapped into memory, as its rows are computed"):
         files.load(model2vec(tmp_path / "m", embeddings=SMALL, mapping=MAPPING), mmap=True)
     with pytest.raises(files.FormatError, match=r"is I8 \(4, 3\), which is no table"):

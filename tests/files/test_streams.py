@@ -98,7 +98,7 @@ def test_every_format_is_read_out_of_a_pipe(tmp_path, format, compressed):
     assert identity.compression == ("gzip" if compressed else None)
 
 
-def test_a_file_that_others_write_to_as_well_keeps_what_they_wrote(tmp_path):
+def test_appended_file_keeps_the_output_of_other_programs(tmp_path):
     path = tmp_path / "out"
     with open(path, "wb", buffering=0) as file:
         file.write(b"before\n")
@@ -112,7 +112,7 @@ def test_a_file_that_others_write_to_as_well_keeps_what_they_wrote(tmp_path):
     assert path.read_bytes() == b"before\n" + text + b"after\n" + model + b"end\n"
 
 
-def test_a_file_behind_a_descriptor_is_read_from_where_it_stands(tmp_path):
+def test_file_descriptor_is_read_from_its_position(tmp_path):
     (tmp_path / "in").write_bytes(b"a line of another program\n" + TEXT)
     with open(tmp_path / "in", "rb", buffering=0) as file:
         file.seek(26)
@@ -143,7 +143,7 @@ def test_a_member_of_an_archive_is_read_out_of_standard_input(monkeypatch):
     assert files.load("-:b.txt").vocabulary.tokens() == ["duke", "queen"]
 
 
-def test_standard_output_comes_after_what_the_program_printed(monkeypatch):
+def test_standard_output_follows_earlier_output_of_the_program(monkeypatch):
     raw = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw))
     print("before")
@@ -205,7 +205,7 @@ def test_npy_is_written_to_a_named_pipe_with_the_tokens_beside_it(tmp_path):
     thread.join()
 
 
-def test_a_descriptor_that_cannot_be_written_to_is_told(tmp_path):
+def test_error_names_a_descriptor_that_cannot_be_written_to(tmp_path):
     (tmp_path / "v").write_bytes(TEXT)
     with open(tmp_path / "v", "rb") as file:
         path = f"/dev/fd/{file.fileno()}"
@@ -272,7 +272,7 @@ def test_a_stream_cannot_be_mapped_and_has_no_folder(tmp_path, monkeypatch):
     assert files.load("-:tokens.txt").vocabulary.tokens() == ["a", "b"]
 
 
-def test_memory_is_not_taken_for_what_a_stream_only_says_it_has():
+def test_stream_does_not_allocate_by_its_header():
     header = b'{"weight":{"dtype":"F32","shape":[1000000000,100],"data_offsets":[0,400000000000]}}'
     with pytest.raises(files.FormatError):
         from_pipe(len(header).to_bytes(8, "little") + header, format="safetensors")

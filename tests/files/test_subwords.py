@@ -56,7 +56,7 @@ def subwords(words=("cat", "dog"), dim=3, buckets=50, minimum=2, maximum=4, **op
 # As gensim has them; its own are those of fastText.
 @pytest.mark.parametrize("token", ["cat", "größe", "日本語", "a", "", "🙂🙂", "žluťoučký kůň", "x" * 300])
 @pytest.mark.parametrize(("minimum", "maximum"), [(3, 6), (1, 2), (0, 3), (5, 5), (2, 64)])
-def test_hashed_is_as_in_gensim(token, minimum, maximum):
+def test_hashed_equals_gensim(token, minimum, maximum):
     hashes, counts = _ngrams.hashed(packed([token.encode()]), minimum, maximum)
     assert (hashes % np.uint32(2_000_000)).tolist() == ft_ngram_hashes(token, minimum, maximum, 2_000_000)
     assert counts.tolist() == [hashes.size]
@@ -69,7 +69,7 @@ def test_hashed_is_as_in_gensim(token, minimum, maximum):
     st.integers(0, 6),
     st.booleans(),
 )
-def test_hashed_is_as_one_at_a_time(words, minimum, maximum, line_end):
+def test_hashed_of_many_equals_one_at_a_time(words, minimum, maximum, line_end):
     words = [*words, b"</s>", b"</s", b"<</s>"]
     hashes, counts = _ngrams.hashed(packed(words), minimum, maximum, line_end)
     expected = [reference_ngrams(word, minimum, maximum, line_end) for word in words]
@@ -162,7 +162,7 @@ def test_subwords_of_no_tokens_are_empty():
     assert subwords().covers([]).tolist() == []
 
 
-def test_subwords_take_tokens_that_are_no_unicode():
+def test_subwords_take_tokens_that_are_not_utf8():
     assert subwords().covers(["\ud800", "a\0b"]).all()
 
 
@@ -177,7 +177,7 @@ def test_subwords_hash_the_bytes_of_the_files_encoding():
     np.testing.assert_array_equal(whole.vectors(["日本"]), expected)
 
 
-def test_subwords_name_tokens_as_the_file_does():
+def test_subwords_keep_token_names_of_the_file():
     raw = packed([b"caf\xe9", b"tea"])
     whole = subwords(["caf\\xe9", "tea"], raw=raw)
     assert whole.encoded(whole.vocabulary) is raw
@@ -198,18 +198,18 @@ def read():
     return whole, weight
 
 
-def test_own_rows_are_those_that_were_read(read):
+def test_own_rows_equal_the_rows_in_the_file(read):
     whole, weight = read
     np.testing.assert_array_equal(owned(whole, weight=weight), whole.ngrams.rows[: len(TOKENS)])
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float64, ml_dtypes.bfloat16])
-def test_own_rows_are_those_that_were_read_after_a_cast(read, dtype):
+def test_own_rows_equal_the_rows_in_the_file_after_a_cast(read, dtype):
     whole, weight = read
     np.testing.assert_array_equal(owned(whole, weight=weight.astype(dtype)), whole.ngrams.rows[: len(TOKENS)])
 
 
-def test_own_rows_are_those_that_were_read_where_there_are_nans(read):
+def test_own_rows_equal_the_rows_in_the_file_with_nans(read):
     whole, _ = read
     whole.ngrams.rows[1, 1] = np.nan
     [(_, _, weight)] = means_of(whole.ngrams, whole.encoded(whole.vocabulary), whole.own)
@@ -243,5 +243,5 @@ def test_own_row_of_the_line_end_takes_its_ngrams_over():
     np.testing.assert_array_equal(owned(whole, weight=weight), weight)
 
 
-def test_subwords_say_what_they_are():
+def test_repr_of_subwords():
     assert repr(subwords()) == "Subwords(50 rows of n-grams of 2 to 4 characters, dim=3)"

@@ -153,7 +153,7 @@ def test_read_of_special_tokens(tmp_path, beside, special):
         (":b", "has 2 rows, fewer than the 5 that"),
     ],
 )
-def test_read_lists_tensors_where_none_fits(tmp_path, name, match):
+def test_read_error_lists_the_tensors_if_none_fits(tmp_path, name, match):
     tensors = {
         "a": TABLE,
         "embed": TABLE,
@@ -198,7 +198,7 @@ def test_read_lists_few_tensors(tmp_path):
         ({"vocab__txt": "a", "tokenizer_config__json": "nonsense"}, "tokenizer_config.json: is no JSON"),
     ],
 )
-def test_read_refuses_vocabularies_that_are_none(tmp_path, beside, match):
+def test_read_refuses_malformed_vocabularies(tmp_path, beside, match):
     with pytest.raises(files.FormatError, match=match):
         read(saved(tmp_path, **beside) + ":token_embed")
 

@@ -66,7 +66,7 @@ def test_every_layout_gives_the_same_vectors(tmp_path, layout, header, end):
 
 @pytest.mark.parametrize("header", ["", "3 3"], ids=["no header", "header"])
 @layouts
-def test_tokens_keep_what_is_no_separator_inside_them(tmp_path, layout, header):
+def test_tokens_keep_other_characters_inside(tmp_path, layout, header):
     tokens = [". . .", "New York", "\xa0b\u2003c\u3000"]
     vectors = Vectors.load(written(tmp_path, text_of(layout, tokens, header=header)))
     assert vectors.vocabulary.tokens() == tokens
@@ -75,7 +75,7 @@ def test_tokens_keep_what_is_no_separator_inside_them(tmp_path, layout, header):
 
 @pytest.mark.parametrize("header", ["", "3 3"], ids=["no header", "header"])
 @pytest.mark.parametrize("layout", [LAYOUTS["tabs"], LAYOUTS["a tab after the token"]])
-def test_a_tab_tells_where_a_token_that_ends_in_a_number_ends(tmp_path, layout, header):
+def test_tab_ends_a_token_that_ends_in_a_number(tmp_path, layout, header):
     for tokens in (["Route 66", "of", "and"], ["item 1", "item 2", "item 3"]):
         vectors = Vectors.load(written(tmp_path, text_of(layout, tokens, header=header)))
         assert vectors.vocabulary.tokens() == tokens
@@ -88,12 +88,12 @@ def test_tokens_may_be_numbers_and_signs(tmp_path, layout):
     assert Vectors.load(written(tmp_path, text_of(layout, tokens))).vocabulary.tokens() == tokens
 
 
-def test_a_comma_that_ends_every_token_belongs_to_it_where_none_parts_the_numbers(tmp_path):
+def test_comma_after_every_token_is_kept_if_blanks_separate_numbers(tmp_path):
     tokens = ["a,", "b,", ","]
     assert Vectors.load(written(tmp_path, text_of(LAYOUTS["spaces"], tokens))).vocabulary.tokens() == tokens
 
 
-def test_lines_of_several_layouts_are_read_where_all_have_one_dimension(tmp_path):
+def test_lines_of_several_layouts_are_read_if_all_have_one_dimension(tmp_path):
     text = "a 1 2\nb\t3 4\nc  5   6\nd\t7\t8\nNew York   9 10\n"
     for header in ("", "5 2\n"):
         vectors = Vectors.load(written(tmp_path, header + text))
@@ -126,17 +126,17 @@ def test_lines_of_several_layouts_are_read_where_all_have_one_dimension(tmp_path
         ("old\tnew\t1.5\nhard\teasy\t0.9\n", "is of no format"),
     ],
 )
-def test_what_cannot_be_told_is_refused_with_its_line(tmp_path, text, message):
+def test_ambiguous_layouts_are_refused_with_their_line(tmp_path, text, message):
     with pytest.raises(FormatError, match=message):
         Vectors.load(written(tmp_path, text))
 
 
-def test_a_header_aligned_to_the_right_is_one(tmp_path):
+def test_header_aligned_to_the_right_is_recognised(tmp_path):
     text = f"{3:8d}{3:8d}\n" + text_of(LAYOUTS["aligned to the right"])
     assert Vectors.load(written(tmp_path, text)).vocabulary.tokens() == TOKENS
 
 
-def test_a_carriage_return_within_a_token_is_part_of_it_where_lines_end_in_feeds(tmp_path):
+def test_carriage_return_inside_a_token_is_kept(tmp_path):
     for header in ("", "2 2\n"):
         vectors = Vectors.load(written(tmp_path, header + "\ra\r 1 2\nb\r  3 4\n"))
         assert vectors.vocabulary.tokens() == ["\ra\r", "b\r"]
@@ -151,7 +151,7 @@ def test_an_empty_token_is_one_blank(tmp_path, header):
         assert vectors.weight.tolist() == [[1, 2]] * 3
 
 
-def test_numeric_tokens_behind_one_blank_are_no_empty_tokens(tmp_path):
+def test_numeric_tokens_after_one_blank_are_kept(tmp_path):
     vectors = Vectors.load(written(tmp_path, " 1 0.5 0.25\n 2 1.5 1.25\n"))
     assert vectors.vocabulary.tokens() == ["1", "2"]
     assert vectors.weight.tolist() == [[0.5, 0.25], [1.5, 1.25]]

@@ -62,7 +62,7 @@ def assert_as_gensim_has_it(contents, expected):
 
 
 @pytest.mark.parametrize("name", TEXTS)
-def test_text_of_others_is_read_as_gensim_does(name):
+def test_read_of_foreign_text_files_equals_gensim(name):
     assert recognisers(DATA / name) == [TEXT]
     encoding = "latin-1" if name.startswith("pang") else "utf-8"  # of the token b"\x97"
     expected = KeyedVectors.load_word2vec_format(str(DATA / name), encoding=encoding)
@@ -70,7 +70,7 @@ def test_text_of_others_is_read_as_gensim_does(name):
 
 
 @pytest.mark.parametrize("name", BINARIES)
-def test_binary_of_others_is_read_as_gensim_does(name):
+def test_read_of_foreign_binary_files_equals_gensim(name):
     assert recognisers(DATA / name) == [BINARY]
     expected = KeyedVectors.load_word2vec_format(str(DATA / name), binary=True)
     assert_as_gensim_has_it(read(BINARY, DATA / name), expected)
@@ -93,7 +93,7 @@ def test_tokens_that_are_not_utf8_are_an_error_as_in_gensim_if_asked_for():
 
 
 @pytest.mark.parametrize("format", [TEXT, BINARY])
-def test_gensim_reads_what_is_written(tmp_path, format):
+def test_gensim_reads_written_files(tmp_path, format):
     expected = KeyedVectors.load_word2vec_format(str(DATA / "euclidean_vectors.bin"), binary=True)
     path = tmp_path / "vectors"
     format.write(path, Contents(Vocabulary(expected.index_to_key), expected.vectors))
@@ -118,7 +118,7 @@ def test_glove_6b_survives_both_formats(tmp_path):
 @pytest.mark.parametrize("has_pyarrow", [True, False])
 @pytest.mark.parametrize("rows", [0, 1, 3])
 @pytest.mark.parametrize("format", [TEXT, BINARY])
-def test_what_is_written_is_read(tmp_path, monkeypatch, format, rows, has_pyarrow):
+def test_read_returns_written_contents(tmp_path, monkeypatch, format, rows, has_pyarrow):
     if not has_pyarrow:
         monkeypatch.setitem(sys.modules, "pyarrow", None)
     path = tmp_path / "vectors"
@@ -198,7 +198,7 @@ def test_text_is_read(tmp_path, text, tokens):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (b"", r"the first line must be the number of rows and that of numbers a row"),
+        (b"", r"the first line must be the number of rows and the number of columns"),
         (b"\n", r"the first line must be"),
         (b"the 0.1 0.2\n", r"the first line must be"),
         (b"2 2 2\n", r"the first line must be"),

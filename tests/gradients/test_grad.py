@@ -83,7 +83,7 @@ def assert_rows(gradient, rules, ids):
     ],
     ids=["traced_ids", "concrete_ids"],
 )
-def test_gradient_is_that_of_jax(rules, some_ids, are_traced):
+def test_gradient_equals_jax(rules, some_ids, are_traced):
     pairs = {name: (RULES[name], EVERY) for name in rules}
     pairs |= {f"{rules}, {name}": (RULES[rules], IDS[name]) for name, rules in some_ids.items()}
 
@@ -100,7 +100,7 @@ def test_gradient_is_that_of_jax(rules, some_ids, are_traced):
 @both_ways
 @pytest.mark.parametrize("ids", IDS.values(), ids=IDS)
 @pytest.mark.parametrize("rules", RULES.values(), ids=RULES)
-def test_gradient_is_that_of_jax_whatever_rules_meet_whatever_ids(rules, ids, wrap):
+def test_gradient_equals_jax_for_random_rules_and_ids(rules, ids, wrap):
     assert_rows(of(Table(WEIGHT, **rules), loss, ids, cotangent(ids), wrap=wrap), rules, ids)
 
 
@@ -363,7 +363,7 @@ ERRORS = {
 
 
 @pytest.mark.parametrize(("function", "args", "options"), ERRORS.values(), ids=ERRORS)
-def test_errors_are_those_of_jax(function, args, options):
+def test_grad_raises_the_errors_of_jax(function, args, options):
     with pytest.raises(Exception) as expected:  # noqa: PT011  (which one it is, is the matter of the test)
         jax.value_and_grad(function, **options)(*args)
     with pytest.raises(expected.type) as seen:
@@ -371,7 +371,7 @@ def test_errors_are_those_of_jax(function, args, options):
     assert seen.type is expected.type
 
 
-def test_the_loss_runs_once_as_under_jax():
+def test_grad_runs_the_loss_once():
     """What it prints, calls and reads outside of its arguments happens once, whether it is traced or not."""
     runs, seen = [], []
 

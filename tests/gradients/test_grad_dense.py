@@ -167,7 +167,7 @@ def test_the_warning_names_the_argument_and_comes_from_the_caller(argnums, name)
     assert [warning.filename for warning in record] == [__file__]
 
 
-def test_the_warning_says_what_the_loss_does_and_where():
+def test_warning_names_the_operation_and_its_line():
     def penalty(table):
         return energy(table) + table.weight.sum()  # here
 

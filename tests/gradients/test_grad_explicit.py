@@ -86,7 +86,7 @@ def losses_of(spec):
 @pytest.mark.parametrize(
     ("spec", "name"), [(spec, name) for spec in (ROWS, COLUMNS) for name in losses_of(spec)], ids=str
 )
-def test_gradient_on_explicit_axes_is_that_of_jax(spec, name):
+def test_gradient_on_explicit_axes_equals_jax(spec, name):
     ours, expected = gradients(spec)[name]
     assert np.asarray(expected).any()
     assert_same_gradient(ours, expected, **FLOAT32)

@@ -41,7 +41,7 @@ def scanned(table, ids=IDS):
 # ---- Values.
 
 
-def test_no_leaf_is_lost_where_a_gradient_is_of_rows_and_of_all_rows():
+def test_sparse_and_dense_terms_of_one_table_are_both_kept():
     """A head and lookups of one table, in and out of transformations, among other parameters."""
 
     def loss(params):
@@ -180,7 +180,7 @@ def test_rows_of_each_device_are_not_added_to_rows_of_all():
 # ---- Nothing is kept alive.
 
 
-def test_functions_go_with_the_programs_that_they_run():
+def test_cached_functions_are_freed_with_their_programs():
     before = set(map(id, _RUNNERS))
     gc.freeze()  # what is there already is not to be walked over
     kept = jax.jit(lambda table: scanned(table))
@@ -282,7 +282,7 @@ def test_works_under_the_settings_of_jax(context):
         ),
     ],
 )
-def test_eager_calls_compile_as_often_as_those_of_jax(loss, caplog):
+def test_eager_calls_compile_as_often_as_jax(loss, caplog):
     def compiled(grad):
         counts = []
         for k in range(3):

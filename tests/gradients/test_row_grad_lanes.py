@@ -92,7 +92,7 @@ def test_lanes_of_lanes():
 
 
 @pytest.mark.parametrize("axis", [1, -2, (0, 0), (0, -1)])
-def test_sum_refuses_what_is_no_axis_of_lanes(axis):
+def test_sum_refuses_other_axes(axis):
     lanes = some_lanes()
     with pytest.raises(ValueError, match=r"RowGrad.sum\(axis=...\)` must name axes of the lanes \(4,\)"):
         lanes.sum(axis)

@@ -68,7 +68,7 @@ def test_no_ids(rows):
 
 
 @pytest.mark.parametrize("dtype", ["int8", "int32", "uint8", "uint32"])
-def test_a_traced_id_without_a_row_counts_as_none(dtype):
+def test_traced_id_out_of_range_counts_as_no_row(dtype):
     ids = np.array([3, -1, 100, ROWS]).astype(dtype)
 
     @jax.jit
@@ -122,7 +122,7 @@ def test_repr():
     assert seen == [repr(example())] * 2
 
 
-def test_64_bit_ids_of_a_table_that_nobody_could_hold():
+def test_ids_of_64_bits_of_a_table_beyond_memory():
     rows, ids = 2**40, [2**31, 2**32 - 1, 2**32, 2**31 - 1, 2**40 - 1, 0, 2**40]
 
     @jax.jit
@@ -180,7 +180,7 @@ def test_low_precision_sums_in_float32(dtype):
     assert (norm, norm.dtype) == (4096, jnp.float32)
 
 
-def test_global_norm_is_that_of_the_dense_gradient():
+def test_global_norm_equals_the_dense_gradient():
     tree = {"table": example(), "bias": jnp.arange(3.0), "dense": Table(jnp.asarray(VALUES)), "none": None}
     expected = np.linalg.norm([*dense(IDS, VALUES).ravel(), *np.arange(3.0), *VALUES.ravel()])
     np.testing.assert_allclose(jax.jit(global_norm)(tree), expected, **TOLERANCE)
@@ -284,7 +284,7 @@ IGNORANT = {
 
 
 @pytest.mark.parametrize("name", IGNORANT)
-def test_arithmetic_that_does_not_know_it_raises(name):
+def test_arithmetic_on_the_leaves_raises(name):
     with pytest.raises((TypeError, ValueError, NotImplementedError)):
         IGNORANT[name]()
 
@@ -298,7 +298,7 @@ def assert_same(actual, expected):
     np.testing.assert_array_equal(actual.values, expected.values)
 
 
-def test_jit_cond_scan_and_vmap_pass_it_through():
+def test_row_grad_passes_through_jit_cond_scan_and_vmap():
     other = RowGrad([0, 0, 5, 5, ROWS, 1], jnp.ones((6, 3)), ROWS)
     assert_same(jax.jit(lambda g: g)(G), G)
     choose = jax.jit(lambda c: jax.lax.cond(c, lambda: G, lambda: other))
@@ -312,7 +312,7 @@ def test_jit_cond_scan_and_vmap_pass_it_through():
     assert_same(jax.tree.map(lambda leaf: leaf[1], once), jax.jit(RowGrad.deduplicated)(G))
 
 
-def test_it_can_be_donated():
+def test_row_grad_can_be_donated():
     gradient = example()
     size = 6 * (2 * 4 + 3 * 4)  # two words an id, three float32 a value
     double = jax.jit(lambda g: 2 * g, donate_argnums=0)
@@ -360,12 +360,12 @@ def test_padding_and_frozen_rows_stay_bit_for_bit(update, rules):
     assert repr(new) == repr(Table(weight, **rules))
 
 
-def test_integer_tables_stay_as_they_are():
+def test_integer_tables_stay_unchanged():
     table = Table(jnp.arange(ROWS))
     assert apply_updates(table, RowGrad([1], jnp.ones(1), ROWS)) is table
 
 
-def test_ordinary_leaves_are_as_optax_has_them():
+def test_apply_updates_equals_optax_at_ordinary_leaves():
     params = {"a": jnp.arange(3.0), "b": (jnp.ones(2, jnp.bfloat16), None), "c": [jnp.float16(2)], "d": 1.5}
     updates = {"a": jnp.full(3, 0.1), "b": (jnp.ones(2, jnp.bfloat16), None), "c": [jnp.float16(0.5)], "d": 2.0}
     expected = optax.apply_updates(params, updates)
@@ -401,7 +401,7 @@ def test_apply_updates_refuses(update, error, match):
         apply_updates({"table": TABLE}, {"other": G})
 
 
-def test_apply_updates_is_in_place_where_the_table_is_donated():
+def test_apply_updates_is_in_place_if_the_table_is_donated():
     temporary = []
     for rows in (10**4, 10**6):
         table = Table(jax.ShapeDtypeStruct((rows, 16), jnp.float32), padding_idx=0)

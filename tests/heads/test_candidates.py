@@ -53,7 +53,7 @@ def test_no_rows_have_no_candidates():
     assert _candidates.draw(KEY, "uniform", 5, 0).shape == (0,)
 
 
-def test_very_many_samples_come_to_the_whole_softmax():
+def test_very_many_samples_approach_the_full_softmax():
     loss, gradient = jax.jit(
         embax.value_and_grad(lambda t: sampled_softmax(t, X, LABELS, KEY, samples=100_000, candidates="uniform").sum())
     )(TABLE)
@@ -64,7 +64,7 @@ def test_very_many_samples_come_to_the_whole_softmax():
     np.testing.assert_allclose(dense(gradient), of_expected.weight, rtol=1e-5, atol=1e-6)
 
 
-def test_memory_follows_the_rows_where_samples_are_more():
+def test_memory_follows_the_rows_if_there_are_more_samples():
     loss = jax.jit(lambda table: sampled_softmax(table, X, LABELS, KEY, samples=10**12))
     assert loss.lower(TABLE).compile().memory_analysis().temp_size_in_bytes < 4 << 20
 

@@ -112,7 +112,7 @@ AS_OPTAX_TOO = [(1, True), (1, False), (300, True), (300, False), (1024, False),
 
 
 @pytest.mark.parametrize("cases", [AS_OPTAX, pytest.param(AS_OPTAX_TOO, marks=pytest.mark.exhaustive)], ids=["", "too"])
-def test_as_optax_on_the_logits_of_attend(cases):
+def test_cross_entropy_equals_optax_on_the_logits_of_attend(cases):
     calls = {}
     for rows, mask_padding in cases:
         rng = np.random.default_rng(rows)

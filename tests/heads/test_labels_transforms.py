@@ -61,7 +61,7 @@ DTYPES_TOO = [(dtype, [way for way in WAYS if way not in ways]) for dtype, ways 
 @pytest.mark.parametrize(
     ("dtype", "ways"), [*DTYPES, *(pytest.param(*too, marks=pytest.mark.exhaustive) for too in DTYPES_TOO)]
 )
-def test_transformations_and_dtypes_as_optax(dtype, ways):
+def test_transformations_and_dtypes_equal_optax(dtype, ways):
     # All lanes but the last have another number of tokens that count, and this one none.
     labels = np.array([[2, -100, 6], [1, 2, 3], [-100, -100, -100]])
     x = np.concatenate([X, X[:1]])

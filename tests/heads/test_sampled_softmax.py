@@ -54,7 +54,7 @@ GIVEN_TOO = {
         *(pytest.param(cases, marks=pytest.mark.exhaustive, id=name) for name, cases in GIVEN_TOO.items()),
     ],
 )
-def test_values_given_what_was_drawn(cases):
+def test_sampled_softmax_equals_the_reference_for_drawn_candidates(cases):
     calls = {}
     for name, remove, samples, rules in cases:
         options = {"samples": samples, "candidates": CANDIDATES[name], "remove_accidental_hits": remove}
@@ -101,7 +101,7 @@ def test_traced_labels_without_a_row(policies):
 
 
 @pytest.mark.parametrize("name", ["unigram", pytest.param("log_uniform", marks=pytest.mark.exhaustive)])
-def test_many_samples_come_to_the_whole_softmax(name):
+def test_many_samples_approach_the_full_softmax(name):
     """Of 7 rows, 4000 draws hold all that can be drawn, so that it is the same but for rows with the probability 0."""
     table = Table(WEIGHT, padding_idx=1, max_norm=1.5)  # the row that has no count, too
 

@@ -111,7 +111,7 @@ def test_an_exported_program_has_no_kernel(platforms):
 
 
 @pytest.mark.parametrize("platforms", [("tpu",), ("cuda",), ("cpu", "tpu")], ids=str)
-def test_a_program_for_another_platform_has_none(platforms):
+def test_program_for_another_platform_has_no_kernel(platforms):
     assert "@embax_" not in jax.jit(read).trace(WEIGHT, IDS).lower(lowering_platforms=platforms).as_text()
 
 
@@ -124,13 +124,13 @@ def test_other_dtypes_are_left_to_xla(dtype):
 
 
 @pytest.mark.parametrize(("rows", "dim", "ids"), [(0, 3, 4), (4, 0, 4), (4, 3, 0)])
-def test_what_is_empty_is_left_to_xla(rows, dim, ids):
+def test_empty_arrays_are_left_to_xla(rows, dim, ids):
     table = embax.Table(jnp.ones((rows, dim)), out_of_range="zero")
     assert in_program(embax.lookup, table, jnp.zeros(ids, jnp.int32)) == []
     assert jax.jit(embax.lookup)(table, jnp.zeros(ids, jnp.int32)).shape == (ids, dim)
 
 
-def test_what_jax_does_not_show_is_left_to_xla():
+def test_unknown_lowering_contexts_are_left_to_xla():
     """As in a later version that has moved it."""
     assert not _primitive._is_whole(object())
     module = types.SimpleNamespace(

@@ -54,7 +54,7 @@ def by_brainstate(tx):
 
 
 @pytest.mark.parametrize("run", [by_nnx, by_brainstate])
-def test_a_step_is_fused_and_that_of_two_calls(run):
+def test_step_is_fused_and_equals_two_calls(run):
     (found, few), (expected, many) = (run(make()) for make in OPTIMIZERS.values())
     assert few == 2  # the lookup and the step
     assert many > 5

@@ -76,7 +76,7 @@ def test_rows_that_are_read_and_then_stored_clipped_copy_no_table(out_of_range):
     assert compiled.memory_analysis().temp_size_in_bytes < 20 * 256 * 16 * 4
 
 
-def test_what_is_not_donated_stays_as_it_is():
+def test_arrays_that_are_not_donated_stay_unchanged():
     tx = TRANSFORMATIONS["adam"]()
     table = embax.Table(jnp.ones((8, 3)))
     state = tx.init(table)
@@ -97,7 +97,7 @@ def test_rows_that_are_read_before_they_are_written_are_the_old_ones():
     np.testing.assert_array_equal(new[:, 0], [0, 1, 1, 1, 0, 0, 0, 0])
 
 
-def test_many_steps_are_those_of_xla():
+def test_many_steps_equal_xla():
     """Fifty steps of Adagrad in float64 NumPy, with duplicates."""
     random = np.random.default_rng(0)
     batches = random.integers(0, 20, (50, 32))

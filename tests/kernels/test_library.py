@@ -27,7 +27,7 @@ def installed(monkeypatch, path):
     monkeypatch.setattr(importlib, "import_module", lambda name: package)
 
 
-def test_it_is_none_where_it_is_switched_off(load, monkeypatch):
+def test_load_returns_none_if_switched_off(load, monkeypatch):
     monkeypatch.setenv("EMBAX_KERNELS", "0")
     assert load() is None
     assert str(kernels.report()) == "Native kernels: switched off by EMBAX_KERNELS=0. XLA does all the work."
@@ -39,7 +39,7 @@ def test_another_switch_is_refused(load, monkeypatch):
         load()
 
 
-def test_it_is_none_where_it_is_not_installed(load, monkeypatch):
+def test_load_returns_none_if_not_installed(load, monkeypatch):
     def import_module(name):
         raise ModuleNotFoundError(name=name)
 
@@ -49,7 +49,7 @@ def test_it_is_none_where_it_is_not_installed(load, monkeypatch):
     assert kernels.report() == kernels.Kernels(False, "", "", 0, ())
 
 
-def test_a_package_that_it_needs_and_lacks_is_named(load, monkeypatch):
+def test_load_names_a_missing_dependency(load, monkeypatch):
     def import_module(name):
         raise ModuleNotFoundError(name="another")
 
@@ -58,7 +58,7 @@ def test_a_package_that_it_needs_and_lacks_is_named(load, monkeypatch):
         load()
 
 
-def test_a_file_that_is_no_library_is_refused(load, monkeypatch, tmp_path):
+def test_load_refuses_other_files(load, monkeypatch, tmp_path):
     (tmp_path / "libembax_kernels.so").write_text("no library")
     installed(monkeypatch, tmp_path / "libembax_kernels.so")
     with pytest.raises(ImportError, match=r"must load, got: .*Install it anew, or set EMBAX_KERNELS=0"):
@@ -91,7 +91,7 @@ def test_the_choice_holds_for_the_process(load, monkeypatch):
     assert load() is None
 
 
-def test_the_module_prints_the_report_and_fails_where_nothing_is_used():
+def test_module_prints_the_report_and_fails_without_kernels():
     code = "import os, runpy; os.environ['EMBAX_KERNELS'] = '0'; runpy.run_module('embax.kernels', run_name='__main__')"
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
     assert done.stdout == "Native kernels: switched off by EMBAX_KERNELS=0. XLA does all the work.\n"

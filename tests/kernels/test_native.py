@@ -220,7 +220,7 @@ INTEGERS = TABLE.astype(jnp.int32)
         ),
     ],
 )
-def test_what_does_not_fit_is_refused(call, message):
+def test_calls_refuse_arguments_that_do_not_fit(call, message):
     with pytest.raises((ValueError, jax.errors.JaxRuntimeError), match=message):
         jax.block_until_ready(call())
 
@@ -255,7 +255,7 @@ def test_a_large_table_gets_large_pages():
     assert native.large_pages_after_reads() > 0.5
 
 
-def test_the_library_says_what_it_is():
+def test_library_reports_version_and_calls():
     assert native.LIBRARY.embax_kernels_version().decode() == native.embax_kernels.__version__
     before = native.LIBRARY.embax_kernels_calls()
     native.take(TABLE, IDS).block_until_ready()

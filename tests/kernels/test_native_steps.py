@@ -34,7 +34,7 @@ def optax_chain(name, decay):
     ("name", "dtype"),
     [(name, dtype) for name in SCALERS for dtype in native.DTYPES if name in ("Sgd", "Adagrad") or dtype != np.float16],
 )
-def test_a_step_is_that_of_optax(name, dtype):
+def test_step_equals_optax(name, dtype):
     """Given the same sums, a row differs by at most 4 units of the larger of it and its update."""
     rng = np.random.default_rng(0)
     nesterov, handler = name == "nesterov", "Adam" if name == "nesterov" else name

@@ -82,7 +82,7 @@ TRANSFORMATIONS = {
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 @pytest.mark.parametrize("transformation", TRANSFORMATIONS)
-def test_the_result_is_that_of_indexing(name, transformation):
+def test_result_equals_indexing(name, transformation):
     function, plain = FUNCTIONS[name]
     transform, by_kernel = TRANSFORMATIONS[transformation]
     program = jax.jit(transform(function)).lower(WEIGHT, IDS).compile()
@@ -95,7 +95,7 @@ def test_the_result_is_that_of_indexing(name, transformation):
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_without_jit_it_is_one_call_of_a_kernel(name):
+def test_eager_call_runs_one_kernel_and_disable_jit_none(name):
     function, plain = FUNCTIONS[name]
     found, kernels = calls(function, WEIGHT, IDS)
     assert kernels == 1
@@ -127,7 +127,7 @@ def test_weighted_bags_under_vmap():
         np.testing.assert_allclose(out[:, 0], expected, rtol=2e-5)
 
 
-def test_ragged_bags_under_vmap_are_those_of_each_lane():
+def test_ragged_bags_under_vmap_equal_each_lane():
     offsets = jnp.array([[0, 3, 8], [2, 2, 5]], jnp.int32)
 
     def pooled(ids, offsets):
@@ -149,7 +149,7 @@ def step(tx):
     return run
 
 
-def test_a_derivative_through_an_update_is_that_of_indexing():
+def test_derivative_through_an_update_equals_indexing():
     """The order in which a kernel sums rows is its own; a value and its derivative may not be of two orders."""
     tx = embax.optim.lift(optax.adagrad(0.1))
 
@@ -196,7 +196,7 @@ def test_nothing_of_xla_is_left_beside_a_kernel():
     assert in_program(step(tx), table, tx.init(table), IDS[0]) == ["take", "combine", "take", "put", "put"]
 
 
-def test_a_read_that_is_transposed_is_that_of_indexing():
+def test_transposed_read_equals_indexing():
     """As the read of a tangent would be; the core reads these in plain JAX."""
     add = jax.jit(lambda rows: jax.linear_transpose(lambda weight: take(weight, IDS[0], 0), WEIGHT)(rows)[0])
     found = add(jnp.ones((8, 4)))

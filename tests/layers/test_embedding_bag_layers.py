@@ -17,13 +17,13 @@ LAYERS = {
 }
 
 
-def test_bags_are_pooled_by_their_mean_where_no_mode_is_given():
+def test_layers_average_bags_by_default():
     pools = [embax.embedding_bag, embax.EmbeddingBag.from_pretrained, *[layer.__init__ for layer in LAYERS.values()]]
     assert {inspect.signature(pool).parameters["mode"].default for pool in pools} == {"mean"}
 
 
 @pytest.mark.parametrize("lists", UNEQUAL)
-def test_lists_of_different_lengths_are_told_of_ragged(lists):
+def test_error_for_lists_of_different_lengths_names_ragged(lists):
     for name, layer in LAYERS.items():
         with pytest.raises(ValueError, match=f"embax.{name}.*{UNEQUAL_MATCH}"):
             layer.from_pretrained(WEIGHT)(lists)

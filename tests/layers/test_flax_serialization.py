@@ -60,7 +60,7 @@ WAYS = {
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_there_and_back(way):
+def test_from_state_dict_undoes_to_state_dict(way):
     to, back = WAYS[way]
     params = params_of(padding_idx=(0, 2))
     zeros = zeros_of(params)
@@ -72,7 +72,7 @@ def test_there_and_back(way):
         jax.eval_shape(tx.update, gradient_of(params), restored, params)
 
 
-def test_the_names_are_those_of_the_tables():
+def test_state_dict_has_the_names_of_the_tables():
     state = serialization.to_state_dict(params_of())
     assert {name: sorted(value) for name, value in state.items() if isinstance(value, dict)} == {
         "words": ["weight"],
@@ -82,7 +82,7 @@ def test_the_names_are_those_of_the_tables():
     }
 
 
-def test_a_state_says_what_it_was_made_for():
+def test_state_keeps_the_description_of_its_tables():
     before, after = params_of(), params_of(padding_idx=1)
     for tx in TXS.values():
         restored = serialization.from_bytes(tx.init(after), serialization.to_bytes(tx.init(before)))

@@ -96,7 +96,7 @@ def differentiate_losses(framework, turn):
 
 
 @with_shares(LOSSES)
-def test_gradient_of_loss_is_that_of_the_reference(framework, name, turn):
+def test_gradient_of_loss_equals_the_reference(framework, name, turn):
     loss = LOSSES[name]
     kind, gradient = differentiate_losses(framework, turn)[name]
     is_sparse = loss.fun in (several_reads, many_reads) or "freeze" in loss.rules  # a head reads every row

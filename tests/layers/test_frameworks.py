@@ -78,7 +78,7 @@ def differentiate(framework, name, turn):
 
 
 @pytest.mark.parametrize("name", READ)
-def test_rows_that_functions_read_and_store_are_those_of_the_reference(name):
+def test_functions_read_and_store_like_the_reference(name):
     case = READ[name]
     rows = reference.lookup(case.weight, case.ids, **case.rules)
     stored = reference.renormalize(case.weight, case.ids, **case.rules)
@@ -94,7 +94,7 @@ def test_rows_that_functions_read_and_store_are_those_of_the_reference(name):
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.exhaustive if name in LIKE_OTHERS else ()) for name in CASES]
 )
-def test_gradient_of_functions_is_that_of_the_reference(name, turn):
+def test_gradient_of_functions_equals_the_reference(name, turn):
     case = CASES[name]
     gradient, _ = differentiate(FUNCTIONAL, name, turn)
     expected = reference.gradient(case.weight, case.ids, case.cotangents, **case.rules)
@@ -108,7 +108,7 @@ CASES_BY_LAYER = [(list(LAYERS)[(n + 1) % 3], name, 0) for n, name in enumerate(
 
 
 @pytest.mark.parametrize(("layer", "name"), usual_and_rest(READ_BY_LAYER, itertools.product(LAYERS, READ)))
-def test_layer_reads_and_stores_what_functions_do(layer, name):
+def test_layer_reads_and_stores_like_functions(layer, name):
     for actual, expected in zip(read(LAYERS[layer], name), read(FUNCTIONAL, name), strict=True):
         assert_same(actual, expected)
 
@@ -116,7 +116,7 @@ def test_layer_reads_and_stores_what_functions_do(layer, name):
 @pytest.mark.parametrize(
     ("layer", "name", "turn"), usual_and_rest(CASES_BY_LAYER, itertools.product(LAYERS, CASES, (0, 1)))
 )
-def test_gradient_of_layer_is_that_of_functions(layer, name, turn):
+def test_gradient_of_layer_equals_functions(layer, name, turn):
     actual, stored = differentiate(LAYERS[layer], name, turn)
     expected, unchanged = differentiate(FUNCTIONAL, name, turn)
     assert isinstance(actual, RowGrad) == isinstance(expected, RowGrad)
@@ -181,7 +181,7 @@ def test_layers_are_made_with_the_rules_that_are_given(framework, rules):
 
 @pytest.mark.parametrize(("stored", "returned"), [("float32", "bfloat16"), ("float16", "float32"), ("int8", "float32")])
 @with_all
-def test_dtype_is_that_of_the_rows_that_are_read(framework, stored, returned):
+def test_dtype_sets_the_dtype_of_rows_read(framework, stored, returned):
     weight = jnp.asarray(INTEGERS, stored)
     layer = framework.make(weight)
     rows = framework.read_as(layer, IDS["matrix"], returned)
@@ -191,7 +191,7 @@ def test_dtype_is_that_of_the_rows_that_are_read(framework, stored, returned):
 
 
 @with_storing
-def test_what_stores_nothing(framework):
+def test_write_back_false_and_raw_transformations_store_nothing(framework):
     ids = jnp.asarray(IDS["matrix"])
     without, layer = (
         framework.Embedding.from_table(Table(WEIGHT, max_norm=1.5), write_back=write_back)

@@ -11,13 +11,13 @@ from embax.vectors import MissingTokensWarning, UnknownTokenError
 VECTORS = Vectors(["a", "b"], np.asarray([[1, 2], [3, 4]], np.float32))
 
 
-def test_a_layer_of_all_vectors_is_frozen_as_one_that_is_pretrained():
+def test_from_vectors_freezes_like_from_pretrained():
     embedding = embax.Embedding.from_vectors(VECTORS)
     assert embedding.freeze
     np.testing.assert_array_equal(embedding([1, 0]), VECTORS.weight[[1, 0]])
 
 
-def test_a_models_own_vocabulary_is_filled_and_what_is_missing_told():
+def test_from_vectors_fills_a_given_vocabulary_and_reports_missing_tokens():
     own = Vocabulary(["[PAD]", "b", "x"], special={"padding": "[PAD]"})
     with pytest.warns(MissingTokensWarning, match=r'from_vectors`: 1 of 3 tokens have no vector, such as "x"\.'):
         embedding = embax.Embedding.from_vectors(VECTORS, own, freeze=False, max_norm=100.0)
@@ -39,7 +39,7 @@ def test_a_models_own_vocabulary_is_filled_and_what_is_missing_told():
         embax.Embedding.from_vectors(VECTORS, frozen=True)
 
 
-def test_real_words_get_their_real_vectors():
+def test_from_vectors_of_glove_returns_the_vectors_of_words():
     words = ["the", "king", "embaxian", "sword"]
     embedding, report = embax.Embedding.from_vectors(real.glove(), words, "random", seed=1, return_report=True)
     assert report.missing == ("embaxian",)

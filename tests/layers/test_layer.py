@@ -40,7 +40,7 @@ OF_ALL = pytest.mark.parametrize("name", LAYERS)
 
 
 @OF_ALL
-def test_from_pretrained_is_frozen_unless_told_otherwise(name):
+def test_from_pretrained_freezes_by_default(name):
     layer = LAYERS[name]
     assert type(layer.from_pretrained(WEIGHT)) is layer
     assert layer.from_pretrained(WEIGHT).table.freeze
@@ -124,7 +124,7 @@ def test_options_of_their_own():
     assert embax.equinox.EmbeddingBag.from_table(table, include_last_offset=True).include_last_offset
 
 
-def test_several_padding_rows_move_where_they_can():
+def test_several_padding_rows_are_kept_or_refused():
     table = Table(WEIGHT, padding_idx=(1, 3))
     for layer in embax.nnx.Embedding, embax.equinox.Embedding:
         assert layer.from_table(table).table.padding_idx == (1, 3)
@@ -152,7 +152,7 @@ def test_from_vectors_is_frozen_and_of_all_words(name):
 
 
 @OF_ROWS
-def test_from_vectors_fills_a_vocabulary_and_tells_what_is_missing(name):
+def test_from_vectors_fills_a_vocabulary_and_reports_missing_tokens(name):
     layer = LAYERS[name]
     call = re.escape(f"{layer.__module__}.Embedding.from_vectors")
     with pytest.warns(MissingTokensWarning, match=rf'{call}`: 1 of 3 tokens have no vector, such as "x"\.'):
@@ -212,7 +212,7 @@ def test_a_head_that_is_tied(name):
 
 
 @pytest.mark.parametrize(("module", "extra"), [("flax", "nnx"), ("equinox", "equinox")])
-def test_a_missing_extra_says_what_to_install(module, extra):
+def test_import_without_a_framework_names_the_extra(module, extra):
     code = f"import sys; sys.modules[{module!r}] = None; import embax; import embax.{extra}"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert run.returncode == 1

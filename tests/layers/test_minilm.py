@@ -21,7 +21,7 @@ def test_every_framework_reads_the_rows_of_the_file():
         assert (layer.table.padding_idx, layer.table.freeze) == (0, True)
 
 
-def test_a_run_prints_what_is_near(monkeypatch, capsys):
+def test_example_prints_the_nearest_tokens(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["minilm.py"])
     load_example("minilm").main()
     printed = capsys.readouterr().out

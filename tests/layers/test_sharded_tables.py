@@ -93,7 +93,7 @@ def test_a_fake_state_is_not_shared_with_the_copy():
     assert layer.table.placement is None
 
 
-def test_what_cannot_be_sharded_says_so():
+def test_shard_and_unshard_refuse_optimizers_and_wrong_trees():
     layer = embax.Embedding(11, 4)
     optimizer = embax.brainstate.Optimizer(TX)
     with pytest.raises(TypeError, match=r"embax.shard\(tree=...\)` must not have an optimizer, .*carry_over\(states\)"):
@@ -138,7 +138,7 @@ def test_copies_of_a_layer_keep_the_layout():
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_a_layer_grows_where_it_is(name):
+def test_layer_grows_and_keeps_its_layout(name):
     layer = LAYERS[name].Embedding.from_table(shard(Table(WEIGHT), "rows-cyclic"))
     if name == "equinox":
         layer = layer.resized(14, jax.random.key(0))

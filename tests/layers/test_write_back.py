@@ -184,7 +184,7 @@ def test_renormalize_in_a_raw_transform_is_refused():
         jax.jit(layer().renormalize)(jnp.asarray(IDS))
 
 
-def test_renormalize_without_max_norm_checks_its_ids_all_the_same():
+def test_renormalize_without_max_norm_still_checks_ids():
     embedding = embax.Embedding(6, 2)
     before = embedding.weight.value
     embedding.renormalize([1])

@@ -58,7 +58,7 @@ def test_page_draws_and_finds(tmp_path, page, fragment, token):
 
 
 @pytest.mark.parametrize("dark", [False, True])
-def test_page_is_light_or_dark_as_the_reader_has_it(tmp_path, page, dark):
+def test_page_follows_the_color_scheme_of_the_reader(tmp_path, page, dark):
     options = [f"--blink-settings=preferredColorScheme={0 if dark else 1}", f"--screenshot={tmp_path / 'shot.png'}"]
     chromium(tmp_path, page, *options)
     picture = imread(tmp_path / "shot.png")[..., :3]
@@ -123,7 +123,7 @@ async function step(name, act) {
 """
 
 
-def test_page_does_what_a_reader_wants(tmp_path, page):
+def test_page_answers_keys_mouse_and_search(tmp_path, page):
     text = page.read_text()
     policy = re.search("<meta http-equiv.*?>\n", text)[0]
     # A script of the test's own is one that the policy refuses.

@@ -103,7 +103,7 @@ def test_project_of_extreme_scales(scale):
         ((np.ones((4, 2)), "umap"), "must have 5 vectors or more for UMAP, got 4"),
     ],
 )
-def test_project_tells_what_is_wrong(arguments, message):
+def test_project_errors_name_the_argument(arguments, message):
     with pytest.raises(ValueError, match=message):
         maps.project(*arguments)
 
@@ -113,7 +113,7 @@ def test_project_refuses_a_negative_seed():
         maps.project([[1.0]], seed=-1)
 
 
-def test_project_without_umap_says_what_to_install(monkeypatch):
+def test_project_without_umap_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "umap", None)
     with pytest.raises(ImportError, match=r'pip install "embax\[umap\]"'):
         maps.project(np.ones((9, 2)), "umap")
@@ -224,7 +224,7 @@ def test_html_fits_points_into_the_square_with_one_scale(tmp_path):
 
 @pytest.mark.parametrize("draw", [maps.draw_png, maps.draw_html])
 @pytest.mark.parametrize("points", [[[0.0, 0.0]], [[0.0, np.nan], [0.0, 0.0]], [0.0, 0.0]])
-def test_maps_refuse_points_that_are_no_places(tmp_path, draw, points):
+def test_draw_refuses_points_that_are_not_finite_pairs(tmp_path, draw, points):
     with pytest.raises(ValueError, match=rf"{draw.__name__}\(points=...\)` must have two finite numbers for each of 2"):
         draw(tmp_path / "map", ["a", "b"], points)
     assert not list(tmp_path.iterdir())
@@ -235,7 +235,7 @@ def test_html_refuses_neighbours_of_others(tmp_path):
         maps.draw_html(tmp_path / "map.html", ["a"], [[0.0, 0.0]], nearest=[])
 
 
-def test_png_without_matplotlib_says_what_to_install(tmp_path, monkeypatch):
+def test_png_without_matplotlib_names_the_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r'pip install "embax\[map\]"'):
         maps.draw_png(tmp_path / "map.png", ["a"], [[0.0, 0.0]])

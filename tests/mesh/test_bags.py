@@ -52,7 +52,7 @@ def rest(*args):
         *[rest(*case, MODES, MODES) for case in itertools.product(POOLED, AXES, (split, everywhere))],
     ],
 )
-def test_sums_are_as_off_the_mesh(layout, axes, batch, plain, weighted):
+def test_sums_equal_those_without_a_mesh(layout, axes, batch, plain, weighted):
     rules = {"padding_idx": 3} if layout == "rows and columns" else {"padding_idx": 3, "max_norm": 2.0}
     mesh, table = placed(layout, axes, **rules)
     factors = FACTORS.copy()
@@ -68,7 +68,7 @@ def test_sums_are_as_off_the_mesh(layout, axes, batch, plain, weighted):
     ("layout", "axes"),
     usual_and_rest([("rows and columns", "explicit")], itertools.product(POOLED, AXES)),
 )
-def test_sums_of_whole_numbers_are_exact_and_gradients_those_of_rows(layout, axes):
+def test_sums_of_whole_numbers_are_exact_and_gradients_equal_lookups(layout, axes):
     weight = np.round(8 * WEIGHT)
     rules = {"padding_idx": 3, "scale_grad_by_freq": True, "out_of_range": "zero"}
     mesh, table = placed(layout, axes, weight=weight, **rules)

@@ -57,7 +57,7 @@ def step(collection, state, batch):
         ),
     ],
 )
-def test_tables_that_are_laid_out_alike_are_stored_as_one_and_give_what_they_give_off_the_mesh(layout, axes, features):
+def test_tables_of_one_layout_are_stacked(layout, axes, features):
     mesh = mesh_of({"x": 4}, axes)
     read = [feature for feature in FEATURES if feature.name in features]
     batch = {name: BATCH[name] for name in features}

@@ -81,7 +81,7 @@ def test_transformations_are_followed_on_a_mesh(layout, axes, names):
         np.testing.assert_allclose(whole[name], off_the_mesh()[name], rtol=2e-5, atol=2e-5, err_msg=name)
 
 
-def test_rows_that_are_read_by_their_place_in_the_array_are_a_dense_use():
+def test_indexing_the_weight_of_a_sharded_table_is_a_dense_use():
     table = embax.shard(Table(WEIGHT), mesh_of({"x": 4}), "x", layout="rows-cyclic")
     both = lambda table: energy(table, [1, 2]) + table.weight[3].sum()  # noqa: E731
     with pytest.warns(embax.DenseGradientWarning, match="by their place in its array"):

@@ -88,7 +88,7 @@ ALL = "in blocks", "at once", "sampled", "logits"
         rest("rows-cyclic", "explicit", "off", ALL),
     ],
 )
-def test_heads_are_as_off_the_mesh(layout, axes, batch, names):
+def test_heads_equal_those_without_a_mesh(layout, axes, batch, names):
     sizes, how = LAYOUTS[layout]
     mesh, put = mesh_of(sizes, axes), PUTS[batch]
     table = embax.shard(Table(WEIGHT, **RULES), mesh, **how)
@@ -231,7 +231,7 @@ def test_under_transformations():
         assert_close_to_largest(placed[name], expected)
 
 
-def test_no_row_has_a_gradient_of_what_is_not_a_number():
+def test_padding_has_no_gradient_if_inputs_are_nan():
     x = X.copy()
     x[1, 1] = np.nan
     table = embax.shard(Table(WEIGHT, padding_idx=4), mesh_of({"x": 8}), "x")
@@ -265,7 +265,7 @@ def test_tables_without_rows_or_columns():
 
 
 @pytest.mark.parametrize("axes", ["explicit", rest("auto")])
-def test_a_tied_table_trains_as_off_the_mesh(axes):
+def test_tied_table_trains_like_without_a_mesh(axes):
     mesh = mesh_of({"x": 4}, axes)
     tx = embax.optim.rowwise_adagrad(0.1)
 

@@ -60,7 +60,7 @@ of_cases = pytest.mark.parametrize(
 
 
 @of_cases
-def test_terms_are_as_off_the_mesh(layout, axes, put, names):
+def test_terms_equal_those_without_a_mesh(layout, axes, put, names):
     sizes, how = LAYOUTS[layout]
     mesh = mesh_of(sizes, axes)
     # What is no number in the vector of a token that does not count reaches nothing.

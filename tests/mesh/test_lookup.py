@@ -131,7 +131,7 @@ GRID = list(itertools.product(LAYOUTS, AXES, ("split", "everywhere")))
         [(*case, READ) for case in GRID],
     ),
 )
-def test_rows_and_their_gradients_are_as_off_the_mesh(layout, axes, batch, names):
+def test_rows_and_gradients_equal_those_without_a_mesh(layout, axes, batch, names):
     (ids, _), out = assert_as_off_the_mesh(rows_and_gradients, layout, axes, batch, names)
     if axes == "explicit":
         assert out["rows"].sharding.is_equivalent_to(ids.sharding, 3)
@@ -144,7 +144,7 @@ def test_rows_and_their_gradients_are_as_off_the_mesh(layout, axes, batch, names
         [(*case, POOLED) for case in GRID],
     ),
 )
-def test_bags_and_their_gradients_are_as_off_the_mesh(layout, axes, batch, names):
+def test_bags_and_gradients_equal_those_without_a_mesh(layout, axes, batch, names):
     assert_as_off_the_mesh(bags_and_gradients, layout, axes, batch, names)
 
 
@@ -253,7 +253,7 @@ def test_integers_numbers_a_row_and_several_axes_of_a_row():
         np.testing.assert_array_equal(out, weight[[3, 10, -1]])
 
 
-def test_rounds_count_what_crowds():
+def test_rounds_count_ids_beyond_the_capacity():
     mesh, table = placed("rows", weight=np.zeros((512, 2), np.float32))
     assert embax.sharding.rounds(table, np.arange(512)) == 1  # each device asks for its own rows
     assert embax.sharding.rounds(table, np.arange(512)[::-1]) == 3  # and here for those of one other, 64 by 25

@@ -45,7 +45,7 @@ RESIZED = [
     ("layout", "axes", "sizes"),
     usual_and_rest(RESIZED, [(layout, axes, SIZES) for layout in FEW for axes in AXES]),
 )
-def test_resized_as_off_the_mesh(layout, axes, sizes):
+def test_resize_equals_that_without_a_mesh(layout, axes, sizes):
     plain = Table(jnp.asarray(WEIGHT), padding_idx=2, max_norm=3.0)
     table = placed(plain, layout, axes)
     for rows in sizes:
@@ -76,7 +76,7 @@ def test_other_dtypes_and_initialisers():
     np.testing.assert_array_equal(np.float32(ours), np.repeat([[1.0], [2.0]], [5, 4], axis=0) * np.ones((1, DIM)))
 
 
-def test_what_a_resized_table_on_a_mesh_refuses():
+def test_resize_refuses_wrong_arguments_on_a_mesh():
     table = placed(Table(jnp.asarray(WEIGHT), padding_idx=8), "rows")
     with pytest.raises(ValueError, match=r"`embax.resize\(rows=...\)` must keep the padding row 8, got 8"):
         embax.resize(table, 8)
@@ -166,7 +166,7 @@ def test_a_state_is_carried_over_to_another_layout_and_size(before, after, rows,
         jax.eval_shape(tx.update, gradient, carried, new)
 
 
-def test_training_goes_on_as_off_the_mesh():
+def test_training_continues_like_without_a_mesh():
     """A step after the table has grown on the mesh is that of a table off it."""
     tx = TXS["rowwise"]
     plain, grown = params_of(ROWS), params_of(14)
@@ -207,7 +207,7 @@ def test_capacities_do_not_matter_to_a_state():
     assert jax.tree.structure(after) == jax.tree.structure(state)
 
 
-def test_a_state_that_is_sharded_or_taken_off_the_mesh_with_its_tables_goes_with_them():
+def test_state_keeps_the_layout_of_its_tables_through_shard_and_unshard():
     params, mesh = params_of(ROWS), mesh_of({"x": 4})
     gradient = jax.eval_shape(gradient_of, params)
     for name in ("rowwise", "chain"):

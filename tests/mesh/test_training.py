@@ -115,7 +115,7 @@ def off_the_mesh():
         ],
     ),
 )
-def test_steps_of_training_are_as_off_the_mesh(layout, optimizer, axes, batch, reads, off_the_mesh):
+def test_training_steps_equal_those_without_a_mesh(layout, optimizer, axes, batch, reads, off_the_mesh):
     sizes, how = LAYOUTS[layout]
     mesh = mesh_of(sizes, axes)
     params = made()
@@ -160,7 +160,7 @@ def test_distinct_ids_are_exact():
     np.testing.assert_array_equal(embax.unshard(table).weight, other.weight)
 
 
-def test_the_state_is_split_as_its_table():
+def test_state_is_split_like_its_table():
     mesh = mesh_of({"x": 4, "y": 2}, "explicit")
     table = embax.shard(Table(WEIGHT), mesh, "x", columns="y")
     inner = embax.optim.lift(optax.adam(0.01)).init(table).inner[0]

@@ -52,7 +52,7 @@ def test_the_same_seed_gives_the_weights_of_nnx_embed(features, dtype):
 
 
 @pytest.mark.parametrize("name", ["__init__", "__call__", "attend"])
-def test_it_takes_every_argument_of_nnx_embed(name):
+def test_embedding_takes_every_argument_of_nnx_embed(name):
     ours, theirs = (inspect.signature(getattr(cls, name)).parameters for cls in (Embedding, nnx.Embed))
     assert set(theirs) <= set(ours)
     positional = [name for name, parameter in theirs.items() if parameter.kind == parameter.POSITIONAL_OR_KEYWORD]
@@ -87,7 +87,7 @@ def test_options_of_nnx_embed_mean_the_same(options):
 
 
 @pytest.mark.parametrize("options", [{}, {"dtype": jnp.bfloat16}, {"param_dtype": jnp.bfloat16}], ids=str)
-def test_attend_means_what_it_does_in_nnx_embed(options):
+def test_attend_equals_nnx_embed(options):
     ours, theirs = (cls(5, 3, rngs=nnx.Rngs(0), **options) for cls in (Embedding, nnx.Embed))
     query = jnp.linspace(0.0, 1.0, 6).reshape(2, 3)
     logits = ours.attend(query)
@@ -169,7 +169,7 @@ def states_of_nnx_embed():
     return embed, nnx.state(embed)
 
 
-def test_a_state_of_nnx_embed_is_one():
+def test_state_of_nnx_embed_is_accepted():
     embed, state = states_of_nnx_embed()
     embedding = Embedding(6, 2, rngs=nnx.Rngs(0), **RULES)
     assert jax.tree.structure(nnx.state(embedding)) == jax.tree.structure(state)
@@ -184,7 +184,7 @@ def test_a_state_of_nnx_embed_is_one():
     np.testing.assert_array_equal(embed(jnp.arange(6)), WEIGHT)
 
 
-def test_a_checkpoint_of_nnx_embed_is_one(tmp_path):
+def test_checkpoint_of_nnx_embed_is_accepted(tmp_path):
     embed, state = states_of_nnx_embed()
     embedding = nnx.eval_shape(lambda: Embedding(6, 2, rngs=nnx.Rngs(0), **RULES))
     with orbax.checkpoint.StandardCheckpointer() as checkpointer:
@@ -287,7 +287,7 @@ RAW = {
 
 
 @pytest.mark.parametrize("transform", RAW)
-def test_raw_transformations_clip_what_is_read_and_store_nothing(transform):
+def test_raw_transformations_clip_rows_and_store_nothing(transform):
     embedding = layer(max_norm=1.0)
     rows = RAW[transform](embedding)(jnp.asarray(IDS))
     np.testing.assert_allclose(np.linalg.norm(rows, axis=-1), np.ones((2, 2)), rtol=2e-7)  # float32
@@ -308,7 +308,7 @@ def test_functional_jit_hands_the_stored_rows_out():
 
 
 @pytest.mark.parametrize("options", [{"write_back": False}, {"freeze": True}, {"max_norm": None}], ids=str)
-def test_nothing_is_stored_where_nothing_is_to_be(options):
+def test_frozen_layers_and_write_back_false_store_nothing(options):
     embedding = layer(**{"max_norm": 1.0, **options})
     before = embedding.embedding.get_value()
     embedding(IDS)
@@ -335,7 +335,7 @@ def test_lanes_with_modules_of_their_own():
         np.testing.assert_allclose(weight_of(embeddings)[lane], weight_of(alone), rtol=2e-7)
 
 
-def test_layers_as_steps_of_a_scan():
+def test_stacked_layers_run_under_scan():
     @nnx.vmap(in_axes=0, out_axes=0)
     def create(key):
         return Embedding(6, 2, rngs=nnx.Rngs(params=key))
@@ -427,7 +427,7 @@ def test_annotations_of_the_sharding(how, kind):
 
 
 @KINDS
-def test_a_sharded_table_reads_and_stores_as_any_other(kind):
+def test_sharded_table_reads_and_stores_like_a_dense_one(kind):
     weight = np.arange(32.0, dtype=np.float32).reshape(8, 4)
     with jax.set_mesh(mesh(kind)):
         ids = jax.device_put(np.array([1, 7, 2, 7]), jax.NamedSharding(mesh(kind), PartitionSpec("data")))

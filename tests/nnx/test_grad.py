@@ -97,7 +97,7 @@ ALL = {"padding_idx": 2, "max_norm": 1.0, "scale_grad_by_freq": True}
     ],
     ids=str,
 )
-def test_value_gradient_and_what_changes_are_those_of_nnx(rules, compile_):
+def test_value_gradient_and_state_changes_equal_nnx(rules, compile_):
     ours, theirs = both(lambda: Model(**rules), Model.__call__, IDS, compile_=COMPILE[compile_])
     assert_same(ours, theirs)
     assert type(ours[1]) is nnx.State
@@ -224,7 +224,7 @@ def test_arguments_are_counted_from_the_end_too(number):
     assert_same(ours, theirs)
 
 
-def test_diff_state_says_which_variables():
+def test_diff_state_chooses_the_variables():
     kernel = nnx.DiffState(0, nnx.PathContains("kernel"))
     ours, theirs = both(Model, Model.__call__, IDS, argnums=kernel)
     assert_same(ours, theirs)
@@ -269,7 +269,7 @@ def test_arrays_and_tables_beside_modules_in_an_argument_have_their_gradient():
     assert_same(ours, theirs)
 
 
-def test_a_variable_as_an_argument():
+def test_grad_takes_a_variable():
     fun = lambda variable: (variable[...] ** 2).sum()  # noqa: E731
     ours, theirs = embax.nnx.grad(fun)(nnx.Param(jnp.ones(2))), nnx.grad(fun)(nnx.Param(jnp.ones(2)))
     assert isinstance(ours, nnx.Param)
@@ -313,7 +313,7 @@ def test_shared_modules_and_params_have_one_gradient(make, compile_):
     assert len(gradient.ids) == 8
 
 
-def test_one_module_as_two_arguments():
+def test_grad_takes_one_module_twice():
     fun = lambda a, b: (a(IDS) * b(IDS)).sum()  # noqa: E731
     one = layer()
     ours, theirs = (t(fun, argnums=(0, 1))(one, one) for t in (embax.nnx.grad, nnx.grad))
@@ -432,7 +432,7 @@ def test_on_dense():
         embax.nnx.grad(fun, on_dense="no")(layer())
 
 
-def test_the_warning_names_the_call_and_points_to_it():
+def test_dense_gradient_warning_names_the_call_and_its_line():
     gradient = embax.nnx.value_and_grad(lambda model: model.embedding.get_value().sum())
     with pytest.warns(embax.DenseGradientWarning) as caught:
         gradient(layer())
@@ -457,7 +457,7 @@ def test_errors(options, fun, args, error, match):
         embax.nnx.value_and_grad(fun, **options)(*args)
 
 
-def test_the_function_runs_once_on_its_arguments_as_given():
+def test_grad_runs_the_function_once_with_its_arguments_unchanged():
     runs = []
 
     def fun(model, ids, flag, *, name):
@@ -472,7 +472,7 @@ def test_the_function_runs_once_on_its_arguments_as_given():
         embax.nnx.grad(fun, has_aux=True)(layer(), [10**6], True, name="bad")
 
 
-def test_an_error_in_the_function_leaves_the_module_as_it_was():
+def test_error_in_the_function_leaves_the_module_unchanged():
     model = Model(max_norm=0.5)
 
     def fun(model):

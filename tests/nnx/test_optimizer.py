@@ -65,7 +65,7 @@ ALL = {"padding_idx": 1, "max_norm": 1.0, "scale_grad_by_freq": True}
     ],
     ids=str,
 )
-def test_training_equals_that_of_nnx(compiled, tx, rules):
+def test_training_equals_nnx(compiled, tx, rules):
     ours, theirs = Model(**rules), Model(**rules)
     values = train(ours, Optimizer(ours, lift(TX[tx]())), compiled=compiled)
     expected = train(theirs, nnx.Optimizer(theirs, TX[tx](), wrt=nnx.Param), value_and_grad=nnx.value_and_grad)
@@ -95,7 +95,7 @@ def test_padding_and_frozen_rows_never_change(value_and_grad):
     assert (np.asarray(frozen["scale"]) != [[1.0, 2.0]]).all()
 
 
-def test_rows_that_are_not_read_stay_as_they_are():
+def test_rows_that_are_not_read_stay_unchanged():
     model = Model(rows=100)
     before = np.asarray(weights(model)["table"])
     train(model, Optimizer(model, lift(optax.adamw(0.1))), steps=2)
@@ -175,7 +175,7 @@ def test_its_state_is_found_and_survives_split_and_merge():
     assert copy.step[...] == optimizer.step[...] == 4
 
 
-def test_training_goes_on_from_a_checkpoint(tmp_path):
+def test_training_continues_from_a_checkpoint(tmp_path):
     tx = lift(optax.adam(0.1))
     whole = Model()
     expected = train(whole, Optimizer(whole, tx), steps=6)
@@ -203,7 +203,7 @@ def test_training_goes_on_from_a_checkpoint(tmp_path):
     np.testing.assert_allclose(values, expected[3:], rtol=1e-5)  # float32
 
 
-def test_wrt_says_what_is_trained():
+def test_wrt_chooses_the_trained_variables():
     model = Model()
     optimizer = Optimizer(model, lift(optax.adamw(0.1)), wrt=nnx.PathContains("scale"))
     assert not [path for path, _ in nnx.to_flat_state(nnx.state(optimizer)) if "embedding" in path]
@@ -264,7 +264,7 @@ def test_tied_layers():
     np.testing.assert_array_equal(ours.first.embedding.get_value()[1], WEIGHT[1])
 
 
-def test_rules_that_not_all_layers_have_do_not_hold():
+def test_rules_apply_only_if_all_layers_that_share_a_weight_have_them():
     a, b = Embedding.from_pretrained(WEIGHT, padding_idx=0), Embedding.from_pretrained(WEIGHT, freeze=False)
     b.embedding = a.embedding
     model = nnx.List([a, b])

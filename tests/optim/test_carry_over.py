@@ -69,7 +69,7 @@ def assert_same_state(ours, theirs, case=""):
 
 
 @of_all_ways
-def test_a_table_that_has_grown_has_the_state_that_it_would_always_have_had(txs):
+def test_grown_table_has_the_state_of_a_table_that_was_always_large(txs):
     _, few = txs.run(txs.of_all(lambda: params_of(ROWS)), gradients(txs, ROWS))
     params, many = host(txs.run(txs.of_all(lambda: params_of(GROWN)), gradients(txs, GROWN)))
     grown = {name: carry_over(few[name], params_of(ROWS), params_of(GROWN), tx) for name, tx in txs.txs.items()}
@@ -102,7 +102,7 @@ def test_the_same_tables_keep_the_state(txs):
         assert all(a is b for a, b in zip(*arrays, strict=True)), name
 
 
-def test_shapes_and_donated_parameters_say_what_a_state_was_made_for():
+def test_carry_over_takes_shapes_and_donated_parameters():
     tx, params = TXS["chain"], params_of(ROWS)
     state = jax.jit(tx.init)(params)
     shapes = jax.eval_shape(lambda: params)
@@ -246,7 +246,7 @@ def test_rows_of_a_state_outside_of_its_tables():
     assert grown.inner["mean"][0].shape == ()
 
 
-def test_what_cannot_be_carried_over_is_refused():
+def test_carry_over_refuses_states_that_do_not_fit():
     tx, params = TXS["adamw"], params_of(ROWS)
     state = jax.jit(tx.init)(params)
     call = r"`embax.optim.carry_over\(old_params=...\)` must be the parameters that `tx` made the state for"

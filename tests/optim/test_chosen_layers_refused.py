@@ -43,7 +43,7 @@ def test_the_paths_that_a_predicate_sees():
     assert set(seen) == set(for_gradient)
 
 
-def test_what_is_refused_by_name():
+def test_optimizers_and_grad_refuse_wrong_choices_by_name():
     model, ids = NnxModel(5), np.array([1])
     gradient = nnx.jit(embax.nnx.grad(NnxModel.__call__, tables=tables))(model, ids)
     for tx in (lift(optax.adam(0.1)), lift(optax.adam(0.1), tables=lambda path, leaf: "words" in keystr(path))):
@@ -59,7 +59,7 @@ def test_what_is_refused_by_name():
         embax.nnx.Optimizer(counts, lift(optax.adam(0.1), tables=tables))
 
 
-def test_what_is_refused_by_name_in_brainstate():
+def test_optimizers_and_grad_refuse_wrong_choices_by_name_in_brainstate():
     model, ids = BrainstateModel(5), np.array([1])
     states = model.states(brainstate.ParamState)
     gradient = brainstate.transform.jit(embax.brainstate.grad(model, states, tables=tables))(ids)
@@ -83,7 +83,7 @@ def test_what_is_refused_by_name_in_brainstate():
         optimizer.register_trainable_weights(with_unit)
 
 
-def test_a_dense_gradient_of_a_chosen_array_is_told():
+def test_dense_gradient_of_a_chosen_array_warns():
     def of_all_rows():
         return (state.value**2).sum()
 

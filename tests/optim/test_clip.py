@@ -58,7 +58,7 @@ def clipped_tree():
     return of, total, *clipped(params, of)
 
 
-def test_global_norm_is_that_of_the_whole_tree():
+def test_global_norm_counts_the_whole_tree():
     _, total, found, _ = clipped_tree()
     np.testing.assert_allclose(found, total, rtol=1e-6)  # float32
 
@@ -183,7 +183,7 @@ def test_the_norm_of_low_precision_gradients_is_taken_in_float32():
         np.testing.assert_allclose(values, np.full((4096, DIM), 0.5), rtol=0.01, err_msg=dtype)  # one unit
 
 
-def test_the_state_goes_through_jit_donation_and_scan():
+def test_state_passes_through_jit_donation_and_scan():
     tx = optax.chain(clip_by_global_norm(0.5), lift(optax.sgd(0.1)))
 
     step_of_tx = functools.partial(take_step, tx)

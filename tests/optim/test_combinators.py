@@ -186,7 +186,7 @@ def trained(form):
     ("form", "name"),
     [(form, name) for form in ("dict", "flax", "module") for name in CASES if form == "dict" or name in IN_EVERY_FORM],
 )
-def test_labels_and_masks_choose_as_they_do_for_plain_arrays(form, name):
+def test_labels_and_masks_choose_like_for_plain_arrays(form, name):
     ours, theirs = (jax.tree.leaves(tree[name]) for tree in trained(form))
     start = jax.tree.leaves(params_of(form))
     for one, other in zip(ours, theirs, strict=True):
@@ -247,7 +247,7 @@ def test_a_gradient_of_a_table_counts_as_a_row_grad():
         _ = table.ids
 
 
-def test_equinox_takes_a_gradient_apart_and_puts_it_together():
+def test_equinox_partition_and_combine_keep_a_gradient():
     table = Table(weight(ROWS, DIM), padding_idx=2)
     of = jax.jit(lambda i: embax.grad(lambda table: embax.lookup(table, i).sum())(table))
     ids = np.array([[1, 5], [5, 5]])
@@ -259,7 +259,7 @@ def test_equinox_takes_a_gradient_apart_and_puts_it_together():
     np.testing.assert_array_equal(lanes.to_dense(), [gradient.to_dense(), other.to_dense()])
 
 
-def test_gradients_of_the_steps_of_a_scan_add_up_to_that_of_the_batch():
+def test_gradients_of_scan_steps_sum_to_the_gradient_of_the_batch():
     params = {"words": Table(weight(ROWS, DIM), padding_idx=2), "dense": weight(DIM)}
     tx = optax.multi_transform({"tables": rowwise_adagrad(0.1), "others": optax.adam(0.1)}, by_path(params))
     ids = np.random.default_rng(0).integers(0, ROWS, (4, 6))
@@ -319,7 +319,7 @@ COMPUTES = {
 
 @pytest.mark.parametrize("compiled", [True, False], ids=["traced", "eager"])
 @pytest.mark.parametrize("name", COMPUTES)
-def test_what_computes_with_gradients_is_told_to_go_inside(name, compiled):
+def test_transformations_that_compute_with_gradients_outside_of_lift_raise(name, compiled):
     params = {"words": Table(weight(ROWS, DIM))}
     tx = COMPUTES[name]()
     gradient = gradient_of(params)
@@ -338,6 +338,6 @@ def test_updates_are_not_applied_by_optax():
         optax.apply_updates(params, gradient_of(params))
 
 
-def test_what_is_lifted_is_not_lifted_again():
+def test_lift_refuses_lifted_transformations():
     with pytest.raises(ValueError, match=r"got a transformation with a lifted one in it\. Lift it once"):
         lift(optax.chain(lift(optax.adam(0.1)))).init({"words": Table(weight(ROWS, DIM))})

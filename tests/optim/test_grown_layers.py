@@ -99,7 +99,7 @@ FRAMEWORKS = {"nnx": Nnx, "brainstate": Brainstate}
         itertools.product(FRAMEWORKS, TXS),
     ),
 )
-def test_training_goes_on_as_if_the_table_had_always_been_large(framework, name):
+def test_training_of_a_grown_table_equals_one_that_was_always_large(framework, name):
     small, large = (FRAMEWORKS[framework](rows, TXS[name]) for rows in (ROWS, GROWN))
     for model in (small, large):
         model.compile()
@@ -119,7 +119,7 @@ def test_training_goes_on_as_if_the_table_had_always_been_large(framework, name)
 
 
 @pytest.mark.parametrize("framework", FRAMEWORKS)
-def test_a_table_that_is_no_longer_frozen_and_another_padding_row(framework):
+def test_carry_over_to_an_unfrozen_table_and_another_padding_row(framework):
     model = FRAMEWORKS[framework](ROWS, TXS["momentum"], freeze=True)
     if framework == "nnx":  # brainstate traces no second time for other rules
         model.compile()
@@ -177,7 +177,7 @@ def test_the_modules_of_equinox():
     jax.eval_shape(lambda model: tx.update(gradient(model), carried, of(model)), grown)
 
 
-def test_the_padding_row_stays_the_same_where_it_is_counted_from_the_end():
+def test_padding_row_counted_from_the_end_stays_the_same_row():
     layer = embax.nnx.Embedding(ROWS, DIM, padding_idx=-1, rngs=nnx.Rngs(0))
     layer.resize(GROWN, KEY)
     assert layer.padding_idx == ROWS - 1

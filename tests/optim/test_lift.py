@@ -234,7 +234,7 @@ def test_rows_that_were_not_read_keep_their_bits_without_jit(name):
     assert_only_read_rows_change(name, before, host(after))
 
 
-def test_ordinary_leaves_equal_those_without_tables():
+def test_ordinary_leaves_train_like_without_tables():
     names = ("schedule", "adamw", "rowwise_adagrad")
     txs = Together({kind + name: CASES[name][0] for name in names for kind in ("mixed ", "plain ")})
 

@@ -104,7 +104,7 @@ def test_a_step_writes_in_place_and_its_memory_follows_the_ids(name, loss, paddi
     assert not copies(program, ROWS)
 
 
-def test_an_array_that_is_not_donated_is_seen_as_a_copy():
+def test_copies_finds_an_array_that_is_not_donated():
     def add(weight, ids):
         return weight.at[ids].add(1)
 

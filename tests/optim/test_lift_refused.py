@@ -119,7 +119,7 @@ def weight(rows=ROWS, dim=DIM, seed=0):
     "name",
     [pytest.param(x, marks=pytest.mark.exhaustive if x in LIKE_ANOTHER else ()) for x in MIXES_ROWS],
 )
-def test_what_mixes_rows_is_refused_when_its_state_is_made(name):
+def test_init_refuses_row_mixing_transformations(name):
     tx = lift(MIXES_ROWS[name]())
     with pytest.raises(
         ValueError, match=r"lift\(tx=...\)` must treat each row of a table by itself.* cannot be lifted"
@@ -127,19 +127,19 @@ def test_what_mixes_rows_is_refused_when_its_state_is_made(name):
         jax.eval_shape(tx.init, {"table": Table(weight())})
 
 
-def test_what_mixes_rows_is_refused_without_jit():
+def test_init_refuses_row_mixing_transformations_without_jit():
     with pytest.raises(ValueError, match="must treat each row of a table by itself"):
         lift(optax.lamb(0.1)).init({"table": Table(weight())})
 
 
-def test_factored_moments_are_refused_where_the_rows_are_wide_enough_to_be_factored():
+def test_factored_moments_are_refused_for_wide_rows():
     tx = lift(optax.scale_by_factored_rms(min_dim_size_to_factor=DIM + 1))
     jax.eval_shape(tx.init, {"table": Table(weight(200, DIM))})
     with pytest.raises(ValueError, match="must treat each row of a table by itself"):
         jax.eval_shape(tx.init, {"table": Table(weight(200, DIM + 1))})
 
 
-def test_what_mixes_rows_is_no_matter_without_trained_tables():
+def test_lift_accepts_row_mixing_transformations_without_trained_tables():
     params = {"frozen": Table(weight(), freeze=True), "bias": np.ones(3, np.float32)}
     of = {"bias": np.full(3, 0.1, np.float32)}
 
@@ -157,14 +157,14 @@ def test_what_mixes_rows_is_no_matter_without_trained_tables():
 
 
 @pytest.mark.parametrize("name", GATHERS_STEPS)
-def test_what_gathers_steps_is_refused(name):
+def test_lift_refuses_transformations_that_gather_steps(name):
     named = name.split("_")[0]
     with pytest.raises(ValueError, match=rf"must act on the rows of each step, got optax.{named}, which gathers"):
         lift(GATHERS_STEPS[name]()).init({"table": Table(weight())})
 
 
 @pytest.mark.parametrize("tx", [None, 0.1, "adam", optax.adam, (), {}], ids=lambda x: type(x).__name__)
-def test_what_is_no_transformation_is_refused(tx):
+def test_lift_refuses_other_objects(tx):
     with pytest.raises(TypeError, match=r"lift\(tx=...\)` must be an optax.GradientTransformation, got"):
         lift(tx)
 
@@ -213,7 +213,7 @@ def test_a_gradient_of_another_structure_is_refused(change):
 
 
 @pytest.mark.parametrize("name", sorted(ACCEPTED_LIKE_ANOTHER))
-def test_what_goes_row_by_row_is_accepted(name):
+def test_lift_accepts_row_by_row_transformations(name):
     jax.eval_shape(lift(ACCEPTED[name]()).init, {"table": Table(weight()), "bias": np.ones(2, np.float32)})
 
 
@@ -252,7 +252,7 @@ def trained_on_all_rows(names):
     "name",
     [pytest.param(x, marks=pytest.mark.exhaustive if x in ACCEPTED_LIKE_ANOTHER else ()) for x in ACCEPTED],
 )
-def test_what_goes_row_by_row_equals_dense_training_where_all_rows_are_read(name):
+def test_row_by_row_transformations_equal_dense_training_if_all_rows_are_read(name):
     together = [x for x in ACCEPTED if (x in ACCEPTED_LIKE_ANOTHER) == (name in ACCEPTED_LIKE_ANOTHER)]
     ours, theirs = trained_on_all_rows(tuple(together))[name]
     assert np.abs(theirs["table"] - weight()).max() > 1e-4

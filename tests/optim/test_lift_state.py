@@ -135,7 +135,7 @@ def test_float64_tables():
             np.testing.assert_allclose(table.weight, expected, rtol=1e-10, atol=1e-12, err_msg=name)
 
 
-def test_a_dense_gradient_of_a_table_is_that_of_an_array():
+def test_dense_gradient_of_a_table_trains_like_an_array():
     def loss(params, ids):
         table = params["table"]
         return jnp.square(table.weight.sum(1)).mean() + jnp.square(embax.lookup(table, ids)).sum()
@@ -173,7 +173,7 @@ def test_a_dense_gradient_of_a_table_is_that_of_an_array():
         np.testing.assert_array_equal(update_of_padding, np.zeros(DIM), err_msg=name)
 
 
-def test_a_dense_gradient_is_that_of_all_rows():
+def test_dense_gradient_updates_all_rows():
     def of_all_rows(i, is_dense):
         values, bias = weight(seed=i + 1), np.ones(2, np.float32)
         return {"table": Table(values) if is_dense else RowGrad(np.arange(ROWS), values, rows=ROWS), "bias": bias}
@@ -248,7 +248,7 @@ def test_two_runs_give_the_same_bytes():
     assert whole_run() == whole_run()
 
 
-def test_scratch_space_is_kept_only_where_duplicates_are_summed_first():
+def test_scratch_space_is_kept_only_if_duplicates_are_summed_first():
     for name, state in ALL.start(ALL.of_all(params_of)).items():
         (slots,) = state.slots
         assert (slots is None) == (name == "sgd"), name
@@ -288,7 +288,7 @@ def after_5_steps():
     return run(ALL, 5)[0] | run(WRAPPED, 5)[0]
 
 
-def test_sgd_without_scratch_space_equals_sgd_with_it():
+def test_sgd_with_and_without_scratch_space_are_equal():
     assert_close(after_5_steps()["sgd"], after_5_steps()["sgd with scratch space"])
 
 
@@ -299,7 +299,7 @@ def test_multi_transform_outside_and_inside_are_the_same():
     np.testing.assert_allclose(outside["bias"], 1 - 0.3 * 0.1 * (0 + 1 + 2 + 3 + 4), rtol=1e-6)  # float32
 
 
-def test_a_finite_step_under_apply_if_finite_is_the_step_without_it():
+def test_apply_if_finite_keeps_a_finite_step():
     assert_close(after_5_steps()["adam if finite"], after_5_steps()["adam"])
 
 

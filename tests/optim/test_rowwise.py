@@ -187,7 +187,7 @@ def test_ordinary_leaves_have_a_second_moment_a_number():
         )
 
 
-def test_ordinary_leaves_of_rowwise_adam_equal_those_of_optax():
+def test_rowwise_adam_equals_optax_at_ordinary_leaves():
     ours, theirs = {"bias": weight()}, {"bias": weight()}
     tx, plain = rowwise_adam(0.1), optax.adam(0.1)
 
@@ -231,7 +231,7 @@ def test_arguments_out_of_range_are_errors(make, options, error, message):
         make(0.1, **options)
 
 
-def test_the_defaults_are_those_of_the_formulas():
+def test_defaults_equal_the_formulas():
     assert {k: v.default for k, v in list(inspect.signature(rowwise_adagrad).parameters.items())[1:]} == {
         "initial_accumulator": 0.0,
         "eps": 1e-8,

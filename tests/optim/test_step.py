@@ -76,7 +76,7 @@ def close(found, expected, ulp):
 
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_a_step_is_that_of_two_calls(name, decay):
+def test_step_equals_update_and_apply_updates(name, decay):
     tx = OPTIMIZERS[name](weight_decay=decay)
     params = params_of()
     found, expected = (run(how, tx, params, BATCHES[:3]) for how in (by_step, by_two_calls))
@@ -90,14 +90,14 @@ def test_a_step_is_that_of_two_calls(name, decay):
 
 
 @pytest.mark.parametrize("name", OF_OPTAX)
-def test_the_optimizers_are_those_of_optax(name):
+def test_optimizers_equal_optax(name):
     found = run(by_step, OPTIMIZERS[name](weight_decay=0.1), params_of(), BATCHES[:3])[0]
     expected = run(by_two_calls, optim.lift(OF_OPTAX[name]), params_of(), BATCHES[:3])[0]
     close(found, expected, 30)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_fifty_steps_have_an_error_as_small_as_that_of_two_calls(name):
+def test_fifty_steps_are_as_exact_as_update_and_apply_updates(name):
     tx = OPTIMIZERS[name](weight_decay=0.01)
     with jax.enable_x64(True):
         wide = {"table": embax.Table(jnp.asarray(WEIGHT, np.float64), padding_idx=3), "scale": jnp.ones(6, np.float64)}
@@ -148,7 +148,7 @@ def test_a_donated_step_copies_no_table(dim):
     assert compiled.memory_analysis().temp_size_in_bytes < 20 * 256 * 16 * 4
 
 
-def test_what_has_another_form_takes_two_calls():
+def test_step_falls_back_to_two_calls_for_other_transformations():
     tx = optax.chain(optim.clip_by_global_norm(0.1), optim.sgd(0.05))
     found, expected = (run(how, tx, params_of(), BATCHES[:2]) for how in (by_step, by_two_calls))
     jax.tree.map(np.testing.assert_array_equal, found, expected)
@@ -185,7 +185,7 @@ def test_tables_that_are_not_trained_by_rows(name):
     close(found, expected, 8)
 
 
-def test_without_jit_a_step_is_that_of_two_calls():
+def test_step_equals_update_and_apply_updates_without_jit():
     tx, params = optim.adagrad(0.1), params_of()
     found, expected = (how(tx, params, tx.init(params), BATCHES[0]) for how in (by_step, by_two_calls))
     close(found, expected, 8)

@@ -72,7 +72,7 @@ def loss(params, ids, factors, bags):
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_a_step_of_bags_is_bit_for_bit_that_of_their_ids(name):
+def test_step_of_bags_equals_step_of_their_ids_bit_for_bit(name):
     tx, params = OPTIMIZERS[name], params_of()
 
     @jax.jit

@@ -20,7 +20,7 @@ def script(monkeypatch):
     return importlib.import_module
 
 
-def test_the_page_shows_what_was_measured(script):
+def test_page_shows_the_measured_figures(script):
     page = script("page")
     texts = [path.read_text("utf-8") for path in page.PAGES]
     assert [page.rewritten(text, page.read()) for text in texts] == texts
@@ -39,7 +39,7 @@ def test_the_accelerator_is_measured(script, tmp_path, monkeypatch, capsys):
     assert "Nothing left out." in capsys.readouterr().out
 
 
-def test_what_does_not_fit_or_comes_too_late_is_left_out(script, tmp_path, monkeypatch, capsys):
+def test_main_leaves_out_cases_beyond_memory_or_time(script, tmp_path, monkeypatch, capsys):
     accelerator = script("accelerator")
     monkeypatch.setattr(accelerator, "fits", lambda work, _: work == "lookup")
     monkeypatch.setattr(accelerator, "SMALL", (script("workload").Case(50, 4, 32),))
@@ -60,7 +60,7 @@ def test_ratios_and_their_spread(script):
     assert row == ("work", "XLA", "**1.00**", "0.60 to 2.60", "0.5", "2e+03 ms", "2e+03 ms")
 
 
-def test_a_way_that_compiles_in_its_turns_is_refused(script):
+def test_functions_that_compile_while_timed_are_refused(script):
     turns = script("turns")
 
     class Process:

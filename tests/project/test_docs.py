@@ -65,7 +65,7 @@ def test_each_page_with_code_cells_is_run():
     assert [page for page in cells if not PAGES[page].startswith("---\njupytext:")] == []
 
 
-def test_each_file_that_contributing_names_is_there():
+def test_files_that_contributing_names_exist():
     text = (DOCS.parent / "CONTRIBUTING.md").read_text("utf-8")
     files = re.findall(r"^\|[^|]*\| `([\w/]+\.py)` \|$", text, re.MULTILINE)
     assert len(files) == 10

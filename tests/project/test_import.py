@@ -34,7 +34,7 @@ def test_a_lookup_loads_neither_a_framework_nor_optax(loaded):
     assert loaded["lookup"] == ["jax"]
 
 
-def test_every_lazy_name_is_there():
+def test_every_lazy_name_is_importable():
     for name in embax.__all__:
         assert getattr(embax, name) is not None
 

@@ -62,7 +62,7 @@ def own_cache(tmp_path):
 
 
 @pytest.mark.parametrize("devices", [2, pytest.param(1, marks=pytest.mark.exhaustive)])
-def test_a_program_from_the_cache_reports_what_a_new_one_does(devices, own_cache):
+def test_cached_program_reports_the_same_as_a_new_one(devices, own_cache):
     """So that tests of memory and HLO may take programs from there."""
     table = embax.Table(np.zeros((1000, 8), np.float32), max_norm=1.0)
     table = embax.shard(table, mesh_of({"x": devices}), "x") if devices > 1 else table
@@ -89,7 +89,7 @@ def test_a_program_from_the_cache_reports_what_a_new_one_does(devices, own_cache
 
 
 @pytest.mark.parametrize("entries", ["_VERSIONS", "_XLA"])
-def test_every_entry_of_the_tests_that_run_twice_names_some(entries, pytestconfig):
+def test_entries_of_tests_that_run_twice_name_existing_tests(entries, pytestconfig):
     conftest = next(plugin for plugin in pytestconfig.pluginmanager.get_plugins() if hasattr(plugin, "_VERSIONS"))
     for start in getattr(conftest, entries):
         path, _, name = start.partition("::")
@@ -109,7 +109,7 @@ def test_no_test_imports_another():
             assert not [name for name in names if name.split(".")[0] in tests | {"tests"}], path
 
 
-def test_each_folder_of_tests_is_that_of_a_package():
+def test_each_folder_of_tests_has_a_package():
     packages = {path.name.lstrip("_") for path in (ROOT / "src/embax").iterdir() if path.is_dir()}
     folders = {path.name for path in (ROOT / "tests").iterdir() if any(path.glob("test_*.py"))}
     assert folders - packages == {"project"}

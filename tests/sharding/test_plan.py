@@ -58,7 +58,7 @@ def sent(program):
 
 
 @pytest.mark.parametrize("case", [*STEPS, *(pytest.param(x, marks=pytest.mark.exhaustive) for x in MORE_STEPS)])
-def test_plan_is_what_the_compiled_step_sends_and_holds(case):
+def test_plan_equals_the_compiled_step(case):
     shape, layout, optimizer, dtype, lookups = {**STEPS, **MORE_STEPS}[case]
     mesh = jax.make_mesh(shape, ("x", "y")[: len(shape)], devices=jax.devices()[: math.prod(shape)])
     tables = embax.shard({"t": embax.Table(jnp.zeros((1001, 32), dtype))}, mesh, **layout)
@@ -90,10 +90,11 @@ def bytes_of_first_device(state):
     return sum(x.data.nbytes for leaf in arrays for x in leaf.addressable_shards if x.device == jax.devices()[0])
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float16], ids=["float32", "float16"])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_state_of_each_optimizer_is_planned(optimizer):
+def test_state_of_each_optimizer_is_planned(optimizer, dtype):
     mesh = jax.make_mesh((2, 2), ("x", "y"), devices=jax.devices()[:4])
-    tables = embax.shard({"t": embax.Table(np.zeros((1001, 32), np.float32))}, mesh, "x", columns="y")
+    tables = embax.shard({"t": embax.Table(np.zeros((1001, 32), dtype))}, mesh, "x", columns="y")
     planned = plan(tables, mesh, 2048, "x", columns="y", optimizer=optimizer).tables["t"]
     with jax.numpy_dtype_promotion("standard"):  # optax needs it
         state = OPTIMIZERS[optimizer]().init(tables)
@@ -110,7 +111,7 @@ BAGS = {
 
 
 @pytest.mark.parametrize("case", [*BAGS, *(pytest.param(x, marks=pytest.mark.exhaustive) for x in MORE_BAGS)])
-def test_plan_of_bags_is_what_the_compiled_program_sends(case):
+def test_plan_of_bags_equals_the_compiled_program(case):
     shape, layout, dtype, length = {**BAGS, **MORE_BAGS}[case]
     layout = layout | {"pool_at_owners": True}
     mesh = jax.make_mesh(shape, ("x", "y")[: len(shape)], devices=jax.devices()[: math.prod(shape)])
@@ -141,7 +142,7 @@ MESHES = {
 
 @pytest.mark.parametrize("exponent", [0.0, 1.05])
 @pytest.mark.parametrize("case", MESHES)
-def test_expectations_are_what_draws_give(case, exponent):
+def test_expectations_equal_the_mean_of_draws(case, exponent):
     mesh, layout = MESHES[case]
     rows, number, trials = 5003, 256, 400
     table = jax.ShapeDtypeStruct((rows, 8), np.float32)
@@ -183,7 +184,7 @@ def test_expectations_are_what_draws_give(case, exponent):
 
 @pytest.mark.parametrize("exponent", [0.0, 1.05])
 @pytest.mark.parametrize("case", MESHES)
-def test_expectations_of_bags_are_what_draws_give(case, exponent):
+def test_expectations_of_bags_equal_the_mean_of_draws(case, exponent):
     mesh, layout = MESHES[case]
     rows, bags, length, trials = 5003, 32, 40, 100
     planned = plan(
@@ -266,7 +267,7 @@ def test_meshes_and_tables_may_be_real_or_shapes():
     [embax.Table(np.zeros((64, 8), np.float32), freeze=True), jax.ShapeDtypeStruct((64, 8), np.int8)],
     ids=["frozen", "integers"],
 )
-def test_what_is_not_trained_has_no_gradient_and_no_state(table):
+def test_untrained_table_has_no_gradient_and_no_state(table):
     planned = plan({"t": table}, {"x": 4}, 32, "x", optimizer="adam").tables["t"]
     assert {x.phase for x in planned.transfers} == {"forward"}
     assert planned.state_bytes == planned.crowded == 0
@@ -281,7 +282,7 @@ def test_nothing_sends_nothing(rows, dim, ids, frequencies):
     assert planned.sent() == planned.useful() == planned.tables["t"].buffer_bytes == 0
 
 
-def test_one_device_sends_nothing_and_rows_that_are_always_read_are_one():
+def test_one_device_sends_nothing_and_certain_rows_count_once():
     tables = {"t": jax.ShapeDtypeStruct((5, 2), np.float32)}
     planned = plan(tables, {"x": 1}, 64, "x", frequencies=[0, 0, 3, 0, 0])
     assert planned.sent() == 0

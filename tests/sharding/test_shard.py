@@ -106,7 +106,7 @@ def test_create_and_move_hold_a_part_on_each_device(monkeypatch):
     assert moved.output_size_in_bytes < 1.01 * part
 
 
-def test_shard_reads_from_a_source_only_what_a_device_holds():
+def test_shard_reads_from_a_source_only_the_rows_of_a_device():
     read = []
 
     class Watched(np.ndarray):
@@ -142,7 +142,7 @@ def test_a_collection_on_a_mesh_has_the_tables_by_name(axes):
 
 
 @pytest.mark.parametrize("axes", ["auto", pytest.param("explicit", marks=pytest.mark.exhaustive)])
-def test_collection_trains_on_a_mesh_as_off_it(axes):
+def test_collection_trains_on_a_mesh_like_without_one(axes):
     rng = np.random.default_rng(2)
     lists = [list(rng.integers(0, 30, rng.integers(0, 6))) for _ in range(16)]
     batch = {
@@ -205,7 +205,7 @@ def test_shard_refuses(arguments, error, match):
         embax.shard(arguments.pop("tree"), arguments.pop("mesh"), arguments.pop("axis"), **arguments)
 
 
-def test_shard_and_create_refuse_what_cannot_be():
+def test_shard_refuses_traced_tables_and_create_too_many_rows():
     mesh = mesh_of({"x": 8})
     with pytest.raises(TypeError, match="outside of `jit`, got the traced"):
         jax.jit(lambda table: embax.shard(table, mesh, "x"))(Table(WEIGHT))
@@ -213,7 +213,7 @@ def test_shard_and_create_refuse_what_cannot_be():
         Table.create(jax.random.key(0), 2**31 - 1, 1, mesh=mesh, axis="x")
 
 
-def test_a_placement_tells_where_rows_are():
+def test_placement_gives_the_owner_of_each_row():
     placement = embax.shard(WEIGHT, mesh_of({"x": 4, "y": 2}), "x", "rows-cyclic", columns="y").placement
     ids = np.arange(-1, 103)
     exists = (ids >= 0) & (ids < 101)

@@ -4,12 +4,16 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from embax._core.dense import Dense
+from embax._core.one_array import OneArray
 
 
 @dataclasses.dataclass(frozen=True)
-class Reversed(Dense):
+class Reversed(OneArray):
     """One array, the last row first."""
+
+    @property
+    def descriptions(self):
+        return ("the last row first",)
 
     def positions(self, ids, rows):
         return rows - 1 - ids

@@ -50,7 +50,7 @@ def test_ahead_makes_items_in_another_thread_which_ends():
         next(items)
 
 
-def test_ahead_raises_the_error_where_its_item_would_come():
+def test_ahead_raises_an_error_in_place_of_its_item():
     def numbers():
         yield 1
         raise KeyError("no more")

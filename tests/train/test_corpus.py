@@ -126,7 +126,7 @@ def test_encode_prunes_the_least_frequent_words(small_chunks):
     st.integers(1, 6),
     st.sampled_from([1, 2]),
 )
-def test_encode_prunes_alike_in_every_part(sequences, most, number):
+def test_encode_prunes_every_part_by_the_same_rule(sequences, most, number):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_corpus, "_CHUNK", 3)
         patch.setattr(_corpus, "IN_MEMORY", 8)

@@ -105,7 +105,7 @@ def test_batches_of_parts_take_every_word_once():
     assert of_part == [{0}, {1}, {2}]
 
 
-def test_batches_of_processes_are_those_of_one(monkeypatch):
+def test_batches_of_processes_equal_those_of_one(monkeypatch):
     """With blocks of different sizes, and none for one of the processes at the end."""
     monkeypatch.setattr(_segments, "_BLOCK", 40)
     sequences = [[f"{number}"] * (1 + 20 * (number % 2)) for number in range(10)]
@@ -142,7 +142,7 @@ def test_batches_of_processes_are_those_of_one(monkeypatch):
 @pytest.mark.parametrize(
     ("mesh", "error", "match"), [("x", TypeError, r"skipgram\(mesh=\.\.\.\)` must be a jax.sharding.Mesh, got str")]
 )
-def test_skipgram_refuses_what_is_no_mesh(mesh, error, match):
+def test_skipgram_refuses_other_meshes(mesh, error, match):
     with pytest.raises(error, match=match):
         train.skipgram([["a"]], mesh=mesh)
 
@@ -190,7 +190,7 @@ def stop_after(calls):
     return progress
 
 
-def test_skipgram_goes_on_from_a_checkpoint(tmp_path, monkeypatch):
+def test_skipgram_continues_from_a_checkpoint(tmp_path, monkeypatch):
     pytest.importorskip("orbax.checkpoint")
     expected = train.skipgram(paragraphs(), **OPTIONS)
     saved = {"checkpoint": tmp_path / "saved", "checkpoint_every": 65}
@@ -298,7 +298,7 @@ def lose(number, end, call, text, *saved):
     assert not os.path.exists(output)
 
 
-def test_two_processes_go_on_from_one_and_give_what_one_gives(text, tmp_path):
+def test_two_processes_continue_a_run_of_one_with_the_same_result(text, tmp_path):
     pytest.importorskip("orbax.checkpoint")
     calls, options = [], OPTIONS | {"mesh": mesh()}
     saved = {"checkpoint": tmp_path / "saved", "checkpoint_every": 32}
@@ -351,7 +351,7 @@ def test_the_loss_of_a_process_ends_the_others(text, tmp_path, cases):
         (OSError("INTERNAL: Socket closed"), False),
     ],
 )
-def test_errors_of_jax_that_mean_a_loss_are_told_from_others(monkeypatch, error, is_lost):
+def test_errors_of_jax_for_a_lost_process_are_recognised(monkeypatch, error, is_lost):
     monkeypatch.setattr(_processes, "_join", lambda where: None)
     monkeypatch.setattr(_processes.atexit, "register", lambda *_: None)
     expected = (UserError, rf"another process was lost\. {GO_ON}") if is_lost else (type(error), re.escape(str(error)))
@@ -361,7 +361,7 @@ def test_errors_of_jax_that_mean_a_loss_are_told_from_others(monkeypatch, error,
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("number", [0, 1])
-def test_training_goes_on_from_before_the_loss_of_a_process(text, tmp_path, number):
+def test_training_continues_after_the_loss_of_a_process(text, tmp_path, number):
     pytest.importorskip("orbax.checkpoint")
     saved = {"checkpoint": str(tmp_path / "saved"), "checkpoint_every": 32}
     lose(number, signal.SIGKILL, 2, text, "--checkpoint", saved["checkpoint"], "--checkpoint-every", "32")
@@ -387,11 +387,11 @@ def test_training_goes_on_from_before_the_loss_of_a_process(text, tmp_path, numb
         (["--checkpoint-every", "0"], "at least 1"),
     ],
 )
-def test_train_refuses_options_that_do_not_go_together(text, tmp_path, options, part):
+def test_train_refuses_conflicting_options(text, tmp_path, options, part):
     assert_one_line(*run("train", text, "-o", tmp_path / "v", *options), part)
 
 
-def test_train_says_when_there_are_no_others(text, tmp_path):
+def test_train_reports_missing_processes(text, tmp_path):
     where = ["--coordinator", f"127.0.0.1:{free_port()}", "--num-processes", "2", "--process-id", "0"]
     program = f"""
 import contextlib

@@ -62,7 +62,7 @@ def test_draw_held_out_takes_whole_windows():
     assert set(widths) == {1, 2, 3}
 
 
-def test_draw_held_out_of_text_without_pairs_is_none():
+def test_draw_held_out_returns_none_for_text_without_pairs():
     assert drawn(text(["a"], ["b"], ["a"]), 5) is None
     assert drawn(text(["a", "b"]), 5, kept=np.zeros(2)) is None
 
@@ -117,7 +117,7 @@ def test_after_epoch_gets_the_vectors_and_a_falling_loss():
     assert vectors.counts.sum() == 9 * (120 - 6)
 
 
-def test_training_ends_where_a_callback_returns_true():
+def test_training_ends_if_a_callback_returns_true():
     epochs, reports = [], []
     ended = train.skipgram(CORPUS, **OPTIONS, after_epoch=lambda epoch: epochs.append(epoch) or epoch.epoch == 2)
     np.testing.assert_array_equal(ended.weight, epochs[1].vectors.weight)

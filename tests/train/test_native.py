@@ -1,5 +1,9 @@
 """The engine of the native library."""
 
+import os
+import subprocess
+import sys
+
 import jax
 import numpy as np
 import pytest
@@ -78,7 +82,7 @@ def test_one_thread_trains_to_the_same_bytes(model):
 
 
 @kernel
-def test_training_goes_on_from_vectors():
+def test_training_continues_from_vectors():
     corpus = corpus_of([["a", "b"]])
     rng = np.random.default_rng(0)
     known = Known(np.asarray([1]), np.asarray([2]), rng.normal(size=(3, DIM)).astype(np.float32))
@@ -130,7 +134,7 @@ def test_a_resumed_run_gives_the_same_bytes(tmp_path, monkeypatch):
 
 @kernel
 @pytest.mark.parametrize(("words", "steps"), [(100, 100), (1000, 500), (30_000, 30_000 / 32)])
-def test_an_epoch_has_as_many_steps_as_documented(words, steps, monkeypatch):
+def test_native_counts_as_many_steps_an_epoch_as_documented(words, steps, monkeypatch):
     monkeypatch.setattr(_native, "_CHUNK", 300)
     engine = Native(corpus_of([["a", "b"] * (words // 4), ["a", "b"] * (words // 4)]), options())
     batches = len(list(engine.batches(1)))
@@ -140,7 +144,7 @@ def test_an_epoch_has_as_many_steps_as_documented(words, steps, monkeypatch):
 
 
 @kernel
-def test_checkpoints_count_steps(tmp_path, monkeypatch):
+def test_skipgram_counts_steps_between_checkpoints(tmp_path, monkeypatch):
     checkpoint = pytest.importorskip("embax.checkpoint")
     monkeypatch.setattr(_native, "_CHUNK", 1024)
     monkeypatch.setattr(checkpoint, "save", lambda path, tree, step: saved.append(step))
@@ -149,6 +153,29 @@ def test_checkpoints_count_steps(tmp_path, monkeypatch):
         text, dim=DIM, min_count=1, sample=0, epochs=2, engine="native", checkpoint=tmp_path, checkpoint_every=310
     )
     assert saved == [10, 20, 30, 40]
+
+
+PEAK = """
+import re
+from embax import train
+open("/proc/self/clear_refs", "w").write("5")  # the peak begins anew
+def kilobytes(what):
+    return int(re.search(rf"{what}:\\s+(\\d+) kB", open("/proc/self/status").read())[1])
+before = kilobytes("VmRSS")
+text = (map(str, range(first, first + 50)) for first in range(0, 20_000, 50) for _ in range(5))
+vectors = train.skipgram(text, dim=400, epochs=2, engine="native", after_epoch=lambda epoch: epoch.epoch == 2)
+assert vectors.weight.shape == (20_000, 400)
+print(kilobytes("VmHWM") - before)
+"""
+
+
+@kernel
+@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="needs Linux to measure memory")
+def test_native_holds_two_tables_and_one_copy_for_a_callback():
+    done = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    table = 20_000 * 400 * 4 / 1024  # kB
+    assert 2 * table < int(done.stdout) < 3.7 * table  # the rest: counting, and JAX's start
 
 
 def test_native_is_refused_where_it_cannot_run(monkeypatch):

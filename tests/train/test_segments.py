@@ -42,7 +42,7 @@ def test_segments_begin_at_every_offset_and_in_every_order():
 
 
 @pytest.mark.parametrize("ids", [[], [BREAK], [BREAK, BREAK]])
-def test_segments_of_no_words_are_none(ids):
+def test_segments_of_no_words_are_empty(ids):
     assert segments(np.asarray(ids, np.int32), ALL[:4], 8, np.random.default_rng(0)).shape == (0, 8)
 
 
@@ -76,7 +76,7 @@ def test_batches_have_one_shape_and_count_the_words_of_the_text():
     assert (found[-1].tokens[found[-1].steps - 1] != 3).any()
 
 
-def test_batches_count_words_of_which_none_stays():
+def test_batches_count_words_that_subsampling_drops():
     _, found = drawn([["a"] * 1000], sample=1e-12)
     assert [(batch.words, batch.steps) for batch in found] == [(1000, 0)]
 
@@ -98,7 +98,7 @@ def test_batches_of_different_epochs_and_seeds_differ():
     assert not np.array_equal(first, other)
 
 
-def test_batches_subsample_as_word2vec_does_and_close_the_gaps():
+def test_batches_subsample_like_word2vec_and_close_the_gaps():
     frequent, rare = 40_000, 10_000
     corpus, found = drawn([["a", "a", "a", "a", "b"] * rare], sample=0.1)
     rows = rows_of(corpus, found)

@@ -230,7 +230,7 @@ def test_batches_report_the_words_so_far(text, tmp_path):
     assert [corpus.tokens[row] for row in ids_of(corpus) if row != BREAK][-3:] == ["1", "2", "3"]
 
 
-def test_the_zero_character_is_no_word(tmp_path):
+def test_zero_character_is_not_a_word(tmp_path):
     pyarrow.parquet.write_table(pa.table({"words": [["a", "\0"], ["b"]]}), tmp_path / "rows")
     with pytest.raises(ValueError, match="must not have the zero character as a word"):
         encode(train.read_sequences(tmp_path / "rows"), 1, WHOLE)

@@ -10,7 +10,7 @@ from embax.train._spool import Spool
 
 
 @pytest.mark.parametrize("in_memory", [1 << 20, 40])
-def test_spool_reads_what_was_written(in_memory):
+def test_spool_returns_written_items(in_memory):
     spool = Spool(in_memory)
     for first in range(0, 100, 7):
         spool.append(np.arange(first, min(first + 7, 100), dtype=np.int32))
@@ -54,7 +54,7 @@ except OSError as error:
 """
 
 
-def test_spool_says_where_the_disk_is_full(tmp_path, monkeypatch):
+def test_spool_error_for_a_full_disk_names_its_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True, timeout=60)
     number, reason, folder = done.stdout.strip().split("|")

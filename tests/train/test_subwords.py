@@ -72,6 +72,6 @@ def test_training_with_subwords_reads_vectors_of_words_after_an_epoch():
         ({"subwords": True, "initial": embax.Vectors(["a"], [[1.0]])}, ValueError, "vectors or sub-words, got both"),
     ],
 )
-def test_training_refuses_subwords_that_it_cannot_make(arguments, error, match):
+def test_skipgram_refuses_wrong_subword_arguments(arguments, error, match):
     with pytest.raises(error, match=match):
         train.skipgram([["a"]], **arguments)

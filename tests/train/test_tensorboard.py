@@ -102,7 +102,7 @@ def full_disk():
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_a_full_disk_ends_the_log_once(tmp_path, full_disk):
+def test_tensorboard_ends_the_log_once_on_a_full_disk(tmp_path, full_disk):
     pytest.importorskip("tensorboardX")
     errors = []
     with train.TensorBoard(tmp_path, on_error=errors.append) as log:
@@ -119,10 +119,14 @@ def test_a_full_disk_ends_the_log_once(tmp_path, full_disk):
     assert list(tmp_path.iterdir()) == [file]
 
 
-def test_a_full_disk_ends_the_log_with_a_warning(tmp_path, full_disk):
+def test_tensorboard_warns_of_a_full_disk(tmp_path, full_disk):
     pytest.importorskip("tensorboardX")
-    with pytest.warns(RuntimeWarning, match=r"^The log '.*' ends here: File too large\.$") as caught:
+
+    def write():
         with train.TensorBoard(tmp_path) as log:
             for number in range(1000):
                 log.scalar("a", number)
+
+    with pytest.warns(RuntimeWarning, match=r"^The log '.*' ends here: File too large\.$") as caught:
+        write()
     assert len(caught) == 1

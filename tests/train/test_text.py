@@ -42,7 +42,7 @@ def test_tokenize_finds_lower_cased_words(text, words):
     assert list(train.tokenize([text])) == ([words] if words else [])
 
 
-def test_tokenize_takes_time_by_the_length_of_what_joins():
+def test_tokenize_of_long_joined_text_takes_linear_time():
     # By its square, that would be minutes.
     text = ("a" + "\u200c" * 50_000 + "'" + "\u200d" * 50_000 + " ") * 2
     assert list(train.tokenize([text])) == [["a", "a"]]
@@ -55,7 +55,7 @@ def test_tokenize_ends_a_sequence_at_a_blank_line():
 
 @settings(deadline=None)
 @given(st.text(alphabet="ab\u00e9'\u2019 \n_", max_size=60), st.lists(st.integers(0, 60), max_size=5))
-def test_tokenize_does_not_depend_on_where_the_text_is_cut(text, cuts):
+def test_tokenize_does_not_depend_on_the_parts_of_the_text(text, cuts):
     text = unicodedata.normalize("NFC", text)
     ends = [0, *sorted(cuts), len(text)]
     pieces = [text[first:last] for first, last in itertools.pairwise(ends)]
@@ -77,7 +77,7 @@ def test_tokenize_does_not_hold_a_word_without_an_end():
     assert max(len(word) for words in sequences for word in words) < 2_000_000
 
 
-def test_paragraphs_are_cut_as_tokenize_cuts_them():
+def test_paragraphs_are_cut_like_tokenize():
     text = "One two.\n\n***\n\nThree,\nfour.\n \nKing's"
     pieces = [text[i : i + 5] for i in range(0, len(text), 5)]
     words = [list(paragraph) for paragraph in train.paragraphs(pieces)]

@@ -196,7 +196,7 @@ def test_skipgram_refuses_arguments_before_it_reads(arguments, error, match):
         train.skipgram(sequences(), **arguments)
 
 
-def test_training_is_the_same_where_64_bit_types_are_enabled():
+def test_training_is_the_same_with_64_bit_types():
     options = {"dim": DIM, "epochs": 1, "engine": "xla", "subwords": True, "buckets": 50}
     expected = train.cbow(topics_corpus(50), **options)
     with jax.enable_x64():

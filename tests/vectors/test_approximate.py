@@ -33,7 +33,7 @@ def saved(tmp_path):
     return path, weight
 
 
-def test_search_finds_nearly_all_that_is_nearest_with_exact_products():
+def test_search_finds_nearly_all_nearest_rows_with_exact_products():
     _, unit, index = made()
     exclude = np.arange(200)[:, None]
     rows, products = index.search(unit, unit[:200], 10, exclude)
@@ -45,7 +45,7 @@ def test_search_finds_nearly_all_that_is_nearest_with_exact_products():
     np.testing.assert_array_equal(products[same], exact[same])
 
 
-def test_search_leaves_out_nan_rows_and_tells_what_is_left_over():
+def test_search_leaves_out_nan_rows_and_fills_with_minus_one():
     unit = _queries.unit_rows(np.asarray([[1.0, 0], [np.nan, 1], [0, 1], [0, 0]]))
     index = Approximate.build(unit)
     queries = np.asarray([[0.0, 2.0], [np.nan, 1.0]])
@@ -70,7 +70,7 @@ def test_search_for_more_than_the_index_usually_looks_at():
     assert len(set(rows[0])) == 700
 
 
-def test_load_gives_what_was_saved(saved):
+def test_load_returns_the_saved_index(saved):
     path, weight = saved
     _, unit, index = made()
     loaded = Approximate.load(path, weight)
@@ -129,7 +129,7 @@ def forged(path, weight, data):
     (path.parent / f"{path.name}.usearch").write_bytes(_approximate._MAGIC + line + data)
 
 
-def test_load_of_what_usearch_refuses_is_a_format_error(tmp_path):
+def test_load_of_a_malformed_index_is_a_format_error(tmp_path):
     path, weight = tmp_path / "v", np.ones((2, 2), np.float32)
     forged(path, weight, b"nothing")
     with pytest.raises(FormatError, match="usearch cannot read it"):
@@ -162,7 +162,7 @@ def test_load_of_a_damaged_file_is_a_format_error(saved, seed):
             Approximate.load(path, weight)
 
 
-def test_build_without_usearch_says_what_to_install(monkeypatch):
+def test_build_without_usearch_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "usearch.index", None)
     with pytest.raises(ImportError, match=r'pip install "embax\[approximate\]"'):
         Approximate.build(np.ones((2, 2), np.float32))

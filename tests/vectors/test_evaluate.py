@@ -54,7 +54,7 @@ def assert_same_pairs(ours, theirs, path, restrict):
     return report
 
 
-def test_analogies_of_glove_are_those_of_gensim(tmp_path):
+def test_analogies_of_glove_equal_gensim(tmp_path):
     lines = (DATA / "questions-words.txt").read_text().splitlines()
     path = tmp_path / "some.txt"
     path.write_text("\n".join(line for place, line in enumerate(lines) if line[0] == ":" or not place % 200))
@@ -64,7 +64,7 @@ def test_analogies_of_glove_are_those_of_gensim(tmp_path):
 
 
 @pytest.mark.slow  # gensim takes a minute
-def test_all_analogies_of_glove_are_those_of_gensim():
+def test_all_analogies_of_glove_equal_gensim():
     every = both(real.glove().vocabulary.tokens(), real.glove().weight)
     report = assert_same_analogies(*every, DATA / "questions-words.txt", 300_000)
     assert (report.total, report.skipped) == (19_486, 58)
@@ -72,7 +72,7 @@ def test_all_analogies_of_glove_are_those_of_gensim():
 
 
 @pytest.mark.parametrize(("name", "spearman", "missing"), [("wordsim353.tsv", 0.5033, 0), ("simlex999.txt", 0.2631, 1)])
-def test_word_pairs_of_glove_are_those_of_gensim(name, spearman, missing):
+def test_word_pairs_of_glove_equal_gensim(name, spearman, missing):
     words = (DATA / name).read_text().lower().split()
     rows = real.glove().vocabulary.ids(words, unknown=-1)
     rows = np.unique(rows[(rows >= 0) & (rows < 300_000)])  # the others have no part in it
@@ -93,7 +93,7 @@ def words_of_mixed_case(rng):
 
 
 @pytest.mark.parametrize("seed", range(30))
-def test_analogies_of_words_in_upper_and_lower_case_are_those_of_gensim(tmp_path, seed):
+def test_analogies_of_words_in_upper_and_lower_case_equal_gensim(tmp_path, seed):
     rng = np.random.default_rng(seed)
     tokens, weight = words_of_mixed_case(rng)
     questions = [" ".join(rng.choice([*tokens[:12], "z"], 4)) for _ in range(80)]
@@ -104,7 +104,7 @@ def test_analogies_of_words_in_upper_and_lower_case_are_those_of_gensim(tmp_path
 
 
 @pytest.mark.parametrize("last", ["ABC", "d", "e"])
-def test_analogies_look_at_five_answers_as_gensim_does(tmp_path, last):
+def test_analogies_look_at_five_answers_like_gensim(tmp_path, last):
     # Besides "abc" itself, all that is near is "abc" in other cases, then one other word or one more of these.
     variants = ["abc", "abC", "aBc", "aBC", "Abc"]
     tokens = [*variants, last, "x", "y", "d", "e"] if last == "ABC" else [*variants, last, "x", "y"]
@@ -118,7 +118,7 @@ def test_analogies_look_at_five_answers_as_gensim_does(tmp_path, last):
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_word_pairs_of_words_in_upper_and_lower_case_are_those_of_gensim(tmp_path, seed):
+def test_word_pairs_of_words_in_upper_and_lower_case_equal_gensim(tmp_path, seed):
     rng = np.random.default_rng(seed)
     tokens, weight = words_of_mixed_case(rng)
     pairs = [rng.choice([*tokens, "z"], 2) for _ in range(60)]
@@ -154,7 +154,7 @@ def test_files_may_be_compressed(tmp_path):
     assert evaluate.analogies(vectors(), path, None).accuracy == 1
 
 
-def test_word_pairs_of_one_direction_are_all_as_similar(tmp_path):
+def test_word_pairs_of_one_direction_are_equally_similar(tmp_path):
     weight = np.random.default_rng(0).standard_normal((50, 20))
     some = embax.Vectors([f"t{row}" for row in range(100)], np.concatenate([weight, weight * 3]))
     lines = [f"t{row} t{row + 50} 1\n" for row in range(50)]
@@ -163,7 +163,7 @@ def test_word_pairs_of_one_direction_are_all_as_similar(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore::embax.vectors.NotFiniteWarning")
-def test_words_whose_vector_is_not_finite_count_as_missing(tmp_path):
+def test_words_without_a_finite_vector_count_as_missing(tmp_path):
     weight = np.asarray([[1, 0], [0, 1], [np.nan, 1], [1, 1], [1, 0.5]])
     some = embax.Vectors(list("abcde"), weight)
     report = evaluate.analogies(some, written(tmp_path, ": x\na b c d\na b d e\n"))
@@ -219,7 +219,7 @@ def test_word_pairs_may_have_a_heading_and_blanks_between(tmp_path):
     assert (report.pairs, report.missing, round(report.spearman, 6)) == (2, 0, 1.0)
 
 
-def test_word_pairs_that_are_all_the_same_have_no_correlation(tmp_path):
+def test_equal_word_pairs_have_no_correlation(tmp_path):
     report = evaluate.word_pairs(vectors(), written(tmp_path, "man king 1\nwoman queen 2\nking man 3\n"))
     assert math.isnan(report.spearman)
     assert math.isnan(report.pearson)
@@ -265,7 +265,7 @@ def test_any_damage_gives_a_report_or_a_format_error(tmp_path, call, whole, erro
 
 
 @pytest.mark.parametrize(("rows", "number"), [(5, 3), (700, 130), (5000, 10)])
-def test_multiplied_is_that_of_float64(rows, number):
+def test_multiplied_equals_float64(rows, number):
     rng = np.random.default_rng(0)
     unit = _queries.unit_rows(rng.standard_normal((rows, 10)))
     unit[3] = np.nan
@@ -284,7 +284,7 @@ def test_multiplied_is_that_of_float64(rows, number):
 
 
 @pytest.mark.filterwarnings("ignore:Call to deprecated `init_sims`:DeprecationWarning")
-def test_multiplied_is_that_of_gensim():
+def test_multiplied_equals_gensim():
     rng = np.random.default_rng(1)
     tokens, weight = [f"t{row}" for row in range(500)], rng.standard_normal((500, 20)).astype(np.float32)
     _, theirs = both(tokens, weight)
@@ -303,7 +303,7 @@ def test_multiplied_of_no_rows():
     np.testing.assert_array_equal(scores, np.nan)
 
 
-def test_nearest_of_glove_is_that_of_gensim():
+def test_nearest_of_glove_equals_gensim():
     ours, theirs = glove()
     unit = ours.normalized().weight
     asked = np.arange(0, 20_000, 1000)

@@ -39,7 +39,7 @@ def random_unit(rows, dim, seed=0):
 
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float32, np.float64])
-def test_unit_rows_are_as_near_to_length_one_as_float32_allows(dtype):
+def test_unit_rows_have_length_one_to_the_last_bits_of_float32(dtype):
     rows = np.random.default_rng(0).standard_normal((3000, 7)).astype(dtype)
     unit = _queries.unit_rows(rows)
     exact = rows.astype(np.float64)
@@ -68,7 +68,7 @@ def test_unit_rows_of_any_scale(row, wanted):
     np.testing.assert_allclose(_queries.unit_rows(np.asarray([row, [1.0, 0.0]])), [wanted, [1, 0]], rtol=2e-4, atol=0)
 
 
-def test_unit_rows_spares_its_argument_and_takes_none():
+def test_unit_rows_leaves_its_argument_unchanged_and_accepts_no_rows():
     rows = np.ones((2, 2), np.float32)
     _queries.unit_rows(rows)
     np.testing.assert_array_equal(rows, 1)
@@ -76,13 +76,13 @@ def test_unit_rows_spares_its_argument_and_takes_none():
     assert _queries.unit_rows(np.ones((3, 0))).shape == (3, 0)
 
 
-def test_unit_rows_begin_where_jax_reads_without_a_copy():
+def test_unit_rows_are_aligned_for_jax():
     assert _queries.unit_rows(np.ones((5, 3))).ctypes.data % 64 == 0
 
 
 @pytest.mark.parametrize(("rows", "dim"), [(1, 3), (127, 3), (128, 1), (129, 5), (5000, 8), (1025, 300)])
 @pytest.mark.parametrize("number", [1, 8, 9, 33])
-def test_nearest_is_that_of_float64(rows, dim, number):
+def test_nearest_equals_float64(rows, dim, number):
     unit = random_unit(rows, dim)
     queries = np.random.default_rng(1).standard_normal((number, dim)).astype(np.float32)
     for k in 1, 10, rows + 2:
@@ -91,7 +91,7 @@ def test_nearest_is_that_of_float64(rows, dim, number):
 
 
 @pytest.mark.parametrize("number", [1, 10])
-def test_nearest_of_rows_that_all_point_away(number):
+def test_nearest_of_rows_with_negative_products(number):
     unit = _queries.unit_rows(np.random.default_rng(0).uniform(-2, -1, (4097, 4)))
     check(unit, np.random.default_rng(1).uniform(1, 2, (number, 4)), 1)
 
@@ -114,7 +114,7 @@ def test_nearest_with_ties_nan_and_excluded_rows(rows, queries, exclude, number)
     check(_queries.unit_rows(rows), queries[:number], 7, exclude[:number])
 
 
-def test_nearest_tells_rows_apart_that_float32_products_do_not():
+def test_nearest_orders_rows_whose_float32_products_are_equal():
     rng = np.random.default_rng(0)
     base = rng.standard_normal(100)
     unit = _queries.unit_rows(base + 3e-7 * rng.standard_normal((3000, 100)))
@@ -125,7 +125,7 @@ def test_nearest_tells_rows_apart_that_float32_products_do_not():
     check(unit, queries[:1], 10)
 
 
-def test_nearest_of_rows_that_are_all_the_same_takes_the_first():
+def test_nearest_of_equal_rows_takes_the_first():
     unit = _queries.unit_rows(np.ones((5000, 6), np.float32))
     for number in 1, 20:
         rows, products = _queries.nearest(unit, np.ones((number, 6)), 4, np.full((number, 1), 1))
@@ -133,7 +133,7 @@ def test_nearest_of_rows_that_are_all_the_same_takes_the_first():
         assert len(set(products.ravel())) == 1
 
 
-def test_nearest_of_one_query_is_that_among_others():
+def test_nearest_of_one_query_does_not_depend_on_others():
     unit, queries = random_unit(20_000, 40), random_unit(100, 40, seed=1)
     rows, products = _queries.nearest(unit, queries, 10)
     for place in 0, 50, 99:
@@ -153,7 +153,7 @@ def test_nearest_does_not_depend_on_the_length_of_a_query(scale):
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_nearest_of_a_query_that_is_not_finite_is_none(value):
+def test_nearest_of_a_query_that_is_not_finite_is_empty(value):
     unit = random_unit(500, 4)
     queries = np.ones((2, 4))
     queries[0, 2] = value

@@ -26,14 +26,14 @@ def test_most_similar_equals_float64_cosines():
     np.testing.assert_allclose([cosine for _, cosine in found], cosines[expected], atol=1e-6)  # float32
 
 
-def test_most_similar_counts_a_token_as_often_as_it_is_given():
+def test_most_similar_counts_repeated_tokens():
     vectors = Vectors("abcd", [[1, 0], [0, 1], [2, 1], [1, 1]])
     assert vectors.most_similar(["a", "a", "b"], k=1)[0] == ("c", pytest.approx(1))
     assert vectors.most_similar(["a", "b"], k=1)[0] == ("d", pytest.approx(1))
 
 
 @pytest.mark.parametrize(("k", "length"), [(0, 0), (1, 1), (49, 49), (50, 49), (10**9, 49)])
-def test_most_similar_returns_k_where_there_are_as_many(k, length):
+def test_most_similar_returns_k_tokens_if_there_are_so_many(k, length):
     found = some().most_similar("t0", k=k)
     assert len(found) == length
     assert "t0" not in dict(found)
@@ -132,7 +132,7 @@ def test_weights_keep_their_dtype_of_floats():
         assert Vectors(["a"], weight).weight.dtype == np.float32
 
 
-def test_load_gives_what_save_wrote(tmp_path):
+def test_load_returns_the_saved_vectors(tmp_path):
     vectors = some()
     vectors.save(tmp_path / "v")
     loaded = Vectors.load(tmp_path / "v")
@@ -141,7 +141,7 @@ def test_load_gives_what_save_wrote(tmp_path):
     np.testing.assert_array_equal(loaded.counts, vectors.counts)
 
 
-def test_rows_that_are_not_finite_are_told_and_left_out(tmp_path):
+def test_rows_that_are_not_finite_are_reported_and_left_out(tmp_path):
     weight = np.asarray([[1, 0], [np.nan, 0], [0.6, 0.8], [np.inf, 0], [3e38, 3e38]], np.float32)
     Vectors("abcde", weight).save(tmp_path / "v")
     with pytest.warns(NotFiniteWarning, match="v: 2 of 5 vectors hold NaN or infinity. Queries leave them out"):
@@ -197,7 +197,7 @@ def test_analogies_rank_by_sum_or_product():
         vectors.analogy("t1", "t2", "t3", method="sum")
 
 
-def test_similarity_and_what_does_not_match():
+def test_similarity_and_doesnt_match():
     vectors = Vectors("abcz", [[1, 0], [0.6, 0.8], [0, -2], [0, 0]])
     assert vectors.similarity("a", "b") == pytest.approx(0.6)
     assert vectors.similarity(["a", "b"], np.array([-1.0, 0])) == pytest.approx(-0.8944272)

@@ -54,7 +54,7 @@ def test_ids_and_tokens_are_each_others_inverse(words):
 
 
 @pytest.mark.parametrize("absent", ["kin", "ingk", "aking", "a" * 299, "a" * 301, "y", "\ud800", " "])
-def test_what_is_not_a_whole_token_is_not_found(words, absent):
+def test_parts_of_tokens_are_not_found(words, absent):
     assert absent not in words
     assert words.ids(absent, unknown=-1) == -1
 
@@ -78,7 +78,7 @@ def test_membership_is_of_strings(words):
     assert None not in words
 
 
-def test_tokens_of_what_is_no_id_are_an_error(words):
+def test_tokens_refuses_other_ids(words):
     for ids in ([0, len(WORDS)], [-1], 99):
         with pytest.raises(IndexError, match=r"must be in \[0, 14\), got (14|-1|99)\. Leave it out"):
             words.tokens(ids)
@@ -95,7 +95,7 @@ def test_tokens_of_what_is_no_id_are_an_error(words):
         (["a\ud800"], ValueError, "must be valid Unicode, got 'a.ud800'"),
     ],
 )
-def test_tokens_that_are_none_are_refused(tokens, error, match):
+def test_vocabulary_refuses_other_tokens(tokens, error, match):
     with pytest.raises(error, match=match):
         Vocabulary(tokens)
 
@@ -111,7 +111,7 @@ def test_tokens_that_are_none_are_refused(tokens, error, match):
         ("ö".encode(), [0, 1, 2], r"token 1 is not UTF-8: b'\\xb6'"),
     ],
 )
-def test_buffers_that_are_no_tokens_are_refused(text, ends, match):
+def test_from_utf8_refuses_malformed_buffers(text, ends, match):
     with pytest.raises(ValueError, match=match):
         Vocabulary.from_utf8(text, ends)
 
@@ -159,7 +159,7 @@ def test_a_vocabulary_can_be_pickled():
 
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.text(alphabet="ab\0é", max_size=20), max_size=40), st.lists(st.text(alphabet="ab\0é", max_size=20)))
-def test_ids_equal_those_of_a_dictionary(tokens, wanted):
+def test_ids_equal_a_dictionary(tokens, wanted):
     first = {}
     for row, token in enumerate(tokens):
         first.setdefault(token, row)
@@ -172,7 +172,7 @@ def test_ids_equal_those_of_a_dictionary(tokens, wanted):
         assert vocabulary.ids(tokens + wanted, unknown=-1).tolist() == [first.get(t, -1) for t in tokens + wanted]
 
 
-def test_strings_of_one_hash_are_told_apart(monkeypatch):
+def test_strings_of_one_hash_stay_distinct(monkeypatch):
     monkeypatch.setattr(_strings, "_hashes", lambda strings: np.zeros(strings.number, np.uint64))
     vocabulary = Vocabulary(WORDS)
     assert vocabulary.ids(WORDS).tolist() == list(range(len(WORDS)))
@@ -213,7 +213,7 @@ def test_closest_spellings_do_not_mind_the_case():
 
 
 @pytest.mark.parametrize("row", [-1, 2])
-def test_from_utf8_refuses_special_ids_that_there_is_no_token_of(row):
+def test_from_utf8_refuses_special_ids_out_of_range(row):
     assert Vocabulary.from_utf8(b"ab", [0, 1, 2], special={"padding": 1}).special == {"padding": 1}
     with pytest.raises(ValueError, match=rf"special=...\)` must be ids in \[0, 2\), got {row} for 'padding'"):
         Vocabulary.from_utf8(b"ab", [0, 1, 2], special={"padding": row})

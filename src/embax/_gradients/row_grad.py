@@ -1,25 +1,25 @@
-"""RowGrad: the gradient, or an update, of some rows of a table.
+"""RowGrad: the gradient, or an update, of some rows of a table, and how it is a pytree.
 
 For instance, a loss that looks up the ids `[4, 1, 4]` of a table of a million rows has a gradient of 3 ids and 3 rows
-of values, in which row 4 occurs twice. `row_keys` stores the ids, and `row_sums` sums rows.
+of values, in which row 4 occurs twice. Its leaves are the values, `(3, *dim)`, and the ids as keys, `(3,)`; the number
+of rows is static. `row_keys` makes the keys, `row_arithmetic` has the operators, and `row_sums` sums rows.
 """
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, Inexact, Int, Key, PyTree
+from jaxtyping import Array, Inexact, Int, PyTree
 
-from .._base import by_bag
 from .._base import check as _check
 from .._base.by_bag import ByBag, Held
-from .._core.held_rows import HeldRows, bare, is_label
+from .._core.held_rows import bare, is_label
 from .._core.table import Table
 from . import row_checks, row_sums
+from .row_arithmetic import RowArithmetic
 from .row_keys import HINT, KEYS, decode, encode
 
 
@@ -33,7 +33,7 @@ class _KindOfRowGrad(type):
         return f"<class 'embax.{cls.__name__}': {HINT}>"
 
 
-class RowGrad(HeldRows, metaclass=_KindOfRowGrad):
+class RowGrad(RowArithmetic, metaclass=_KindOfRowGrad):
     """The gradient of a table, held as the rows that were read.
 
     `dense[r] = sum of values[i] over all i with ids[i] == r`
@@ -81,12 +81,8 @@ class RowGrad(HeldRows, metaclass=_KindOfRowGrad):
     """
 
     __slots__ = ("_expanded", "_held", "_keys", "at_owners", "rows")
-    __array_ufunc__ = None  # so that NumPy leaves `numpy_scalar * g` to `__rmul__`
-    _keys: Key[Array, "*lanes length"]
-    _held: Held  # the values, or one for each bag
     _expanded: Array | None  # the values once they were expanded, if they are concrete
     rows: int
-    at_owners: bool  # whether each row of a sharded table is on its owner, as `Storage.combine` leaves it
 
     def __init__(self, ids: Any, values: PyTree, rows: int):
         rows = _check.size("embax.RowGrad(rows=...)", rows)
@@ -112,7 +108,7 @@ class RowGrad(HeldRows, metaclass=_KindOfRowGrad):
 
     @property
     def held(self) -> Held:
-        """The values as they are held: an array, or a `ByBag`."""
+        """The values as they are stored, an array or, for bags, one value for each bag."""
         return self._held
 
     @property
@@ -138,7 +134,7 @@ class RowGrad(HeldRows, metaclass=_KindOfRowGrad):
     def deduplicated(self) -> "RowGrad":
         """Return the gradient with each id once, in rising order, then `rows`; the length stays. Sums as `to_dense`."""
         keys, values = row_sums.distinct(self._keys, self.values, self.rows)
-        return _fill(object.__new__(RowGrad), keys, values, self.rows)
+        return self._with(keys, values)
 
     def sum(self, axis: int | tuple[int, ...] | None = None) -> "RowGrad":
         """Return the sum of lanes: a gradient with the rows of all of them.
@@ -171,7 +167,7 @@ class RowGrad(HeldRows, metaclass=_KindOfRowGrad):
                 "by to_dense().sum."
             )
         keys, values = row_sums.joined(self._keys, self.values, tuple(sorted(axis % lanes for axis in axes)))
-        return _fill(object.__new__(RowGrad), keys, values, self.rows, self.at_owners)
+        return self._with(keys, values, self.at_owners)
 
     def psum(self, axis_name: Any) -> "RowGrad":
         """Return the sum over a mapped axis, like `jax.lax.psum` for arrays: a gradient with the rows of all.
@@ -194,67 +190,14 @@ class RowGrad(HeldRows, metaclass=_KindOfRowGrad):
         keys = jax.random.wrap_key_data(words, impl=KEYS)
         if isinstance(self._held, ByBag):  # then there are no lanes
             groups = jax.tree.map(lambda x: jax.lax.all_gather(x, axis_name), self._held)
-            return _fill(object.__new__(RowGrad), jnp.ravel(keys), groups.flat(keys), self.rows, self.at_owners)
+            return self._with(jnp.ravel(keys), groups.flat(keys), self.at_owners)
         values = jax.lax.all_gather(self.values, axis_name)
-        return _fill(object.__new__(RowGrad), keys, values, self.rows, self.at_owners).sum(axis=0)
+        return self._with(keys, values, self.at_owners).sum(axis=0)
 
-    def __add__(self, other: PyTree) -> "RowGrad":
-        if isinstance(other, int) and other == 0:  # the start value of sum()
-            return self
-        other = bare(other)
-        if not isinstance(other, RowGrad):
-            row_checks.refuse_array(other)
-            return NotImplemented
-        if (self.rows, self.dim, self.dtype) != (other.rows, other.dim, other.dtype):
-            raise ValueError(
-                "`RowGrad + RowGrad` must be of tables of the same rows, dim and dtype, got "
-                f"{self!r} and {other!r}. Add gradients of one table only."
-            )
-        if self.lanes != other.lanes:
-            raise ValueError(
-                f"`RowGrad + RowGrad` must have the same lanes, got {self.lanes} and {other.lanes}. Sum lanes first: "
-                "g.sum(axis=0)."
-            )
-        held = [x._held if isinstance(x._held, ByBag) else x.values for x in (self, other)]
-        if any(isinstance(x, ByBag) for x in held):  # then there are no lanes
-            values = by_bag.joined([(self._keys, held[0]), (other._keys, held[1])])
-            keys = jnp.concatenate([self._keys, other._keys])
-        else:
-            keys, values = row_sums.together((self._keys, held[0]), (other._keys, held[1]))
-        return _fill(object.__new__(RowGrad), keys, values, self.rows)
-
-    __radd__ = __add__
-
-    def __sub__(self, other: PyTree) -> "RowGrad":
-        other = bare(other)
-        if not isinstance(other, RowGrad):
-            row_checks.refuse_array(other)
-            return NotImplemented
-        return self + -other
-
-    __rsub__ = __sub__
-
-    def __neg__(self) -> "RowGrad":
-        return self._mapped(jnp.negative)
-
-    def __pos__(self) -> "RowGrad":
-        return self
-
-    def __mul__(self, factor: PyTree) -> "RowGrad":
-        if isinstance(factor, RowGrad) or not row_checks.is_factor(factor, "factor * RowGrad"):
-            return NotImplemented
-        return self._mapped(lambda values: values * jnp.asarray(factor, self.dtype))
-
-    __rmul__ = __mul__
-
-    def __truediv__(self, divisor: PyTree) -> "RowGrad":
-        if isinstance(divisor, RowGrad) or not row_checks.is_factor(divisor, "RowGrad / divisor"):
-            return NotImplemented
-        return self._mapped(lambda values: values / jnp.asarray(divisor, self.dtype))
-
-    def _mapped(self, function: Callable[[Array], Array]) -> "RowGrad":
-        held = self._held.mapped(function) if isinstance(self._held, ByBag) else function(self._held)
-        return _fill(object.__new__(RowGrad), self._keys, held, self.rows, self.at_owners)
+    def _with(self, keys: PyTree, held: PyTree, at_owners: bool = False) -> Self:
+        other = object.__new__(type(self))
+        _fill(other, keys, held, self.rows, at_owners)
+        return other
 
     def label(self) -> PyTree:
         """The label of the values, if the leaves are labels; else the node itself."""
@@ -262,7 +205,7 @@ class RowGrad(HeldRows, metaclass=_KindOfRowGrad):
 
     def empty(self) -> "RowGrad":
         """The same node with None for its leaves."""
-        return _fill(object.__new__(RowGrad), None, None, self.rows, self.at_owners)
+        return self._with(None, None, self.at_owners)
 
     def __repr__(self) -> str:
         held = self._held.values if isinstance(self._held, ByBag) else self._held

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from .._base.limits import MAX_VOCABULARY
 from ._common import (
     INTERRUPTED,
     Json,
@@ -94,7 +95,7 @@ def train(
             callback=at_least_one,
             help="The most words to keep, and to count at a time, 150 bytes each; the least frequent are left out.",
         ),
-    ] = 5_000_000,
+    ] = MAX_VOCABULARY,
     dim: Annotated[
         int | None, typer.Option(callback=at_least_one, help="The size of a vector. Default: 100, or that of --from.")
     ] = None,

@@ -26,9 +26,20 @@ from ._results import Collective, Optimizer, Phase, TablePlan, Transfer
 # Further rounds that are rarer than this are not counted.
 _NEVER = 1e-12
 
+# The state of a row: how many copies of its shape and dtype, and how many numbers in the dtype of sums. Written down
+# here, since `optim` is beside this package and a plan must not run an optimizer; the tests compare both with the
+# states that the optimizers make.
+_STATES: dict[Optimizer, tuple[int, int]] = {
+    "sgd": (0, 0),
+    "adagrad": (1, 0),
+    "rowwise_adagrad": (0, 1),
+    "adam": (2, 0),
+    "rowwise_adam": (1, 1),
+}
+
 
 class Useful(NamedTuple):
-    """What a device sends to others in a collective that is no filling."""
+    """The part of a collective that a device sends to others and that is no padding."""
 
     what: str
     collective: Collective
@@ -112,9 +123,10 @@ class TableStep:
     @property
     def state_of_row(self) -> int:
         """The bytes of a row's state on a device."""
-        row, of_row = self.part * self.dtype.itemsize, accumulator(self.dtype).itemsize if self.optimizer else 0
-        sizes = {"adagrad": row, "rowwise_adagrad": of_row, "adam": 2 * row, "rowwise_adam": row + of_row}
-        return sizes.get(self.optimizer or "sgd", 0)
+        if self.optimizer is None:  # a table of integers has no dtype of sums
+            return 0
+        copies, numbers = _STATES[self.optimizer]
+        return copies * self.part * self.dtype.itemsize + numbers * accumulator(self.dtype).itemsize
 
     @property
     def _group(self) -> int:
@@ -134,7 +146,7 @@ class TableStep:
         return collectives_of_step(table, self.lookups, self.bag_length, update)
 
     def _transfers(self, phase: Phase, sent: Sequence[Sent], useful: Sequence[Useful]) -> list[Transfer]:
-        """Put the collectives of a program, in their order, beside what is useful of them."""
+        """Join the collectives of a program, in their order, with their useful parts."""
         found = []
         for x, (what, collective, entries, numbers) in zip(sent, useful, strict=True):
             assert x.collective == collective
@@ -246,8 +258,8 @@ class TableStep:
         if self.adds:
             return entry * (own + max(2 * sent, held))
         # Sent and received rows; received rows sorted, their sums, the update; and rows of the state.
-        states = {"adagrad": 1, "adam": 2, "rowwise_adam": 1}.get(self.optimizer, 0)
-        return entry * (own + 2 * sent + (3 + states) * held)
+        copies, _ = _STATES[self.optimizer]
+        return entry * (own + 2 * sent + (3 + copies) * held)
 
 
 def _balance(loads: Float64[np.ndarray, " shards"]) -> float:

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int32, Int64
 
+from .._base.limits import MAX_VOCABULARY
 from ..vocabulary import Vocabulary
 from ._parts import Parts
 from ._sources import FileSequences
@@ -29,8 +30,6 @@ from ._tokenizers import END
 
 # Ends each sequence in the blocks of a corpus.
 BREAK = -1
-# The most words that are counted at a time. A word takes about 150 bytes.
-MAX_VOCABULARY = 5_000_000
 # An id that stands for a word that is not in the vocabulary, before it is removed.
 _DROPPED = -2
 # The number of the end of a sequence while words are numbered.
@@ -65,7 +64,7 @@ class Corpus:
     Attributes:
       vocabulary: As above.
       counts: As above.
-      length: The number of ids, those of `BREAK` included.
+      length: The number of ids, each `BREAK` included.
     """
 
     def __init__(self, vocabulary: Vocabulary, counts: Int64[np.ndarray, " rows"], ids: Spool):
@@ -114,9 +113,9 @@ def encode(
         window never reaches into another sequence.
       min_count: Words that occur less often are removed.
       parts: The parts.
-      max_vocabulary: The most words to keep. Whenever more are counted, the least frequent quarter is dropped, among
-        equals those that came first; a dropped word that comes again is counted anew. This happens in each process for
-        itself.
+      max_vocabulary: The most words to keep. Whenever more are counted, the least frequent quarter is dropped, the
+        earliest first among words of equal frequency. A dropped word that comes again is counted from 0. Each process
+        drops words of its own parts.
       known: Words to keep however seldom they occur.
       held_out: Hold out every so many-th sequence. Default: none.
       call: The call, for messages.

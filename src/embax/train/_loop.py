@@ -28,7 +28,7 @@ class Progress(NamedTuple):
     seconds: float  # since the first step began, compilation included
     words_before: int = 0  # words of the earlier run that this one resumes
     engine: str = "xla"
-    waited: float = 0.0  # of these seconds, those in which the engine waited for its input
+    waited: float = 0.0  # for how many of these seconds the engine waited for its input
     learning_rate: float = 0.0  # after the last step
 
     @property
@@ -58,7 +58,7 @@ class Epoch(NamedTuple):
 
 
 class Run(NamedTuple):
-    """What the loop needs to know, besides the engine."""
+    """The options of the loop."""
 
     epochs: int
     words: int  # words of an epoch, before subsampling
@@ -90,7 +90,7 @@ def train(engine: Engine, run: Run, known: Known | None, saved: Checkpoints | No
                 first, last = (run.learning_rate * max(_LAST_RATE, 1 - words / total) for words in (at.words, after))
                 state, loss = engine.run(state, batch, (first, last))
                 at = Position(epoch, at.batches + 1, at.calls + 1, after)
-                # At most one call waits for the one before it: more would pile up in memory.
+                # At most one call is queued behind the running one: more would pile up in memory.
                 jax.block_until_ready(loss_before)
                 loss_before = loss
                 if saved is not None:

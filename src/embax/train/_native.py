@@ -144,12 +144,12 @@ def alias_tables(
     shares = weights / weights.mean()
     cut, alias = np.ones_like(shares), np.arange(len(shares), dtype=np.int32)
     small, large = np.flatnonzero(shares < 1), np.flatnonzero(shares >= 1)
-    # Small rows are served one after the other, each by the first row that has something left, up to rounding.
+    # Small rows are filled up one after the other, each by the first large row with a rest, up to rounding.
     lacking_before = np.concatenate([[0.0], np.cumsum(1 - shares[small])])
     spare = np.cumsum(shares[large] - 1)
     served_by = np.searchsorted(spare, lacking_before[:-1], side="right")
     cut[small], alias[small] = shares[small], large[np.minimum(served_by, len(large) - 1)]
-    # With the last small row that it serves, a row may get to lack something, too; then the next one serves it.
+    # Filling up its last small row may leave a large row with less than its share; then the next large row fills it up.
     served = np.searchsorted(lacking_before[:-1], spare[:-1], side="left")
     cut[large[:-1]], alias[large[:-1]] = np.clip(1 + spare[:-1] - lacking_before[served], 0, 1), large[1:]
     return _threshold(cut), alias

@@ -1,4 +1,4 @@
-"""Segments: cut a corpus into short pieces of one length, of which a step takes many.
+"""Segments: cut a corpus into short pieces of one length; a step takes many of them.
 
 For instance, the ids `[0, 2, 0, 1, -1, 3, 0, -1]`, of two sequences and 4 rows, lose the second 0 by subsampling. Cut
 into segments of 4 from a random offset of 1 on, the other 5 words become
@@ -141,7 +141,7 @@ def batches(
 
 
 def _sized(blocks: Iterator[_Block], sizes: Int64[np.ndarray, "blocks parts 2"] | None) -> Iterator[_Block]:
-    """Blocks with the sizes of all parts, also of those that other processes have; with none of its own at the end."""
+    """Blocks, and the sizes of the parts of all processes; empty blocks at the end, while other processes have more."""
     if sizes is None:
         yield from blocks
         return

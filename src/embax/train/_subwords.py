@@ -43,10 +43,10 @@ class Pieces(NamedTuple):
 
 
 class OccurringRows:
-    """The rows of words and of all buckets, of which only those that occur are stored; the others are zeros.
+    """The rows of words and of all buckets. Only the buckets that occur are stored; the rows of all others are zeros.
 
     Args:
-      rows: The rows of words, then those of the buckets that occur.
+      rows: The rows of words, then the rows of the buckets that occur.
       pieces: Which buckets these are.
       buckets: The number of all buckets.
     """

@@ -9,10 +9,11 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float32
 
+from .._base.limits import MAX_VOCABULARY
 from ..vectors import Vectors
 from . import _initial, _native
 from ._arguments import Arguments, EngineName, checked
-from ._corpus import MAX_VOCABULARY, Corpus, CorpusError, encode
+from ._corpus import Corpus, CorpusError, encode
 from ._engine import Engine, Learned, Model, Options, kept, noise_weights
 from ._held_out import EVERY, HeldOut, draw_held_out
 from ._loop import Epoch, Progress, Run, train
@@ -73,16 +74,16 @@ def skipgram(
       negative: The number of noise words for each pair, drawn by the 0.75th power of their frequency.
       epochs: The number of passes over the corpus.
       min_count: Words that occur less often are removed.
-      sample: Words whose share of the text is larger are dropped at random, more often the more frequent they are; in
-        [0, 1], and 0 keeps all.
+      sample: Words whose share of the text is larger are dropped at random, frequent words more often; in [0, 1], and 0
+        keeps all.
       learning_rate: The initial learning rate, as in word2vec: the factor of the gradient of one pair. It falls
         linearly to a ten-thousandth of itself. In (0, 1].
       seed: The seed of all random numbers, 0 or more.
       initial: Vectors to continue from, with new text. Known words begin at their vectors, also those that occur less
-        than `min_count` times now; other words begin at fresh ones. The second table begins at zero, since files of
-        vectors lack it. Words that do not occur now keep their vectors, and counts are summed. Default: none.
-      subwords: Whether the vector of a word is the mean of a vector of its own and those of its n-grams (Bojanowski et
-        al.). The result then answers unknown words, too, and is saved as a model of fastText.
+        than `min_count` times now; other words begin with random ones. The second table begins at zero, since files of
+        vectors do not have it. Words that do not occur now keep their vectors, and counts are summed. Default: none.
+      subwords: Whether the vector of a word is the mean of a vector of its own and the vectors of its n-grams
+        (Bojanowski et al.). The result then has vectors for unknown words, too, and is saved as a model of fastText.
       ngram_lengths: With `subwords`, the lengths of the shortest and the longest n-grams, in characters; "<" and ">"
         around a word count.
       buckets: With `subwords`, the number of rows for n-grams, which are chosen by hashes, as in fastText. Memory
@@ -200,7 +201,7 @@ def cbow(
       learning_rate: The initial learning rate.
       seed: The seed of all random numbers.
       initial: Vectors to continue from.
-      subwords: Whether the vector of a word is the mean of a vector of its own and those of its n-grams.
+      subwords: Whether the vector of a word is the mean of a vector of its own and the vectors of its n-grams.
       ngram_lengths: The lengths of the shortest and the longest n-grams.
       buckets: The number of rows for n-grams.
       engine: The engine.

@@ -4,7 +4,6 @@ A call of the compiled program runs the steps of a batch one after the other. A 
 the gradients of its segments, and adds them to the rows; see `_steps` for its mathematics.
 """
 
-import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -179,7 +178,7 @@ def _train(
         state, scratch, step_loss = descend(plan, pooling, state, scratch, drawn, limited)
         return state, scratch, loss + step_loss
 
-    # One device of a CPU finds equal ids by slots, see `_base.distinct`. They mean nothing after the call.
+    # One CPU device finds equal ids by slots, see `_base.distinct`. Their contents are not used after the call.
     slots: list[Any] = [table.storage.scratch(table.rows) for table in state]
     if pooling is not None:
         places = tokens.shape[1] * tokens.shape[2]
@@ -189,8 +188,8 @@ def _train(
 
 
 train_elsewhere = jax.jit(_train, static_argnames="plan", donate_argnames="state")
-# The products of a step are calls of a library. Of the rest, LLVM's last optimisations make nothing faster, and they take
-# half of the compiler's time and a quarter of its memory.
+# A library computes the products of a step. For all else, LLVM's last optimisations save little time, but they take
+# half of the compiler's time and a fifth of its memory.
 train = jax.jit(
     _train,
     static_argnames="plan",
@@ -237,7 +236,7 @@ def _summed_by_row(
 def _descend(
     plan: Plan, pooling: Pooling | None, state: State, scratch: Any, drawn: Drawn, limited: Limited
 ) -> tuple[State, Any, Array]:
-    """Descend by the methods of a storage: moves and curvatures of a row are summed where the row is."""
+    """Descend by the methods of a storage: the owner of a row sums its updates and curvatures."""
     words, targets = drawn.tokens, jnp.concatenate([drawn.tokens, drawn.noise], axis=1)
     if pooling is not None:
         words = padded(pooling, words, plan.longest, state.inputs.rows)
