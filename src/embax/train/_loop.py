@@ -21,13 +21,13 @@ class Progress(NamedTuple):
     """The progress of training."""
 
     epoch: int  # the current epoch, from 1
-    epochs: int
+    epochs: int  # the number of all epochs
     words: int  # words so far in all epochs, before subsampling
     total_words: int  # words of all epochs
     sampled_loss: Any  # (2,) float32: the loss summed over some pairs, and the number of these pairs
     seconds: float  # since the first step began, compilation included
     words_before: int = 0  # words of the earlier run that this one resumes
-    engine: str = "xla"
+    engine: str = "xla"  # or "native"
     waited: float = 0.0  # for how many of these seconds the engine waited for its input
     learning_rate: float = 0.0  # after the last step
 
@@ -52,8 +52,8 @@ class Epoch(NamedTuple):
     """The end of an epoch."""
 
     epoch: int  # from 1
-    epochs: int
-    vectors: Vectors  # of this moment
+    epochs: int  # the number of all epochs
+    vectors: Vectors  # the vectors at its end
     held_out: float | None  # the loss on text that is held out, in nats for each prediction, or None
 
 
