@@ -92,13 +92,14 @@ def skipgram(
         meshes; `"auto"`, the native one where it is possible. The vectors differ between engines, not their quality.
       threads: The number of threads of the native engine. More than one change the tables at the same time, and the
         vectors differ from run to run (Recht et al.).
-      max_vocabulary: The most words to keep. Whenever more are counted, the least frequent quarter is dropped.
+      max_vocabulary: The most words to keep. Whenever more are counted, the least frequent quarter is dropped; on a
+        mesh, each device counts the words of its part.
       held_out: Hold out every 20th sequence, which is not trained on. `Epoch.held_out` is the loss on up to 60,000
         pairs of them, each with five noise words that stay the same; for CBOW, on centres and their windows.
       progress: Called after every few steps. It need not read `Progress.loss` each time. If it returns True, training
         ends, and the vectors of this moment are returned; with `checkpoint`, the run can be resumed from there.
-      after_epoch: Called after each epoch with its number and the vectors of this moment. If it returns True, training
-        ends.
+      after_epoch: Called after each epoch with its number and the vectors of this moment, whose weight is read-only. If
+        it returns True, training ends.
       mesh: A mesh of all devices to use. Default: none, only the default device.
       checkpoint: A directory that all processes can access, in which the run is saved at intervals. If it holds a
         checkpoint of the same run, with the same arguments, engine and number of devices, the run is resumed, with the
