@@ -17,6 +17,7 @@ FOLDER = Path(__file__).with_name("measured")
 FILES = ("row_sparse", "bags", "calls")
 PAGES = tuple(Path(__file__).parents[1] / "docs" / name for name in ("benchmarks.md", "training.md"))
 NOTHING = "Not measured yet."
+NO_BREAK = "\N{NO-BREAK SPACE}"
 MORE = 5  # microseconds that kernels may cost a small call
 _SECTION = re.compile(r"(<!-- measured: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -144,14 +145,19 @@ def training(data: Data) -> str:
     """Training of word vectors beside gensim."""
     rows = []
     for line in data.get("train", {}).get("training", []):
-        low, high = line["spread"]
-        value, limit = f"{line['value']:.4g}", line["limit"]
+        work, way, (low, high), limit = line["work"], line["way"], line["spread"], line["limit"]
+        digits = 4 if "loss" in work else 3
+        value, least, greatest, other = (f"{x:.{digits}g}" for x in (line["value"], low, high, line["other"]))
+        if "speed" in work or "CPU" in work:
+            other = f"{other} s"
+        elif "memory" in work:
+            other = f"{line['other'] / 1e6:.3g} MB"
+        aim = "" if limit is None else f"{'at most' if line['is_most'] else 'at least'} {limit:.{digits}g}"
         if limit is not None and (line["value"] > limit if line["is_most"] else line["value"] < limit):
             value = f"**{value}**"
-        aim = "" if limit is None else f"{'at most' if line['is_most'] else 'at least'} {limit:.4g}"
-        rows.append((line["work"], line["way"], value, f"{low:.4g} to {high:.4g}", aim, f"{line['other']:.4g}"))
-    columns = "work", "embax", "measured", "least and greatest of 3 seeds", "aim", "gensim"
-    return _markdown(columns, rows)
+        engine = way.removesuffix(" CBOW").removesuffix(" sub-words")  # the work names the model
+        rows.append((work, engine, value, f"{least} to {greatest}" if low < high else "", aim, other))
+    return _markdown(("work", "engine", "embax", "3 seeds", "aim", "gensim"), rows)
 
 
 def _lines(data: Data, group: str) -> list[Measured]:
@@ -188,8 +194,14 @@ def _number(x: float) -> str:
 def _markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     if not rows:
         return ""
-    lines = [columns, ["---"] * len(columns), *rows]
-    return "\n".join(f"| {' | '.join(line)} |".replace("|  |", "| |") for line in lines)
+    lines = [columns, ["---"] * len(columns), *([_whole(cell) for cell in row] for row in rows)]
+    return "\n".join("|" + "".join(f" {cell} |" if cell else " |" for cell in line) for line in lines)
+
+
+def _whole(cell: str) -> str:
+    """Keep a number beside its unit, and a range of numbers in one line, by spaces that do not break."""
+    cell = re.sub(r"(?<=\d) (?=(us|ms|s|MB)$)", NO_BREAK, cell)
+    return re.sub(r"(?<=[\d.]) to (?=[-+\d.])", f"{NO_BREAK}to{NO_BREAK}", cell)
 
 
 SECTIONS: dict[str, Callable[[Data], str]] = {

@@ -11,6 +11,7 @@ import textwrap
 import jax
 import numpy as np
 import optax
+from docutils import nodes
 from sphinx.util.typing import stringify_annotation
 
 import embax
@@ -79,7 +80,15 @@ def _describe_field(app, what, name, obj, options, lines):
         lines[:] = [found[1]] if found else []
 
 
+def _describe_map(app, doctree, page):
+    """Give the map of words its text on the first page, which takes the figure from another page."""
+    if page == "index":
+        for image in doctree.findall(nodes.image):
+            image.setdefault("alt", "Words of Shakespeare as points, in four groups: ranks, weather, body and family.")
+
+
 def setup(app):
-    """Register the two above."""
+    """Register the three above."""
     app.connect("autodoc-process-signature", _shorten)
     app.connect("autodoc-process-docstring", _describe_field)
+    app.connect("doctree-resolved", _describe_map)

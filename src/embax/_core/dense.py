@@ -23,12 +23,12 @@ class Dense(OneArray):
 
     @property
     def descriptions(self) -> tuple[str, ...]:
-        """In a user's words: the alternative to a table on a mesh."""
+        """In a user's words, the alternative to a table on a mesh."""
         return ("no mesh",)
 
     @property
     def noted(self) -> str | None:
-        """None: the rows are in row order."""
+        """None, since the rows are in row order."""
         return None
 
     def to_rows(self, leaf: PyTree) -> PyTree:

@@ -108,7 +108,7 @@ class RowGrad(RowArithmetic, metaclass=_KindOfRowGrad):
 
     @property
     def held(self) -> Held:
-        """The values as they are held: an array, or a `ByBag`."""
+        """The values as they are stored, an array or, for bags, one value for each bag."""
         return self._held
 
     @property

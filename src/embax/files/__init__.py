@@ -1,4 +1,6 @@
-"""Files: read text corpora, read and write vectors. Each format has a module in `_formats`."""
+"""Files: read text corpora, read and write vectors."""
+
+# Each format has a module in `_formats`.
 
 from ._formats.registry import FORMATS as FORMATS
 from ._formats.safetensors.file import read_safetensors as read_safetensors

@@ -1,7 +1,7 @@
 """carry_over: convert the state of an optimizer for tables that changed in mid-training.
 
 For instance, a table grows from 4 rows to 6 under Adam: rows 0 to 3 of both moments keep their values, rows 4 and 5
-are those of a new state, and the step counter goes on.
+start as in a new state, and the step counter keeps its value.
 """
 
 import math

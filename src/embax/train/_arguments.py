@@ -77,7 +77,7 @@ def checked(call: str, model: Model, given: Arguments) -> tuple[Arguments, Optio
     return given, Options(dim, given.window, given.negative, model, given.sample, given.seed, given.threads)
 
 
-def _lengths(argument: str, value: tuple[int, int]) -> tuple[int, int]:
+def _lengths(argument: str, value: object) -> tuple[int, int]:
     if not isinstance(value, tuple | list) or len(value) != 2:
         raise TypeError(f"`{argument}` must be two lengths, got {value!r}. Pass (3, 6), for instance.")
     minimum, maximum = (_at_least_one(argument, length) for length in value)

@@ -1,6 +1,7 @@
 """Word vectors by word2vec: skip-gram and CBOW with negative sampling."""
 
 import functools
+import math
 import os
 from collections.abc import Callable, Iterable, Sequence
 
@@ -13,12 +14,12 @@ from ..vectors import Vectors
 from . import _initial, _native
 from ._arguments import Arguments, EngineName, checked
 from ._corpus import Corpus, CorpusError, encode
-from ._engine import Engine, Initial, Model, Options, kept, noise_weights
+from ._engine import Engine, Learned, Model, Options, kept, noise_weights
 from ._held_out import EVERY, HeldOut, draw_held_out
 from ._loop import Epoch, Progress, Run, train
 from ._parts import Parts, parts_of
+from ._release import release_memory
 from ._resume import Checkpoints, fingerprint
-from ._segments import STEPS_A_CALL
 from ._subwords import NgramOptions, Pieces, finished, pieces_of
 from ._xla import Xla
 
@@ -73,16 +74,16 @@ def skipgram(
       negative: The number of noise words for each pair, drawn by the 0.75th power of their frequency.
       epochs: The number of passes over the corpus.
       min_count: Words that occur less often are removed.
-      sample: Words whose share of the text is larger are dropped at random, more often the more frequent they are; in
-        [0, 1], and 0 keeps all.
+      sample: Words whose share of the text is larger are dropped at random, frequent words more often; in [0, 1], and 0
+        keeps all.
       learning_rate: The initial learning rate, as in word2vec: the factor of the gradient of one pair. It falls
         linearly to a ten-thousandth of itself. In (0, 1].
       seed: The seed of all random numbers, 0 or more.
       initial: Vectors to continue from, with new text. Known words begin at their vectors, also those that occur less
-        than `min_count` times now; other words begin at fresh ones. The second table begins at zero, since files of
-        vectors lack it. Words that do not occur now keep their vectors, and counts are summed. Default: none.
-      subwords: Whether the vector of a word is the mean of a vector of its own and those of its n-grams (Bojanowski et
-        al.). The result then answers unknown words, too, and is saved as a model of fastText.
+        than `min_count` times now; other words begin with random ones. The second table begins at zero, since files of
+        vectors do not have it. Words that do not occur now keep their vectors, and counts are summed. Default: none.
+      subwords: Whether the vector of a word is the mean of a vector of its own and the vectors of its n-grams
+        (Bojanowski et al.). The result then has vectors for unknown words, too, and is saved as a model of fastText.
       ngram_lengths: With `subwords`, the lengths of the shortest and the longest n-grams, in characters; "<" and ">"
         around a word count.
       buckets: With `subwords`, the number of rows for n-grams, which are chosen by hashes, as in fastText. Memory
@@ -102,9 +103,9 @@ def skipgram(
       checkpoint: A directory that all processes can access, in which the run is saved at intervals. If it holds a
         checkpoint of the same run, with the same arguments, engine and number of devices, the run is resumed, with the
         same result as without the interruption. Default: none.
-      checkpoint_every: The number of steps between checkpoints, rounded up to a multiple of 32. An epoch has 500 to
-        1000 steps; a corpus of more than 4 million words has one step for each 4096 words. A call of the native engine,
-        of up to 131,072 words, counts as 32 steps.
+      checkpoint_every: The number of steps between checkpoints, with every engine. An epoch has 500 to 1000 steps; a
+        corpus of which subsampling leaves more than 4 million words has one for each 4096 of them. It is rounded up to
+        calls of the engine: 32 steps of the XLA engine, or up to 131,072 words of the native one.
 
     Returns:
       The vectors, by falling count and then by spelling. Their `metadata` name the model and the engine.
@@ -200,7 +201,7 @@ def cbow(
       learning_rate: The initial learning rate.
       seed: The seed of all random numbers.
       initial: Vectors to continue from.
-      subwords: Whether the vector of a word is the mean of a vector of its own and those of its n-grams.
+      subwords: Whether the vector of a word is the mean of a vector of its own and the vectors of its n-grams.
       ngram_lengths: The lengths of the shortest and the longest n-grams.
       buckets: The number of rows for n-grams.
       engine: The engine.
@@ -273,36 +274,38 @@ def _learned(model: Model, sequences: Iterable[Iterable[str | int]], given: Argu
         call=call,
     )
     held_out = _held_out(call, corpora.pop(), model, given) if given.held_out else None
-    tokens, counts = corpora[0].tokens, corpora[0].counts
+    release_memory()
+    vocabulary, counts = corpora[0].vocabulary, corpora[0].counts
     ngrams = NgramOptions(*given.ngram_lengths, given.buckets) if given.subwords else None
-    pieces = None if ngrams is None else pieces_of(tokens, ngrams)
+    pieces = None if ngrams is None else pieces_of(vocabulary, ngrams)
     engine = _engine_of(given, corpora, parts, options, pieces)
     saved = None
     if given.checkpoint is not None:
         of_run = {"epochs": given.epochs, "min_count": given.min_count, "learning_rate": given.learning_rate}
         of_run |= options._asdict() | {"mesh": given.mesh is not None, "initial": _initial.digest(given.initial)}
         of_run |= {"subwords": ngrams}
-        every = -(-given.checkpoint_every // STEPS_A_CALL)
+        every = max(1, math.ceil(given.checkpoint_every / engine.steps_a_batch))
         saved = Checkpoints(given.checkpoint, every, fingerprint(corpora, parts, of_run), engine.name, parts)
 
     def made(inputs: Float32[np.ndarray, "rows dim"]) -> Vectors:
         metadata = {"engine": engine.name, "model": model}
         if ngrams is None or pieces is None:
-            return _initial.joined(given.initial, tokens, inputs, counts, metadata)
-        weight, of_ngrams = finished(tokens, pieces, inputs, ngrams, options)
+            return _initial.joined(given.initial, vocabulary, inputs, counts, metadata)
+        weight, of_ngrams = finished(vocabulary, pieces, inputs, ngrams, options)
         return Vectors(of_ngrams.vocabulary, weight, counts, of_ngrams, metadata)
 
-    def after_epoch(call_back: Callable[[Epoch], object], number: int, vectors: Initial) -> object:
-        of_words = made(vectors[0])
-        weight = vectors[0] if pieces is None else of_words.weight
-        loss = None if held_out is None else held_out.loss(weight, vectors[1])
+    def after_epoch(call_back: Callable[[Epoch], object], number: int, learned: Learned) -> object:
+        inputs = learned[0].view()
+        inputs.flags.writeable = False  # those of the last epoch become the result
+        of_words = made(inputs)
+        weight = inputs if pieces is None else of_words.weight
+        loss = None if held_out is None else held_out.loss(weight, learned[1])
         return call_back(Epoch(number, given.epochs, of_words, loss))
 
     call_back = None if given.after_epoch is None else functools.partial(after_epoch, given.after_epoch)
     run = Run(given.epochs, int(counts.sum()), given.learning_rate, given.progress, call_back)
-    first = _initial.first_vectors(given.initial, tokens, options) if pieces is None else None
-    inputs, _ = train(engine, run, first, saved)
-    return made(inputs)
+    known = _initial.known_of(given.initial, vocabulary)
+    return made(train(engine, run, known, saved)[0])
 
 
 def _engine_of(

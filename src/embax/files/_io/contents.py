@@ -32,9 +32,9 @@ class DuplicateTokensWarning(UserWarning):
 class Contents(NamedTuple):
     """The contents of a file of vectors."""
 
-    vocabulary: Vocabulary
-    weight: Float[np.ndarray, "rows dim"]
-    counts: Int64[np.ndarray, " rows"] | None = None
+    vocabulary: Vocabulary  # the token of each row
+    weight: Float[np.ndarray, "rows dim"]  # the vectors
+    counts: Int64[np.ndarray, " rows"] | None = None  # how often each token occurs in the training text, if known
     subwords: Any = None  # the `Subwords` of a fastText model, or None
     metadata: Mapping[str, str] | None = None  # how the vectors were made, in words
 
