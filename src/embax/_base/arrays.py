@@ -2,10 +2,10 @@
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, ArrayLike, Shaped
+from jaxtyping import Array, PyTree, Shaped
 
 
-def as_jax(values: ArrayLike) -> Shaped[Array, "..."]:
+def as_jax(values: PyTree) -> Shaped[Array, "..."]:
     """Return values as an array of JAX; one that is an array of JAX already is returned itself.
 
     `jnp.asarray` compiles a program for each shape of a NumPy array (jax 0.10.2); `jnp.array` compiles none. Both copy.
