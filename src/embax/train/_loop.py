@@ -25,7 +25,7 @@ class Progress(NamedTuple):
     words: int  # words so far in all epochs, before subsampling
     total_words: int  # words of all epochs
     sampled_loss: Any  # (2,) float32: the loss summed over some pairs, and the number of these pairs
-    seconds: float  # since the first step began, compilation included
+    seconds: float  # since the first step began
     words_before: int = 0  # words of the earlier run that this one resumes
     engine: str = "xla"  # or "native"
     waited: float = 0.0  # for how many of these seconds the engine waited for its input

@@ -98,8 +98,8 @@ def skipgram(
         pairs of them, each with five noise words that stay the same; for CBOW, on centres and their windows.
       progress: Called after every few steps. It need not read `Progress.loss` each time. If it returns True, training
         ends, and the vectors of this moment are returned; with `checkpoint`, the run can be resumed from there.
-      after_epoch: Called after each epoch with its number and the vectors of this moment, whose weight is read-only. If
-        it returns True, training ends.
+      after_epoch: Called after each epoch with its number and the vectors of this moment, whose weight may be
+        read-only. If it returns True, training ends.
       mesh: A mesh of all devices to use. Default: none, only the default device.
       checkpoint: A directory that all processes can access, in which the run is saved at intervals. If it holds a
         checkpoint of the same run, with the same arguments, engine and number of devices, the run is resumed, with the

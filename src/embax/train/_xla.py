@@ -66,7 +66,7 @@ class Xla:
         counts = corpora[0].counts
         self._kept, self._pieces = kept(counts, options.sample), pieces
         self._noise = parts.everywhere(jnp.asarray(candidates.pieces(noise_weights(counts))))
-        self._on_cpu = all(device.platform == "cpu" for device in self._noise.devices())
+        self._on_cpu = _is_on_cpu(self._noise)
         self._plan = plan_of(options.model, options.window, options.negative)
         words = float(counts @ self._kept)
         self._shape = shape_of(self._plan.length, words, parts.number)
@@ -137,6 +137,10 @@ class Xla:
     def finish(self, state: State) -> Learned:
         """Return the vectors; on a CPU, in the memory of the tables."""
         return self.vectors(state)
+
+
+def _is_on_cpu(array: Array) -> bool:
+    return all(device.platform == "cpu" for device in array.devices())
 
 
 def _train(
