@@ -8,11 +8,12 @@ namespace embax {
 namespace {
 
 ffi::Error take(ffi::ThreadPool threads, ffi::AnyBuffer table, ffi::AnyBuffer ids, ffi::Result<ffi::AnyBuffer> out,
-                int32_t nan) {
+                int32_t nan, int32_t wrap) {
   return guarded([&] {
     const Named of_table{"table", table}, of_out{"out", *out};
     const int64_t row_bytes = row_bytes_of(of_table);
-    const Ids which = ids_of({"ids", ids});
+    Ids which = ids_of({"ids", ids});
+    if (wrap) which.from_end = of_table.axis(0);
     expect_dtype(of_out, table.element_type());
     expect_rows(of_out, of_table, which.number);
     const std::string fill = fill_row(of_table, nan);
@@ -66,11 +67,12 @@ ffi::Error combine(ffi::ThreadPool threads, ffi::AnyBuffer ids, ffi::AnyBuffer v
 }
 
 ffi::Error pool(ffi::ThreadPool threads, ffi::AnyBuffer table, ffi::AnyBuffer ids, ffi::AnyBuffer offsets,
-                ffi::AnyBuffer factors, ffi::Result<ffi::AnyBuffer> out, int32_t nan) {
+                ffi::AnyBuffer factors, ffi::Result<ffi::AnyBuffer> out, int32_t nan, int32_t wrap) {
   return guarded([&] {
     const Named of_table{"table", table}, of_ids{"ids", ids}, of_offsets{"offsets", offsets}, of_out{"out", *out};
     const Table rows = table_of(of_table);
-    const Ids which = ids_of(of_ids);
+    Ids which = ids_of(of_ids);
+    if (wrap) which.from_end = rows.rows;
     if (of_out.rank() < 1) refuse(of_out, "of one axis or more");
     Bags bags{of_out.axis(0), nullptr, factors_of({"factors", factors}, which.number)};
     expect_dtype(of_out, accumulator_of(of_table));
@@ -100,7 +102,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(EmbaxTake, embax::take,
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Ret<ffi::AnyBuffer>()
-                                  .Attr<int32_t>("nan"));
+                                  .Attr<int32_t>("nan")
+                                  .Attr<int32_t>("wrap"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(EmbaxPut, embax::put,
                               ffi::Ffi::Bind()
@@ -132,4 +135,5 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(EmbaxPool, embax::pool,
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Ret<ffi::AnyBuffer>()
-                                  .Attr<int32_t>("nan"));
+                                  .Attr<int32_t>("nan")
+                                  .Attr<int32_t>("wrap"));

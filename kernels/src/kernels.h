@@ -23,9 +23,13 @@ struct Ids {
   const void* data;
   int64_t number;
   bool wide;  // int64; else int32
+  int64_t from_end = 0;  // the number of rows if ids in [-rows, 0) count from the end; else 0
+
   int64_t operator[](int64_t i) const {
-    return wide ? static_cast<const int64_t*>(data)[i] : static_cast<const int32_t*>(data)[i];
+    const int64_t id = wide ? static_cast<const int64_t*>(data)[i] : static_cast<const int32_t*>(data)[i];
+    return row_of(id, from_end);
   }
+  static int64_t row_of(int64_t id, int64_t from_end) { return id < 0 ? id + from_end : id; }
 };
 
 // Rows of one width behind one another.
@@ -122,7 +126,8 @@ struct Kernels {
   // The sums of the gradients of each distinct id, and how many there are. Behind them, ids are `rows`, sums zero.
   int64_t (*combine)(const Pool&, int64_t rows, Ids, const Gradients&, void* out_ids, void* out_sums);
 
-  // out[b] = the sum of the rows of bag b times their factors. The smallest id counts not at all; `fill` is one row.
+  // out[b] = the sum of the rows of bag b times their factors. The smallest id counts not at all, unless ids count from
+  // the end; `fill` is one row.
   void (*pool)(const Pool&, Table, Ids, const Bags&, const void* fill, void* out);
 
   // One step of an optimizer on the rows with an id, in place.

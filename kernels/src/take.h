@@ -10,12 +10,12 @@ namespace embax::EMBAX_ISA {
 
 // Copies rows of kRow bytes, or of any size if kRow is 0. A copy of constant size is compiled without a call.
 template <int kRow, typename Id>
-void take_some(const char* table, int64_t rows, int64_t row_bytes, const Id* ids, const char* fill, char* out,
-               int64_t from, int64_t to) {
+void take_some(const char* table, int64_t rows, int64_t row_bytes, const Id* ids, int64_t from_end, const char* fill,
+               char* out, int64_t from, int64_t to) {
   const size_t bytes = kRow ? kRow : static_cast<size_t>(row_bytes);
   const int64_t ahead = distance(row_bytes);
   const auto row = [&](int64_t i) {
-    const int64_t id = ids[i];
+    const int64_t id = Ids::row_of(ids[i], from_end);
     return has_row(id, rows) ? table + id * static_cast<int64_t>(bytes) : fill;
   };
   for (int64_t i = from; i < smaller(from + ahead, to); ++i) fetch_to_read(row(i), bytes);
@@ -28,11 +28,11 @@ void take_some(const char* table, int64_t rows, int64_t row_bytes, const Id* ids
 }
 
 template <typename Id>
-void take_ids(const char* table, int64_t rows, int64_t row_bytes, const Id* ids, const char* fill, char* out,
-              int64_t from, int64_t to) {
+void take_ids(const char* table, int64_t rows, int64_t row_bytes, const Id* ids, int64_t from_end, const char* fill,
+              char* out, int64_t from, int64_t to) {
   switch (row_bytes) {
 #define EMBAX_OF(bytes) \
-  case bytes: return take_some<bytes>(table, rows, row_bytes, ids, fill, out, from, to)
+  case bytes: return take_some<bytes>(table, rows, row_bytes, ids, from_end, fill, out, from, to)
     EMBAX_OF(2);
     EMBAX_OF(4);
     EMBAX_OF(8);
@@ -43,7 +43,7 @@ void take_ids(const char* table, int64_t rows, int64_t row_bytes, const Id* ids,
     EMBAX_OF(256);
     EMBAX_OF(512);
 #undef EMBAX_OF
-    default: return take_some<0>(table, rows, row_bytes, ids, fill, out, from, to);
+    default: return take_some<0>(table, rows, row_bytes, ids, from_end, fill, out, from, to);
   }
 }
 
@@ -52,8 +52,8 @@ inline void take(const Pool& pool, const void* table, int64_t rows, int64_t row_
   if (row_bytes == 0) return;
   with_ids(ids, [&](auto* id) {
     in_pieces(pool, ids.number, row_bytes, [&](int64_t from, int64_t to) {
-      take_ids(static_cast<const char*>(table), rows, row_bytes, id, static_cast<const char*>(fill),
-               static_cast<char*>(out), from, to);
+      take_ids(static_cast<const char*>(table), rows, row_bytes, id, ids.from_end,
+               static_cast<const char*>(fill), static_cast<char*>(out), from, to);
     });
   });
 }

@@ -45,9 +45,9 @@ def rounding(dtype):
     return float(ml_dtypes.finfo(dtype).eps)
 
 
-def take(table, ids, nan=0):
+def take(table, ids, nan=0, wrap=0):
     out = jax.ShapeDtypeStruct((*ids.shape, *table.shape[1:]), table.dtype)
-    return jax.ffi.ffi_call("raw_Take", out)(table, ids, nan=np.int32(nan))
+    return jax.ffi.ffi_call("raw_Take", out)(table, ids, nan=np.int32(nan), wrap=np.int32(wrap))
 
 
 def put(table, ids, values, add=0):
@@ -62,9 +62,10 @@ def combine(ids, values, rows, length=1, bag_of=NOTHING, factors=NO_FACTORS):
     return jax.ffi.ffi_call("raw_Combine", out)(ids, values, bag_of, factors, **attributes)
 
 
-def pool(table, ids, bags, offsets=NOTHING, factors=NO_FACTORS, nan=0):
+def pool(table, ids, bags, offsets=NOTHING, factors=NO_FACTORS, nan=0, wrap=0):
     out = jax.ShapeDtypeStruct((bags, *table.shape[1:]), accumulator(table.dtype))
-    return jax.ffi.ffi_call("raw_Pool", out)(table, ids, offsets, factors, nan=np.int32(nan))
+    attributes = {"nan": np.int32(nan), "wrap": np.int32(wrap)}
+    return jax.ffi.ffi_call("raw_Pool", out)(table, ids, offsets, factors, **attributes)
 
 
 def step(name, arrays, ids, values, scalars, length=1, bag_of=NOTHING, factors=NO_FACTORS, decay=0, **more):

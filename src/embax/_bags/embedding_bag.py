@@ -103,7 +103,9 @@ def _pool(
     # Unused places of a Ragged get the sentinel, so that `scale_grad_by_freq` does not count them as some row.
     resolved = jnp.where(counted, resolved, table.rows)
     counted = counted & ~_ids.is_padding(resolved, table.padding_idx)
-    return divided(pool_rows(table, resolved, counted, weights, layout, mode), counted, weights, layout, mode)
+    given = _ids.unwrapped(ids, table) if offsets is None and table.padding_idx is None else None
+    pooled = pool_rows(table, resolved, counted, weights, layout, mode, given)
+    return divided(pooled, counted, weights, layout, mode)
 
 
 class Read(NamedTuple):

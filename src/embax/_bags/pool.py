@@ -66,6 +66,7 @@ def pool_rows(
     weights: Float[Array, "*batch"] | None,
     layout: BagLayout,
     mode: Mode,
+    given: Int[Array, "*batch"] | None = None,
 ) -> Float[Array, "*bags_dim"]:
     """Sum the rows of each bag, or take their largest values. `divided` turns sums into the other modes.
 
@@ -76,6 +77,7 @@ def pool_rows(
       weights: A factor for each id, in the dtype of sums, or None.
       layout: Which ids belong to which bag.
       mode: How rows are pooled.
+      given: The ids from `_ids.unwrapped`, if all of them count.
 
     Returns:
       One vector for each bag; sums are in float32 or wider.
@@ -84,7 +86,7 @@ def pool_rows(
         table = dataclasses.replace(table, out_of_range="nan")
     if mode == "max":
         return _largest(read_resolved(table, ids, counted), counted, layout)
-    return _sum_of_rows(table, ids, counted, weights, layout.offsets, layout.shape)
+    return _sum_of_rows(table, ids, counted, weights, layout.offsets, layout.shape, given)
 
 
 def _sum_of_rows(
@@ -94,10 +96,11 @@ def _sum_of_rows(
     weights: Float[Array, "*batch"] | None,
     offsets: Int32[Array, " bags_and_1"] | None,
     shape: tuple[int, ...],
+    given: Int[Array, "*batch"] | None,
 ) -> Float[Array, "*bags_dim"]:
     """Sum the rows of bags. The value needs no array of all rows; its derivative does, so it is stated separately."""
     held = None if weights is None else jax.lax.stop_gradient(weights)
-    total = _held_sum(constant(table), ids, counted, held, offsets, shape)
+    total = _held_sum(constant(table), ids, counted, held, offsets, shape, given)
     rules, of_ids = with_weight(table, None), {"ids": ids, "counted": counted, "offsets": offsets}
     if jnp.issubdtype(table.dtype, jnp.inexact) and not table.freeze:
         function, others = _flat(_by_rows, of_ids | {"weights": weights}, rules=rules, shape=shape)
@@ -190,6 +193,7 @@ def _held_sum(
     weights: Float[Array, "*batch"] | None,
     offsets: Int32[Array, " bags_and_1"] | None,
     shape: tuple[int, ...],
+    given: Int[Array, "*batch"] | None = None,
 ) -> Float[Array, "*bags_dim"]:
     inputs: Array
     if offsets is None and table.storage.pools(table, shape, ids.shape[-1], weights is not None):
@@ -221,7 +225,7 @@ def _held_sum(
         total = add(terms, start, inputs, counted, weights)
     else:
         total = _by_pieces(add, terms, start, inputs, counted, weights, offsets)
-    return table.storage.bags_by_kernel(total, table, ids, counted, weights, offsets)
+    return table.storage.bags_by_kernel(total, table, ids, counted, weights, offsets, given)
 
 
 def _terms(

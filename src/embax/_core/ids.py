@@ -95,6 +95,11 @@ def resolve(ids: Ids, rows: int, out_of_range: OutOfRange, wrap: bool = True) ->
     return numbers if wrap else jnp.where(numbers < 0, rows, numbers)
 
 
+def unwrapped(ids: Ids, table: Table) -> Int[Array, "*batch"] | None:
+    """Return prepared ids for a kernel that wraps negative ones itself; None if `resolve` does more than this."""
+    return as_jax(ids) if table.out_of_range != "clip" and ids.dtype in (np.int32, np.int64) else None
+
+
 def padding_rows(padding_idx: PaddingRows) -> tuple[int, ...]:
     """List the padding rows of a table."""
     return () if padding_idx is None else padding_idx if isinstance(padding_idx, tuple) else (padding_idx,)

@@ -98,22 +98,30 @@ def read(
     Returns:
       The rows.
     """
-    rows = read_resolved(table, _ids.resolve(ids, table.rows, table.out_of_range), counted)
+    given = _ids.unwrapped(ids, table) if counted is None else None
+    rows = read_resolved(table, _ids.resolve(ids, table.rows, table.out_of_range), counted, given)
     return rows if dtype is None else rows.astype(dtype)
 
 
 @functools.partial(jax.jit, inline=True)
 def read_resolved(
-    table: Table, ids: Int[Array, "*batch"], counted: Bool[Array, "*batch"] | None = None
+    table: Table,
+    ids: Int[Array, "*batch"],
+    counted: Bool[Array, "*batch"] | None = None,
+    given: Int[Array, "*batch"] | None = None,
 ) -> Shaped[Array, "*batch_dim"]:
-    """`read` of row numbers as `_ids.resolve` gives them."""
-    return clipped_rows(table, ids, _gather(table, ids, counted))
+    """`read` of row numbers as `_ids.resolve` gives them; `given` is `_ids.unwrapped`, if all of them count."""
+    return clipped_rows(table, ids, _gather(table, ids, counted, given))
 
 
 def _gather(
-    table: Table, ids: Int[Array, "*batch"], counted: Bool[Array, "*batch"] | None
+    table: Table,
+    ids: Int[Array, "*batch"],
+    counted: Bool[Array, "*batch"] | None,
+    given: Int[Array, "*batch"] | None,
 ) -> Shaped[Array, "*batch_dim"]:
-    rows = _take(constant(table), _or_first(table, ids, counted), _fill_value(table))
+    weight = jax.lax.stop_gradient(table.weight)
+    rows = table.storage.take(weight, _or_first(table, ids, counted), _fill_value(table), given=given)
     if table.freeze or not jnp.issubdtype(table.dtype, jnp.inexact):
         return rows
     tangent = functools.partial(rows_of_tangent, with_weight(table, None))
@@ -254,11 +262,6 @@ def _fill_value(table: Table) -> float:
 def constant(table: Table) -> Table:
     """Return the table without derivatives, by `stop_gradient`."""
     return with_weight(table, jax.lax.stop_gradient(table.weight))
-
-
-def _take(table: Table, ids: Int[Array, "*batch"], fill_value: float) -> Shaped[Array, "*batch_dim"]:
-    """Read rows without applying any rule; `fill_value` where an id has no row."""
-    return table.storage.take(table.weight, ids, fill_value)
 
 
 def _over_rows(values: Shaped[Array, "*batch"], rows: Shaped[Array, "*batch_dim"]) -> Shaped[Array, "*batch_ones"]:

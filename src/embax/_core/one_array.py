@@ -66,12 +66,16 @@ class OneArray(Storage):
 
     # ---- Rows in and out.
 
-    def take(self, leaf: Array, ids: Array, fill_value: float, *, linear: bool = False) -> Array:
+    def take(
+        self, leaf: Array, ids: Array, fill_value: float, *, linear: bool = False, given: Array | None = None
+    ) -> Array:
         """Gather the rows."""
         if leaf.shape[0] == 0:  # XLA has no gather from nothing
             return jnp.full((*ids.shape, *leaf.shape[1:]), fill_value, leaf.dtype)
         sharding = explicit_sharding(ids, trailing=leaf.ndim - 1)
-        return _take.take(leaf, self.positions(ids, leaf.shape[0]), fill_value, sharding, linear=linear)
+        places = self.positions(ids, leaf.shape[0])
+        given = given if places is ids else None  # the kernel knows the order of ids only
+        return _take.take(leaf, places, fill_value, sharding, linear=linear, given=given)
 
     def put(self, leaf: Array, ids: Array, values: Array, mode: WriteMode) -> Array:
         """Scatter the rows."""
@@ -171,13 +175,21 @@ class OneArray(Storage):
         return explicit_sharding(tangent) is None and explicit_sharding(ids) is None
 
     def bags_by_kernel(
-        self, plain: Array, table: Any, ids: Array, counted: Array, weights: Array | None, offsets: Array | None
+        self,
+        plain: Array,
+        table: Any,
+        ids: Array,
+        counted: Array,
+        weights: Array | None,
+        offsets: Array | None,
+        given: Array | None = None,
     ) -> Array:
         """Sum by a kernel, on a CPU; tables with `max_norm` have no kernel."""
         if table.max_norm is not None:
             return plain
         places, nan = self.positions(ids, table.weight.shape[0]), table.out_of_range != "zero"
-        return _pool.pool(plain, table.weight, places, counted, weights, offsets, nan=nan)
+        given = given if places is ids else None
+        return _pool.pool(plain, table.weight, places, counted, weights, offsets, nan=nan, given=given)
 
     def summed_by(self, bags: Array, terms: Array, number: int) -> Array:
         """Scatter-add the terms into zeros."""

@@ -96,11 +96,18 @@ class Storage(abc.ABC):
 
     @abc.abstractmethod
     def take(
-        self, leaf: Weight, ids: Int[Array, "*batch"], fill_value: float, *, linear: bool = False
+        self,
+        leaf: Weight,
+        ids: Int[Array, "*batch"],
+        fill_value: float,
+        *,
+        linear: bool = False,
+        given: Int[Array, "*batch"] | None = None,
     ) -> Shaped[Array, "*batch_dim"]:
         """Read a row for each id, laid out as the ids; `fill_value` where an id has no row.
 
         `linear` says that the leaf is a tangent: the read is transposed, or fused with the code that makes the tangent.
+        `given` are the ids as `_ids.unwrapped` returns them, which a kernel may read instead.
         """
 
     @abc.abstractmethod
@@ -258,8 +265,9 @@ class Storage(abc.ABC):
         counted: Bool[Array, "*batch"],
         weights: Float[Array, "*batch"] | None,
         offsets: Int32[Array, " bags_and_1"] | None,
+        given: Int[Array, "*batch"] | None = None,
     ) -> Float[Array, "*bags_dim"]:
-        """Sum the rows of bags by a kernel; return the plain sums if there is no kernel."""
+        """Sum the rows of bags by a kernel; return the plain sums if there is no kernel. `given` is as in `take`."""
         return plain
 
     @abc.abstractmethod

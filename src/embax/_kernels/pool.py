@@ -19,6 +19,7 @@ def pool(
     offsets: Int32[Array, " bags_and_1"] | None,
     *,
     nan: bool,
+    given: Int[Array, "*batch"] | None = None,
 ) -> Float[Array, "*bags_dim"]:
     """Sum the rows of bags.
 
@@ -30,18 +31,23 @@ def pool(
       weights: A factor for each id, in the dtype of the sums.
       offsets: The place where each bag begins, and the end of the last one.
       nan: Whether an id that counts and has no row adds NaN; else it adds nothing.
+      given: As in `take`; all of them count.
 
     Returns:
       A sum for each bag, in the dtype of `plain`.
     """
-    if not (has("pool") and table.dtype in FLOATS and fits(plain, table, ids=ids)):
+    if not (has("pool") and table.dtype in FLOATS and fits(plain, table, ids=ids if given is None else given)):
         return plain
-    skip = jnp.asarray(np.iinfo(ids.dtype).min, ids.dtype)
-    # Ids that do not count are marked by `skip`. An id that is this number itself has no row either, but counts.
-    marked = jnp.where(counted, jnp.maximum(ids, skip + 1), skip)
-    flat = jnp.reshape(plain, (-1, *table.shape[1:])), table, jnp.ravel(marked)
+    if given is None:
+        skip = jnp.asarray(np.iinfo(ids.dtype).min, ids.dtype)
+        # Ids that do not count are marked by `skip`. An id that is this number itself has no row either, but counts.
+        read = jnp.where(counted, jnp.maximum(ids, skip + 1), skip)
+    else:
+        read = given
+    flat = jnp.reshape(plain, (-1, *table.shape[1:])), table, jnp.ravel(read)
     others = [x for x in (offsets, None if weights is None else jnp.ravel(weights)) if x is not None]
-    (sums,) = pool_p.bind(*flat, *others, ragged=offsets is not None, weighted=weights is not None, nan=nan)
+    how = {"ragged": offsets is not None, "weighted": weights is not None, "nan": nan, "wrap": given is not None}
+    (sums,) = pool_p.bind(*flat, *others, **how)
     return jnp.reshape(sums, plain.shape)
 
 
@@ -51,12 +57,12 @@ def _apart(others: Sequence[Array], ragged: bool, weighted: bool) -> tuple[Array
 
 
 def _by_kernel(
-    outs: Outs, table: Array, ids: Array, *others: Array, ragged: bool, weighted: bool, nan: bool
+    outs: Outs, table: Array, ids: Array, *others: Array, ragged: bool, weighted: bool, nan: bool, wrap: bool
 ) -> list[Array]:
     offsets, weights = _apart(others, ragged, weighted)
     offsets = jnp.zeros(0, jnp.int32) if offsets is None else offsets
     weights = jnp.zeros(0, outs[0].dtype) if weights is None else weights
-    return call("pool", outs, table, ids, offsets, weights, nan=np.int32(nan))
+    return call("pool", outs, table, ids, offsets, weights, nan=np.int32(nan), wrap=np.int32(wrap))
 
 
 def _batched(plain: Array, args: Sequence[Array], axes: Sequence[int | None], **params: Hashable) -> Array | None:

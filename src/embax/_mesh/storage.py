@@ -97,7 +97,9 @@ class Sharded(Storage):
 
     # ---- Rows in and out.
 
-    def take(self, leaf: Array, ids: Array, fill_value: float, *, linear: bool = False) -> Array:
+    def take(
+        self, leaf: Array, ids: Array, fill_value: float, *, linear: bool = False, given: Array | None = None
+    ) -> Array:
         """Fetch the rows from their owners."""
         return _sharded.take(self.placement, leaf, ids, fill_value)
 
