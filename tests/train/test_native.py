@@ -70,7 +70,7 @@ def test_one_thread_trains_to_the_same_bytes(model):
 
     def trained(**more):
         engine = Native(corpus, options(model=model, **more))
-        return _loop.train(engine, _loop.Run(2, int(corpus.counts.sum()), 0.05), None, None)
+        return _loop.train(engine, _loop.Run(2, int(corpus.counts.sum()), 0.05))
 
     (inputs, outputs), again, other, threads = trained(), trained(), trained(seed=1), trained(threads=3)
     assert inputs.shape == outputs.shape == (len(corpus.tokens), DIM)
@@ -203,7 +203,7 @@ def test_training_stays_bounded_on_few_words_at_a_high_rate(text, model, window,
         pieces = Pieces(np.arange(0, 5 * rows + 1, 5), ids.ravel().astype(np.int32), np.arange(20))
     engine = Native(corpus, options(model=model, window=window, negative=negative), pieces)
     run = _loop.Run(10, int(corpus.counts.sum()), 0.1, reports.append)
-    inputs, outputs = _loop.train(engine, run, None, None)
+    inputs, outputs = _loop.train(engine, run)
     assert inputs.shape[0] == (rows + 20 if subwords else rows)
     # CBOW learns the text of nine words by heart, so its vectors grow as long as the loss falls.
     most = 20 if model == "skipgram" else 200
@@ -222,7 +222,7 @@ def test_products_approach_the_shifted_mutual_information():
         words.append(min(int(np.searchsorted(np.cumsum(chances[words[-1]]), draw)), 5))
     corpus = corpus_of([[str(word) for word in words]])
     engine = Native(corpus, options(window=1, negative=2))
-    inputs, outputs = _loop.train(engine, _loop.Run(6, len(words), 0.1), None, None)
+    inputs, outputs = _loop.train(engine, _loop.Run(6, len(words), 0.1))
     rows = np.asarray([corpus.tokens.index(str(word)) for word in words])
     pairs = np.zeros((6, 6))
     np.add.at(pairs, (rows[1:], rows[:-1]), 1)

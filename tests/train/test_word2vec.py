@@ -67,7 +67,7 @@ def test_products_approach_the_shifted_mutual_information():
     text = [[str(word) for word in words]]
     (corpus,) = encode(text, 1, _parts.WHOLE)
     engine = _xla.Xla([corpus], _parts.WHOLE, _engine.Options(DIM, 1, 2, "skipgram", np.inf, 0))
-    inputs, outputs = _loop.train(engine, _loop.Run(6, len(words), 0.1), None, None)
+    inputs, outputs = _loop.train(engine, _loop.Run(6, len(words), 0.1))
     rows = np.asarray([corpus.tokens.index(str(word)) for word in words])
     pairs = np.zeros((6, 6))
     np.add.at(pairs, (rows[1:], rows[:-1]), 1)

@@ -36,7 +36,7 @@ class Options(NamedTuple):
 
 
 class Known(NamedTuple):
-    """Vectors to begin at: row `rows[k]` of the inputs begins at `weight[at[k]]`."""
+    """Vectors to begin at: row `rows[k]` of a table begins at `weight[at[k]]`."""
 
     rows: Int64[np.ndarray, " known"]
     at: Int64[np.ndarray, " known"]
@@ -55,8 +55,8 @@ class Engine(Protocol):
     # The mean number of steps in a batch. A step has as many words with every engine, see `_segments.words_a_step`.
     steps_a_batch: float
 
-    def start(self, known: Known | None) -> PyTree:
-        """Make the state, a pytree of arrays: inputs by `fill_inputs`, and outputs of zero, as in word2vec.c."""
+    def start(self, inputs: Known | None = None, outputs: Known | None = None) -> PyTree:
+        """Make the state, a pytree of arrays. Unknown inputs are random, and unknown outputs zero, as in word2vec.c."""
         ...
 
     def batches(self, epoch: int) -> Iterator[Any]:
@@ -123,7 +123,13 @@ def fill_inputs(inputs: Float32[np.ndarray, "rows dim"], options: Options, known
         drawn -= np.float32(0.5)
         drawn *= np.float32(2 / options.dim)
         inputs[first : first + _AT_ONCE] = drawn
-    if known is not None:
-        for first in range(0, len(known.rows), _AT_ONCE):
-            some = slice(first, first + _AT_ONCE)
-            inputs[known.rows[some]] = known.weight[known.at[some]]
+    fill_known(inputs, known)
+
+
+def fill_known(table: Float32[np.ndarray, "rows dim"], known: Known | None) -> None:
+    """Write known vectors into a table, some at a time."""
+    if known is None:
+        return
+    for first in range(0, len(known.rows), _AT_ONCE):
+        some = slice(first, first + _AT_ONCE)
+        table[known.rows[some]] = known.weight[known.at[some]]

@@ -67,19 +67,24 @@ class Run(NamedTuple):
     after_epoch: Callable[[int, Learned], object] | None = None  # gets the number of the epoch, and the vectors
 
 
-def train(engine: Engine, run: Run, known: Known | None, saved: Checkpoints | None) -> Learned:
+def train(
+    engine: Engine,
+    run: Run,
+    known: tuple[Known | None, Known | None] = (None, None),
+    saved: Checkpoints | None = None,
+) -> Learned:
     """Train, from the last checkpoint on if there is one, until the end or a callback returns True.
 
     Args:
       engine: Runs the steps.
       run: The epochs and rates.
-      known: Vectors to begin at; None: only fresh ones.
+      known: Input and output vectors to begin at; None: only fresh ones.
       saved: The checkpoints, or None.
 
     Returns:
       The input and output vectors.
     """
-    state, at, total = engine.start(known), Position(), run.epochs * run.words
+    state, at, total = engine.start(*known), Position(), run.epochs * run.words
     if saved is not None:
         state, at = saved.restore(state)
     began, waited, words_before, loss_before, ends = time.monotonic(), 0.0, at.words, None, False

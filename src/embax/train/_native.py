@@ -14,7 +14,7 @@ from jaxtyping import Float32, Float64, Int32, UInt32
 
 from .._kernels import words as _kernel
 from ._corpus import BREAK, Corpus
-from ._engine import Known, Learned, Options, aligned_zeros, fill_inputs, kept, noise_weights
+from ._engine import Known, Learned, Options, aligned_zeros, fill_inputs, fill_known, kept, noise_weights
 from ._segments import words_a_step
 from ._subwords import Pieces
 
@@ -54,12 +54,13 @@ class Native:
         of_words = (none, none) if pieces is None else (pieces.starts.astype(np.int32), pieces.ids)
         self._words = _kernel.Words(_threshold(likely), *alias_tables(noise_weights(corpus.counts)), *of_words)
 
-    def start(self, known: Known | None) -> _kernel.Tables:
+    def start(self, inputs: Known | None = None, outputs: Known | None = None) -> _kernel.Tables:
         """Make both tables, with zeros behind each vector."""
         dim, rows = self._options.dim, self._rows if self._pieces is None else self._pieces.rows
         stride = -(-dim // _kernel.LINE) * _kernel.LINE
         tables = _kernel.Tables(aligned_zeros((rows, stride)), aligned_zeros((self._rows, stride)))
-        fill_inputs(tables.inputs[:, :dim], self._options, known)
+        fill_inputs(tables.inputs[:, :dim], self._options, inputs)
+        fill_known(tables.outputs[:, :dim], outputs)
         return tables
 
     def batches(self, epoch: int) -> Iterator[Batch]:

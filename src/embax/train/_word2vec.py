@@ -36,6 +36,7 @@ def skipgram(
     learning_rate: float = 0.025,
     seed: int = 0,
     initial: Vectors | None = None,
+    initial_second: Vectors | None = None,
     subwords: bool = False,
     ngram_lengths: tuple[int, int] = (3, 6),
     buckets: int = 2_000_000,
@@ -43,6 +44,7 @@ def skipgram(
     threads: int = 1,
     max_vocabulary: int = MAX_VOCABULARY,
     held_out: bool = False,
+    keep_second: Callable[[Vectors], object] | None = None,
     progress: Callable[[Progress], object] | None = None,
     after_epoch: Callable[[Epoch], object] | None = None,
     mesh: Mesh | None = None,
@@ -80,8 +82,10 @@ def skipgram(
         linearly to a ten-thousandth of itself. In (0, 1].
       seed: The seed of all random numbers, 0 or more.
       initial: Vectors to continue from, with new text. Known words begin at their vectors, also those that occur less
-        than `min_count` times now; other words begin with random ones. The second table begins at zero, since files of
-        vectors do not have it. Words that do not occur now keep their vectors, and counts are summed. Default: none.
+        than `min_count` times now; other words begin with random ones. Words that do not occur now keep their vectors,
+        and counts are summed. Default: none.
+      initial_second: With `initial`, the second table (the vectors `u`) of the run that made it, from `keep_second`.
+        Default: the second table begins at zero, since files of vectors do not have it, and is learned anew first.
       subwords: Whether the vector of a word is the mean of a vector of its own and the vectors of its n-grams
         (Bojanowski et al.). The result then has vectors for unknown words, too, and is saved as a model of fastText.
       ngram_lengths: With `subwords`, the lengths of the shortest and the longest n-grams, in characters; "<" and ">"
@@ -96,6 +100,7 @@ def skipgram(
         mesh, each device counts the words of its part.
       held_out: Hold out every 20th sequence, which is not trained on. `Epoch.held_out` is the loss on up to 60,000
         pairs of them, each with five noise words that stay the same; for CBOW, on centres and their windows.
+      keep_second: Called with the second table at the end, as Vectors, for a later run to continue from.
       progress: Called after every few steps. It need not read `Progress.loss` each time. If it returns True, training
         ends, and the vectors of this moment are returned; with `checkpoint`, the run can be resumed from there.
       after_epoch: Called after each epoch with its number and the vectors of this moment, whose weight may be
@@ -143,6 +148,7 @@ def skipgram(
         learning_rate=learning_rate,
         seed=seed,
         initial=initial,
+        initial_second=initial_second,
         subwords=subwords,
         ngram_lengths=ngram_lengths,
         buckets=buckets,
@@ -150,6 +156,7 @@ def skipgram(
         threads=threads,
         max_vocabulary=max_vocabulary,
         held_out=held_out,
+        keep_second=keep_second,
         progress=progress,
         after_epoch=after_epoch,
         mesh=mesh,
@@ -171,6 +178,7 @@ def cbow(
     learning_rate: float = 0.025,
     seed: int = 0,
     initial: Vectors | None = None,
+    initial_second: Vectors | None = None,
     subwords: bool = False,
     ngram_lengths: tuple[int, int] = (3, 6),
     buckets: int = 2_000_000,
@@ -178,6 +186,7 @@ def cbow(
     threads: int = 1,
     max_vocabulary: int = MAX_VOCABULARY,
     held_out: bool = False,
+    keep_second: Callable[[Vectors], object] | None = None,
     progress: Callable[[Progress], object] | None = None,
     after_epoch: Callable[[Epoch], object] | None = None,
     mesh: Mesh | None = None,
@@ -202,6 +211,7 @@ def cbow(
       learning_rate: The initial learning rate.
       seed: The seed of all random numbers.
       initial: Vectors to continue from.
+      initial_second: The second table of the run that made `initial`.
       subwords: Whether the vector of a word is the mean of a vector of its own and the vectors of its n-grams.
       ngram_lengths: The lengths of the shortest and the longest n-grams.
       buckets: The number of rows for n-grams.
@@ -209,6 +219,7 @@ def cbow(
       threads: The number of threads of the native engine.
       max_vocabulary: The most words to keep.
       held_out: Hold out every 20th sequence.
+      keep_second: Called with the second table at the end.
       progress: Called after every few steps.
       after_epoch: Called after each epoch.
       mesh: A mesh of all devices to use.
@@ -245,6 +256,7 @@ def cbow(
         learning_rate=learning_rate,
         seed=seed,
         initial=initial,
+        initial_second=initial_second,
         subwords=subwords,
         ngram_lengths=ngram_lengths,
         buckets=buckets,
@@ -252,6 +264,7 @@ def cbow(
         threads=threads,
         max_vocabulary=max_vocabulary,
         held_out=held_out,
+        keep_second=keep_second,
         progress=progress,
         after_epoch=after_epoch,
         mesh=mesh,
@@ -284,7 +297,7 @@ def _learned(model: Model, sequences: Iterable[Iterable[str | int]], given: Argu
     if given.checkpoint is not None:
         of_run = {"epochs": given.epochs, "min_count": given.min_count, "learning_rate": given.learning_rate}
         of_run |= options._asdict() | {"mesh": given.mesh is not None, "initial": _initial.digest(given.initial)}
-        of_run |= {"subwords": ngrams}
+        of_run |= {"subwords": ngrams, "initial_second": _initial.digest(given.initial_second)}
         every = max(1, math.ceil(given.checkpoint_every / engine.steps_a_batch))
         saved = Checkpoints(given.checkpoint, every, fingerprint(corpora, parts, of_run), engine.name, parts)
 
@@ -305,8 +318,15 @@ def _learned(model: Model, sequences: Iterable[Iterable[str | int]], given: Argu
 
     call_back = None if given.after_epoch is None else functools.partial(after_epoch, given.after_epoch)
     run = Run(given.epochs, int(counts.sum()), given.learning_rate, given.progress, call_back)
-    known = _initial.known_of(given.initial, vocabulary)
-    return made(train(engine, run, known, saved)[0])
+    known = _initial.known_of(given.initial, vocabulary), _initial.known_of(given.initial_second, vocabulary)
+    inputs, outputs = train(engine, run, known, saved)
+    if given.keep_second is not None:
+        metadata = {"engine": engine.name, "model": model, "table": "second"}
+        second = np.ascontiguousarray(outputs)
+        given.keep_second(_initial.joined(given.initial_second, vocabulary, second, counts, metadata))
+        del second
+    del outputs
+    return made(inputs)
 
 
 def _engine_of(

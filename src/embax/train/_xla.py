@@ -18,7 +18,7 @@ from .._gradients.row_grad import row_grad
 from .._heads import candidates
 from ..sharding import shard, unshard
 from ._corpus import Corpus
-from ._engine import Known, Learned, Options, aligned_zeros, fill_inputs, kept, noise_weights
+from ._engine import Known, Learned, Options, aligned_zeros, fill_inputs, fill_known, kept, noise_weights
 from ._parts import AXIS, Parts
 from ._pool import Pooling, moved, numbers, on_device, owners, padded, pooled, scratch_of
 from ._release import release_memory
@@ -80,15 +80,16 @@ class Xla:
             self._plan = self._plan._replace(longest=int(lengths.max()), width=max(width, 256))
             self._pooling = Pooling(*map(parts.everywhere, on_device(pieces)))
 
-    def start(self, known: Known | None) -> State:
+    def start(self, inputs: Known | None = None, outputs: Known | None = None) -> State:
         """Make both tables; on a mesh, each device holds a part of the rows."""
         words, dim = len(self._kept), self._options.dim
         rows = words if self._pieces is None else self._pieces.rows
         if self._parts.mesh is None and self._on_cpu:
             self._compile(rows, words)
-        inputs = aligned_zeros((rows, dim))
-        fill_inputs(inputs, self._options, known)
-        return State(self._table(inputs), self._table(aligned_zeros((words, dim))))
+        first, second = aligned_zeros((rows, dim)), aligned_zeros((words, dim))
+        fill_inputs(first, self._options, inputs)
+        fill_known(second, outputs)
+        return State(self._table(first), self._table(second))
 
     def _compile(self, rows: int, words: int) -> None:
         """Compile the program before there are tables and batches, since the compiler takes much memory, too.
