@@ -161,6 +161,19 @@ def test_rows_of_bags_are_summed(data):
                 assert (np.abs(np.asarray(got) - want) <= 64 * native.rounding(factors.dtype) * sizes).all()
 
 
+def test_ids_count_from_the_end_where_they_are_asked_to():
+    table = np.arange(1, 5, dtype=np.float32)[:, None]
+    for dtype in (np.int32, np.int64):
+        ends = np.iinfo(dtype)
+        ids = np.array([0, 3, -1, -4, -5, 4, ends.min, ends.min + 1, ends.max], dtype)
+        want = [1, 4, 4, 1, 0, 0, 0, 0, 0]
+        with jax.enable_x64(dtype == np.int64):
+            np.testing.assert_array_equal(native.take(table, ids, wrap=1)[:, 0], want)
+            np.testing.assert_array_equal(native.pool(table, ids, 9, wrap=1)[:, 0], want)
+            # The smallest id is no mark here: it has no row, like others.
+            np.testing.assert_array_equal(np.isnan(native.pool(table, ids, 9, nan=1, wrap=1)[:, 0]), np.equal(want, 0))
+
+
 def test_offsets_are_not_trusted():
     table = np.ones((4, 2), np.float32)
     ids = np.zeros(6, np.int32)

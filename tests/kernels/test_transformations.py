@@ -106,6 +106,16 @@ def test_eager_call_runs_one_kernel_and_disable_jit_none(name):
     np.testing.assert_allclose(found, plain(WEIGHT, IDS), rtol=1e-6)
 
 
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_program_of_one_read_is_the_call_of_a_kernel(name):
+    """XLA hands a program that it estimates at 1,000 operations or more to a thread of its own."""
+    ids = jax.ShapeDtypeStruct((1024, 16), np.int32)
+    program = jax.jit(FUNCTIONS[name][0]).lower(WEIGHT, ids).compile()
+    assert f'"embax_{name}"' in program.as_text()
+    assert "fusion" not in program.as_text()
+    assert program.cost_analysis()["flops"] < 1000
+
+
 def weighted(weight, ids, weights):
     return embax.embedding_bag(embax.Table(weight, padding_idx=3), ids, weights, mode="mean")
 

@@ -246,11 +246,11 @@ def _clip_norm(rows: Array, axes: tuple[int, ...], max_norm: float, norm_type: f
 
 @jax.jit
 def _clipped_table(table: Table, ids: _ids.Ids) -> Shaped[Array, "rows *dim"]:
+    # Duplicates write equal values; the padding row is written back unchanged. The rows are read as in a lookup, so
+    # that XLA merges both reads, and runs the lookup of a donated table before the write.
+    given, clipped = _ids.unwrapped(ids, table), functools.partial(clipped_rows, table)
     ids = _ids.resolve(ids, table.rows, table.out_of_range)
-    # Duplicates write equal values; the padding row is written back unchanged. The rows are read with the same fill
-    # value as in a lookup, so that XLA merges both reads, and runs the lookup of a donated table before the write.
-    clipped = functools.partial(clipped_rows, table)
-    return table.storage.replace(table.weight, ids, clipped, _fill_value(table))
+    return table.storage.replace(table.weight, ids, clipped, _fill_value(table), given=given)
 
 
 def _fill_value(table: Table) -> float:

@@ -81,10 +81,17 @@ class OneArray(Storage):
         """Scatter the rows."""
         return _put.put(leaf, self.positions(ids, leaf.shape[0]), values, mode, explicit_sharding(leaf))
 
-    def replace(self, leaf: Array, ids: Array, function: Callable[[Array, Array], Array], fill_value: float) -> Array:
+    def replace(
+        self,
+        leaf: Array,
+        ids: Array,
+        function: Callable[[Array, Array], Array],
+        fill_value: float,
+        given: Array | None = None,
+    ) -> Array:
         """Gather the rows, call the function and scatter its result."""
         ids = on_every_device(ids)
-        return self.put(leaf, ids, function(ids, self.take(leaf, ids, fill_value)), "set")
+        return self.put(leaf, ids, function(ids, self.take(leaf, ids, fill_value, given=given)), "set")
 
     # ---- Whole tables made of others.
 

@@ -121,8 +121,12 @@ class Storage(abc.ABC):
         ids: Int[Array, "*batch"],
         function: Callable[[Array, Array], Array],
         fill_value: float,
+        given: Int[Array, "*batch"] | None = None,
     ) -> Weight:
-        """Replace the rows of some ids by `function(ids, rows)`; the storage may reshape both for the call."""
+        """Replace the rows of some ids by `function(ids, rows)`; the storage may reshape both for the call.
+
+        `given` is as in `take`, so that this read is the same as a lookup's.
+        """
 
     @abc.abstractmethod
     def to_rows(self, leaf: Weight) -> Shaped[Array, "rows *dim"]:

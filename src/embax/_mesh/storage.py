@@ -107,7 +107,14 @@ class Sharded(Storage):
         """Send the rows to their owners."""
         return _sharded.put(self.placement, leaf, ids, values, mode)
 
-    def replace(self, leaf: Array, ids: Array, function: Callable[[Array, Array], Array], fill_value: float) -> Array:
+    def replace(
+        self,
+        leaf: Array,
+        ids: Array,
+        function: Callable[[Array, Array], Array],
+        fill_value: float,
+        given: Array | None = None,
+    ) -> Array:
         """Fetch the rows, call the function, and send the result back."""
         ids = jnp.ravel(ids)
         return self.put(leaf, ids, function(ids, self.take(leaf, ids, fill_value)), "set")
