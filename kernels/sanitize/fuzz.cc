@@ -126,11 +126,13 @@ Attribute wide(int64_t value) { return {XLA_FFI_DataType_S64, value}; }
 
 void take(Case& c) {
   Array table = c.numbers(c.dtype, c.shape(c.rows)), out(c.dtype, c.shape(c.number), c.offset);
-  if (!c.run(EmbaxTake, {&table, &c.ids}, {&out}, {{"nan", narrow(0)}}) || !c.number) return;
+  const int64_t wrap = c.c.below(2);
+  if (!c.run(EmbaxTake, {&table, &c.ids}, {&out}, {{"nan", narrow(0)}, {"wrap", narrow(wrap)}}) || !c.number) return;
   const int64_t bytes = out.bytes() / c.number;
   const std::string missing(bytes, '\0');
   for (int64_t i = 0; i < c.number; ++i) {
-    const char* want = c.has_row(i) ? table.data() + c.id(i) * bytes : missing.data();
+    const int64_t id = c.id(i), row = wrap && id < 0 ? id + c.rows : id;
+    const char* want = row >= 0 && row < c.rows ? table.data() + row * bytes : missing.data();
     if (std::memcmp(out.data() + i * bytes, want, bytes)) c.wrong("take");
   }
 }
@@ -190,7 +192,8 @@ void pool(Case& c) {
     at += c.c.below(2 * c.number / (bags + 1) + 2);
   }
   if (c.c.one_in(4)) c.fill_ids(offsets, c.number);
-  c.run(EmbaxPool, {&table, &c.ids, &offsets, &factors}, {&out}, {{"nan", narrow(c.c.below(2))}});
+  c.run(EmbaxPool, {&table, &c.ids, &offsets, &factors}, {&out},
+        {{"nan", narrow(c.c.below(2))}, {"wrap", narrow(c.c.below(2))}});
 }
 
 void step(Case& c) {
