@@ -1,4 +1,4 @@
-// Calls the handlers with random shapes, dtypes, ids, alignments and threads, under sanitizers.
+// Calls the library's functions with random shapes, dtypes, ids, alignments and threads, under sanitizers.
 //
 // A case in four does not fit: it must be refused, or be as good as another. Results are compared with plain loops where
 // that is short; their bits are the business of the tests in Python. `LLVMFuzzerTestOneInput` takes the bytes of
@@ -247,8 +247,7 @@ void train_words(Case& c) {
   Array alias = ints({rows}, [&](int64_t) { return c.c.below(rows); });
   Array starts = ints({subwords ? rows + 1 : 0}, [&](int64_t k) { return k + (pieces - rows) * k / rows; });
   Array ids_of_pieces = ints({pieces}, [&](int64_t) { return c.c.below(rows + more); });
-  Array keep = words({rows}, 1), cut = words({rows}, c.c.below(2)), seed = words({2}, 1);
-  Array rates = c.numbers(XLA_FFI_DataType_F32, {2}), loss(XLA_FFI_DataType_F32, {2});
+  Array keep = words({rows}, 1), cut = words({rows}, c.c.below(2));
   Array* const data[] = {&ids, &alias, &starts, &ids_of_pieces};
   Array& spoilt = *data[c.c.below(4)];
   bool refused = false;
@@ -258,15 +257,37 @@ void train_words(Case& c) {
     spoilt.as<int32_t>()[c.c.below(spoilt.size())] = static_cast<int32_t>(wrong);
     refused = &spoilt == &ids || &spoilt == &alias;
   }
-  std::vector<Array*> in{&inputs, &outputs, &ids, &keep, &cut, &alias, &starts, &ids_of_pieces, &rates, &seed};
-  const std::map<std::string, Attribute> attributes{{"cbow", narrow(c.c.below(2))},
-                                                    {"negative", wide(1 + c.c.below(c.c.one_in(3) ? 30 : 6))},
-                                                    {"threads", wide(1 + c.c.below(4))},
-                                                    {"window", wide(1 + c.c.below(c.c.one_in(3) ? 120 : 6))}};
+  embax::Training given{};
+  given.inputs = inputs.as<float>();
+  given.outputs = outputs.as<float>();
+  given.ids = ids.as<int32_t>();
+  given.keep = keep.as<uint32_t>();
+  given.cut = cut.as<uint32_t>();
+  given.alias = alias.as<int32_t>();
+  given.starts = subwords ? starts.as<int32_t>() : nullptr;
+  given.pieces = subwords ? ids_of_pieces.as<int32_t>() : nullptr;
+  given.stride = stride;
+  given.input_rows = rows + more;
+  given.rows = rows;
+  given.number = ids.size();
+  given.number_of_pieces = pieces;
+  given.window = 1 + c.c.below(c.c.one_in(3) ? 120 : 6);
+  given.negative = 1 + c.c.below(c.c.one_in(3) ? 30 : 6);
+  given.parts = 1 + c.c.below(4);
+  given.seed = c.c.word();
+  given.first_rate = 0.1f;
+  given.last_rate = static_cast<float>(c.c.below(100)) / 1000;
+  given.cbow = c.c.one_in(2);
+  int64_t* const sizes[] = {&given.window, &given.negative, &given.parts};
+  if (c.c.one_in(8)) *sizes[c.c.below(3)] = -c.c.below(3), refused = true;
+  embax_kernels_set_threads(static_cast<int>(c.c.below(4)));
   const std::string before = inputs.copy() + outputs.copy();
-  const bool taken = c.run(EmbaxTrainWords, in, {&inputs, &outputs, &loss}, attributes, bad);
-  if (taken && refused) c.wrong("train_words");
-  if (refused && inputs.copy() + outputs.copy() != before) c.wrong("train_words wrote");
+  embax::TrainingLoss loss{};
+  const char* reason = nullptr;
+  const int failed = embax_kernels_train_words(&given, &loss, &reason);
+  if (failed ? !bad && !refused : refused) c.wrong("train_words");
+  if (failed == 1 && !reason) c.wrong("train_words gave no reason");
+  if (failed && inputs.copy() + outputs.copy() != before) c.wrong("train_words wrote");
 }
 
 }  // namespace

@@ -1,6 +1,6 @@
-// Checks of what a handler gets, and its conversion into what kernels take.
+// Checks of a handler's arguments, and their conversion into arguments of kernels.
 //
-// A check that fails throws; `guarded` makes an error of it for XLA.
+// A check that fails throws an exception, which `guarded` turns into an error for XLA.
 #pragma once
 
 #include <initializer_list>
@@ -19,7 +19,7 @@ struct Refused {
   std::string message;
 };
 
-// A buffer with the name that messages call it by.
+// A buffer with its name for messages.
 struct Named {
   const char* name;
   ffi::AnyBuffer buffer;
@@ -37,18 +37,18 @@ void expect_dtype(const Named& named, ffi::DataType dtype);
 void expect_shape(const Named& named, std::initializer_list<int64_t> shape);
 // A buffer that holds `number` rows of the shape of a table's.
 void expect_rows(const Named& named, const Named& table, int64_t number);
-// The same memory: XLA copies what must stay, and then passes the copy.
+// Checks that input and output are the same memory. XLA copies an input that must not change, and passes the copy.
 void expect_in_place(const Named& in, const Named& out);
 
-// Bytes of a number of a dtype that may stand in a table.
+// The bytes of a number, for the dtypes of tables.
 int64_t item_bytes(const Named& table);
-// A table of the dtypes that can be added up. A row is all axes but the first.
+// A table of a dtype that can be added up. A row has all axes but the first.
 Table table_of(const Named& named);
-// A table of any dtype: its rows and the bytes of one.
+// A table of any dtype: its number of rows, and the bytes of a row.
 int64_t row_bytes_of(const Named& named);
 ffi::DataType accumulator_of(const Named& named);
 Ids ids_of(const Named& named);
-// Empty: none. Else one for each id.
+// Factors: none if the buffer is empty, else one for each id.
 Factors factors_of(const Named& named, int64_t ids);
 // `length` and `bag_of` as in `EmbaxCombine`; `values` has the same rank as a table.
 Gradients gradients_of(const Named& values, const Named& bag_of, const Named& factors, int64_t length, int64_t ids);

@@ -20,7 +20,7 @@ inline void for_each_sum(const Groups& groups, const GradientSum<T>& sum, int64_
   }
 }
 
-// Groups of all parts in one memory: how many there are must be known before the first sum has its place.
+// The groups of all parts, in one memory: the number of groups must be known before the first sum is stored.
 class AllGroups {
  public:
   AllGroups(Ids ids, int64_t row_bytes) : partition_(ids, row_bytes) {
@@ -47,7 +47,7 @@ class AllGroups {
   }
 
   int64_t parts() const { return partition_.parts(); }
-  // Where the groups of a part begin, counted over all parts before it; and how many there are in all.
+  // How many groups there are: in all parts before this one, in this one, and in all.
   int64_t place(int64_t part) const { return places_[part]; }
   int64_t number() const { return places_[parts()]; }
 

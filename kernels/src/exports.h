@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "kernels.h"
 #include "xla/ffi/api/c_api.h"
 
 #define EMBAX_EXPORT extern "C" __attribute__((visibility("default")))
@@ -26,4 +27,8 @@ EMBAX_EXPORT XLA_FFI_Error* EmbaxStepAdagrad(XLA_FFI_CallFrame*);
 EMBAX_EXPORT XLA_FFI_Error* EmbaxStepRowwiseAdagrad(XLA_FFI_CallFrame*);
 EMBAX_EXPORT XLA_FFI_Error* EmbaxStepAdam(XLA_FFI_CallFrame*);
 EMBAX_EXPORT XLA_FFI_Error* EmbaxStepRowwiseAdam(XLA_FFI_CallFrame*);
-EMBAX_EXPORT XLA_FFI_Error* EmbaxTrainWords(XLA_FFI_CallFrame*);
+
+// Learns word vectors in place, called by Python without XLA, whose compiler would take more memory than many tables.
+// Returns 0; 1 if the arguments are refused, with the reason, which is valid until the thread's next call; or 2 for a
+// lack of memory.
+EMBAX_EXPORT int embax_kernels_train_words(const embax::Training*, embax::TrainingLoss*, const char** refused);

@@ -10,6 +10,7 @@ namespace embax {
 using FloatMode = unsigned int;
 inline FloatMode float_mode() { return __builtin_ia32_stmxcsr(); }
 inline void set_float_mode(FloatMode mode) { __builtin_ia32_ldmxcsr(mode); }
+inline FloatMode flushing(FloatMode mode) { return mode | 0x8040; }
 #elif defined(__aarch64__)
 using FloatMode = uint64_t;
 inline FloatMode float_mode() {
@@ -22,6 +23,7 @@ inline void set_float_mode(FloatMode mode) { asm volatile("msr fpcr, %0" : : "r"
 using FloatMode = int;
 inline FloatMode float_mode() { return 0; }
 inline void set_float_mode(FloatMode) {}
+inline FloatMode flushing(FloatMode mode) { return mode; }
 #endif
 
 class FloatModeGuard {

@@ -1,7 +1,7 @@
-// What each optimizer does to one row, given the sum of its gradients: optax's formulas, number by number.
+// The update of one row by each optimizer, given the sum of its gradients: optax's formulas, number by number.
 //
-// Numbers are computed as accumulators and each array is rounded once. A NaN or an infinite gradient spoils its row, as
-// it does there.
+// Numbers are computed as accumulators, and each array is rounded once. As in optax, a gradient that is NaN or infinite
+// makes its row NaN.
 #pragma once
 
 #include "vectors.h"
@@ -20,7 +20,7 @@ struct Numbers {
   bool nesterov;
 };
 
-// By 16 partial sums and a tree of them, whatever the width of vectors.
+// By 16 partial sums and a tree of them, for any width of vectors.
 template <typename A>
 inline A mean_square(const A* row, int64_t width) {
   constexpr int kSums = 16;
@@ -42,7 +42,7 @@ inline A mean_square(const A* row, int64_t width) {
   return lanes[0] / static_cast<A>(width);
 }
 
-// Moves numbers of a row against their update.
+// Subtracts the update from numbers of a row.
 template <typename T, typename X, typename A>
 inline void move(const Numbers<A>& n, T* weight, X update) {
   const X w = get<X>(weight);

@@ -14,7 +14,7 @@ struct Groups {
   const uint32_t* begin(int64_t group) const { return order + starts[group]; }
   int64_t count(int64_t group) const { return starts[group + 1] - starts[group]; }
 
-  // For so many positions.
+  // Takes memory for so many positions.
   void carve(Carver& carver, int64_t size) {
     distinct = carver.array<int64_t>(size);
     starts = carver.array<uint32_t>(size + 2);
@@ -22,7 +22,7 @@ struct Groups {
   }
 };
 
-// Memory of the work on one part, of which nothing is left afterwards.
+// Memory for the work on one part; its contents are not needed afterwards.
 struct GroupMemory {
   uint32_t* positions;
   uint32_t* owners;
@@ -42,7 +42,7 @@ void group_ids(const Partition& partition, int64_t part, const Id* ids, const Gr
   constexpr uint32_t kFree = 0xffffffff;
   constexpr int64_t kAhead = 16;
   const int64_t size = partition.size(part);
-  // The bits behind those that chose the part.
+  // The bits of the hash below the bits that chose the part.
   const int shift = 64 - partition.part_bits() - memory.bits;
   const uint64_t mask = (uint64_t{1} << memory.bits) - 1;
   uint32_t *positions = memory.positions, *slots = memory.slots, *starts = groups.starts;
@@ -68,7 +68,7 @@ void group_ids(const Partition& partition, int64_t part, const Id* ids, const Gr
   groups.number = number;
 }
 
-// Not inlined: each kind of sum would have its own copy.
+// Not inlined, so that all kinds of sums share one copy.
 __attribute__((noinline)) inline void group(const Partition& partition, int64_t part, const GroupMemory& memory,
                                             Groups& groups) {
   with_ids(partition.ids(), [&](auto* ids) { group_ids(partition, part, ids, memory, groups); });

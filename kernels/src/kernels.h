@@ -84,21 +84,22 @@ struct State {
   void* squares;
 };
 
-// Tables of word vectors, and the text to learn from. All has been checked: ids are in [-1, rows), where -1 ends a
-// sequence; aliases in [0, rows); pieces in [0, rows of inputs), and every word that occurs has one.
+// Tables of word vectors, and the text to learn from. Python fills this structure, see `_kernels/words.py`. Kernels
+// get it checked: ids are in [-1, rows), where -1 ends a sequence; aliases in [0, rows); pieces in [0, input_rows), and
+// every word that occurs has one.
 struct Training {
   float *inputs, *outputs;  // rows of `stride` numbers, a multiple of 16; those behind a vector are 0
-  int64_t stride, rows;     // rows of outputs
   const int32_t* ids;
-  int64_t number;
   const uint32_t* keep;  // for each word: it is kept if 32 random bits are at most this
   const uint32_t* cut;   // noise by Walker's aliases: a row, or its alias if 32 random bits are more than this
   const int32_t* alias;
   const int32_t *starts, *pieces;  // word k has the inputs pieces[starts[k]:starts[k + 1]]; or none: row k alone
+  int64_t stride, input_rows, rows;  // rows of outputs, one for each word
+  int64_t number, number_of_pieces;  // of ids and of pieces
   int64_t window, negative, parts;
-  bool cbow;
-  float first_rate, last_rate;
   uint64_t seed;
+  float first_rate, last_rate;
+  bool cbow;
 };
 
 struct TrainingLoss {

@@ -1,16 +1,16 @@
 // The arithmetic of word vectors: products of rows summed up across the numbers of a vector, and the logistic function.
 //
-// A product and a sum are one rounding where the instruction set has such an instruction. So results are the same on
-// every machine of one instruction set, and differ in the last digits between instruction sets.
+// A product and a sum are rounded together if the instruction set has fused multiply-add. So results are the same on
+// all machines with one instruction set, and differ in the last digits between instruction sets.
 #pragma once
 
 #include "vectors.h"
 
 namespace embax::EMBAX_ISA {
 
-// Targets whose logits are summed up together. A row of logits has so many numbers.
+// The most targets whose logits are computed together: the length of a row of logits.
 constexpr int kSlots = 8;
-// Rows of logits that one vector holds; 1 if a row has more than one vector.
+// How many rows of logits one vector holds; 1 if a row takes more than one vector.
 constexpr int kRowsAtOnce = kLanes<float> > kSlots ? static_cast<int>(kLanes<float>) / kSlots : 1;
 
 inline Floats all(float x) { return x - Floats{}; }
@@ -28,7 +28,7 @@ inline Floats multiply_add(Floats x, Floats y, Floats z) {
 #endif
 }
 
-// For each 4 numbers of the vectors: the sum of those of a, then of b, c and d.
+// For each group of 4 numbers: the sum of a's four numbers, then of b's, c's and d's.
 inline Floats sums_of_four(Floats a, Floats b, Floats c, Floats d) {
 #if defined(__AVX512F__)
   const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps((__m512)a, (__m512)b), _mm512_unpackhi_ps((__m512)a, (__m512)b));
@@ -84,7 +84,7 @@ inline Floats logistic(Floats x) {
   t = t > kMost ? all(kMost) : t;
   const Floats shifted = t + kRounds;
   const Floats f = t - (shifted - kRounds);
-  // In three pairs and one: fewer numbers wait for one another than term by term.
+  // Terms are added in pairs, so that fewer additions wait for one another.
   const Floats f2 = f * f, f4 = f2 * f2;
   const Floats low = multiply_add(f, all(6.9314718e-1f), all(1.0f));
   const Floats middle = multiply_add(f, all(5.5504109e-2f), all(2.4022651e-1f));
@@ -95,7 +95,7 @@ inline Floats logistic(Floats x) {
   return 1.0f / (1.0f + bits_of<Floats>(Words(bits_of<Words>(power) + exponent)));
 }
 
-// -log(logistic(x)) without a loss of small numbers.
+// -log(logistic(x)), exact also for large x, where logistic(x) is nearly 1.
 inline double loss_of(float x) {
   const float size = x < 0 ? -x : x;
   return (x < 0 ? size : 0.0f) + __builtin_log1pf(__builtin_expf(-size));

@@ -1,4 +1,4 @@
-// Scratch memory that stays with a thread, so that its pages are touched for the first time once and not in every call.
+// Scratch memory that a thread keeps, so that the system has to provide its pages once and not in every call.
 #pragma once
 
 #include <cstddef>

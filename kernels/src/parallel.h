@@ -21,10 +21,10 @@ inline void in_parallel(const Pool& pool, int64_t tasks, F&& body) {
   pool.run(pool.handle, tasks, &body, [](void* context, int64_t k) { (*static_cast<Plain*>(context))(k); });
 }
 
-// Work below this many bytes is done before another thread is awake.
+// Work on fewer bytes is done before another thread would have started.
 constexpr int64_t kAlone = int64_t{1} << 17;
 
-// Calls body(from, to) on pieces of [0, number) that move so many bytes each; the pieces change no result.
+// Calls body(from, to) on pieces of [0, number), each of about so many bytes. Results do not depend on the pieces.
 template <typename F>
 inline void in_pieces(const Pool& pool, int64_t number, int64_t bytes_each, F&& body) {
   const int64_t bytes = number * larger(bytes_each, 1);
@@ -38,12 +38,12 @@ inline void in_pieces(const Pool& pool, int64_t number, int64_t bytes_each, F&& 
   });
 }
 
-// How many rows ahead to fetch: as many as are under way at once anyhow.
+// How many rows ahead to fetch: about as many as a processor core can have in flight.
 inline int64_t distance(int64_t row_bytes, int64_t budget = 4096) {
   return larger(2, smaller(64, budget / larger(row_bytes, 1)));
 }
 
-// Of long rows, the hardware fetches the rest by itself.
+// How much of a row to fetch; the hardware fetches the rest of a long row by itself.
 constexpr int64_t kFetched = 1024;
 
 template <int kWrite>

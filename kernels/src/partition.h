@@ -1,8 +1,8 @@
-// Positions of ids split into parts by their rows, so that threads work apart and duplicates meet.
+// Positions of ids, split into parts by their rows: threads work on different rows, and duplicates are in one part.
 //
-// For example, ids 7 3 7 9 with 2 parts, of which the first has rows 3 and 7: its positions are 0 1 2, those of the
-// second 3. Blocks of ids are split at the same time; a part then has one segment of each block, in rising order.
-// The order of parts may be seen in a result; then their number depends on the work and never on the threads.
+// For example, the ids 7 3 7 9 in 2 parts, where the first part has the rows 3 and 7: the first part has the positions
+// 0 1 2, the second one the position 3. Blocks of ids are split in parallel; a part then has one segment of each block,
+// in rising order. If a result shows the order of parts, their number depends on the work, never on the threads.
 #pragma once
 
 #include <cstring>
@@ -15,7 +15,7 @@ namespace embax::EMBAX_ISA {
 
 inline uint64_t mixed(int64_t id) { return static_cast<uint64_t>(id) * 0x9E3779B97F4A7C15ull; }
 
-// Which ids count: those with a row and, where bags have the gradients, with a bag.
+// Which ids count: ids with a row and, if bags hold the gradients, with a bag.
 struct Counted {
   int64_t rows;
   const int32_t* bag_of = nullptr;
@@ -27,7 +27,7 @@ class Partition {
  public:
   static constexpr int64_t kMost = 256;
 
-  // `row_bytes`: what moves for an id. `most`: the most parts.
+  // `row_bytes`: the bytes that are read and written for an id. `most`: the largest number of parts.
   Partition(Ids ids, int64_t row_bytes, int64_t most = kMost) : ids_(ids) {
     const int64_t number = ids.number, bytes = number * larger(row_bytes, 1);
     const int64_t wanted = smaller(most, smaller(number / 16, larger(bytes / kAlone, number / 2048)));
@@ -63,7 +63,7 @@ class Partition {
     }
   }
 
-  // Where the ids of a part begin, counted over all parts before it; and how many count in all.
+  // How many ids count: in all parts before this one, in this one, and in all.
   int64_t first(int64_t part) const { return firsts_[part]; }
   int64_t size(int64_t part) const { return firsts_[part + 1] - firsts_[part]; }
   int64_t total() const { return firsts_[parts()]; }
@@ -87,7 +87,7 @@ class Partition {
     return starts[1] - starts[0];
   }
 
-  // A counting sort by part; ids that do not count go behind.
+  // A counting sort by part; ids that do not count come last.
   template <typename Id>
   void split_block(int64_t block, const Id* ids, const Counted& counts) {
     const int64_t from = block * block_, to = smaller(from + block_, ids_.number), parts = this->parts();
@@ -128,9 +128,9 @@ class Partition {
   int64_t* firsts_ = nullptr;
 };
 
-// Calls body(partition, part) for each part of the ids, on any thread; for work in place, which shows no order of parts.
-// The fewer they are, the more values and gradients are read one behind the other; beyond some ids, though, the tables
-// that group them leave the cache.
+// Calls body(partition, part) for each part of the ids, on any thread; for work in place, whose result does not show
+// the order of parts. With fewer parts, more values and gradients are read one after the other; with too many ids in a
+// part, the hash table that groups them does not fit into the cache.
 template <typename F>
 inline void for_each_part(const Pool& pool, Ids ids, const Counted& counts, int64_t row_bytes, F&& body) {
   const int64_t for_threads = pool.threads > 1 ? int64_t{2} * pool.threads : 1;

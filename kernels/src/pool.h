@@ -7,7 +7,8 @@
 
 namespace embax::EMBAX_ISA {
 
-// The rows of up to so many ids are added up one after the other, as XLA does; these sums in twice the precision.
+// The rows of up to so many ids are added up one after the other, as in XLA; the sums of longer bags in twice the
+// precision.
 constexpr int64_t kChunk = 64;
 
 template <typename T>
@@ -27,7 +28,7 @@ class BagSum {
 
   static int64_t memory(int64_t width) { return GradientSum<T>::memory(width); }
 
-  // Where the ids of a bag begin, inside of all ids whatever the offsets say.
+  // Where the ids of a bag begin; offsets outside of the ids are clipped.
   int64_t start(int64_t bag) const {
     return bags_.offsets ? larger(0, smaller(bags_.offsets[bag], ids_.number)) : bag * length_;
   }

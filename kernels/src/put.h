@@ -1,4 +1,4 @@
-// set and add: rows written in place. Each row belongs to one part, so duplicates meet in order.
+// set and add: write rows in place. Each row belongs to one part, so duplicates are written in order.
 #pragma once
 
 #include "combine.h"
@@ -52,7 +52,7 @@ void add_wide(const Pool& pool, T* table, int64_t rows, int64_t width, Ids ids, 
   });
 }
 
-// What the work on a part needs where duplicates are summed.
+// Memory for the work on a part, if duplicates are summed.
 template <typename A>
 struct PartMemory {
   GroupMemory memory;
@@ -76,7 +76,7 @@ struct PartMemory {
   }
 };
 
-// Duplicates are summed in wider numbers, and the row is rounded once.
+// Duplicates are summed in a wider dtype, and the row is rounded once.
 template <typename T>
 void add_narrow(const Pool& pool, T* table, int64_t rows, int64_t width, Ids ids, const T* values) {
   using A = Accumulator<T>;

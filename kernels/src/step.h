@@ -1,4 +1,4 @@
-// step: an optimizer's whole step on the rows with an id. Each row, its state and its gradients are met once.
+// step: an optimizer's whole step on the rows with an id. Each row, its state and its gradients are read once.
 #pragma once
 
 #include "combine.h"
@@ -7,7 +7,7 @@
 
 namespace embax::EMBAX_ISA {
 
-// A row of the mean in accumulators, where its dtype is not that of the table.
+// A row of the mean as accumulators, if the mean has another dtype than the table.
 template <typename A>
 inline void widen_row(const State& state, int64_t at, A* out, int64_t width) {
   with_dtype(state.mean_dtype, [&](auto* type) {
@@ -38,7 +38,7 @@ class Stepped {
       : numbers_(step), table_(static_cast<T*>(table.data)), width_(table.width), state_(state),
         same_(state.mean_dtype == table.dtype) {}
 
-  // Bytes of the arrays that a row has in full.
+  // The bytes of a row of the table, and of each array with as many numbers.
   int64_t row_bytes() const { return width_ * static_cast<int64_t>(sizeof(T)); }
   static constexpr int64_t kWholeRows = 1 + kMean + kSquares;
 

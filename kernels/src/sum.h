@@ -1,7 +1,7 @@
-// Sums of rows with bounded errors, by trees that depend on the number of rows alone.
+// Sums of rows with bounded errors. The order of additions depends only on the number of rows.
 //
-// A few rows are added up one after the other in registers. Of many, such sums of a few are added up in twice the
-// precision, so that the error stays at some roundings however many rows there are.
+// A few rows are added up one after the other in registers. Many rows are split into groups of a few, and the sums of
+// the groups are added up in twice the precision: the error is a few roundings for any number of rows.
 #pragma once
 
 #include <cmath>
@@ -13,7 +13,7 @@
 
 namespace embax::EMBAX_ISA {
 
-// Columns of kVectors vectors, in registers: out = the sum of rows[k] * factors[k], from zero on.
+// out = the sum of rows[k] * factors[k], starting at zero, for columns of kVectors vectors in registers.
 template <int kVectors, bool kScaled, typename T, typename A>
 inline void add_up_columns(const T* const* rows, const A* factors, int64_t count, int64_t at, A* out) {
   Vector<A> sums[kVectors] = {};
@@ -54,7 +54,7 @@ inline void add_up_rows(const T* const* rows, const A* factors, int64_t count, i
   }
 }
 
-// `factors` may be null. Not inlined: each kind of work would have its own copy.
+// `factors` may be null. Not inlined, so that all kinds of work share one copy.
 template <typename T, typename A>
 __attribute__((noinline)) void add_up(const T* const* rows, const A* factors, int64_t count, int64_t width, A* out) {
   if (factors) {
@@ -103,7 +103,7 @@ class WideRow<double> {
   }
   void get(double* __restrict out) const {
     const double *__restrict sums = sums_, *__restrict errors = errors_;
-    // The error of an infinite sum is NaN.
+    // If the sum is infinite, its error would be NaN.
     for (int64_t j = 0; j < width_; ++j) out[j] = std::isfinite(sums[j]) ? sums[j] + errors[j] : sums[j];
   }
 
@@ -112,11 +112,11 @@ class WideRow<double> {
   int64_t width_;
 };
 
-// Up to so many gradients of one row are added up one after the other: an error of at most 7 half units of the sum of
-// their sizes. Of more, 4 at a time.
+// Up to so many gradients of one row are added up one after the other: the error is at most 7 half units in the last
+// place of the sum of their magnitudes. More gradients are added up in groups of 4.
 constexpr int64_t kFew = 8, kAtATime = 4;
 
-// The sums of gradients of one row each, in accumulators.
+// Sums of the gradients of one row, as accumulators.
 template <typename T>
 class GradientSum {
  public:
@@ -133,10 +133,10 @@ class GradientSum {
 
   void fetch(uint32_t position) const { fetch_to_read(row(position), width_ * static_cast<int64_t>(sizeof(T))); }
 
-  // Numbers of memory that a sum needs: those of the sum and of a wide row.
+  // How many numbers of memory a sum needs: for the sum, and for a row of twice the precision.
   static int64_t memory(int64_t width) { return 3 * width + 16; }
 
-  // Where the sum stands: in `memory`, or the gradient itself, if there is but one.
+  // Returns the sum: in `memory`, or the gradient itself if there is only one.
   const A* operator()(const uint32_t* positions, int64_t count, A* memory) const {
     const bool scaled = gradients_.factors.data;
     if constexpr (sizeof(T) == sizeof(A)) {

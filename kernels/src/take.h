@@ -1,4 +1,4 @@
-// take: rows by ids. Bytes are copied, so the dtype does not matter.
+// take: read rows by ids. Bytes are copied, so the dtype does not matter.
 #pragma once
 
 #include <cstring>
@@ -8,7 +8,7 @@
 
 namespace embax::EMBAX_ISA {
 
-// Rows of kRow bytes, or of any number where that is 0; a copy of known length needs no call.
+// Copies rows of kRow bytes, or of any size if kRow is 0. A copy of constant size is compiled without a call.
 template <int kRow, typename Id>
 void take_some(const char* table, int64_t rows, int64_t row_bytes, const Id* ids, const char* fill, char* out,
                int64_t from, int64_t to) {

@@ -4,7 +4,9 @@
 #include <atomic>
 #include <memory>
 #include <new>
+#include <system_error>
 #include <thread>
+#include <vector>
 
 #include "exports.h"
 #include "float_mode.h"
@@ -68,15 +70,18 @@ class Job {
   const FloatMode mode_ = float_mode();
 };
 
+// The threads of a new call, where `available` can run.
+int threads_of_call(int64_t available) {
+  const int limit = most_threads.load(std::memory_order_relaxed);
+  const int number = limit > 0 ? limit : std::max(1, static_cast<int>(available));
+  calls.fetch_add(1, std::memory_order_relaxed);
+  threads_of_last_call.store(number, std::memory_order_relaxed);
+  return number;
+}
+
 }  // namespace
 
-Threads::Threads(xla::ffi::ThreadPool& pool) : pool_(pool) {
-  const int limit = most_threads.load(std::memory_order_relaxed);
-  number_ = std::max(1, static_cast<int>(pool.num_threads()));
-  if (limit > 0) number_ = limit;
-  calls.fetch_add(1, std::memory_order_relaxed);
-  threads_of_last_call.store(number_, std::memory_order_relaxed);
-}
+Threads::Threads(xla::ffi::ThreadPool& pool) : pool_(pool), number_(threads_of_call(pool.num_threads())) {}
 
 Pool Threads::pool() { return {&Threads::run, this, number_}; }
 
@@ -87,6 +92,25 @@ void Threads::run(void* handle, int64_t tasks, void* context, Body body) {
   for (int64_t k = 0; k < helpers; ++k) threads->pool_.Schedule([job] { job->help(); });
   job->work();
   job->finish();
+}
+
+OwnThreads::OwnThreads(int64_t tasks)
+    : number_(threads_of_call(std::min<int64_t>(tasks, std::thread::hardware_concurrency()))) {}
+
+Pool OwnThreads::pool() { return {&OwnThreads::run, this, number_}; }
+
+void OwnThreads::run(void* handle, int64_t tasks, void* context, Body body) {
+  const int64_t helpers = std::min<int64_t>(static_cast<OwnThreads*>(handle)->number_, tasks) - 1;
+  Job job(tasks, context, body);
+  std::vector<std::thread> running;
+  running.reserve(static_cast<size_t>(std::max<int64_t>(helpers, 0)));
+  try {
+    for (int64_t k = 0; k < helpers; ++k) running.emplace_back([&job] { job.help(); });
+  } catch (const std::system_error&) {  // the machine has no more threads: those that run take all tasks
+  }
+  job.work();
+  for (std::thread& thread : running) thread.join();
+  job.finish();
 }
 
 }  // namespace embax

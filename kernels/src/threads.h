@@ -1,4 +1,4 @@
-// XLA's pool of threads as the kernels see it.
+// Threads as the kernels see them: XLA's pool, or threads of a call of its own.
 #pragma once
 
 #include "kernels.h"
@@ -16,6 +16,19 @@ class Threads {
   static void run(void* handle, int64_t tasks, void* context, Body body);
 
   xla::ffi::ThreadPool& pool_;
+  int number_;
+};
+
+// Threads that start in a loop and end with it, for calls that do not come from XLA.
+class OwnThreads {
+ public:
+  // As many as there are tasks, but no more than the machine runs at a time.
+  explicit OwnThreads(int64_t tasks);
+  Pool pool();
+
+ private:
+  static void run(void* handle, int64_t tasks, void* context, Body body);
+
   int number_;
 };
 

@@ -1,7 +1,7 @@
 // Vectors of the width of the instruction set, and the four dtypes of a table's numbers.
 //
-// All arithmetic goes number by number, so results do not depend on the width. GCC and clang know these vectors for any
-// machine; there is no intrinsic but for what has no operator.
+// Each number of a vector is computed by itself, so results do not depend on the width. GCC and clang compile these
+// vectors for any machine; intrinsics are used only for operations without an operator.
 #pragma once
 
 #include <cmath>
@@ -33,7 +33,7 @@ struct float16 {
   uint16_t bits;
 };
 
-// The dtype that numbers are added up in.
+// The dtype in which numbers are added up.
 template <typename T>
 using Accumulator = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
@@ -64,7 +64,7 @@ inline V raw_load(const void* from) {
   return v;
 }
 
-// ---- bfloat16. To the nearest, ties to even; a NaN stays one. U is one word or a vector of them.
+// ---- bfloat16, rounded to the nearest, ties to even; a NaN stays a NaN. U is one word, or a vector of words.
 
 template <typename U>
 inline U bfloat16_bits(U u) {
@@ -73,7 +73,7 @@ inline U bfloat16_bits(U u) {
   return (u & 0x7fffffff) > 0x7f800000 ? quiet : rounded;
 }
 
-// ---- float16, in integers and by adding normal numbers, so that flushing of subnormal ones changes nothing.
+// ---- float16, by integers and sums of normal numbers, so that a mode that flushes subnormal numbers changes nothing.
 
 template <typename F, typename U>
 inline F from_float16_bits(U h) {
@@ -128,7 +128,7 @@ inline void store(bfloat16* p, Floats x) {
   std::memcpy(p, &h, sizeof h);
 }
 
-// The hardware's conversions give the same bits as those above, quiet NaNs included.
+// The hardware's conversions give the same bits as the functions above, quiet NaNs included.
 #if defined(__AVX512F__)
 inline Floats load(const float16* p) { return (Floats)_mm512_cvtph_ps(raw_load<__m256i>(p)); }
 inline void store(float16* p, Floats x) {

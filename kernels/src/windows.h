@@ -1,11 +1,12 @@
-// One step of plain SGD on the words of a window, at the vectors that the step before it has left.
+// One step of plain SGD on the words of a window, at the vectors as the previous step left them.
 //
 // `update_pairs` is for skip-gram: each context's row of the inputs with each target's row of the outputs. For the
 // window "the [king] holds" with one noise word "crown", the contexts are the rows of "the" and "holds", and the
 // targets the rows of "king" (label 1) and "crown" (label 0). `update_mean` is for CBOW and for sub-words: one mean of
-// rows with each target. A pair moves both rows by `(label - logistic(input . output)) * weight * rate` times the other.
+// rows with each target. A pair adds to both rows `(label - logistic(input . output)) * weight * rate` times the other
+// row.
 //
-// All gradients of a call are those at the old rows. A row that occurs twice is moved twice.
+// A call computes all gradients at the old rows. A row that occurs twice is updated twice.
 #pragma once
 
 #include "kernels.h"
@@ -14,7 +15,7 @@
 
 namespace embax::EMBAX_ISA {
 
-// How many numbers a row has: the default width of vectors is known to the compiler, which unrolls its loops.
+// The number of floats in a row. For the default width of vectors it is a constant, so that the compiler unrolls loops.
 constexpr int64_t kUsualStride = 112;
 template <int64_t kStride>
 struct Stride {
@@ -25,9 +26,9 @@ struct Stride {
 
 // Contexts of one call of `update_pairs`.
 constexpr int64_t kContexts = 16;
-// Targets of one call of `update_pairs`: with their sums, they fill the registers of AVX2.
+// Targets of one call of `update_pairs`: their rows and sums fill the registers of AVX2.
 constexpr int64_t kPaired = 6;
-// Slots of two rows of logits, which one vector may hold.
+// The slots of two rows of logits; one vector may hold both rows.
 constexpr int64_t kTwice = 2 * kSlots;
 
 // For n in [0, kSlots]: in each half, n ones and then zeros.
@@ -41,9 +42,10 @@ struct FirstOnes {
 };
 constexpr FirstOnes kFirstOnes;
 
-// Rows of the outputs that pair with a row: first those of label 1, then noise, all pairs of which have one weight. A
-// noise word that is not noise for all of them has a share of it. Shares are kept apart since they are rare: to read
-// numbers that have just been written one by one as a vector, a CPU waits for all writes before.
+// Rows of the outputs that a row is paired with: first the rows with label 1, then noise words, all with one weight. A
+// noise word that is noise for a part of the contexts only has a share of this weight. Shares are rare and have an
+// array of their own: a CPU that reads, as one vector, numbers that it has just written one by one waits for these
+// writes.
 struct Targets {
   float* rows[kSlots];
   int64_t number = 0, ones = 0;
@@ -88,7 +90,7 @@ inline void errors_of_logits(float* logits, int64_t number, const Targets& targe
   }
 }
 
-// `errors` has room for one row more than there are contexts. Not inlined: its loops need all registers.
+// `errors` has room for one more row than there are contexts. Not inlined, because its loops need all registers.
 template <int kTargets, typename S>
 __attribute__((noinline)) void update_pairs_of(float* const* contexts, int64_t number, const Targets& targets, S stride,
                             float* __restrict errors, double* loss) {
@@ -127,7 +129,7 @@ __attribute__((noinline)) void update_pairs_of(float* const* contexts, int64_t n
       }
       store(row, moved);
     }
-    // Read again: a row that occurs twice has just been written.
+    // Read the rows again: a row that occurs twice has just been written.
     for (int t = 0; t < kTargets; ++t) store(rows[t] + j, load(rows[t] + j) + moves[t]);
   }
 }
@@ -145,7 +147,7 @@ inline void update_pairs(float* const* contexts, int64_t number, const Targets& 
   }
 }
 
-// Moves the targets' rows, and adds to `error` how the mean has to move; the first targets of a mean set it.
+// Updates the rows of the targets, and adds the update of the mean to `error`; the first targets of a mean set `error`.
 template <int kTargets, typename S>
 __attribute__((noinline)) void update_mean_of(const float* __restrict mean, const Targets& targets, S stride, float* __restrict error,
                            bool first, double* loss) {
@@ -189,7 +191,7 @@ inline void update_mean(const float* mean, const Targets& targets, S stride, flo
   }
 }
 
-// body(j, number) for columns j of `number` vectors, a constant.
+// Calls body(j, number) for blocks of columns: `number` vectors, a constant, from column j on.
 template <typename S, typename F>
 inline void for_blocks(S stride, F&& body) {
   constexpr int64_t lanes = kLanes<float>;
@@ -203,7 +205,7 @@ inline void for_blocks(S stride, F&& body) {
   for (; j < stride; j += lanes) body(j, std::integral_constant<int, 1>{});
 }
 
-// mean = the sum of rows * factor, added to what it is unless they are the first.
+// Adds the sum of the rows times the factor to `mean`; the first rows set `mean`.
 template <typename S>
 inline void add_rows(float* const* rows, int64_t number, float factor, bool first, S stride, float* mean) {
   for_blocks(stride, [&](int64_t j, auto vectors) {
@@ -219,7 +221,7 @@ inline void add_rows(float* const* rows, int64_t number, float factor, bool firs
   });
 }
 
-// each row += move
+// Adds `move` to each row.
 template <typename S>
 inline void move_rows(float* const* rows, int64_t number, S stride, const float* move) {
   for_blocks(stride, [&](int64_t j, auto vectors) {

@@ -1,13 +1,14 @@
-// Word vectors by word2vec's skip-gram and CBOW with negative sampling, a window at a time.
+// Word vectors by word2vec's skip-gram and CBOW with negative sampling, one window at a time.
 //
-// In the sequence "the king holds the crown", subsampling may drop "the". Of "king holds crown", the centre "holds"
-// draws a width of 1 to `window`, and so has the contexts "king" and "crown"; all pairs of the window share its noise
-// words (Ji et al. 2016, https://arxiv.org/abs/1604.04661). Noise words of the next window are drawn early, so that
-// their rows are in the cache in time. A text splits into parts for threads, which write to the same tables without
-// locks (Hogwild, Niu et al. 2011, https://arxiv.org/abs/1106.5730): results then depend on the order of the writes.
+// For instance, subsampling may turn the sequence "the king holds the crown" into "king holds crown". For the centre
+// "holds" a width from 1 to `window` is drawn; with the width 1 its contexts are "king" and "crown". All pairs of the
+// window share its noise words (Ji et al. 2016, https://arxiv.org/abs/1604.04661). The noise words of the next window
+// are drawn early, so that their rows are in the cache in time. The text is split into parts for threads, which write
+// to the same tables without locks (Hogwild, Niu et al. 2011, https://arxiv.org/abs/1106.5730): with several threads,
+// results depend on the order of the writes.
 //
-// Random numbers come in this order: for a sequence, one for each id (is it kept?); then for each centre its width and
-// its noise words.
+// Random numbers are drawn in this order: for a sequence, one for each id, which decides whether the word is kept; then
+// for each centre, its width and its noise words.
 #pragma once
 
 #include "memory.h"
@@ -15,15 +16,15 @@
 
 namespace embax::EMBAX_ISA {
 
-// Every so many windows, their loss is computed.
+// The loss is computed for one window of so many.
 constexpr int64_t kSampled = 64;
-// Contexts that share noise words with sub-words, where noise counts as often as there are contexts.
+// With sub-words, the most contexts that share noise words. The weight of a noise word is the number of its contexts.
 constexpr int64_t kPooled = 8;
-// A row moves once for so many pairs times their learning rate. At the usual rate, these are all pairs of a window; at a
-// high rate, rows would overshoot, and on a text of few words diverge.
+// A row is updated once the number of its pairs times their learning rate reaches this limit. At the usual rate, one
+// update has all pairs of a window. At a high rate, such an update would overshoot, and diverge on a text of few words.
 constexpr float kPairsTimesRate = 0.4f, kPooledTimesRate = 1.2f;
 
-// Rows that are added up at a time.
+// The number of rows that are added up at a time.
 constexpr int64_t kListed = 64;
 
 inline uint64_t mixed(uint64_t z) {
@@ -47,7 +48,7 @@ class Random {
   uint64_t state_;
 };
 
-// Pieces of nearly one size: the end of piece k of `pieces` of [0, number).
+// The end of piece k, where [0, number) is split into `pieces` pieces of nearly equal size.
 inline int64_t piece_end(int64_t number, int64_t pieces, int64_t k) { return number * (k + 1) / pieces; }
 inline int64_t pieces_of(int64_t number, int64_t most) { return (number + most - 1) / most; }
 
@@ -144,13 +145,13 @@ class TextPart {
     return window;
   }
 
-  // From 1 to `most`; the most for a rate that is none.
+  // How many pairs one update has: from 1 to `most`; `most` for a rate of 0 or NaN.
   static int64_t most_at_once(float limit, float rate, int64_t most) {
     if (!(rate * static_cast<float>(most) > limit)) return most;
     return larger(1, static_cast<int64_t>(limit / rate));
   }
 
-  // The rows, besides its noise, that a window is the first to need; for those of contexts, a window more in advance.
+  // Fetches the rows, other than noise, that no earlier window needs; rows of contexts one window further in advance.
   void fetch_for(int64_t c) const {
     fetch(output(kept_[c]));
     if (by_centre()) for_rows_of(kept_[c], [&](float* row) { fetch(row); });
@@ -198,7 +199,7 @@ class TextPart {
     by_lists(contexts, [&](int64_t number) { move_rows(list_, number, stride_, error_); });
   }
 
-  // Target 0 is the centre, the others are noise. Noise that is the centre does not count.
+  // Target 0 is the centre, the others are noise. A noise word that equals the centre gets the weight 0.
   void add_target(const Window& window, int64_t t) {
     const int32_t centre = kept_[window.centre];
     if (t) {
@@ -208,8 +209,9 @@ class TextPart {
     }
   }
 
-  // The mean of the centre's rows with the words around it and with noise. As in fastText, each row moves as the mean
-  // has to. The contexts of a block share noise words, which count once for each context that is another word.
+  // Pairs the mean of the centre's rows with the words around it and with noise. As in fastText, each row gets the
+  // whole update of the mean. The contexts of a block share noise words; a noise word counts once for each context that
+  // differs from it.
   void train_subwords(const Window& window, double* loss) {
     const int32_t word = kept_[window.centre];
     const auto centre = [&](auto&& body) { for_rows_of(word, body); };
@@ -249,7 +251,7 @@ class TextPart {
     });
   }
 
-  // body(number) with `number` rows in the list, until all have been there.
+  // Puts the rows into the list in pieces, and calls body(number) for each piece of `number` rows.
   template <typename R, typename F>
   void by_lists(R&& rows, F&& body) {
     int64_t number = 0;
@@ -294,7 +296,7 @@ class TextPart {
   float **contexts_, *list_[kListed], *errors_, *mean_, *current_, *error_;
 };
 
-// Where part k of the text ends: behind the next end of a sequence, if one comes before the next part.
+// Where part k of the text ends: after the next end of a sequence, if there is one before the next part.
 inline int64_t part_end(const Training& training, int64_t k) {
   const int64_t end = piece_end(training.number, training.parts, k);
   const int64_t latest = k + 1 < training.parts ? piece_end(training.number, training.parts, k + 1) : end;

@@ -27,7 +27,7 @@ _ANSWERS = 5
 class Section(NamedTuple):
     """The result for the analogies of one kind."""
 
-    name: str
+    name: str  # as in the file
     correct: int  # questions solved
     total: int  # questions whose words are all in the vocabulary
 

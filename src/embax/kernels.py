@@ -10,11 +10,11 @@ from ._kernels.library import library
 class Kernels(NamedTuple):
     """The native kernels that run lookups, bags and updates on the CPU."""
 
-    in_use: bool
+    in_use: bool  # whether the library is installed and not switched off
     version: str  # the version of the library; empty if there is none
     instruction_set: str  # the instruction set of the code that is used on this machine
     threads: int  # the largest number of threads, from JAX's own pool
-    primitives: tuple[str, ...]
+    primitives: tuple[str, ...]  # the operations that have a kernel
 
     def __str__(self) -> str:
         if not self.in_use:

@@ -351,6 +351,21 @@ def test_train_continues_from_vectors(text, tmp_path):
     assert_one_line(*run("train", text, "-o", tmp_path / "v", "--from", tmp_path / "no"), "no: No such file")
 
 
+def test_train_writes_and_continues_from_the_second_table(text, tmp_path):
+    v, u = tmp_path / "v", tmp_path / "u.npy"
+    assert run("train", text, "-o", v, "--second", u, "--dim", 4, "--epochs", 9)[0] == 0
+    vectors, second = Vectors.load(v), Vectors.load(u)
+    assert second.vocabulary.tokens() == vectors.vocabulary.tokens()
+    slow = ["--epochs", 1, "--learning-rate", 1e-9]
+    assert run("train", text, "-o", tmp_path / "w", "--from", v, "--from-second", u, "--second", u, *slow)[0] == 0
+    np.testing.assert_allclose(Vectors.load(u).weight, second.weight, rtol=1e-4, atol=1e-6)  # float32
+    assert np.abs(second.weight).max() > 0.01
+    assert_one_line(*run("train", text, "-o", v, "--from-second", u), "--from-second needs --from")
+    assert_one_line(*run("train", text, "-o", v, "--second", v), "v: must not be the file of the vectors")
+    assert_one_line(*run("train", text, "-o", v, "--second", tmp_path / "u.png"), "u.png")
+    assert_one_line(*run("train", text, "-o", v, "--second", text), "text itself")
+
+
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish", "powershell"])
 def test_completion_is_of_the_shell_asked_for(shell):
     status, out, err = run("--show-completion", shell)

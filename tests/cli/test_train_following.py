@@ -1,5 +1,6 @@
 """`embax train`: evaluation, logs and interrupts while it trains."""
 
+import errno
 import json
 import os
 import re
@@ -15,6 +16,7 @@ from cli_runs import assert_one_line, command, run
 from embax import evaluate, train
 from embax.cli import _following
 from embax.cli._display import Display
+from embax.train import _tensorboard
 from embax.vectors import Vectors
 
 TEXT = (
@@ -221,6 +223,29 @@ def test_a_full_disk_for_a_checkpoint_is_said_in_one_line(text, monkeypatch, err
         err
         == "embax: error: saved: No space left on device for a checkpoint. Make space, and resume from the last one.\n"
     )
+
+
+def test_train_ends_the_log_and_keeps_the_vectors_on_a_full_disk(text, monkeypatch):
+    tensorboardX = pytest.importorskip("tensorboardX")
+    write, written = tensorboardX.RecordWriter.write, []
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def write_some(self, data):
+        written.append(data)
+        write(self, data) if len(written) < 4 else full()
+
+    assert run("train", text, "-o", "expected", *SMALL)[0] == 0
+    monkeypatch.setattr(tensorboardX.RecordWriter, "write", write_some)
+    monkeypatch.setattr(_tensorboard, "replacing", full)
+    status, out, err = run("train", text, "-o", "v", *SMALL, "--log-dir", "log")
+    assert (status, out) == (0, "")
+    notes = [line for line in err.splitlines() if "note" in line]
+    assert notes[0] == "embax: note: the log ends here: log: No space left on device"
+    assert len(notes) == 2  # the other one is of the projector
+    assert len(written) == 4
+    np.testing.assert_array_equal(Vectors.load("v").weight, Vectors.load("expected").weight)
 
 
 def test_killed_run_continues_from_its_last_checkpoint(text):

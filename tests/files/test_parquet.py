@@ -162,7 +162,7 @@ MISSING = pa.array([[1.0, 2.0], [1.0, None], None, []], pa.list_(pa.float32()))
         ({"token": pa.array(["a", None] * 2).dictionary_encode(), "vector": lists()}, "row 1: the value of 'token'"),
         ({"token": TOKENS, "vector": MISSING.take([0, 2, 0, 0])}, "row 1: the value of 'vector' is missing"),
         ({"token": TOKENS, "vector": MISSING.take([0, 0, 0, 1])}, "row 3: a number is missing"),
-        ({"token": TOKENS, "vector": MISSING.take([0, 0, 3, 0])}, "row 2 has 0 numbers, where those before it have 2"),
+        ({"token": TOKENS, "vector": MISSING.take([0, 0, 3, 0])}, "row 2 has 0 numbers, but the rows before it have 2"),
         ({"token": TOKENS, "a": [1.0, None, 2.0, 3.0]}, "row 1: the value of 'a' is missing"),
         ({"token": TOKENS, "vector": lists(), "count": [1, None, 1, 1]}, "row 1: the value of 'count' is missing"),
         ({"token": TOKENS, "vector": lists(), "count": [1, 1, -1, 1]}, "row 2: the count must not be negative"),

@@ -198,7 +198,7 @@ def test_text_is_read(tmp_path, text, tokens):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (b"", r"the first line must be the number of rows and that of numbers a row"),
+        (b"", r"the first line must be the number of rows and the number of columns"),
         (b"\n", r"the first line must be"),
         (b"the 0.1 0.2\n", r"the first line must be"),
         (b"2 2 2\n", r"the first line must be"),

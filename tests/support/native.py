@@ -1,4 +1,4 @@
-"""The handlers of the native library, called through jax.ffi alone, and the same work in NumPy."""
+"""The functions of the native library, called through jax.ffi or ctypes alone, and the same work in NumPy."""
 
 import ctypes
 import functools
@@ -31,9 +31,6 @@ STEPS = {
 }
 for _name in ("Take", "Put", "Combine", "Pool", *(f"Step{name}" for name in STEPS)):
     jax.ffi.register_ffi_target(f"raw_{_name}", jax.ffi.pycapsule(getattr(LIBRARY, f"Embax{_name}")), platform="cpu")
-
-if hasattr(LIBRARY, "EmbaxTrainWords"):
-    jax.ffi.register_ffi_target("raw_TrainWords", jax.ffi.pycapsule(LIBRARY.EmbaxTrainWords), platform="cpu")
 
 NOTHING = np.zeros(0, np.int32)  # in the place of offsets, or of bags
 NO_FACTORS = np.zeros(0, np.float32)
@@ -79,11 +76,34 @@ def step(name, arrays, ids, values, scalars, length=1, bag_of=NOTHING, factors=N
     return function(*arrays, ids, values, bag_of, factors, scalars, **attributes)
 
 
+class _Training(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in "inputs outputs ids keep cut alias starts pieces".split()),
+        *((name, ctypes.c_int64) for name in "stride input_rows rows number number_of_pieces".split()),
+        *((name, ctypes.c_int64) for name in "window negative parts".split()),
+        ("seed", ctypes.c_uint64),
+        *((name, ctypes.c_float) for name in ("first_rate", "last_rate")),
+        ("cbow", ctypes.c_bool),
+    )
+
+
+class _Loss(ctypes.Structure):
+    _fields_ = (("sum", ctypes.c_double), ("pairs", ctypes.c_int64))
+
+
 def train_words(inputs, outputs, vocabulary, ids, rates, seed, window, negative, cbow, threads=1):
-    out = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in (inputs, outputs, rates)]
-    function = jax.ffi.ffi_call("raw_TrainWords", out, input_output_aliases={0: 0, 1: 1})
-    attributes = {"window": np.int64(window), "negative": np.int64(negative), "threads": np.int64(threads)}
-    return function(inputs, outputs, ids, *vocabulary, rates, seed, cbow=np.int32(cbow), **attributes)
+    """Train copies of the tables; the error is that of the library."""
+    inputs, outputs = np.array(inputs), np.array(outputs)
+    arrays = {"inputs": inputs, "outputs": outputs, "ids": ids, **vocabulary._asdict()}
+    pointers = {name: array.ctypes.data if array.size else None for name, array in arrays.items()}
+    sizes = (outputs.shape[1], len(inputs), len(outputs), len(ids), len(vocabulary.pieces))
+    seed = int(seed[0]) << 32 | int(seed[1])
+    training = _Training(*pointers.values(), *sizes, window, negative, threads, seed, *map(float, rates), cbow)
+    loss, refused = _Loss(), ctypes.c_char_p()
+    failed = LIBRARY.embax_kernels_train_words(ctypes.byref(training), ctypes.byref(loss), ctypes.byref(refused))
+    if failed:
+        raise ValueError(refused.value.decode())
+    return inputs, outputs, np.asarray([loss.sum, loss.pairs], np.float32)
 
 
 def scalars_of(name, rate=0.05, decay_by=0.01, eps=1e-8, b1=0.9, b2=0.999, steps=1):

@@ -12,6 +12,7 @@ import textwrap
 
 _MEASURE = """
 import json, os, sys, tracemalloc
+import embax.vectors, jax  # before, since tracing makes imports slow
 
 def peak(run):
     "Bytes at the highest point of a call, beyond those before it."

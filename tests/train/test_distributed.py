@@ -19,7 +19,7 @@ from corpora import ids_of
 from embax import train
 from embax.cli import _processes
 from embax.cli._common import UserError
-from embax.train import _segments, _text, _xla
+from embax.train import _corpus, _segments, _text, _xla
 from embax.train._corpus import BREAK, encode
 from embax.train._engine import Options
 from embax.train._parts import WHOLE, Parts, parts_of
@@ -75,6 +75,29 @@ def test_encode_parts_counts_the_words_of_all_processes(monkeypatch):
     whole = encode(sequences, 1, WHOLE)[0]
     assert (corpus.tokens, corpus.counts.tolist()) == (whole.tokens, whole.counts.tolist())
     assert [corpus.tokens[row] for row in ids_of(corpus) if row != BREAK] == ["b", "é\n", "a", "a"]
+
+
+@pytest.mark.parametrize("held_out", [None, 4])
+def test_encode_drops_the_same_words_with_any_number_of_processes(monkeypatch, held_out):
+    monkeypatch.setattr(_corpus, "_CHUNK", 16)
+    rng = np.random.default_rng(0)
+    sequences = [[f"{word}" for word in rng.zipf(1.4, 8) % 200] for _ in range(120)]
+    options = {"max_vocabulary": 20, "held_out": held_out}
+    one = encode(sequences, 1, part_of_process(3, (0, 1, 2)), **options)
+    told = []
+    monkeypatch.setattr(Parts, "is_shared", property(lambda self: True))
+    monkeypatch.setattr(Parts, "gather", lambda self, data: told.append(data) or told)
+    processes = [part_of_process(3, own) for own in ((0, 1), (2,))]
+    for process in processes:  # tells what it has counted
+        encode(sequences, 1, process, **options)
+    monkeypatch.setattr(Parts, "gather", lambda self, data: told)
+    (first, second, *held_out_ids), (third, *same_ids) = (encode(sequences, 1, each, **options) for each in processes)
+    assert len(one[0].tokens) == 20
+    assert one[0].counts.sum() < 0.9 * 8 * len(sequences)
+    for corpus, expected in zip([first, second, third, *held_out_ids], one, strict=True):
+        assert (corpus.tokens, corpus.counts.tolist()) == (expected.tokens, expected.counts.tolist())
+        assert ids_of(corpus) == ids_of(expected)
+    assert [ids_of(corpus) for corpus in same_ids] == [ids_of(corpus) for corpus in held_out_ids]
 
 
 def test_encode_parts_looks_for_the_words_of_its_own_parts_only(monkeypatch):
@@ -156,17 +179,18 @@ def test_train_on_a_mesh_equals_train_without_one(model, subwords):
     assert (parts.number, parts.own) == (4, (0, 1, 2, 3))
     corpora = encode(paragraphs(SHORT), 1, parts)
     options = Options(dim=6, window=5, negative=5, model=model, sample=np.inf, seed=0)
-    pieces = pieces_of(corpora[0].tokens, NgramOptions(2, 3, 20)) if subwords else None
+    pieces = pieces_of(corpora[0].vocabulary, NgramOptions(2, 3, 20)) if subwords else None
     engine, alone = _xla.Xla(corpora, parts, options, pieces), _xla.Xla(corpora[:1], WHOLE, options, pieces)
-    rng, rows = np.random.default_rng(0), pieces.rows if pieces else len(WORDS)
-    weights = tuple(rng.normal(size=(number, 6)).astype(np.float32) for number in (rows, len(WORDS)))
-    state = engine.start(weights)
+    rows = pieces.rows if pieces else len(WORDS)
+    state, expected = engine.start(None), alone.start(None)
     assert {shard.data.shape for shard in state.inputs.weight.addressable_shards} == {(-(-rows // DEVICES), 6)}
     (batch,) = engine.batches(1)
     assert batch.words == corpora[0].counts.sum() < batch.tokens.size  # the rest is padding
-    state, same_loss = engine.run(state, batch, (0.5, 0.1))
-    expected, loss = alone.run(alone.start(weights), batch, (0.5, 0.1))
+    for _ in range(2):
+        state, same_loss = engine.run(state, batch, (0.5, 0.1))
+        expected, loss = alone.run(expected, batch, (0.5, 0.1))
     for one, other in zip(engine.vectors(state), alone.vectors(expected), strict=True):
+        assert np.abs(other).max() > 0.1
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)  # float32
     np.testing.assert_allclose(same_loss, loss, rtol=1e-5)  # float32
 

@@ -115,6 +115,7 @@ def test_after_epoch_gets_the_vectors_and_a_falling_loss():
     np.testing.assert_array_equal(epochs[2].vectors.weight, vectors.weight)
     assert not np.array_equal(epochs[1].vectors.weight, vectors.weight)
     assert vectors.counts.sum() == 9 * (120 - 6)
+    assert not any(epoch.vectors.weight.flags.writeable for epoch in epochs)  # the last one shares the result's memory
 
 
 def test_training_ends_if_a_callback_returns_true():

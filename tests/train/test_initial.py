@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 
 from embax import train
+from embax.train import _native
 from embax.train._corpus import encode
 from embax.train._parts import WHOLE
 from embax.vectors import Vectors
@@ -29,6 +30,32 @@ def test_training_continues_from_vectors(learn):
     np.testing.assert_array_equal(vectors.weight, again.weight)
 
 
+@pytest.mark.parametrize("learn", [train.skipgram, train.cbow])
+@pytest.mark.parametrize("engine", ["xla", "native"])
+def test_training_continues_from_the_second_table(learn, engine):
+    if engine == "native" and _native.lacking(None) is not None:
+        pytest.skip("the native kernels are not installed, or switched off")
+    options = {"sample": 0, "min_count": 1, "engine": engine}
+    tables = []
+    text = [[f"{topic}{number % 7}" for number in range(start, start + 9)] for start in range(40) for topic in "abc"]
+    first = learn(text, dim=DIM, epochs=10, learning_rate=0.1, keep_second=tables.append, **options)
+    (second,) = tables
+    assert second.vocabulary.tokens() == first.vocabulary.tokens()
+    assert second.metadata["table"] == "second"
+    assert np.abs(second.weight).max() > 0.1
+    text, rates = [*text, ["new"] * 9], {"epochs": 1, "learning_rate": 1e-6}
+    losses = {}
+    for name, more in {"none": {}, "second": {"initial_second": second}}.items():
+        reports = []
+        learn(text, initial=first, progress=reports.append, keep_second=tables.append, **rates, **options, **more)
+        losses[name] = reports[-1].loss
+    assert losses["second"] < 0.9 * losses["none"]  # as of a table of zeros
+    *_, fresh, kept = tables
+    np.testing.assert_allclose(kept[first.vocabulary.tokens()], second.weight, atol=1e-3)
+    assert np.abs(fresh.weight).max() < 1e-3
+    assert np.abs(kept["new"]).max() < 1e-3
+
+
 def test_training_from_vectors_resumes_only_from_the_same_ones(tmp_path):
     pytest.importorskip("orbax.checkpoint")
     options = {"epochs": 1, "sample": 0, "checkpoint": tmp_path, "checkpoint_every": 1}
@@ -43,9 +70,10 @@ def test_training_from_vectors_resumes_only_from_the_same_ones(tmp_path):
     [
         (Vectors(["a"], [[1.0, 2.0]]), ValueError, r"skipgram\(initial=\.\.\.\)` must have .* dim=3, got 2"),
         (Vectors(["a", "b"], [[1.0, 2, 3], [np.nan, 0, 0]]), ValueError, "must be finite, got NaN .* of 'b'"),
+        (None, ValueError, r"skipgram\(initial_second=\.\.\.\)` must come with `initial`"),
         ("vectors.safetensors", TypeError, r"initial=\.\.\.\)` must be Vectors, got str"),
     ],
 )
 def test_training_refuses_vectors_that_it_cannot_continue_from(initial, error, match):
     with pytest.raises(error, match=match):
-        train.skipgram(TEXT, dim=3, initial=initial)
+        train.skipgram(TEXT, dim=3, initial=initial, initial_second=OLD if initial is None else None)

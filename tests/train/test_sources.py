@@ -146,7 +146,7 @@ open("/proc/self/clear_refs", "w").write("5")  # the peak begins anew
 def kilobytes(what):
     return int(re.search(rf"{what}:\\s+(\\d+) kB", open("/proc/self/status").read())[1])
 before = kilobytes("VmRSS")
-corpus, = encode(read_sequences(sys.argv[1]), 5, WHOLE, max_vocabulary=5_000)
+corpus, = encode(read_sequences(sys.argv[1:]), 5, WHOLE, max_vocabulary=5_000)
 words = sum(int((block >= 0).sum()) for block in corpus.blocks(1 << 16))
 assert words == corpus.counts.sum(), (words, corpus.counts.sum())
 print(words, kilobytes("VmHWM") - before)
@@ -169,6 +169,30 @@ def test_memory_does_not_grow_with_the_text(tmp_path):
         assert path.stat().st_size > 0.97e6 * millions
         assert words > 200_000 * millions
     assert peaks[20] - peaks[2] < 16_000, peaks  # kB; the ids of the longer text alone take 18 MB
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="needs Linux to measure memory")
+def test_memory_does_not_grow_with_columns(tmp_path):
+    """A file of strings and one of lists, in pieces of 105,000 words, of which 5,000 occur in no other piece."""
+    often = [f"w{word % 3000}" for word in np.random.default_rng(0).zipf(1.5, 100_000).tolist()]
+    strings, lists = pa.schema({"words": pa.string()}), pa.schema({"words": pa.list_(pa.string())})
+    peaks = {}
+    for pieces in (2, 15):
+        paths = tmp_path / f"{pieces}.parquet", tmp_path / f"{pieces}.arrow"
+        with (
+            pyarrow.parquet.ParquetWriter(paths[0], strings) as parquet,
+            pa.ipc.new_file(str(paths[1]), lists) as arrow,
+        ):
+            for number in range(pieces):
+                words = [*often, *(f"r{word}" for word in range(5_000 * number, 5_000 * (number + 1)))]
+                rows = [words[first : first + 50] for first in range(0, len(words), 50)]
+                parquet.write_table(pa.table({"words": [" ".join(row) for row in rows]}, schema=strings))
+                arrow.write_table(pa.table({"words": rows}, schema=lists))
+        done = subprocess.run([sys.executable, "-c", PEAK, *paths], capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stderr
+        words, peaks[pieces] = map(int, done.stdout.split())
+        assert words > 2 * 99_000 * pieces
+    assert peaks[15] - peaks[2] < 8_000, peaks  # kB; the ids of the longer text alone take 11 MB more, and words more
 
 
 ALPHABET = "aAbB'-_ \n\0\t" + "é\u2019\u00ad1"

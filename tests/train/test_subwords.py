@@ -4,6 +4,7 @@ import pytest
 import embax
 from embax import train
 from embax.train._subwords import NgramOptions, OccurringRows, Pieces, pieces_of
+from embax.vocabulary import Vocabulary
 
 DIM = 16
 
@@ -15,7 +16,7 @@ def text():
 
 
 def test_pieces_of_words_are_their_own_row_and_their_ngrams():
-    pieces = pieces_of(["cat", "cats", "", "的"], NgramOptions(3, 3, 1000))
+    pieces = pieces_of(Vocabulary(["cat", "cats", "", "的"]), NgramOptions(3, 3, 1000))
     rows = [pieces.ids[start:end].tolist() for start, end in zip(pieces.starts[:-1], pieces.starts[1:], strict=True)]
     assert [row[0] for row in rows] == [0, 1, 2, 3]
     assert [len(row) for row in rows] == [4, 5, 1, 2]  # <ca cat at>; <ca cat ats ts>; none; <的>
@@ -25,7 +26,7 @@ def test_pieces_of_words_are_their_own_row_and_their_ngrams():
 
 
 def test_pieces_share_few_buckets():
-    pieces = pieces_of(["cat", "dogs"], NgramOptions(3, 6, 2))
+    pieces = pieces_of(Vocabulary(["cat", "dogs"]), NgramOptions(3, 6, 2))
     assert pieces.used.tolist() == [0, 1]
     assert pieces.rows == 4
 

@@ -1,3 +1,4 @@
+import errno
 import struct
 import sys
 
@@ -89,3 +90,43 @@ def test_tensorboard_names_the_missing_library(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
     with pytest.raises(ImportError, match=r'pip install "embax\[tensorboard\]"'):
         train.TensorBoard(tmp_path / "log")
+
+
+@pytest.fixture
+def full_disk():
+    """No file can grow beyond 2,000 bytes, as Linux says by an error where a disk is full."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_tensorboard_ends_the_log_once_on_a_full_disk(tmp_path, full_disk):
+    pytest.importorskip("tensorboardX")
+    errors = []
+    with train.TensorBoard(tmp_path, on_error=errors.append) as log:
+        for words in range(1000):
+            log.progress(train.Progress(1, 1, words, 0, np.float32([1, 1]), 1.0))
+        log.after_epoch(train.Epoch(1, 1, Vectors(["a"], [[1.0]]), 2.0))
+    (error,) = errors
+    assert (error.errno, error.filename) == (errno.EFBIG, str(tmp_path))
+    (file,) = tmp_path.iterdir()
+    assert 1000 < file.stat().st_size <= 2000
+    with pytest.raises(OSError, match="too large") as raised:
+        log.projector(Vectors([f"{number}" for number in range(1000)], np.eye(1000, 2, dtype=np.float32)))
+    assert raised.value.filename == str(tmp_path)
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_tensorboard_warns_of_a_full_disk(tmp_path, full_disk):
+    pytest.importorskip("tensorboardX")
+
+    def write():
+        with train.TensorBoard(tmp_path) as log:
+            for number in range(1000):
+                log.scalar("a", number)
+
+    with pytest.warns(RuntimeWarning, match=r"^The log '.*' ends here: File too large\.$") as caught:
+        write()
+    assert len(caught) == 1

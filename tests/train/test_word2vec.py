@@ -67,7 +67,7 @@ def test_products_approach_the_shifted_mutual_information():
     text = [[str(word) for word in words]]
     (corpus,) = encode(text, 1, _parts.WHOLE)
     engine = _xla.Xla([corpus], _parts.WHOLE, _engine.Options(DIM, 1, 2, "skipgram", np.inf, 0))
-    inputs, outputs = _loop.train(engine, _loop.Run(6, len(words), 0.1), None, None)
+    inputs, outputs = _loop.train(engine, _loop.Run(6, len(words), 0.1))
     rows = np.asarray([corpus.tokens.index(str(word)) for word in words])
     pairs = np.zeros((6, 6))
     np.add.at(pairs, (rows[1:], rows[:-1]), 1)
@@ -117,6 +117,14 @@ def test_skipgram_takes_a_corpus_of_one_word():
     vectors = train.skipgram([["alone"] * 9], dim=3)
     assert vectors.vocabulary.tokens() == ["alone"]
     assert np.isfinite(vectors.weight).all()
+
+
+def test_xla_trains_alike_without_the_options_for_a_cpu(monkeypatch):
+    options = {"dim": DIM, "epochs": 1, "engine": "xla"}
+    expected = train.skipgram(topics_corpus(100), **options)
+    monkeypatch.setattr(_xla, "_is_on_cpu", lambda array: False)
+    vectors = train.skipgram(topics_corpus(100), **options)
+    np.testing.assert_allclose(vectors.weight, expected.weight, rtol=1e-4, atol=1e-6)  # float32
 
 
 def test_skipgram_compiles_its_step_once():

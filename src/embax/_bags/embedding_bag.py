@@ -9,6 +9,7 @@ from jax.core import Tracer
 from jaxtyping import Array, DTypeLike, Float, Int, Int32, Shaped
 
 from .._base import check as _check
+from .._base.arrays import as_jax
 from .._base.distinct import accumulator
 from .._core import ids as _ids
 from .._core.table import Table
@@ -209,7 +210,7 @@ def prepared_weights(
     if mode == "max":
         raise TypeError(f"`{argument}` must be None in mode 'max', got weights. Leave them out.")
     try:
-        weights = jnp.asarray(weights)
+        weights = as_jax(weights)
     except (ValueError, TypeError):
         if not isinstance(weights, list | tuple):
             raise

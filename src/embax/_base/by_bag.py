@@ -25,12 +25,12 @@ from jaxtyping import Array, Float, Inexact, Int, Int32, Shaped
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["values", "bag_of", "factors"], meta_fields=["rows"])
 @dataclasses.dataclass(frozen=True)
 class ByBag:
-    """Values of ids, one for each bag. Leading axes are groups, each with bags and ids of its own."""
+    """Values of ids, one for each bag. Leading axes are groups; each group has its own bags and ids."""
 
-    # JAX rebuilds pytrees with other things than arrays, so types are in comments.
+    # JAX also rebuilds pytrees with None or shapes in place of arrays, so comments give the types.
     values: Any  # (*groups, bags, *dim)
     bag_of: Any  # int32 (*groups, ids), the bag of each id; None for bags of one length
-    factors: Any  # (*groups, ids), what the bag's value is multiplied by for each id; None for ones
+    factors: Any  # (*groups, ids), the factor of each id, which multiplies the value of its bag; None for ones
     rows: int  # ids outside of [0, rows) have no row
 
     @property
@@ -43,11 +43,11 @@ class ByBag:
         return _expanded(self, ids)
 
     def mapped(self, function: Callable[[Array], Array]) -> "ByBag":
-        """Map the values by a function that treats each number alone, and is linear."""
+        """Map the values by a linear function of single numbers, such as `jnp.negative`."""
         return dataclasses.replace(self, values=function(self.values))
 
     def flat(self, ids: Shaped[Array, "*groups ids"]) -> "ByBag":
-        """Merge all groups into one; the ids, or their keys, are to be raveled."""
+        """Merge all groups into one, for ids, or their keys, that are raveled."""
         axis = ids.ndim - 1
         bags = self.values.shape[axis]
         values = jnp.reshape(self.values, (-1, *self.values.shape[axis + 1 :]))

@@ -2,10 +2,10 @@
 
 import dataclasses
 
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
 
+from .._base.arrays import as_jax
 from .one_array import OneArray
 
 
@@ -23,12 +23,12 @@ class Dense(OneArray):
 
     @property
     def descriptions(self) -> tuple[str, ...]:
-        """In a user's words: the alternative to a table on a mesh."""
+        """In a user's words, the alternative to a table on a mesh."""
         return ("no mesh",)
 
     @property
     def noted(self) -> str | None:
-        """None: the rows are in row order."""
+        """None, since the rows are in row order."""
         return None
 
     def to_rows(self, leaf: PyTree) -> PyTree:
@@ -37,7 +37,7 @@ class Dense(OneArray):
 
     def from_rows(self, values: PyTree) -> Array:
         """The values themselves; a NumPy array goes to the default device."""
-        return jnp.asarray(values) if isinstance(values, np.ndarray) else values
+        return as_jax(values) if isinstance(values, np.ndarray) else values
 
     def held(self, leaf: PyTree) -> PyTree:
         """The leaf itself, which is in row order."""

@@ -13,6 +13,7 @@ from jax.core import Tracer
 from jax.sharding import auto_axes
 from jaxtyping import Array, Bool, Int, Integer, PyTree, Shaped
 
+from .._base.arrays import as_jax
 from .._base.axes import explicit_sharding as explicit_sharding
 from .._base.axes import on_every_device as on_every_device
 from .._base.dtypes import index_dtype as index_dtype
@@ -86,7 +87,7 @@ def resolve(ids: Ids, rows: int, out_of_range: OutOfRange, wrap: bool = True) ->
     Returns:
       Row numbers of the same shape, in the index dtype.
     """
-    numbers = narrow(jnp.asarray(ids), rows, jnp)
+    numbers = narrow(as_jax(ids), rows, jnp)
     if wrap:
         numbers = jnp.where((numbers < 0) & (numbers >= -rows), numbers + rows, numbers)
     if out_of_range == "clip":

@@ -1,14 +1,14 @@
 """read_bags and add_bags: the derivative of a sum of bags, as two primitives that are each other's transpose.
 
-The gradient of a bag is the same for all of its ids, except for their weights. These primitives keep it so: they are
-`read_rows` and `add_rows` with the sums and the repetition inside. An example, for the bags [1, 3] and [3, 9] of a
-table of 5 rows; 9 stands for no row:
+All ids of a bag have the same gradient, except for their weights. These primitives keep one gradient for each bag:
+`read_bags` is `read_rows` and the sum of each bag, and `add_bags` is `add_rows` of values that are repeated for each
+id. For instance, for the bags [1, 3] and [3, 9] of a table of 5 rows, where 9 has no row:
 
     read_bags(tangent, [1, 3, 3, 9], bags=2)    -> tangent[1] + tangent[3], tangent[3]
     add_bags([u, v], [1, 3, 3, 9])              -> zeros, u added to rows 1 and 3, and v to row 3
 
 `embax.value_and_grad` finds `add_bags` in the program of a gradient, and takes the ids and the gradients of the bags
-from it. In any other program, both compile to what `read_rows` and `add_rows` do for single ids.
+from it. In any other program, both compile to `read_rows` and `add_rows` of single ids.
 """
 
 import functools
@@ -54,7 +54,7 @@ def read_bags(
       ids: Row numbers; an id without a row adds nothing.
       bags: The number of bags.
       bag_of: The bag of each id, in rising order; None for bags of one length.
-      factors: What a row is multiplied by, of the tangent's dtype, or None.
+      factors: The factor of each id, of the tangent's dtype; None for ones.
       storage: The table's storage.
 
     Returns:
@@ -101,7 +101,7 @@ def _(values: Any, ids: Any, *_: Any, spec: BagSpec) -> PyTree:
 
 
 def _jvp(primitive: Primitive, plain: Any, primals: PyTree, tangents: PyTree, *, spec: BagSpec) -> PyTree:
-    """Linear in the values, and in the factors. A derivative by factors is that of the plain code."""
+    """Linear in the values, and in the factors. The derivative by the factors runs the plain code."""
     (values, ids, *others), (of_values, *of_others) = primals, tangents
     out = primitive.bind(values, ids, *others, spec=spec)
     moved = []

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, DTypeLike, Key, PyTree, Shaped
 
 from .._base import check as _check
+from .._base.arrays import as_jax
 from . import flax_state as _flax
 from .dense import DENSE
 from .held_rows import HeldRows, OfRows, is_label
@@ -73,7 +74,7 @@ class Table(OfRows):
         if isinstance(weight, HeldRows):
             return self._check_of_rows(weight)
         if isinstance(weight, np.ndarray) or not (hasattr(weight, "shape") and hasattr(weight, "dtype")):
-            weight = jnp.asarray(weight)
+            weight = as_jax(weight)
         if weight.ndim < 1:
             raise ValueError("`embax.Table(weight=...)` must have an axis of rows, got a scalar. Pass (rows, *dim).")
         self.storage.check(weight)
@@ -332,12 +333,17 @@ def fresh_rows(
             f"`{call}(init=...)` must give the shape it is asked for, {(rows, *dim)}, got {weight.shape}. "
             "Use its `shape` argument."
         )
-    return jnp.asarray(weight)  # an initialiser may give a NumPy array
+    return as_jax(weight)  # an initialiser may give a NumPy array
 
 
 def with_zero_padding(table: Table) -> Table:
     """Set the padding rows of a table to zero."""
-    return dataclasses.replace(table, weight=without_padding(table, table.weight))
+    return table if table.padding_idx is None else dataclasses.replace(table, weight=_cleared(table))
+
+
+@jax.jit  # one program for a table that is made outside of one
+def _cleared(table: Table) -> Shaped[Array, "rows *dim"]:
+    return without_padding(table, table.weight)
 
 
 def without_padding(

@@ -11,13 +11,15 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Inexact, Integer, PyTree
 
+from .._base.arrays import as_jax
+
 _Ids = Integer[Array | np.ndarray, " length"]
 
 
 def rows_given(ids: Any, values: PyTree, rows: int) -> tuple[_Ids, Inexact[Array, "length *dim"]]:
     """Return the ids and values given to `embax.RowGrad` as arrays; raise an error if they are wrong."""
     ids = ids if hasattr(ids, "dtype") else np.asarray(ids, np.int32 if len(ids) == 0 else None)
-    values = jnp.asarray(values)
+    values = as_jax(values)
     if not jnp.issubdtype(ids.dtype, jnp.integer):
         raise TypeError(f"`embax.RowGrad(ids=...)` must be of an integer dtype, got {ids.dtype}. Cast them.")
     if not jnp.issubdtype(values.dtype, jnp.inexact):

@@ -15,7 +15,7 @@ import jax
 
 import embax
 
-# The handler in the library for each primitive. A library may lack some of them.
+# The handler of XLA's calls in the library for each primitive. A library may lack some of them.
 HANDLERS = {
     "take": "EmbaxTake",
     "put": "EmbaxPut",
@@ -26,8 +26,9 @@ HANDLERS = {
     "step_rowwise_adagrad": "EmbaxStepRowwiseAdagrad",
     "step_adam": "EmbaxStepAdam",
     "step_rowwise_adam": "EmbaxStepRowwiseAdam",
-    "train_words": "EmbaxTrainWords",
 }
+# Functions that Python calls without XLA.
+FUNCTIONS = {"train_words": "embax_kernels_train_words"}
 
 
 class Library(NamedTuple):
@@ -92,8 +93,8 @@ def _library() -> Library | None:
             f"embax-kernels must be of version {embax.__version__}, as embax is, got {version}. Install the one of "
             "this version, as by `pip install ./kernels` in the repository, or set EMBAX_KERNELS=0."
         )
-    primitives = tuple(name for name, handler in HANDLERS.items() if hasattr(native, handler))
-    for name in primitives:
+    primitives = tuple(name for name, symbol in (HANDLERS | FUNCTIONS).items() if hasattr(native, symbol))
+    for name in HANDLERS.keys() & set(primitives):
         capsule = jax.ffi.pycapsule(getattr(native, HANDLERS[name]))
         jax.ffi.register_ffi_target(target(name), capsule, platform="cpu")
     return Library(native, version, native.embax_kernels_isa().decode(), primitives)

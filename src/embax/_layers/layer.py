@@ -3,11 +3,11 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Self
 
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Shaped
 from numpy.typing import ArrayLike
 
+from .._base.arrays import as_jax
 from .._core.table import Table
 from .._heads.attend import attend
 from ..vectors._fill import Missing, warn_of_missing
@@ -57,7 +57,7 @@ class TableLayer:
           TypeError: As the constructor.
           ValueError: As the constructor, and for fewer than 2 axes.
         """
-        weight = jnp.asarray(weight)
+        weight = as_jax(weight)
         if weight.ndim < 2:
             raise ValueError(
                 f"`{_name(cls)}.from_pretrained(weight=...)` must have 2 axes or more, (rows, *dim), got shape "

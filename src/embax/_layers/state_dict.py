@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Array, Shaped
 from numpy.typing import ArrayLike
 
+from .._base.arrays import as_jax
 from .._core.table import Table
 
 # The ends of the names of input embeddings, in Hugging Face's transformers and in Meta's checkpoints: BERT and its
@@ -117,6 +118,6 @@ def _array(value: Any) -> Array:
     """Read an array of NumPy, JAX or torch."""
     value = value.detach() if hasattr(value, "detach") else value  # torch converts no tensor with a gradient
     try:
-        return jnp.asarray(np.asarray(value))
+        return as_jax(np.asarray(value))
     except TypeError:  # torch's bfloat16, which NumPy does not have
         return jnp.array(jnp.from_dlpack(value))  # copied: JAX may donate the array and write into its memory

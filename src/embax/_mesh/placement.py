@@ -95,7 +95,7 @@ class Placement:
 
     @property
     def copy_axes(self) -> tuple[str, ...]:
-        """The mesh axes of replicas: along them, devices have the same rows."""
+        """The mesh axes of replicas; along these axes, devices have the same rows."""
         return tuple(name for name in self.mesh.axis_names if name not in (*self.axes, self.columns))
 
     @property
@@ -105,12 +105,12 @@ class Placement:
 
     @property
     def owner_axes(self) -> tuple[str, ...]:
-        """The mesh axes of owners: along them, devices have different rows, or different parts of rows."""
+        """The mesh axes of owners; along these axes, devices have different rows, or different parts of rows."""
         return (*self.axes, *([self.columns] if self.columns is not None else []))
 
     @property
     def batch_spec(self) -> PartitionSpec:
-        """Sharding of a batch of ids: split over all devices."""
+        """Sharding of a batch of ids, which is split over all devices."""
         return PartitionSpec(tuple(self.mesh.axis_names))
 
     @property

@@ -12,6 +12,7 @@ from jaxtyping import Array, DTypeLike, Key, PyTree, Shaped
 from numpy.typing import ArrayLike
 
 from .._base import check as _check
+from .._base.arrays import as_jax
 from .._core import ids as _ids
 from .._core.held import held, table_of
 from .._core.lookup import read
@@ -210,7 +211,7 @@ class Embedding(brainstate.nn.Module, TableLayer):
     @classmethod
     def _of_weight(cls, embeddings: PyTree, **options: Any) -> Self:
         mantissa, unit = split_unit(embeddings)
-        weight = mantissa if isinstance(mantissa, StoredRows) else jnp.asarray(mantissa)
+        weight = mantissa if isinstance(mantissa, StoredRows) else as_jax(mantissa)
         if weight.ndim < 2:
             raise ValueError(
                 f"`embax.{cls.__name__}.from_pretrained(embeddings=...)` must have 2 axes or more, (rows, *dim), got "

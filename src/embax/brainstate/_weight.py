@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, PyTree, Shaped
 from numpy.typing import ArrayLike
 
+from .._base.arrays import as_jax
 from .._core.held import held, table_of
 from .._core.stored_rows import StoredRows
 from .._core.table import with_zero_padding
@@ -56,7 +57,7 @@ def initial_weight(init: object, shape: tuple[int, ...]) -> Weight:
     if isinstance(mantissa, StoredRows) and mantissa.shape == shape:
         return with_unit(mantissa, unit)
     try:
-        weight = jnp.broadcast_to(jnp.asarray(mantissa), shape)
+        weight = jnp.broadcast_to(as_jax(mantissa), shape)
     except ValueError:
         raise ValueError(
             f"`embax.Embedding(embedding_init=...)` must give a shape that broadcasts to {shape}, got "

@@ -12,6 +12,7 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import PyTree
 
 from .._base import check as _check
+from .._base.arrays import as_jax
 from .._base.axes import laid_out
 from .._core.held import held, table_of
 from .._core.scratch import Scratch
@@ -256,4 +257,4 @@ def _as_wanted(value: PyTree, entry: Entry, target: jax.ShapeDtypeStruct, found:
         return type(like)(value.item())
     if isinstance(like, np.ndarray) and entry.placement is None:
         return value
-    return jnp.asarray(value) if target.sharding is None else jax.device_put(value, target.sharding)
+    return as_jax(value) if target.sharding is None else jax.device_put(value, target.sharding)

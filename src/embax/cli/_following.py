@@ -44,7 +44,7 @@ class Following:
         self._last: Progress | None = None
         self._epochs: list[dict[str, Any]] = []
         with in_one_line():
-            self._log = None if log is None else embax.train.TensorBoard(log)
+            self._log = None if log is None else embax.train.TensorBoard(log, on_error=self._log_ends)
 
     def __enter__(self) -> "Following":
         return self
@@ -89,7 +89,10 @@ class Following:
     def finish(self, vectors: "Vectors") -> None:
         """Write the vectors to the log, and say where an interrupt has ended the run."""
         if self._log is not None:
-            self._log.projector(vectors)
+            try:
+                self._log.projector(vectors)
+            except OSError as error:  # the vectors are written, so the run has succeeded
+                self._log_ends(error)
         if self.interrupted and self._last is not None:
             share = self._last.words / self._last.total_words
             self.say(f"interrupted in epoch {self._last.epoch}/{self._last.epochs}, after {share:.0%}")
@@ -108,6 +111,9 @@ class Following:
         """Speed and evaluations, for the JSON document."""
         found = {"words_per_second": round(self.words_per_second), "waited": round(self.waited, 4)}
         return found | {"interrupted": self.interrupted} | ({"epochs": self._epochs} if self._epochs else {})
+
+    def _log_ends(self, error: OSError) -> None:
+        self.say(f"note: the log ends here: {error.filename}: {error.strerror}")
 
     def _catch(self) -> None:
         """Catch interrupts, from the first call on: before it, there are no vectors worth writing."""

@@ -129,6 +129,17 @@ def train(
             "lacks keep theirs.",
         ),
     ] = None,
+    start_second: Annotated[
+        str | None,
+        typer.Option("--from-second", metavar="FILE", help="With --from, the second table that --second has written."),
+    ] = None,
+    second: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="Also write the second table, which the vectors are multiplied with in training, to continue from it.",
+        ),
+    ] = None,
     engine: Annotated[
         str,
         option_of(
@@ -206,6 +217,10 @@ def train(
     Words are lower-cased, unless there is a --tokenizer; a blank line, or the end of a row or file, ends the context of
     a word.
     """
+    if start_second is not None and start is None:
+        raise UserError("--from-second needs --from, the vectors of the same run.")
+    if second is not None and second == output:
+        raise UserError(f"{second}: must not be the file of the vectors. Name another file for --second.")
     where = address(distributed, coordinator, num_processes, process_id)
     if checkpoint is None:
         lost = "Start all of them again; with --checkpoint they would go on where they were."
@@ -242,7 +257,15 @@ def train(
             options["mesh"] = jax.make_mesh((jax.device_count(),), ("devices",))
         reading = {"tokenizer": tokenizer, "lines": lines, "column": column}
         vectors, following = _train(
-            files, reading, output, to, model, start, options, is_first, (evaluate or [], log_dir)
+            files,
+            reading,
+            (output, second),
+            to,
+            model,
+            (start, start_second),
+            options,
+            is_first,
+            (evaluate or [], log_dir),
         )
     if following is None:
         return
@@ -266,10 +289,10 @@ def train(
 def _train(
     files: list[str],
     reading: dict[str, Any],
-    output: str,
+    written: tuple[str, str | None],
     to: str | None,
     model: str,
-    start: str | None,
+    starts: tuple[str | None, str | None],
     options: dict[str, Any],
     is_first: bool,
     measured: tuple[list[str], str | None],
@@ -279,23 +302,32 @@ def _train(
     import embax.train
     from embax.train._sources import expanded
 
+    (output, second), start = written, starts[0]
     with in_one_line(output):
         format = embax.files.format_to_write(output, to)
+    with in_one_line(second):
+        format_of_second = None if second is None else embax.files.format_to_write(second)
     if "subwords" in options and format != "fasttext":
         raise UserError(f"{output}: --subwords needs a model of fastText. Name a file .bin, or add --to fasttext.")
     if is_first:
-        embax.files.check_writable(output)
+        for path in filter(None, written):
+            embax.files.check_writable(path)
     questions, log_dir = measured
     refuse_standard_input_twice(files, questions)
     with in_one_line():
         paths = expanded(files)
     name = name_of(paths[0]) if len(paths) == 1 else f"{len(paths):,} files"
     for path in paths:
-        if is_same_file(path, output):
-            raise UserError(f"{output}: is the text itself. Name another file for the vectors.")
-    if start is not None:
-        with in_one_line(start):
-            options |= {"initial": embax.Vectors.load(start)}
+        for result in filter(None, written):
+            if is_same_file(path, result):
+                raise UserError(f"{result}: is the text itself. Name another file for the vectors.")
+    for argument, path in zip(("initial", "initial_second"), starts, strict=True):
+        if path is not None:
+            with in_one_line(path):
+                options |= {argument: embax.Vectors.load(path)}
+    seconds: list[embax.Vectors] = []
+    if second is not None:
+        options |= {"keep_second": seconds.append}
     with contextlib.ExitStack() as stack:
         with in_one_line():
             sequences = embax.train.read_sequences(paths, **reading)
@@ -327,6 +359,9 @@ def _train(
         if following is not None:
             with in_one_line(output):
                 vectors.save(output, format=format)
+            if second is not None:
+                with in_one_line(second):
+                    seconds[0].save(second, format=format_of_second)
             following.finish(vectors)
             following.say(
                 f"wrote {name_of(output, 'standard output')}: {len(vectors):,} words, {vectors.weight.shape[1]} "

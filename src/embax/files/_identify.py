@@ -13,8 +13,7 @@ class Identity(NamedTuple):
     path: str  # the file: the part of the given path before the colon
     member: str | None  # the part after the colon: the name of a tensor, or of a file in an archive
     format: str  # one of `FORMATS`
-    # "gzip", "xz", "bz2", "zstd", "zip", "tar", or a combination such as "tar and gzip"; None for a plain file.
-    compression: str | None
+    compression: str | None  # "gzip", "xz", "bz2", "zstd", "zip", "tar", or "tar and gzip"; None for a plain file
     size: int | None  # in bytes, on disk; for a stream, the number of bytes read, or None before it is read
 
 

@@ -1,7 +1,7 @@
 """carry_over: convert the state of an optimizer for tables that changed in mid-training.
 
 For instance, a table grows from 4 rows to 6 under Adam: rows 0 to 3 of both moments keep their values, rows 4 and 5
-are those of a new state, and the step counter goes on.
+start as in a new state, and the step counter keeps its value.
 """
 
 import math
@@ -16,6 +16,7 @@ from jax.sharding import NamedSharding
 from jax.tree_util import KeyPath
 from jaxtyping import ArrayLike, PyTree
 
+from .._base.arrays import as_jax
 from .._core.dense import DENSE
 from .._core.storage import Storage
 from .._core.table import Table, has_weight, is_table, with_weight
@@ -198,7 +199,7 @@ def _where(array: PyTree, fresh: PyTree) -> PyTree:
         return jax.device_put(array, fresh.sharding)
     # Like the fresh array, make it uncommitted, so that it combines with arrays on any mesh.
     on_mesh = array.committed and array.is_fully_addressable and not jnp.issubdtype(array.dtype, jax.dtypes.prng_key)
-    return jnp.asarray(np.asarray(array)) if on_mesh else array
+    return as_jax(np.asarray(array)) if on_mesh else array
 
 
 def _members(collection: Collection) -> dict[str, Table]:

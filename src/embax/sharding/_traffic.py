@@ -39,7 +39,7 @@ _STATES: dict[Optimizer, tuple[int, int]] = {
 
 
 class Useful(NamedTuple):
-    """What a device sends to others in a collective that is no filling."""
+    """The part of a collective that a device sends to others and that is no padding."""
 
     what: str
     collective: Collective
@@ -146,7 +146,7 @@ class TableStep:
         return collectives_of_step(table, self.lookups, self.bag_length, update)
 
     def _transfers(self, phase: Phase, sent: Sequence[Sent], useful: Sequence[Useful]) -> list[Transfer]:
-        """Put the collectives of a program, in their order, beside what is useful of them."""
+        """Join the collectives of a program, in their order, with their useful parts."""
         found = []
         for x, (what, collective, entries, numbers) in zip(sent, useful, strict=True):
             assert x.collective == collective

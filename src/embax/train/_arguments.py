@@ -31,6 +31,7 @@ class Arguments(NamedTuple):
     learning_rate: float
     seed: int
     initial: Vectors | None
+    initial_second: Vectors | None
     subwords: bool
     ngram_lengths: tuple[int, int]
     buckets: int
@@ -38,6 +39,7 @@ class Arguments(NamedTuple):
     threads: int
     max_vocabulary: int
     held_out: bool
+    keep_second: Callable[[Vectors], object] | None
     progress: Callable[[Progress], object] | None
     after_epoch: Callable[[Epoch], object] | None
     mesh: Mesh | None
@@ -49,6 +51,12 @@ def checked(call: str, model: Model, given: Arguments) -> tuple[Arguments, Optio
     """Check the arguments before the text is read."""
     dim = None if given.dim is None else _at_least_one(f"{call}(dim=...)", given.dim)
     dim = _initial.checked(f"{call}(initial=...)", given.initial, dim) or _DIM
+    if given.initial_second is not None and given.initial is None:
+        raise ValueError(
+            f"`{call}(initial_second=...)` must come with `initial`, the vectors of the same run, got it alone. Pass "
+            "both."
+        )
+    _initial.checked(f"{call}(initial_second=...)", given.initial_second, dim)
     if given.initial is not None and given.subwords:
         raise ValueError(
             f"`{call}(initial=..., subwords=...)` must be vectors or sub-words, got both: n-grams cannot continue from "
@@ -77,7 +85,7 @@ def checked(call: str, model: Model, given: Arguments) -> tuple[Arguments, Optio
     return given, Options(dim, given.window, given.negative, model, given.sample, given.seed, given.threads)
 
 
-def _lengths(argument: str, value: tuple[int, int]) -> tuple[int, int]:
+def _lengths(argument: str, value: object) -> tuple[int, int]:
     if not isinstance(value, tuple | list) or len(value) != 2:
         raise TypeError(f"`{argument}` must be two lengths, got {value!r}. Pass (3, 6), for instance.")
     minimum, maximum = (_at_least_one(argument, length) for length in value)

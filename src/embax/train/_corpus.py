@@ -14,13 +14,14 @@ import collections
 import itertools
 import json
 import numbers
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from jaxtyping import Int32, Int64
 
 from .._base.limits import MAX_VOCABULARY
+from ..vocabulary import Vocabulary
 from ._parts import Parts
 from ._sources import FileSequences
 from ._spool import IN_MEMORY, Spool
@@ -56,19 +57,24 @@ class Corpus:
     """A text, or a part of it, as row numbers of its vocabulary.
 
     Args:
-      tokens: The vocabulary, the most frequent first.
+      vocabulary: The tokens, the most frequent first. It takes a tenth of the memory of a list of strings.
       counts: How often each token occurs.
       ids: Row numbers, with `BREAK` after each sequence.
 
     Attributes:
-      tokens: As above.
+      vocabulary: As above.
       counts: As above.
-      length: The number of ids, those of `BREAK` included.
+      length: The number of ids, each `BREAK` included.
     """
 
-    def __init__(self, tokens: list[str], counts: Int64[np.ndarray, " rows"], ids: Spool):
-        self.tokens, self.counts, self.length = tokens, counts, ids.length
+    def __init__(self, vocabulary: Vocabulary, counts: Int64[np.ndarray, " rows"], ids: Spool):
+        self.vocabulary, self.counts, self.length = vocabulary, counts, ids.length
         self._ids = ids
+
+    @property
+    def tokens(self) -> list[str]:
+        """The tokens as strings."""
+        return self.vocabulary.tokens()
 
     def blocks(self, size: int, start: int = 0) -> Iterator[Int32[np.ndarray, " ids"]]:
         """Yield the ids, `size` at a time; the last block may be shorter.
@@ -100,16 +106,16 @@ def encode(
     the counts over all processes. Sequences that are held out belong to no part, and their words are not counted.
 
     Memory is bounded: the longest sequence, 4 MiB for ids, and about 150 bytes for each distinct word, of which
-    `max_vocabulary + 65,536` are counted at a time. Further ids are in a temporary file, four bytes each.
+    `max_vocabulary + 65,536` are counted at a time in each part. Further ids are in a temporary file, four bytes each.
 
     Args:
       sequences: The words of each sequence, the same in all processes; integers stand for their decimal spelling. A
         window never reaches into another sequence.
       min_count: Words that occur less often are removed.
       parts: The parts.
-      max_vocabulary: The most words to keep. Whenever more are counted, the least frequent quarter is dropped, among
-        equals those that came first; a dropped word that comes again is counted anew. This happens in each process for
-        itself.
+      max_vocabulary: The most words to keep. Whenever more are counted, the least frequent quarter is dropped, the
+        earliest first among words of equal frequency. A dropped word that comes again is counted from 0. Each part
+        counts and drops its own words.
       known: Words to keep however seldom they occur.
       held_out: Hold out every so many-th sequence. Default: none.
       call: The call, for messages.
@@ -125,14 +131,19 @@ def encode(
       CorpusError: If no word occurs often enough.
       OSError: If there is no space for the temporary file.
     """
-    numbering = _Numbering([*parts.own, *([_HELD_OUT] if held_out else [])], max_vocabulary)
+    own = [*parts.own, *([_HELD_OUT] if held_out else [])]
+    # Each part numbers its own words, so that the words that it drops do not depend on the other parts of the process.
+    groups = [own] if parts.number == 1 else [[part] for part in own]
+    numberings = [_Numbering(group, max_vocabulary, IN_MEMORY // len(own)) for group in groups]
     if isinstance(sequences, FileSequences) and parts.number == 1:
         for batch in sequences.batches():
-            numbering.add_batch(batch, held_out)
+            numberings[0].add_batch(batch, held_out)
     else:
-        _add_each(numbering, sequences, parts, held_out, call)
-    spools, own_spellings, own_counts = numbering.finish(call)
-    spellings, counts = _of_all_processes(own_spellings, own_counts, parts)
+        of_part = {part: numbering for group, numbering in zip(groups, numberings, strict=True) for part in group}
+        _add_each(of_part, sequences, parts, held_out, call)
+    finished = [numbering.finish(call) for numbering in numberings]
+    counted = [(words, times) for group, (words, times) in zip(groups, finished, strict=True) if group != [_HELD_OUT]]
+    spellings, counts = _of_all_parts(counted, parts)
     chosen = [
         first
         for first, count in enumerate(counts.tolist())
@@ -144,13 +155,20 @@ def encode(
     order = order[:max_vocabulary]
     tokens, counts = [spellings[first] for first in order], counts[order]
     row_of = dict(zip(tokens, range(len(tokens)), strict=True))
-    rows = np.asarray([BREAK, *(row_of.get(word, _DROPPED) for word in own_spellings)], np.int32)
-    numbering.translate(rows)
-    return [Corpus(tokens, counts, spool) for spool in spools]
+    spools: list[Spool] = []
+    for numbering, (words, _) in zip(numberings, finished, strict=True):
+        rows = np.asarray([BREAK, *(row_of.get(word, _DROPPED) for word in words)], np.int32)
+        spools += numbering.translate(rows)
+    vocabulary = Vocabulary(tokens)
+    return [Corpus(vocabulary, counts, spool) for spool in spools]
 
 
 def _add_each(
-    numbering: "_Numbering", sequences: Iterable[Iterable[Any]], parts: Parts, held_out: int | None, call: str
+    numberings: Mapping[int, "_Numbering"],
+    sequences: Iterable[Iterable[Any]],
+    parts: Parts,
+    held_out: int | None,
+    call: str,
 ) -> None:
     """Add each sequence to its part."""
     number = -1
@@ -164,9 +182,9 @@ def _add_each(
         if not held_out or place % held_out:
             number += 1
             part = number % parts.number
-        if part in numbering.pending:
+        if part in numberings:
             try:
-                numbering.add(part, sequence)
+                numberings[part].add(part, sequence)
             except TypeError:
                 if isinstance(sequence, Iterable):
                     raise
@@ -182,12 +200,13 @@ class _Numbering:
     Args:
       own: The numbers of the parts to keep.
       most: The most words to count at a time.
+      in_memory: The bytes of numbers of a part that are kept in memory.
     """
 
-    def __init__(self, own: Sequence[int], most: int):
+    def __init__(self, own: Sequence[int], most: int, in_memory: int):
         self.pending: dict[int, list[Any]] = {part: [] for part in own}  # items that have no number yet
         self._most = most
-        self._spools = {part: Spool(IN_MEMORY // len(own)) for part in own}
+        self._spools = {part: Spool(in_memory) for part in own}
         # Translations of the numbers before each time that words were dropped, one behind the other.
         self._translations, self._sizes = Spool(), list[int]()
         self._ends: list[list[int]] = []  # the lengths of the spools at these times
@@ -249,7 +268,7 @@ class _Numbering:
     def _keep(self, part: int, found: Int32[np.ndarray, " items"]) -> None:
         if (distinct := len(self._numbers)) > len(self._counts):
             self._counts = np.concatenate([self._counts, np.zeros(distinct, np.int64)])
-        if part != _HELD_OUT:
+        if part != _HELD_OUT or len(self._spools) == 1:  # alone, only for the choice of words to drop
             np.add.at(self._counts, found, 1)
         self._spools[part].append(found)
 
@@ -272,8 +291,8 @@ class _Numbering:
         self._counts = np.concatenate([counts[:1], counts[kept]])
         self._renumber(items)
 
-    def finish(self, call: str) -> tuple[list[Spool], list[str], Int64[np.ndarray, " distinct"]]:
-        """Number the last words; returns the spools, the spelling of each number from 1, and its count."""
+    def finish(self, call: str) -> tuple[list[str], Int64[np.ndarray, " distinct"]]:
+        """Number the last words; returns the spelling of each number from 1, and its count."""
         for part, pending in self.pending.items():
             if pending:
                 self._number(part)
@@ -284,13 +303,16 @@ class _Numbering:
         items = list(self._numbers)[1:]
         self._renumber([])
         spellings = [item if type(item) is str else _spelling(item, call) for item in items]
-        return list(self._spools.values()), spellings, self._counts[1 : len(items) + 1]
+        return spellings, self._counts[1 : len(items) + 1]
 
-    def translate(self, rows: Int32[np.ndarray, " numbers"]) -> None:
+    def translate(self, rows: Int32[np.ndarray, " numbers"]) -> list[Spool]:
         """Replace numbers by rows in all spools, and remove dropped words.
 
         Args:
           rows: The row of each number, `_DROPPED` or `BREAK`.
+
+        Returns:
+          The spool of each part.
         """
         # From the last translation to the first: compose each with all later ones.
         firsts = [0, *itertools.accumulate(self._sizes)]
@@ -312,6 +334,7 @@ class _Numbering:
                     spool.write(written, found)
                     written += len(found)
             spool.cut(written)
+        return list(self._spools.values())
 
 
 def _spelling(item: Any, call: str) -> str:
@@ -325,18 +348,22 @@ def _spelling(item: Any, call: str) -> str:
     )
 
 
-def _of_all_processes(
-    spellings: list[str], counts: Int64[np.ndarray, " distinct"], parts: Parts
+def _of_all_parts(
+    found: list[tuple[list[str], Int64[np.ndarray, " distinct"]]], parts: Parts
 ) -> tuple[list[str], Int64[np.ndarray, " of_all"]]:
-    """Sum the counts of each spelling over all processes."""
-    found = [(spellings, counts.tolist())]
-    if parts.is_shared:
-        found = map(json.loads, parts.gather(json.dumps(found[0]).encode()))
-    elif len(set(spellings)) == len(spellings):
+    """Sum the counts of each spelling over the parts of all processes."""
+    (spellings, counts), *others = found
+    if others or len(set(spellings)) < len(spellings):  # a word and an integer may be spelled alike
+        spellings, counts = _summed((words, times.tolist()) for words, times in found)
+    if not parts.is_shared:
         return spellings, counts
+    return _summed(map(json.loads, parts.gather(json.dumps([spellings, counts.tolist()]).encode())))
+
+
+def _summed(found: Iterable[tuple[list[str], list[int]]]) -> tuple[list[str], Int64[np.ndarray, " of_all"]]:
     total: collections.Counter[str] = collections.Counter()
     for words, times in found:
-        for word, count in zip(words, times, strict=True):  # a word and an integer may be spelled alike
+        for word, count in zip(words, times, strict=True):
             total[word] += count
     return list(total), np.asarray(list(total.values()), np.int64)
 

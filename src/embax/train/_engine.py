@@ -5,17 +5,22 @@ The loop draws batches from an engine in a thread that reads ahead, and hands th
     state = engine.start(None)
     for batch in engine.batches(epoch):
         state, loss = engine.run(state, batch, rates)
-    inputs, outputs = engine.vectors(state)
+    inputs, outputs = engine.finish(state)
 """
 
 from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Array, Float32, Float64, Int64, PyTree
+from jaxtyping import Array, Float, Float32, Float64, Int64, PyTree
 
 Model = Literal["skipgram", "cbow"]
-Initial = tuple[Float32[np.ndarray, "rows dim"], Float32[np.ndarray, "words dim"]]
+# The input vectors of all rows and the output vectors of all words.
+Learned = tuple[Float32[np.ndarray, "rows dim"], Float32[np.ndarray, "words dim"]]
+# Bytes of a line of the cache.
+_LINE = 64
+# Rows that are drawn or copied at once.
+_AT_ONCE = 1 << 10
 
 
 class Options(NamedTuple):
@@ -30,6 +35,14 @@ class Options(NamedTuple):
     threads: int = 1
 
 
+class Known(NamedTuple):
+    """Vectors to begin at: row `rows[k]` of a table begins at `weight[at[k]]`."""
+
+    rows: Int64[np.ndarray, " known"]
+    at: Int64[np.ndarray, " known"]
+    weight: Float[np.ndarray, "vectors dim"]
+
+
 @runtime_checkable
 class Engine(Protocol):
     """Runs the steps of training.
@@ -39,9 +52,11 @@ class Engine(Protocol):
     """
 
     name: str
+    # The mean number of steps in a batch. A step has as many words with every engine, see `_segments.words_a_step`.
+    steps_a_batch: float
 
-    def start(self, initial: Initial | None) -> PyTree:
-        """Make the state, a pytree of arrays, from input and output vectors; None: from `fresh_vectors`."""
+    def start(self, inputs: Known | None = None, outputs: Known | None = None) -> PyTree:
+        """Make the state, a pytree of arrays. Unknown inputs are random, and unknown outputs zero, as in word2vec.c."""
         ...
 
     def batches(self, epoch: int) -> Iterator[Any]:
@@ -66,8 +81,12 @@ class Engine(Protocol):
         """
         ...
 
-    def vectors(self, state: PyTree) -> Initial:
+    def vectors(self, state: PyTree) -> Learned:
         """Return the input vectors of all rows, a copy, and the output vectors, which may change in the next `run`."""
+        ...
+
+    def finish(self, state: PyTree) -> Learned:
+        """Return the vectors, in the memory of the state where that is possible; the state must not be used again."""
         ...
 
 
@@ -82,19 +101,35 @@ def noise_weights(counts: Int64[np.ndarray, " rows"]) -> Float64[np.ndarray, " r
     return counts.astype(np.float64) ** 0.75
 
 
-def fresh_vectors(words: int, options: Options, rows: int | None = None) -> Initial:
-    """The first vectors: inputs uniform within 1 / dim, as in gensim, and outputs of zero, as in word2vec.c.
+def aligned_zeros(shape: tuple[int, int]) -> Float32[np.ndarray, "rows stride"]:
+    """Make a table of zeros that begins at a line of the cache; rows that were never written take no memory."""
+    size = shape[0] * shape[1]
+    flat = np.zeros(size + _LINE // 4, np.float32)
+    first = -flat.ctypes.data % _LINE // 4
+    return flat[first : first + size].reshape(shape)
+
+
+def fill_inputs(inputs: Float32[np.ndarray, "rows dim"], options: Options, known: Known | None = None) -> None:
+    """Fill in the first input vectors: uniform within 1 / dim, as in gensim, but for known ones.
 
     Args:
-      words: The number of words.
+      inputs: The vectors, some rows at a time of which are written in place, so that no other table is needed.
       options: The options of the run.
-      rows: The rows of the input table. Default: one for each word.
-
-    Returns:
-      The input and output vectors.
+      known: Vectors to begin at.
     """
     rng = np.random.default_rng((options.seed, 0))
-    inputs = rng.random((words if rows is None else rows, options.dim), np.float32)
-    inputs -= np.float32(0.5)
-    inputs *= np.float32(2 / options.dim)
-    return inputs, np.zeros((words, options.dim), np.float32)
+    for first in range(0, len(inputs), _AT_ONCE):
+        drawn = rng.random(inputs[first : first + _AT_ONCE].shape, np.float32)
+        drawn -= np.float32(0.5)
+        drawn *= np.float32(2 / options.dim)
+        inputs[first : first + _AT_ONCE] = drawn
+    fill_known(inputs, known)
+
+
+def fill_known(table: Float32[np.ndarray, "rows dim"], known: Known | None) -> None:
+    """Write known vectors into a table, some at a time."""
+    if known is None:
+        return
+    for first in range(0, len(known.rows), _AT_ONCE):
+        some = slice(first, first + _AT_ONCE)
+        table[known.rows[some]] = known.weight[known.at[some]]

@@ -69,7 +69,7 @@ def draw_held_out(
     Returns:
       At most `PAIRS` predictions; None if the text gives none.
     """
-    rng = np.random.default_rng(0)  # not of the run's seed, so that runs are measured alike
+    rng = np.random.default_rng(0)  # not the seed of the run, so that all runs have the same predictions
     ids, sequence = _text(corpus, kept, rng)
     if not len(ids):
         return None
@@ -80,7 +80,7 @@ def draw_held_out(
         offsets = np.concatenate([np.arange(-window, 0), np.arange(1, window + 1)])
     else:
         positions = rng.integers(0, len(ids), min(3 * PAIRS, 2 * window * len(ids)))
-        # Of the widths from 1 to the window, W + 1 - k reach a word at distance k.
+        # Of the widths from 1 to the window W, W + 1 - k reach a word at the distance k.
         reach = np.arange(window, 0, -1)
         offsets = rng.choice(np.arange(1, window + 1), (len(positions), 1), p=reach / reach.sum())
         offsets, widths = offsets * rng.choice([-1, 1], offsets.shape), window
@@ -99,10 +99,10 @@ def draw_held_out(
 def _text(
     corpus: Corpus, kept: Float64[np.ndarray, " rows"], rng: np.random.Generator
 ) -> tuple[Int32[np.ndarray, " words"], Int64[np.ndarray, " words"]]:
-    """The words that are left by subsampling, and the number of the sequence of each."""
+    """The words that subsampling keeps, and for each the number of its sequence."""
     step = max(_BLOCK, -(-corpus.length // _BLOCKS))
     blocks = [next(corpus.blocks(_BLOCK, first)) for first in range(0, corpus.length, step)]
-    # No window reaches from one block into the next, unless they are neighbours.
+    # No window reaches from one block into the next, unless the blocks are neighbours in the text.
     gap = np.full(int(step > _BLOCK), BREAK, np.int32)
     ids = np.concatenate([np.zeros(0, np.int32), *(part for block in blocks for part in (block, gap))])
     sequence = np.cumsum(ids == BREAK)

@@ -10,7 +10,8 @@ import numpy as np
 from jaxtyping import Float32, Int64
 
 from ..vectors import Vectors
-from ._engine import Initial, Options, fresh_vectors
+from ..vocabulary import Vocabulary
+from ._engine import Known
 
 
 def checked(argument: str, initial: object, dim: int | None) -> int | None:
@@ -41,25 +42,26 @@ def digest(initial: Vectors | None) -> str | None:
     return found.hexdigest()
 
 
-def first_vectors(initial: Vectors | None, tokens: list[str], options: Options) -> Initial:
-    """The vectors at the start: fresh ones, but for known words. All output vectors are zero."""
-    inputs, outputs = fresh_vectors(len(tokens), options)
-    if initial is not None:
-        known = initial.vocabulary.ids(tokens, unknown=-1)
-        inputs[known >= 0] = initial.weight[known[known >= 0]]
-    return inputs, outputs
+def known_of(initial: Vectors | None, vocabulary: Vocabulary) -> Known | None:
+    """The vectors of the tokens that are known."""
+    if initial is None:
+        return None
+    at = initial.vocabulary.ids(vocabulary.tokens(), unknown=-1)
+    rows = np.flatnonzero(at >= 0)
+    return Known(rows, at[rows], initial.weight)
 
 
 def joined(
     initial: Vectors | None,
-    tokens: list[str],
+    vocabulary: Vocabulary,
     weight: Float32[np.ndarray, "rows dim"],
     counts: Int64[np.ndarray, " rows"],
     metadata: dict[str, str],
 ) -> Vectors:
     """Vectors of all words, by falling count and then by spelling; counts are summed."""
     if initial is None:
-        return Vectors(tokens, weight, counts, metadata=metadata)
+        return Vectors(vocabulary, weight, counts, metadata=metadata)
+    tokens = vocabulary.tokens()
     known = initial.vocabulary.ids(tokens, unknown=-1)
     counts = counts + np.append(initial.counts, 0)[known]
     others = np.setdiff1d(np.arange(len(initial)), known)

@@ -10,7 +10,7 @@ import numpy as np
 
 from ..vectors import Vectors
 from ._ahead import Ahead
-from ._engine import Engine, Initial
+from ._engine import Engine, Known, Learned
 from ._resume import Checkpoints, Position
 
 # The learning rate falls to this fraction of itself, as in word2vec.c.
@@ -21,14 +21,14 @@ class Progress(NamedTuple):
     """The progress of training."""
 
     epoch: int  # the current epoch, from 1
-    epochs: int
+    epochs: int  # the number of all epochs
     words: int  # words so far in all epochs, before subsampling
     total_words: int  # words of all epochs
     sampled_loss: Any  # (2,) float32: the loss summed over some pairs, and the number of these pairs
-    seconds: float  # since the first step began, compilation included
+    seconds: float  # since the first step began
     words_before: int = 0  # words of the earlier run that this one resumes
-    engine: str = "xla"
-    waited: float = 0.0  # of these seconds, those in which the engine waited for its input
+    engine: str = "xla"  # or "native"
+    waited: float = 0.0  # for how many of these seconds the engine waited for its input
     learning_rate: float = 0.0  # after the last step
 
     @property
@@ -52,34 +52,39 @@ class Epoch(NamedTuple):
     """The end of an epoch."""
 
     epoch: int  # from 1
-    epochs: int
-    vectors: Vectors  # of this moment
+    epochs: int  # the number of all epochs
+    vectors: Vectors  # the vectors at its end
     held_out: float | None  # the loss on text that is held out, in nats for each prediction, or None
 
 
 class Run(NamedTuple):
-    """What the loop needs to know, besides the engine."""
+    """The options of the loop."""
 
     epochs: int
     words: int  # words of an epoch, before subsampling
     learning_rate: float
     progress: Callable[[Progress], object] | None = None
-    after_epoch: Callable[[int, Initial], object] | None = None  # gets the number of the epoch, and the vectors
+    after_epoch: Callable[[int, Learned], object] | None = None  # gets the number of the epoch, and the vectors
 
 
-def train(engine: Engine, run: Run, initial: Initial | None, saved: Checkpoints | None) -> Initial:
+def train(
+    engine: Engine,
+    run: Run,
+    known: tuple[Known | None, Known | None] = (None, None),
+    saved: Checkpoints | None = None,
+) -> Learned:
     """Train, from the last checkpoint on if there is one, until the end or a callback returns True.
 
     Args:
       engine: Runs the steps.
       run: The epochs and rates.
-      initial: Vectors to continue from; None: fresh ones.
+      known: Input and output vectors to begin at; None: only fresh ones.
       saved: The checkpoints, or None.
 
     Returns:
       The input and output vectors.
     """
-    state, at, total = engine.start(initial), Position(), run.epochs * run.words
+    state, at, total = engine.start(*known), Position(), run.epochs * run.words
     if saved is not None:
         state, at = saved.restore(state)
     began, waited, words_before, loss_before, ends = time.monotonic(), 0.0, at.words, None, False
@@ -90,7 +95,7 @@ def train(engine: Engine, run: Run, initial: Initial | None, saved: Checkpoints 
                 first, last = (run.learning_rate * max(_LAST_RATE, 1 - words / total) for words in (at.words, after))
                 state, loss = engine.run(state, batch, (first, last))
                 at = Position(epoch, at.batches + 1, at.calls + 1, after)
-                # At most one call waits for the one before it: more would pile up in memory.
+                # At most one call is queued behind the running one: more would pile up in memory.
                 jax.block_until_ready(loss_before)
                 loss_before = loss
                 if saved is not None:
@@ -101,13 +106,14 @@ def train(engine: Engine, run: Run, initial: Initial | None, saved: Checkpoints 
                 if ends:
                     if saved is not None:
                         saved.save_last(state, at)
-                    return engine.vectors(state)
+                    return engine.finish(state)
             waited += batches.waited
         at = at._replace(epochs=epoch + 1, batches=0)
         if run.after_epoch is not None:
             paused = time.monotonic()
-            ends = run.after_epoch(epoch + 1, engine.vectors(state)) is True
+            is_last = epoch + 1 == run.epochs
+            learned = engine.finish(state) if is_last else engine.vectors(state)
+            if run.after_epoch(epoch + 1, learned) is True or is_last:
+                return learned
             began += time.monotonic() - paused
-            if ends:
-                break
-    return engine.vectors(state)
+    return engine.finish(state)

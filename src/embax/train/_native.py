@@ -8,20 +8,20 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Float32, Float64, Int32, UInt32
+from jaxtyping import Float32, Float64, Int32, UInt32
 
 from .._kernels import words as _kernel
 from ._corpus import BREAK, Corpus
-from ._engine import Initial, Options, fresh_vectors, kept, noise_weights
+from ._engine import Known, Learned, Options, aligned_zeros, fill_inputs, fill_known, kept, noise_weights
+from ._segments import words_a_step
 from ._subwords import Pieces
 
 # Ids in a chunk: some 0.05 seconds of work.
 _CHUNK = 1 << 17
-# Chunks of small texts are a multiple of so many ids long, so that there are few shapes to compile.
-_STEP = 1 << 10
+# Rows that are moved together.
+_AT_ONCE = 1 << 10
 
 
 class Batch(NamedTuple):
@@ -46,56 +46,66 @@ class Native:
     def __init__(self, corpus: Corpus, options: Options, pieces: Pieces | None = None):
         self._corpus, self._options, self._pieces = corpus, options, pieces
         self._rows = len(corpus.counts)
-        self._device = jax.local_devices(backend="cpu")[0]
-        self._size = min(_CHUNK, -(-max(corpus.length, 1) // _STEP) * _STEP)
+        likely = kept(corpus.counts, options.sample)
+        words = float(corpus.counts @ likely)
+        batches = -(-corpus.length // _CHUNK)
+        self.steps_a_batch = words / words_a_step(words) / max(batches, 1)
         none = np.zeros(0, np.int32)
         of_words = (none, none) if pieces is None else (pieces.starts.astype(np.int32), pieces.ids)
-        likely = _threshold(kept(corpus.counts, options.sample))
-        arrays = likely, *alias_tables(noise_weights(corpus.counts)), *of_words
-        self._words = _kernel.Words(*(jax.device_put(array, self._device) for array in arrays))
+        self._words = _kernel.Words(_threshold(likely), *alias_tables(noise_weights(corpus.counts)), *of_words)
 
-    def start(self, initial: Initial | None) -> _kernel.Tables:
+    def start(self, inputs: Known | None = None, outputs: Known | None = None) -> _kernel.Tables:
         """Make both tables, with zeros behind each vector."""
-        if initial is None:
-            initial = fresh_vectors(self._rows, self._options, None if self._pieces is None else self._pieces.rows)
-        # One after the other, so that there are never two copies of both.
-        return _kernel.Tables(*(jax.device_put(_padded(rows), self._device).block_until_ready() for rows in initial))
+        dim, rows = self._options.dim, self._rows if self._pieces is None else self._pieces.rows
+        stride = -(-dim // _kernel.LINE) * _kernel.LINE
+        tables = _kernel.Tables(aligned_zeros((rows, stride)), aligned_zeros((self._rows, stride)))
+        fill_inputs(tables.inputs[:, :dim], self._options, inputs)
+        fill_known(tables.outputs[:, :dim], outputs)
+        return tables
 
     def batches(self, epoch: int) -> Iterator[Batch]:
         """Cut the text into chunks."""
         first, number = 0, 0
         while first < self._corpus.length:
-            ids = next(iter(self._corpus.blocks(self._size, first)))
+            ids = next(self._corpus.blocks(_CHUNK, first))
             ends = np.flatnonzero(ids == BREAK)
             if first + len(ids) < self._corpus.length and len(ends):
                 ids = ids[: ends[-1] + 1]
-            chunk = np.full(self._size, BREAK, np.int32)
-            chunk[: len(ids)] = ids
             seed = np.random.SeedSequence((self._options.seed, epoch, number)).generate_state(2)
-            yield Batch(int(np.count_nonzero(ids != BREAK)), chunk, seed)
+            yield Batch(int(np.count_nonzero(ids != BREAK)), ids, seed)
             first, number = first + len(ids), number + 1
 
     def run(
         self, state: _kernel.Tables, batch: Batch, rates: tuple[float, float]
-    ) -> tuple[_kernel.Tables, Float32[Array, "2"]]:
-        """Learn from a chunk."""
+    ) -> tuple[_kernel.Tables, Float32[np.ndarray, "2"]]:
+        """Learn from a chunk, in place."""
         options = self._options
-        return _kernel.train_words(
+        loss = _kernel.train_words(
             state,
             self._words,
             batch.ids,
-            np.asarray(rates, np.float32),
+            rates,
             batch.seed,
             window=options.window,
             negative=options.negative,
             model=options.model,
             threads=options.threads,
         )
+        return state, loss
 
-    def vectors(self, state: _kernel.Tables) -> Initial:
+    def vectors(self, state: _kernel.Tables) -> Learned:
         """Return the vectors without the padding of their rows. Only the inputs are copied, to save memory."""
-        inputs, outputs = (np.asarray(table)[:, : self._options.dim] for table in state)
+        inputs, outputs = (table[:, : self._options.dim] for table in state)
         return inputs.copy(), outputs
+
+    def finish(self, state: _kernel.Tables) -> Learned:
+        """Return the vectors; in the memory of the inputs, rows move together over the padding."""
+        rows, dim = len(state.inputs), self._options.dim
+        flat = state.inputs.reshape(-1)
+        for first in range(0, rows, _AT_ONCE):  # forwards: a row moves to where no later one is
+            some = state.inputs[first : first + _AT_ONCE, :dim]
+            flat[first * dim : first * dim + some.size] = some.reshape(-1)
+        return flat[: rows * dim].reshape(rows, dim), state.outputs[:, :dim]
 
 
 def lacking(mesh: Mesh | None) -> str | None:
@@ -109,7 +119,7 @@ def lacking(mesh: Mesh | None) -> str | None:
 
 def is_best(mesh: Mesh | None) -> bool:
     """Return whether the native engine can run here, and the default device has nothing faster."""
-    (device,) = jnp.zeros(()).devices()
+    (device,) = jax.device_put(np.zeros(())).devices()  # which compiles nothing
     return device.platform == "cpu" and lacking(mesh) is None
 
 
@@ -135,12 +145,12 @@ def alias_tables(
     shares = weights / weights.mean()
     cut, alias = np.ones_like(shares), np.arange(len(shares), dtype=np.int32)
     small, large = np.flatnonzero(shares < 1), np.flatnonzero(shares >= 1)
-    # Small rows are served one after the other, each by the first row that has something left, up to rounding.
+    # Small rows are filled up one after the other, each by the first large row with a rest, up to rounding.
     lacking_before = np.concatenate([[0.0], np.cumsum(1 - shares[small])])
     spare = np.cumsum(shares[large] - 1)
     served_by = np.searchsorted(spare, lacking_before[:-1], side="right")
     cut[small], alias[small] = shares[small], large[np.minimum(served_by, len(large) - 1)]
-    # With the last small row that it serves, a row may get to lack something, too; then the next one serves it.
+    # Filling up its last small row may leave a large row with less than its share; then the next large row fills it up.
     served = np.searchsorted(lacking_before[:-1], spare[:-1], side="left")
     cut[large[:-1]], alias[large[:-1]] = np.clip(1 + spare[:-1] - lacking_before[served], 0, 1), large[1:]
     return _threshold(cut), alias
@@ -149,11 +159,3 @@ def alias_tables(
 def _threshold(probabilities: Float64[np.ndarray, " rows"]) -> UInt32[np.ndarray, " rows"]:
     """The largest of 2**32 equally likely numbers that count, for each probability."""
     return (np.clip(np.round(probabilities * 2.0**32), 1, 2**32) - 1).astype(np.uint32)
-
-
-def _padded(rows: Float32[np.ndarray, "rows dim"]) -> Float32[np.ndarray, "rows stride"]:
-    stride = -(-rows.shape[1] // _kernel.LINE) * _kernel.LINE
-    padded = np.zeros((rows.shape[0], stride), np.float32)
-    if rows.any():  # zeros that were never written take no memory
-        padded[:, : rows.shape[1]] = rows
-    return padded

@@ -1,4 +1,4 @@
-"""Segments: cut a corpus into short pieces of one length, of which a step takes many.
+"""Segments: cut a corpus into short pieces of one length; a step takes many of them.
 
 For instance, the ids `[0, 2, 0, 1, -1, 3, 0, -1]`, of two sequences and 4 rows, lose the second 0 by subsampling. Cut
 into segments of 4 from a random offset of 1 on, the other 5 words become
@@ -20,6 +20,8 @@ from ._parts import Parts
 
 # Ids of a part that are subsampled and shuffled together.
 _BLOCK = 1 << 20
+# Ids that are subsampled at once.
+_AT_ONCE = 1 << 16
 # Steps in one call of the compiled program.
 STEPS_A_CALL = 32
 # All words of a step see the same weights, so a step of a short corpus takes few: an epoch has at least 500 steps.
@@ -46,6 +48,11 @@ class Segments(NamedTuple):
     steps: int  # steps that are not all padding
 
 
+def words_a_step(words: float) -> int:
+    """The words of a step, for an epoch of so many words, both after subsampling."""
+    return min(2 ** int(np.log2(max(words / _STEPS_AN_EPOCH, 1))), _LARGEST_STEP)
+
+
 def shape_of(length: int, words: float, parts: int) -> Shape:
     """Choose how many segments a step has.
 
@@ -57,8 +64,7 @@ def shape_of(length: int, words: float, parts: int) -> Shape:
     Returns:
       The shape.
     """
-    step = 2 ** int(np.log2(max(words / _STEPS_AN_EPOCH, 1)))
-    return Shape(STEPS_A_CALL, -(-max(min(step, _LARGEST_STEP) // length, 1) // parts), length)
+    return Shape(STEPS_A_CALL, -(-max(words_a_step(words) // length, 1) // parts), length)
 
 
 def segments(
@@ -76,11 +82,13 @@ def segments(
       The segments.
     """
     rows = len(kept) - 1
-    ids = ids[rng.random(len(ids), np.float32) < kept[ids]]  # BREAK, -1, reads the last entry
+    # Some at a time, to save memory. BREAK, -1, reads the last entry.
+    some = (ids[first : first + _AT_ONCE] for first in range(0, len(ids), _AT_ONCE))
+    ids = np.concatenate([np.zeros(0, np.int32), *(x[rng.random(len(x), np.float32) < kept[x]] for x in some)])
     is_word = ids != BREAK
-    begins = np.ones(len(ids), bool)
-    np.logical_not(is_word[:-1], out=begins[1:])
-    words = np.where(begins, ~ids, ids)[is_word]
+    begins = np.flatnonzero(is_word & np.append(True, ~is_word[:-1])[: len(ids)])
+    ids[begins] = ~ids[begins]
+    words = ids[is_word]
     offset = int(rng.integers(length))
     number = -(-(offset + len(words)) // length) if len(words) else 0
     padded = np.full(number * length, rows, np.int32)
@@ -133,7 +141,7 @@ def batches(
 
 
 def _sized(blocks: Iterator[_Block], sizes: Int64[np.ndarray, "blocks parts 2"] | None) -> Iterator[_Block]:
-    """Blocks with the sizes of all parts, also of those that other processes have; with none of its own at the end."""
+    """Blocks, and the sizes of the parts of all processes; empty blocks at the end, while other processes have more."""
     if sizes is None:
         yield from blocks
         return

@@ -41,7 +41,7 @@ class Spool:
             return np.frombuffer(self._file.read(4 * max(0, min(size, self.length - start))), np.int32)
 
     def write(self, start: int, numbers: Int32[np.ndarray, " length"]) -> None:
-        """Put numbers over those from number `start`, perhaps beyond the end.
+        """Overwrite numbers from number `start` on, perhaps beyond the end.
 
         Raises:
           OSError: If the disk is full; the error names the folder.

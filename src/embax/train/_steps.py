@@ -1,4 +1,4 @@
-"""Steps of the XLA engine: what the pairs of some segments do to the vectors of their words.
+"""Steps of the XLA engine: the gradients of the pairs of some segments, and the update of the vectors of their words.
 
 Skip-gram, for the segment "the king holds the crown" with a window of 2 and two noise words shared by the segment: five
 input vectors `x`, and seven output vectors `t`, give a matrix of 5 x 7 products. A weight says how much each product
@@ -6,9 +6,9 @@ counts: 1 for neighbours, 1/2 for words two apart, 0 beyond; and for the noise w
 all pairs of a word. word2vec.c draws a width for each window instead, and noise for each pair; the expected weights are
 the same. Pairs across the end of a segment are lost; the others of the same distance make up for them.
 
-All products of a step see the same vectors, and the moves of a row are summed. A frequent word would move too far: if
-"the" occurs in 300 pairs, at a rate of 0.025 it would move by 300 x 0.025 = 7.5 times its mean gradient. The loss of a
-row has a curvature of at most `sum w s (1 - s) |t|^2` along any direction, with `s` the logistic function of each
+All products of a step use the same vectors, and the gradients of a row are summed. A frequent word would move too far:
+if "the" occurs in 300 pairs, at a rate of 0.025 it would move by 300 x 0.025 = 7.5 times its mean gradient. The loss of
+a row has a curvature of at most `sum w s (1 - s) |t|^2` along any direction, with `s` the logistic function of each
 product and `w` its weight. So the rate of a row is at most 1 / that sum, the step at which Newton's method would stop.
 Where the label of a product has a probability below 1/4, its curvature counts more, see `_LEAST`: without that, few
 words that share sub-words diverge at a rate of 0.1.
@@ -27,9 +27,9 @@ from ._engine import Model
 
 # Keeps the logarithm of a loss finite.
 _TINY = np.float32(1e-30)
-# The curvature `s (1 - s)` of a product whose label is improbable is nearly 0, but a long move would meet much more
-# on its way. So it counts at least a quarter of the probability of the other label: 1/4 in the limit, which is the most
-# that `s (1 - s)` can be.
+# The curvature `s (1 - s)` of a product whose label is improbable is nearly 0, but it grows along a long move. So its
+# curvature counts as at least a quarter of the probability of the other label: in the limit 1/4, the largest value of
+# `s (1 - s)`.
 _LEAST = np.float32(0.25)
 # The most noise words of a segment, unless it has more words. With more negatives, each of them weighs more.
 _MOST_NOISE = 256
@@ -50,7 +50,7 @@ class Plan(NamedTuple):
 
 
 class Drawn(NamedTuple):
-    """The words of some segments, and what is drawn for them."""
+    """The words of some segments, and the random numbers drawn for them."""
 
     tokens: Int32[Array, "*steps segments length"]  # row numbers; the number of rows is padding
     sequences: Int32[Array, "*steps segments length"]  # equal for words of one sequence; other numbers for padding

@@ -5,7 +5,6 @@ n-gram. The vector of "cat" is their mean. Rows of words come first; behind them
 of hashes that occur. A file has all buckets; the others are zeros.
 """
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -44,10 +43,10 @@ class Pieces(NamedTuple):
 
 
 class OccurringRows:
-    """The rows of words and of all buckets, of which only those that occur are stored; the others are zeros.
+    """The rows of words and of all buckets. Only the buckets that occur are stored; the rows of all others are zeros.
 
     Args:
-      rows: The rows of words, then those of the buckets that occur.
+      rows: The rows of words, then the rows of the buckets that occur.
       pieces: Which buckets these are.
       buckets: The number of all buckets.
     """
@@ -67,42 +66,42 @@ class OccurringRows:
         return found
 
 
-def pieces_of(tokens: Sequence[str], options: NgramOptions) -> Pieces:
+def pieces_of(vocabulary: Vocabulary, options: NgramOptions) -> Pieces:
     """Cut words into n-grams, and number the rows of their hashes.
 
     Args:
-      tokens: The words.
+      vocabulary: The words.
       options: The lengths of n-grams, and the number of buckets.
 
     Returns:
       The pieces of each word.
     """
-    vocabulary = Vocabulary(tokens)
-    nothing = np.zeros((len(tokens) + options.buckets, 0), np.float32)
+    number = len(vocabulary)
+    nothing = np.zeros((number + options.buckets, 0), np.float32)
     ngrams = Ngrams(nothing, 0, options.minimum, options.maximum, options.buckets)
-    words = Subwords(ngrams, vocabulary, np.arange(len(tokens))).encoded(vocabulary)
+    words = Subwords(ngrams, vocabulary, np.arange(number)).encoded(vocabulary)
     buckets, counts = numbered(ngrams, words)
-    used, numbers = np.unique(buckets, return_inverse=True)
-    starts = np.zeros(len(tokens) + 1, np.int64)
+    used, places = np.unique(buckets, return_inverse=True)
+    starts = np.zeros(number + 1, np.int64)
     np.cumsum(counts + 1, out=starts[1:])
     ids = np.empty(starts[-1], np.int32)
     is_own = np.zeros(len(ids), bool)
     is_own[starts[:-1]] = True
-    ids[is_own], ids[~is_own] = np.arange(len(tokens)), len(tokens) + numbers
+    ids[is_own], ids[~is_own] = np.arange(number), number + places
     return Pieces(starts, ids, used)
 
 
 def finished(
-    tokens: Sequence[str],
+    vocabulary: Vocabulary,
     pieces: Pieces,
     rows: Float32[np.ndarray, "rows dim"],
     ngram_options: NgramOptions,
     options: Options,
 ) -> tuple[Float32[np.ndarray, "words dim"], Subwords]:
     """The vectors of all words, bit for bit as fastText computes them from the rows; and the sub-words."""
-    vocabulary, own = Vocabulary(tokens), np.arange(len(tokens))
+    own = np.arange(len(vocabulary))
     stored = OccurringRows(rows, pieces, ngram_options.buckets)
-    ngrams = Ngrams(stored, len(tokens), *ngram_options)
+    ngrams = Ngrams(stored, len(own), *ngram_options)
     arguments = Arguments(options.dim, options.window, neg=options.negative, model=_model(options.model))
     subwords = Subwords(ngrams, vocabulary, own, arguments=tuple(arguments))
     found = [mean for _, _, mean in means_of(ngrams, subwords.encoded(vocabulary), own)]

@@ -1,6 +1,7 @@
 """Word vectors by word2vec: skip-gram and CBOW with negative sampling."""
 
 import functools
+import math
 import os
 from collections.abc import Callable, Iterable, Sequence
 
@@ -13,12 +14,12 @@ from ..vectors import Vectors
 from . import _initial, _native
 from ._arguments import Arguments, EngineName, checked
 from ._corpus import Corpus, CorpusError, encode
-from ._engine import Engine, Initial, Model, Options, kept, noise_weights
+from ._engine import Engine, Learned, Model, Options, kept, noise_weights
 from ._held_out import EVERY, HeldOut, draw_held_out
 from ._loop import Epoch, Progress, Run, train
 from ._parts import Parts, parts_of
+from ._release import release_memory
 from ._resume import Checkpoints, fingerprint
-from ._segments import STEPS_A_CALL
 from ._subwords import NgramOptions, Pieces, finished, pieces_of
 from ._xla import Xla
 
@@ -35,6 +36,7 @@ def skipgram(
     learning_rate: float = 0.025,
     seed: int = 0,
     initial: Vectors | None = None,
+    initial_second: Vectors | None = None,
     subwords: bool = False,
     ngram_lengths: tuple[int, int] = (3, 6),
     buckets: int = 2_000_000,
@@ -42,6 +44,7 @@ def skipgram(
     threads: int = 1,
     max_vocabulary: int = MAX_VOCABULARY,
     held_out: bool = False,
+    keep_second: Callable[[Vectors], object] | None = None,
     progress: Callable[[Progress], object] | None = None,
     after_epoch: Callable[[Epoch], object] | None = None,
     mesh: Mesh | None = None,
@@ -73,16 +76,18 @@ def skipgram(
       negative: The number of noise words for each pair, drawn by the 0.75th power of their frequency.
       epochs: The number of passes over the corpus.
       min_count: Words that occur less often are removed.
-      sample: Words whose share of the text is larger are dropped at random, more often the more frequent they are; in
-        [0, 1], and 0 keeps all.
+      sample: Words whose share of the text is larger are dropped at random, frequent words more often; in [0, 1], and 0
+        keeps all.
       learning_rate: The initial learning rate, as in word2vec: the factor of the gradient of one pair. It falls
         linearly to a ten-thousandth of itself. In (0, 1].
       seed: The seed of all random numbers, 0 or more.
       initial: Vectors to continue from, with new text. Known words begin at their vectors, also those that occur less
-        than `min_count` times now; other words begin at fresh ones. The second table begins at zero, since files of
-        vectors lack it. Words that do not occur now keep their vectors, and counts are summed. Default: none.
-      subwords: Whether the vector of a word is the mean of a vector of its own and those of its n-grams (Bojanowski et
-        al.). The result then answers unknown words, too, and is saved as a model of fastText.
+        than `min_count` times now; other words begin with random ones. Words that do not occur now keep their vectors,
+        and counts are summed. Default: none.
+      initial_second: With `initial`, the second table (the vectors `u`) of the run that made it, from `keep_second`.
+        Default: the second table begins at zero, since files of vectors do not have it, and is learned anew first.
+      subwords: Whether the vector of a word is the mean of a vector of its own and the vectors of its n-grams
+        (Bojanowski et al.). The result then has vectors for unknown words, too, and is saved as a model of fastText.
       ngram_lengths: With `subwords`, the lengths of the shortest and the longest n-grams, in characters; "<" and ">"
         around a word count.
       buckets: With `subwords`, the number of rows for n-grams, which are chosen by hashes, as in fastText. Memory
@@ -91,20 +96,22 @@ def skipgram(
         meshes; `"auto"`, the native one where it is possible. The vectors differ between engines, not their quality.
       threads: The number of threads of the native engine. More than one change the tables at the same time, and the
         vectors differ from run to run (Recht et al.).
-      max_vocabulary: The most words to keep. Whenever more are counted, the least frequent quarter is dropped.
+      max_vocabulary: The most words to keep. Whenever more are counted, the least frequent quarter is dropped; on a
+        mesh, each device counts the words of its part.
       held_out: Hold out every 20th sequence, which is not trained on. `Epoch.held_out` is the loss on up to 60,000
         pairs of them, each with five noise words that stay the same; for CBOW, on centres and their windows.
+      keep_second: Called with the second table at the end, as Vectors, for a later run to continue from.
       progress: Called after every few steps. It need not read `Progress.loss` each time. If it returns True, training
         ends, and the vectors of this moment are returned; with `checkpoint`, the run can be resumed from there.
-      after_epoch: Called after each epoch with its number and the vectors of this moment. If it returns True, training
-        ends.
+      after_epoch: Called after each epoch with its number and the vectors of this moment, whose weight may be
+        read-only. If it returns True, training ends.
       mesh: A mesh of all devices to use. Default: none, only the default device.
       checkpoint: A directory that all processes can access, in which the run is saved at intervals. If it holds a
         checkpoint of the same run, with the same arguments, engine and number of devices, the run is resumed, with the
         same result as without the interruption. Default: none.
-      checkpoint_every: The number of steps between checkpoints, rounded up to a multiple of 32. An epoch has 500 to
-        1000 steps; a corpus of more than 4 million words has one step for each 4096 words. A call of the native engine,
-        of up to 131,072 words, counts as 32 steps.
+      checkpoint_every: The number of steps between checkpoints, with every engine. An epoch has 500 to 1000 steps; a
+        corpus of which subsampling leaves more than 4 million words has one for each 4096 of them. It is rounded up to
+        calls of the engine: 32 steps of the XLA engine, or up to 131,072 words of the native one.
 
     Returns:
       The vectors, by falling count and then by spelling. Their `metadata` name the model and the engine.
@@ -141,6 +148,7 @@ def skipgram(
         learning_rate=learning_rate,
         seed=seed,
         initial=initial,
+        initial_second=initial_second,
         subwords=subwords,
         ngram_lengths=ngram_lengths,
         buckets=buckets,
@@ -148,6 +156,7 @@ def skipgram(
         threads=threads,
         max_vocabulary=max_vocabulary,
         held_out=held_out,
+        keep_second=keep_second,
         progress=progress,
         after_epoch=after_epoch,
         mesh=mesh,
@@ -169,6 +178,7 @@ def cbow(
     learning_rate: float = 0.025,
     seed: int = 0,
     initial: Vectors | None = None,
+    initial_second: Vectors | None = None,
     subwords: bool = False,
     ngram_lengths: tuple[int, int] = (3, 6),
     buckets: int = 2_000_000,
@@ -176,6 +186,7 @@ def cbow(
     threads: int = 1,
     max_vocabulary: int = MAX_VOCABULARY,
     held_out: bool = False,
+    keep_second: Callable[[Vectors], object] | None = None,
     progress: Callable[[Progress], object] | None = None,
     after_epoch: Callable[[Epoch], object] | None = None,
     mesh: Mesh | None = None,
@@ -200,13 +211,15 @@ def cbow(
       learning_rate: The initial learning rate.
       seed: The seed of all random numbers.
       initial: Vectors to continue from.
-      subwords: Whether the vector of a word is the mean of a vector of its own and those of its n-grams.
+      initial_second: The second table of the run that made `initial`.
+      subwords: Whether the vector of a word is the mean of a vector of its own and the vectors of its n-grams.
       ngram_lengths: The lengths of the shortest and the longest n-grams.
       buckets: The number of rows for n-grams.
       engine: The engine.
       threads: The number of threads of the native engine.
       max_vocabulary: The most words to keep.
       held_out: Hold out every 20th sequence.
+      keep_second: Called with the second table at the end.
       progress: Called after every few steps.
       after_epoch: Called after each epoch.
       mesh: A mesh of all devices to use.
@@ -243,6 +256,7 @@ def cbow(
         learning_rate=learning_rate,
         seed=seed,
         initial=initial,
+        initial_second=initial_second,
         subwords=subwords,
         ngram_lengths=ngram_lengths,
         buckets=buckets,
@@ -250,6 +264,7 @@ def cbow(
         threads=threads,
         max_vocabulary=max_vocabulary,
         held_out=held_out,
+        keep_second=keep_second,
         progress=progress,
         after_epoch=after_epoch,
         mesh=mesh,
@@ -273,35 +288,44 @@ def _learned(model: Model, sequences: Iterable[Iterable[str | int]], given: Argu
         call=call,
     )
     held_out = _held_out(call, corpora.pop(), model, given) if given.held_out else None
-    tokens, counts = corpora[0].tokens, corpora[0].counts
+    release_memory()
+    vocabulary, counts = corpora[0].vocabulary, corpora[0].counts
     ngrams = NgramOptions(*given.ngram_lengths, given.buckets) if given.subwords else None
-    pieces = None if ngrams is None else pieces_of(tokens, ngrams)
+    pieces = None if ngrams is None else pieces_of(vocabulary, ngrams)
     engine = _engine_of(given, corpora, parts, options, pieces)
     saved = None
     if given.checkpoint is not None:
         of_run = {"epochs": given.epochs, "min_count": given.min_count, "learning_rate": given.learning_rate}
         of_run |= options._asdict() | {"mesh": given.mesh is not None, "initial": _initial.digest(given.initial)}
-        of_run |= {"subwords": ngrams}
-        every = -(-given.checkpoint_every // STEPS_A_CALL)
+        of_run |= {"subwords": ngrams, "initial_second": _initial.digest(given.initial_second)}
+        every = max(1, math.ceil(given.checkpoint_every / engine.steps_a_batch))
         saved = Checkpoints(given.checkpoint, every, fingerprint(corpora, parts, of_run), engine.name, parts)
 
     def made(inputs: Float32[np.ndarray, "rows dim"]) -> Vectors:
         metadata = {"engine": engine.name, "model": model}
         if ngrams is None or pieces is None:
-            return _initial.joined(given.initial, tokens, inputs, counts, metadata)
-        weight, of_ngrams = finished(tokens, pieces, inputs, ngrams, options)
+            return _initial.joined(given.initial, vocabulary, inputs, counts, metadata)
+        weight, of_ngrams = finished(vocabulary, pieces, inputs, ngrams, options)
         return Vectors(of_ngrams.vocabulary, weight, counts, of_ngrams, metadata)
 
-    def after_epoch(call_back: Callable[[Epoch], object], number: int, vectors: Initial) -> object:
-        of_words = made(vectors[0])
-        weight = vectors[0] if pieces is None else of_words.weight
-        loss = None if held_out is None else held_out.loss(weight, vectors[1])
+    def after_epoch(call_back: Callable[[Epoch], object], number: int, learned: Learned) -> object:
+        inputs = learned[0].view()
+        inputs.flags.writeable = False  # those of the last epoch become the result
+        of_words = made(inputs)
+        weight = inputs if pieces is None else of_words.weight
+        loss = None if held_out is None else held_out.loss(weight, learned[1])
         return call_back(Epoch(number, given.epochs, of_words, loss))
 
     call_back = None if given.after_epoch is None else functools.partial(after_epoch, given.after_epoch)
     run = Run(given.epochs, int(counts.sum()), given.learning_rate, given.progress, call_back)
-    first = _initial.first_vectors(given.initial, tokens, options) if pieces is None else None
-    inputs, _ = train(engine, run, first, saved)
+    known = _initial.known_of(given.initial, vocabulary), _initial.known_of(given.initial_second, vocabulary)
+    inputs, outputs = train(engine, run, known, saved)
+    if given.keep_second is not None:
+        metadata = {"engine": engine.name, "model": model, "table": "second"}
+        second = np.ascontiguousarray(outputs)
+        given.keep_second(_initial.joined(given.initial_second, vocabulary, second, counts, metadata))
+        del second
+    del outputs
     return made(inputs)
 
 

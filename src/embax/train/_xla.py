@@ -4,7 +4,6 @@ A call of the compiled program runs the steps of a batch one after the other. A 
 the gradients of its segments, and adds them to the rows; see `_steps` for its mathematics.
 """
 
-import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -19,10 +18,11 @@ from .._gradients.row_grad import row_grad
 from .._heads import candidates
 from ..sharding import shard, unshard
 from ._corpus import Corpus
-from ._engine import Initial, Options, fresh_vectors, kept, noise_weights
+from ._engine import Known, Learned, Options, aligned_zeros, fill_inputs, fill_known, kept, noise_weights
 from ._parts import AXIS, Parts
 from ._pool import Pooling, moved, numbers, on_device, owners, padded, pooled, scratch_of
-from ._segments import batches, shape_of
+from ._release import release_memory
+from ._segments import STEPS_A_CALL, batches, shape_of
 from ._steps import Drawn, Plan, draw, plan_of, terms
 from ._subwords import Pieces
 
@@ -59,12 +59,14 @@ class Xla:
     """
 
     name = "xla"
+    steps_a_batch = float(STEPS_A_CALL)
 
     def __init__(self, corpora: Sequence[Corpus], parts: Parts, options: Options, pieces: Pieces | None = None):
         self._corpora, self._parts, self._options = corpora, parts, options
         counts = corpora[0].counts
         self._kept, self._pieces = kept(counts, options.sample), pieces
         self._noise = parts.everywhere(jnp.asarray(candidates.pieces(noise_weights(counts))))
+        self._on_cpu = _is_on_cpu(self._noise)
         self._plan = plan_of(options.model, options.window, options.negative)
         words = float(counts @ self._kept)
         self._shape = shape_of(self._plan.length, words, parts.number)
@@ -78,16 +80,31 @@ class Xla:
             self._plan = self._plan._replace(longest=int(lengths.max()), width=max(width, 256))
             self._pooling = Pooling(*map(parts.everywhere, on_device(pieces)))
 
-    def start(self, initial: Initial | None) -> State:
+    def start(self, inputs: Known | None = None, outputs: Known | None = None) -> State:
         """Make both tables; on a mesh, each device holds a part of the rows."""
-        rows = None if self._pieces is None else self._pieces.rows
-        vectors = fresh_vectors(len(self._kept), self._options, rows) if initial is None else initial
-        return State(*(self._table(rows) for rows in vectors))
+        words, dim = len(self._kept), self._options.dim
+        rows = words if self._pieces is None else self._pieces.rows
+        if self._parts.mesh is None and self._on_cpu:
+            self._compile(rows, words)
+        first, second = aligned_zeros((rows, dim)), aligned_zeros((words, dim))
+        fill_inputs(first, self._options, inputs)
+        fill_known(second, outputs)
+        return State(self._table(first), self._table(second))
+
+    def _compile(self, rows: int, words: int) -> None:
+        """Compile the program before there are tables and batches, since the compiler takes much memory, too.
+
+        It runs no step, on zeros that were never written, which take no memory.
+        """
+        state = State(*(self._table(aligned_zeros((number, self._options.dim))) for number in (rows, words)))
+        nothing = Batch(0, np.full(self._shape, words, np.int32), 0, np.zeros(2, np.uint32))
+        jax.block_until_ready(self._called(state, nothing, (0.0, 0.0)))
+        release_memory()
 
     def _table(self, rows: np.ndarray) -> Table:
         # Padding reads zeros.
-        if self._parts.mesh is None:
-            return Table(jnp.asarray(rows), out_of_range="zero")
+        if self._parts.mesh is None:  # a CPU takes an aligned array as it is
+            return Table(jax.device_put(rows), out_of_range="zero")
         # Rows are sorted by frequency: with blocks of rows, the first device would have most of the work.
         return shard(rows, self._parts.mesh, AXIS, "rows-cyclic", out_of_range="zero")
 
@@ -105,18 +122,29 @@ class Xla:
 
     def run(self, state: State, batch: Batch, rates: tuple[float, float]) -> tuple[State, Float32[Array, "2"]]:
         """Run the compiled program."""
+        return self._called(state, batch, rates)
+
+    def _called(self, state: State, batch: Batch, rates: tuple[float, float]) -> tuple[State, Float32[Array, "2"]]:
         tokens = self._parts.split(batch.tokens)
         given = tokens, np.int32(batch.steps), batch.key, np.asarray(rates, np.float32)
-        return train(state, self._noise, self._pooling, *given, self._plan)
+        program = train if self._on_cpu else train_elsewhere
+        return program(state, self._noise, self._pooling, *given, self._plan)
 
-    def vectors(self, state: State) -> Initial:
+    def vectors(self, state: State) -> Learned:
         """Copy the vectors; on a mesh, from all devices to this process."""
         inputs, outputs = (np.asarray(unshard(table).weight) for table in state)
         return inputs, outputs
 
+    def finish(self, state: State) -> Learned:
+        """Return the vectors; on a CPU, in the memory of the tables."""
+        return self.vectors(state)
 
-@functools.partial(jax.jit, static_argnames="plan", donate_argnames="state")
-def train(
+
+def _is_on_cpu(array: Array) -> bool:
+    return all(device.platform == "cpu" for device in array.devices())
+
+
+def _train(
     state: State,
     noise: UInt32[Array, " words"],
     pooling: Pooling | None,
@@ -155,13 +183,24 @@ def train(
         state, scratch, step_loss = descend(plan, pooling, state, scratch, drawn, limited)
         return state, scratch, loss + step_loss
 
-    # One device of a CPU finds equal ids by slots, see `_base.distinct`. They mean nothing after the call.
+    # One CPU device finds equal ids by slots, see `_base.distinct`. Their contents are not used after the call.
     slots: list[Any] = [table.storage.scratch(table.rows) for table in state]
     if pooling is not None:
         places = tokens.shape[1] * tokens.shape[2]
         slots[0] = scratch_of(state.inputs.rows, state.outputs.rows, places, plan.longest, plan.width)
     state, _, loss = jax.lax.fori_loop(0, number, step, (state, tuple(slots), jnp.zeros(2, jnp.float32)))
     return state, loss
+
+
+train_elsewhere = jax.jit(_train, static_argnames="plan", donate_argnames="state")
+# A library computes the products of a step. For all else, LLVM's last optimisations save little time, but they take
+# half of the compiler's time and a fifth of its memory.
+train = jax.jit(
+    _train,
+    static_argnames="plan",
+    donate_argnames="state",
+    compiler_options={"xla_backend_optimization_level": 2},
+)
 
 
 def _descend_by_slots(
@@ -202,7 +241,7 @@ def _summed_by_row(
 def _descend(
     plan: Plan, pooling: Pooling | None, state: State, scratch: Any, drawn: Drawn, limited: Limited
 ) -> tuple[State, Any, Array]:
-    """Descend by the methods of a storage: moves and curvatures of a row are summed where the row is."""
+    """Descend by the methods of a storage: the owner of a row sums its updates and curvatures."""
     words, targets = drawn.tokens, jnp.concatenate([drawn.tokens, drawn.noise], axis=1)
     if pooling is not None:
         words = padded(pooling, words, plan.longest, state.inputs.rows)

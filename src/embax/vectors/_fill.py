@@ -26,7 +26,7 @@ class MissingTokensWarning(UserWarning):
 class Filled(NamedTuple):
     """A weight for another vocabulary, with a report of the missing tokens."""
 
-    weight: Float[np.ndarray, "tokens dim"]
+    weight: Float[np.ndarray, "tokens dim"]  # a row for each token
     missing: tuple[str, ...]  # tokens without a vector, in the vocabulary's order
     found: int  # number of tokens with a vector
 

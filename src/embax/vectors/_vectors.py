@@ -9,6 +9,7 @@ from jaxtyping import Float, Int64
 from numpy.typing import ArrayLike, DTypeLike
 
 from .. import files
+from .._base.arrays import as_jax
 from .._core.table import Table
 from ..files._io.open import split_path
 from ..files._load import Asked, read
@@ -208,9 +209,7 @@ class Vectors(Queries):
           >>> embax.Vectors(["a", "b"], [[1.0], [2.0]]).to_table(freeze=True)
           Table(float32[2,1], freeze=True)
         """
-        import jax.numpy as jnp
-
-        return Table(jnp.asarray(self.weight), **{"padding_idx": self.vocabulary.special.get("padding"), **rules})
+        return Table(as_jax(self.weight), **{"padding_idx": self.vocabulary.special.get("padding"), **rules})
 
     def fill(
         self,

@@ -46,8 +46,8 @@ class Vocabulary:
     They are kept in one buffer of UTF-8, and found by hash: a million tokens take about 30 MB.
 
     A token from a file may have bytes that are not UTF-8, such as half a character. Its str has a surrogate for each of
-    these bytes, "\udcc3" for 0xC3 (PEP 383); `token.encode(errors="surrogateescape")` returns the bytes. The formats of
-    word2vec, GloVe and fastText are written with these bytes. All other files and the terminal get `\xc3`, see
+    these bytes, ``\udcc3`` for 0xC3 (PEP 383); `token.encode(errors="surrogateescape")` returns the bytes. The formats
+    of word2vec, GloVe and fastText are written with these bytes. All other files and the terminal get ``\xc3``, see
     `escaped`.
 
     Args:
@@ -256,7 +256,7 @@ class Vocabulary:
         return vocabulary
 
     def escaped(self) -> "Vocabulary":
-        r"""Return the same tokens as text: with `\xNN` in place of each byte that is not UTF-8.
+        r"""Return the same tokens as text: with ``\xNN`` in place of each byte that is not UTF-8.
 
         Returns:
           The vocabulary; itself if all tokens are UTF-8.

@@ -162,7 +162,7 @@ def write_batches(
     r"""Write vectors as record batches: columns `token`, `vector` and, where there are counts, `count`.
 
     Bytes of tokens that are not UTF-8 become `\xNN`, as Arrow's strings are text. bfloat16, which Arrow does not know,
-    becomes float32. What special tokens stand for is not kept.
+    becomes float32. The roles of special tokens are not kept.
 
     Args:
       path: The destination.
@@ -228,7 +228,7 @@ def _numbers(source: Source, columns: Columns, batch: Any, dim: int | None, firs
     dim = int(lengths[0]) if dim is None else dim
     if (lengths != dim).any():
         row = int((lengths != dim).argmax())
-        raise source.error(f"row {first + row:,} has {lengths[row]} numbers, where those before it have {dim}.")
+        raise source.error(f"row {first + row:,} has {lengths[row]} numbers, but the rows before it have {dim}.")
     numbers = lists.flatten()
     if numbers.null_count:
         row = int(np.asarray(numbers.is_null()).argmax()) // dim

@@ -11,7 +11,7 @@ from .format import Format
 from .safetensors import file as _safetensors
 from .safetensors import tensor as _tensor
 
-# In the order in which they are tried: formats with a mark of their own come before those that many texts fit.
+# In the order in which they are tried: formats with a mark of their own come before formats that many texts fit.
 ALL: tuple[Format, ...] = (
     _safetensors.FORMAT,
     _tensor.FORMAT,

@@ -43,7 +43,7 @@ def read_column(
         allowed.
 
     Yields:
-      The values of the rows, in order: strings, or lists of strings or integers. A missing value is an empty one.
+      The value of each row, in order, as a string or a list of strings or integers. A missing value is an empty one.
 
     Raises:
       FormatError: If the file has no such column, is damaged, or lacks an item of a list.

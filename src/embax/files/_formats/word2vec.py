@@ -160,7 +160,7 @@ def _checked(source: Source, options: Options, header: Header | None) -> Header:
     if options.mmap:
         raise source.error("rows with tokens between them cannot be mapped into memory. Leave mmap=True out.")
     if header is None:
-        raise source.error("the first line must be the number of rows and that of numbers a row, such as '400000 50'.")
+        raise source.error("the first line must be the number of rows and the number of columns, such as '400000 50'.")
     if not 0 < header.dim <= _WIDEST:
         raise source.error(f"the first line must say 1 to {_WIDEST:,} numbers a row, got {header.dim:,}.")
     return header

@@ -25,7 +25,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
       path: The destination. For a symbolic link, the file that it points to is replaced.
 
     Yields:
-      A binary file, open for writing: a temporary file in the same directory, or the stream.
+      A binary file that is open for writing, either a temporary file in the same directory or the stream.
 
     Raises:
       OSError: If the destination is a directory, or its directory does not exist or cannot be written to, or the stream

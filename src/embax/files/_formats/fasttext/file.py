@@ -38,7 +38,7 @@ def read_fasttext(source: Source, options: Options) -> Contents:
     """
     if options.mmap:
         raise source.error(
-            "the file cannot be mapped into memory, as vectors of words are computed of those of n-grams. "
+            "the file cannot be mapped into memory, as vectors of words are computed from the vectors of n-grams. "
             "Leave mmap=True out."
         )
     header = read_header(source)
@@ -74,7 +74,7 @@ def read_fasttext(source: Source, options: Options) -> Contents:
 
 
 def _read_input(source: Source, header: Header, dictionary: Dictionary) -> tuple[np.ndarray | Quantized, bool]:
-    """Return the rows of the wanted words and, if the model uses n-grams, of those; and whether it uses them."""
+    """Return the rows of the wanted words, then of n-grams if the model uses them, and whether it does."""
     args, kept, wanted = header.arguments, dictionary.kept, dictionary.words.number
     is_quantized = header.version > 0 and _read_flag(source, "the input matrix")
     if kept is not None and not is_quantized:

@@ -28,7 +28,7 @@ def write_safetensors(path: str | os.PathLike[str], contents: Contents) -> None:
     the other), `token_offsets` int64 `(rows + 1)` (the byte at which each token begins, and the end of the last one)
     and, if there are counts, `counts` int64 `(rows)`. The metadata are `format=embax.vectors`, `version=1`, if there
     are special tokens, `special`, their row numbers as JSON, and those of the contents. Bytes of tokens that are not
-    UTF-8 become `\xNN`. The same contents give the same bytes.
+    UTF-8 become ``\xNN``. The same contents give the same bytes.
 
     Args:
       path: The destination; an existing file is replaced.
