@@ -38,7 +38,8 @@ def test_to_equinox_reads_the_same_rows():
 
 
 def test_layer_inside_a_sequential():
-    model = brainstate.nn.Sequential(embax.Embedding(6, 2), brainstate.nn.Linear(2, 3))
+    linear = brainstate.nn.Linear(2, 3, w_init=np.ones((2, 3), np.float32))
+    model = brainstate.nn.Sequential(embax.Embedding(6, 2), linear)
     for framework, convert in CONVERT.items():
         rows = convert(model)(jnp.array(1))
         np.testing.assert_allclose(rows, model(jnp.array(1)), rtol=1e-6, err_msg=framework)  # float32

@@ -190,7 +190,8 @@ def test_orbax_alone_keeps_the_layout_and_refuses_another(tmp_path):
 
 
 def test_brainstates_values_travel_with_their_layout(tmp_path):
-    model = brainstate.nn.Sequential(embax.Embedding.from_table(table_of(LONGER, None)), brainstate.nn.Linear(4, 1))
+    linear = brainstate.nn.Linear(4, 1, w_init=LONGER[:4, :1])
+    model = brainstate.nn.Sequential(embax.Embedding.from_table(table_of(LONGER, None)), linear)
     sharded = embax.shard(model, MESH, "x", "rows-cyclic")
     values = [x.states().to_dict_values() for x in (model, sharded)]
     checkpoint.save(tmp_path / "on", values[1])

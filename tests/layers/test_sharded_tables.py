@@ -39,7 +39,7 @@ def test_models_are_sharded_and_taken_off_the_mesh(name):
     embedding = ALL[name].make(WEIGHT, **RULES)
     model = {
         "functional": lambda: [embedding, embedding, jnp.ones(2)],
-        "brainstate": lambda: brainstate.nn.Sequential(embedding, brainstate.nn.Linear(4, 1)),
+        "brainstate": lambda: brainstate.nn.Sequential(embedding, brainstate.nn.Linear(4, 1, w_init=WEIGHT[:4, :1])),
         "nnx": lambda: nnx.Sequential(embedding, nnx.Linear(4, 1, rngs=nnx.Rngs(0))),
         "equinox": lambda: eqx.nn.Sequential([embedding, eqx.nn.Linear(4, 1, key=jax.random.key(0))]),
     }[name]()

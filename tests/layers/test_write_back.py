@@ -67,20 +67,25 @@ TRANSFORMS = {
     "vmap2": brainstate.transform.vmap2,
     "jit of vmap": lambda embedding: brainstate.transform.jit(brainstate.transform.vmap(embedding)),
     "vmap of vmap": lambda embedding: brainstate.transform.vmap(brainstate.transform.vmap(embedding)),
-    "grad of vmap": lambda embedding: brainstate.transform.grad(
-        lambda ids: brainstate.transform.vmap(embedding)(ids).sum(), embedding.weight
+    "jit of grad of vmap": lambda embedding: brainstate.transform.jit(
+        brainstate.transform.grad(lambda ids: brainstate.transform.vmap(embedding)(ids).sum(), embedding.weight)
     ),
     "hessian": lambda embedding: brainstate.transform.hessian(lambda ids: embedding(ids).sum(), embedding.weight),
-    "jacfwd": lambda embedding: brainstate.transform.jacfwd(lambda ids: embedding(ids), embedding.weight),
-    "jacrev": lambda embedding: brainstate.transform.jacrev(lambda ids: embedding(ids), embedding.weight),
+    "jit of jacfwd": lambda embedding: brainstate.transform.jit(
+        brainstate.transform.jacfwd(lambda ids: embedding(ids), embedding.weight)
+    ),
+    "jit of jacrev": lambda embedding: brainstate.transform.jit(
+        brainstate.transform.jacrev(lambda ids: embedding(ids), embedding.weight)
+    ),
 }
 
 
-# The hessian is one derivative inside of another, which takes the longest.
-COSTLY = ["hessian"]
+# The hessian is one derivative inside of another, which takes the longest. Outside of jit, each operation of a gradient
+# is a program of its own.
+COSTLY = ["hessian", "grad"]
 # Where nothing is stored, these show what others do.
-FEW = ["cond", "checkpoint", "vmap2", "jacfwd", "jacrev"]
-NESTED = ["jit of grad", "jit of for_loop", "jit of vmap", "vmap of vmap", "grad of vmap", "hessian"]
+FEW = ["grad", "cond", "checkpoint", "vmap2", "jit of jacfwd", "jit of jacrev"]
+NESTED = ["jit of for_loop", "jit of vmap", "vmap of vmap", "jit of grad of vmap", "hessian"]
 
 
 def all_but(rest):

@@ -37,6 +37,10 @@ def rest(key, shape, dtype):
     return jnp.asarray(WEIGHT[-shape[0] :], dtype)
 
 
+def ones(_, shape, dtype):
+    return jnp.asarray(np.ones(shape, dtype))
+
+
 def table_of(rows, **rules):
     return Table(jnp.asarray(WEIGHT[:rows]), **{"padding_idx": 1, **rules})
 
@@ -50,7 +54,7 @@ def nnx_step(model, optimizer, ids):
 class Nnx:
     def __init__(self, rows, tx, **rules):
         self.layer = embax.nnx.Embedding.from_table(table_of(rows, **rules))
-        self.model = nnx.Sequential(self.layer, nnx.Linear(DIM, 1, rngs=nnx.Rngs(0)))
+        self.model = nnx.Sequential(self.layer, nnx.Linear(DIM, 1, kernel_init=ones, rngs=nnx.Rngs(0)))
         self.optimizer = embax.nnx.Optimizer(self.model, tx)
 
     def step(self, ids):
@@ -79,7 +83,7 @@ class Brainstate:
         self.optimizer.update(embax.brainstate.grad(loss, self.weights)())
 
     def compile(self):
-        step = embax.brainstate.jit(self.step)
+        step = embax.brainstate.jit(lambda ids: type(self).step(self, ids))
         self.step = lambda ids: step(np.asarray(ids))
 
     def carry_over(self):
@@ -121,11 +125,11 @@ def test_training_of_a_grown_table_equals_one_that_was_always_large(framework, n
 @pytest.mark.parametrize("framework", FRAMEWORKS)
 def test_carry_over_to_an_unfrozen_table_and_another_padding_row(framework):
     model = FRAMEWORKS[framework](ROWS, TXS["momentum"], freeze=True)
-    if framework == "nnx":  # brainstate traces no second time for other rules
-        model.compile()
+    model.compile()
     model.step([0, 2])
     np.testing.assert_array_equal(model.layer.table.weight, WEIGHT[:ROWS])
     model.layer.freeze, model.layer.padding_idx = False, 3
+    model.compile()  # brainstate traces no second time for other rules
     with pytest.raises(ValueError, match=r"carry_over"):
         model.step([0, 2])
     model.carry_over()
@@ -139,8 +143,13 @@ def test_a_layer_that_an_nnx_model_gains():
     optimizer = embax.nnx.Optimizer(model, TXS["momentum"])
     model["b"] = embax.nnx.Embedding.from_table(table_of(GROWN))
     optimizer.carry_over(model)
-    gradient = embax.nnx.grad(lambda model: (model["a"](0) + model["b"](7)).sum())(model)
-    optimizer.update(model, gradient)
+
+    @nnx.jit
+    def step(model, optimizer):
+        gradient = embax.nnx.grad(lambda model: (model["a"](0) + model["b"](7)).sum())(model)
+        optimizer.update(model, gradient)
+
+    step(model, optimizer)
     assert np.abs(np.asarray(model["b"].embedding[...]) - WEIGHT).sum(1).nonzero()[0].tolist() == [7]
 
 
@@ -196,7 +205,7 @@ def test_a_weight_with_a_unit_grows():
 def test_an_ordinary_parameter_of_another_shape_is_refused(framework):
     model = FRAMEWORKS[framework](ROWS, TXS["adam"])
     if framework == "nnx":
-        model.model.layers[1] = nnx.Linear(DIM, 2, rngs=nnx.Rngs(0))
+        model.model.layers[1] = nnx.Linear(DIM, 2, kernel_init=ones, rngs=nnx.Rngs(0))
     else:
         model.scale.value = jnp.ones((2, DIM))
     with pytest.raises(ValueError, match=r"carry_over\((old|new)_params=...\)` must"):

@@ -32,6 +32,8 @@ OF_OPTAX = {
     "adam": optax.adamw(RATE, weight_decay=0.1),
 }
 
+NARROW = {"bfloat16": tuple(OPTIMIZERS), "float16": ("sgd", "rowwise_adagrad")}
+
 
 @pytest.fixture(autouse=True)
 def _as_optax_needs_it():
@@ -47,20 +49,60 @@ def loss(params, ids):
     return ((embax.lookup(params["table"], ids).astype(jnp.float32) * params["scale"] - 1) ** 2).sum() / 10
 
 
+@jax.jit  # so that it is traced once for all optimizers
+def gradient_of(params, ids):
+    return embax.grad(loss)(params, ids)
+
+
 def by_step(tx, params, state, ids):
-    return optim.step(tx, embax.grad(loss)(params, ids), state, params)
+    return optim.step(tx, gradient_of(params, ids), state, params)
 
 
 def by_two_calls(tx, params, state, ids):
-    updates, state = tx.update(embax.grad(loss)(params, ids), state, params)
+    updates, state = tx.update(gradient_of(params, ids), state, params)
     return embax.apply_updates(params, updates), state
 
 
-def run(how, tx, params, batches=BATCHES):
-    def all_steps(params, state):
-        return jax.lax.scan(lambda carry, ids: (how(tx, *carry, ids), None), (params, state), jnp.asarray(batches))[0]
+def run(how, txs, params, batches):
+    """The parameters and the state of each optimizer after a step for each batch, all by one program."""
 
-    return jax.jit(all_steps)(params, tx.init(params))
+    @jax.jit
+    def all_steps(params, batches):
+        def one(of_all, ids):
+            return {name: how(txs[name], *of_one, ids) for name, of_one in of_all.items()}, None
+
+        return jax.lax.scan(one, {name: (params, tx.init(params)) for name, tx in txs.items()}, batches)[0]
+
+    return all_steps(params, batches)
+
+
+def all_with(names=tuple(OPTIMIZERS), **rules):
+    return {name: OPTIMIZERS[name](**rules) for name in names}
+
+
+@functools.cache
+def three_steps(how):
+    """Of each optimizer without decay and with it."""
+    txs = {f"{name} {decay}": tx for decay in (0.0, 0.1) for name, tx in all_with(weight_decay=decay).items()}
+    return run(how, txs, params_of(), BATCHES[:3])
+
+
+@functools.cache
+def fifty_steps(how, dtype):
+    params = params_of(dtype)
+    params["scale"] = params["scale"].astype(dtype)
+    return run(how, all_with(weight_decay=0.01), params, BATCHES)
+
+
+@functools.cache
+def one_step_of_narrow_tables(how, dtype):
+    """Of float16, by the optimizers whose `eps` is not zero in it."""
+    return run(how, all_with(NARROW[dtype]), params_of(dtype), BATCHES[:1])
+
+
+@functools.cache
+def three_steps_of_optax():
+    return run(by_two_calls, {name: optim.lift(tx) for name, tx in OF_OPTAX.items()}, params_of(), BATCHES[:3])
 
 
 def close(found, expected, ulp):
@@ -77,9 +119,7 @@ def close(found, expected, ulp):
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_step_equals_update_and_apply_updates(name, decay):
-    tx = OPTIMIZERS[name](weight_decay=decay)
-    params = params_of()
-    found, expected = (run(how, tx, params, BATCHES[:3]) for how in (by_step, by_two_calls))
+    found, expected = (three_steps(how)[f"{name} {decay}"] for how in (by_step, by_two_calls))
     assert jax.tree.structure(found) == jax.tree.structure(expected)
     close(found, expected, 30)
     table = found[0]["table"].weight
@@ -91,32 +131,26 @@ def test_step_equals_update_and_apply_updates(name, decay):
 
 @pytest.mark.parametrize("name", OF_OPTAX)
 def test_optimizers_equal_optax(name):
-    found = run(by_step, OPTIMIZERS[name](weight_decay=0.1), params_of(), BATCHES[:3])[0]
-    expected = run(by_two_calls, optim.lift(OF_OPTAX[name]), params_of(), BATCHES[:3])[0]
-    close(found, expected, 30)
+    close(three_steps(by_step)[f"{name} 0.1"][0], three_steps_of_optax()[name][0], 30)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_fifty_steps_are_as_exact_as_update_and_apply_updates(name):
-    tx = OPTIMIZERS[name](weight_decay=0.01)
+    def weight(how, dtype):
+        return np.asarray(fifty_steps(how, dtype)[name][0]["table"].weight, np.float64)
+
     with jax.enable_x64(True):
-        wide = {"table": embax.Table(jnp.asarray(WEIGHT, np.float64), padding_idx=3), "scale": jnp.ones(6, np.float64)}
-        exact = np.asarray(run(by_two_calls, tx, wide)[0]["table"].weight)
+        exact = weight(by_two_calls, "float64")
 
     def error(how):
-        return np.sqrt(np.mean((np.asarray(run(how, tx, params_of())[0]["table"].weight, np.float64) - exact) ** 2))
+        return np.sqrt(np.mean((weight(how, "float32") - exact) ** 2))
 
     assert error(by_step) <= 1.2 * error(by_two_calls) + 1e-9
 
 
-@pytest.mark.parametrize(
-    ("name", "dtype"),
-    [*((name, "bfloat16") for name in OPTIMIZERS), ("sgd", "float16"), ("rowwise_adagrad", "float16")],
-)
+@pytest.mark.parametrize(("name", "dtype"), [(name, dtype) for dtype, names in NARROW.items() for name in names])
 def test_a_step_of_a_narrow_table(name, dtype):
-    """Of float16, without the optimizers whose `eps` is zero in it."""
-    tx = OPTIMIZERS[name]()
-    found, expected = (run(how, tx, params_of(dtype), BATCHES[:1]) for how in (by_step, by_two_calls))
+    found, expected = (one_step_of_narrow_tables(how, dtype)[name] for how in (by_step, by_two_calls))
     close(found[0]["table"], expected[0]["table"], 4)
 
 
@@ -150,7 +184,7 @@ def test_a_donated_step_copies_no_table(dim):
 
 def test_step_falls_back_to_two_calls_for_other_transformations():
     tx = optax.chain(optim.clip_by_global_norm(0.1), optim.sgd(0.05))
-    found, expected = (run(how, tx, params_of(), BATCHES[:2]) for how in (by_step, by_two_calls))
+    found, expected = (run(how, {"": tx}, params_of(), BATCHES[:2]) for how in (by_step, by_two_calls))
     jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 

@@ -12,7 +12,7 @@ import embax
 import embax.equinox
 import embax.nnx
 
-ROWS, DIM = 10**5, 4
+ROWS, DIM = 20_000, 4
 NAMES = ("words", "indexed", "taken")  # read by a layer of the framework, by weight[ids] and by jnp.take
 WEIGHT = np.random.default_rng(0).normal(size=(ROWS, DIM)).astype(np.float32)
 

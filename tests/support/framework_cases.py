@@ -58,11 +58,6 @@ class Case(NamedTuple):
         values = cotangent(self.ids, self.weight) if self.cotangent is None else self.cotangent
         return values.astype(self.weight.dtype)
 
-    def run(self, framework, fun):
-        """Call a function of a layer and ids; return the layer, too, as the call leaves it."""
-        layer = framework.make(self.weight, **self.rules)
-        return layer, (framework.jit(fun) if self.traced else fun)(layer, self.ids)
-
 
 POLICIES = "error", "clip", "nan", "zero"
 # Few shapes, so that one compiled program serves many cases.

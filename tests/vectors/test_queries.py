@@ -187,11 +187,11 @@ def test_nearest_never_makes_an_array_of_queries_and_rows():
     script = """
 import numpy as np, resource
 from embax.vectors import _nearest as _queries
-unit = _queries.unit_rows(np.random.default_rng(0).standard_normal((100_000, 4)).astype(np.float32))
+unit = _queries.unit_rows(np.random.default_rng(0).standard_normal((40_000, 4)).astype(np.float32))
 _queries.nearest(unit, unit[:512], 5)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 _queries.nearest(unit, unit[:1024], 5)
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
 """
     grown = int(subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout)
-    assert grown < 1024 * 100_000 * 4 / 10
+    assert grown < 1024 * 40_000 * 4 / 10

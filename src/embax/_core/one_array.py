@@ -101,9 +101,7 @@ class OneArray(Storage):
 
     def overwritten(self, leaf: Array, of: Storage, others: Array) -> Array:
         """Concatenate the other weight's first rows and the remaining rows of this one."""
-        rows, others = self.to_rows(leaf), of.to_rows(others)
-        length = min(rows.shape[0], others.shape[0])
-        return self.from_rows(jnp.concatenate([others[:length].astype(leaf.dtype), rows[length:]]))
+        return self.from_rows(_overwritten(self.to_rows(leaf), of.to_rows(others)))
 
     def resized(self, call: str, leaf: Array, rows: int, fresh: Callable[[], Array]) -> tuple[Array, Storage]:
         """Slice the rows, or append the fresh ones."""
@@ -253,6 +251,12 @@ class OneArray(Storage):
 @functools.partial(jax.jit, static_argnums=0, inline=True)
 def _gathered(storage: OneArray, leaf: Array, ids: Array) -> Array:
     return storage.take(leaf, ids, 0)
+
+
+@functools.partial(jax.jit, inline=True)
+def _overwritten(rows: Array, others: Array) -> Array:
+    length = min(rows.shape[0], others.shape[0])
+    return jnp.concatenate([others[:length].astype(rows.dtype), rows[length:]])
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4), inline=True)

@@ -8,6 +8,7 @@ An example: a loss that looks up three ids of a table of a million rows.
     RowGrad(ids, values)         3 ids and 3 rows; no array of a million rows was made
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -284,6 +285,7 @@ def gathered(table: Table, ids: Sequence[Array], cotangents: Sequence[Held]) -> 
     return row_grad(storage.joined(flat_ids, table.rows), held, table.rows)
 
 
+@functools.partial(jax.jit, inline=True)  # one program for an eager call
 def after_loss(value: Array, ids: Array) -> Array:
     """Make ids depend on the loss, so that the loss reads a donated table before an update overwrites it.
 

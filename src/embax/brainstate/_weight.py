@@ -9,7 +9,7 @@ import brainunit
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import PyTree
+from jaxtyping import Array, PyTree, Shaped
 from numpy.typing import ArrayLike
 
 from .._base.arrays import as_jax
@@ -125,4 +125,9 @@ def zero_row(weight: Weight, row: int) -> Weight:
     mantissa, unit = split_unit(weight)
     if isinstance(mantissa, StoredRows):
         return held(with_zero_padding(table_of(mantissa, padding_idx=row)))
-    return with_unit(mantissa.at[row].set(0), unit)
+    return with_unit(_with_zeros(mantissa, row), unit)
+
+
+@jax.jit  # one program for an eager call
+def _with_zeros(rows: Shaped[Array, "rows *dim"], row: int) -> Shaped[Array, "rows *dim"]:
+    return rows.at[row].set(0)
