@@ -15,13 +15,12 @@ from .._base import check as _check
 from .._base.arrays import as_jax
 from .._base.axes import laid_out
 from .._core.held import held, table_of
-from .._core.scratch import Scratch
+from .._core.scratch import Scratch, with_scratch, without_scratch
 from .._core.stored_rows import StoredRows
 from .._core.table import Table, has_weight, with_weight
 from .._features.collection import Collection, restack
 from .._mesh import relayout as _moves
 from .._mesh.storage import Sharded
-from ..optim._states import with_scratch, without_scratch
 from ._entries import Entry, by_blocks, described, entries_of, is_key, is_node, with_descriptions
 from ._orbax import ABOUT, ARRAYS, FORMAT, manager_of, nested, ocp, path_of, taken
 

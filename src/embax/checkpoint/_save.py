@@ -9,9 +9,9 @@ import numpy as np
 from jaxtyping import PyTree
 
 from .._base import check as _check
+from .._core.scratch import without_scratch
 from .._mesh import relayout as _moves
 from .._mesh.placement import Placement
-from ..optim._states import without_scratch
 from ._entries import Entry, by_blocks, described, descriptions_of, entries_of, is_empty, is_key
 from ._orbax import ABOUT, ARRAYS, FORMAT, manager_of, nested, ocp, path_of
 

@@ -11,12 +11,12 @@ from jaxtyping import PyTree
 
 from .._core import modules as _modules
 from .._core.held import as_table, held
-from .._core.scratch import Scratch
+from .._core.scratch import Scratch, is_with_slots
 from .._core.table import Table, has_weight, is_table, with_weight
 from .._gradients.chosen import tables_at
 from ..optim import carry_over
 from ..optim._fused import stepped
-from ..optim._states import SCRATCH, check_takes_tables, prepared_gradient, with_chosen
+from ..optim._states import check_takes_tables, prepared_gradient, with_chosen
 from ._params import tables_of, tree_of, with_values
 
 _CALL = "embax.nnx.Optimizer"
@@ -208,23 +208,19 @@ def _is_node(node: object) -> bool:
     return isinstance(node, Table | nnx.Variable)
 
 
-def _is_scratch(node: object) -> bool:
-    return isinstance(node, SCRATCH)
-
-
 def _as_variables(opt_state: PyTree) -> PyTree:
     """Put each array of a state into a Variable; rows of a table together with their storage."""
 
     def variable(node: PyTree) -> PyTree:
-        if _is_scratch(node):
+        if is_with_slots(node):
             rest = node._replace(slots=())
-            rest = jax.tree.map(variable, rest, is_leaf=lambda x: x is not rest and (_is_node(x) or _is_scratch(x)))
+            rest = jax.tree.map(variable, rest, is_leaf=lambda x: x is not rest and (_is_node(x) or is_with_slots(x)))
             return rest._replace(slots=jax.tree.map(ScratchArray, node.slots))
         if isinstance(node, Table) and has_weight(node):
             return with_weight(node, nnx.OptArray(held(node)))
         return jax.tree.map(nnx.OptArray, node)
 
-    return jax.tree.map(variable, opt_state, is_leaf=lambda x: _is_node(x) or _is_scratch(x))
+    return jax.tree.map(variable, opt_state, is_leaf=lambda x: _is_node(x) or is_with_slots(x))
 
 
 def _values(opt_state: PyTree) -> list[PyTree]:

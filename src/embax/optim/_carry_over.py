@@ -18,13 +18,14 @@ from jaxtyping import ArrayLike, PyTree
 
 from .._base.arrays import as_jax
 from .._core.dense import DENSE
+from .._core.scratch import is_with_slots, with_scratch, without_scratch
 from .._core.storage import Storage
 from .._core.table import Table, has_weight, is_table, with_weight
 from .._features.collection import Collection
 from .._features.made_for import MadeFor, differences, is_node, made_for
 from .._features.stacks import cut_out, stacks_of
 from .._gradients.chosen import tables_at
-from ._states import SCRATCH, chosen_at_start, with_scratch, without_scratch
+from ._states import chosen_at_start
 
 _CALL = "embax.optim.carry_over"
 
@@ -132,7 +133,7 @@ class _Old:
 def _check_belongs(state: PyTree, expected: PyTree) -> None:
     """Refuse a state that was not made for the old parameters."""
     lifted = [
-        [node for node in jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, SCRATCH)) if isinstance(node, SCRATCH)]
+        [node for node in jax.tree.leaves(tree, is_leaf=is_with_slots) if is_with_slots(node)]
         for tree in (state, expected)
     ]
     shapes = [

@@ -12,6 +12,7 @@ from jaxtyping import PyTree
 from .._base import check as _check
 from .._base import distinct as _dedupe
 from .._core.held_rows import around, bare
+from .._core.scratch import has_slots
 from .._core.table import Table, is_table
 from .._features.made_for import MadeFor, check_made_for, made_for
 from .._gradients.apply import norm_of_distinct, refuse_lanes
@@ -19,6 +20,7 @@ from .._gradients.row_grad import RowGrad, is_trained
 from .._kernels.combine import combine
 
 
+@has_slots
 class ClipByGlobalNormState(NamedTuple):
     """Scratch memory that sums duplicates, since the norm is of their sums."""
 

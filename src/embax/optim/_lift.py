@@ -15,6 +15,7 @@ from jaxtyping import Array, PyTree
 from .._base import distinct as _dedupe
 from .._core import ids as _ids
 from .._core.held_rows import around
+from .._core.scratch import has_slots
 from .._core.table import Table, is_table, with_weight
 from .._features.made_for import MadeFor, check_made_for, made_for
 from .._gradients.apply import checked_update
@@ -26,6 +27,7 @@ from ._step import Step, laid_out_state
 _UPDATE = "embax.optim.lift(tx).update"
 
 
+@has_slots
 class LiftState(NamedTuple):
     """The state of a lifted transformation."""
 

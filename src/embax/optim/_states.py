@@ -1,7 +1,6 @@
 """Helpers of the frameworks' optimizers: prepare gradients for a transformation, and check that it takes tables."""
 
 import jax
-import jax.numpy as jnp
 import optax
 from jaxtyping import PyTree
 
@@ -10,10 +9,7 @@ from .._core.held_rows import bare
 from .._core.table import Table, is_table, with_weight
 from .._gradients.chosen import tables_at
 from .._gradients.row_grad import RowGrad, is_trained, no_rows
-from ._clip import ClipByGlobalNormState
 from ._lift import LiftState
-
-SCRATCH = LiftState, ClipByGlobalNormState  # states with scratch memory, in `slots`
 
 
 def prepared_gradient(call: str, name: object, param: PyTree, gradient: PyTree) -> PyTree:
@@ -114,26 +110,6 @@ def check_takes_tables(call: str, tx: optax.GradientTransformation, opt_state: P
         raise _takes_no_tables(call, names, str(error).partition("\n")[0]) from error
     if not all(isinstance(update, RowGrad | Table) for (_, param), update in pairs if isinstance(param, Table)):
         raise _takes_no_tables(call, names, "updates of another kind")
-
-
-def without_scratch(tree: PyTree) -> PyTree:
-    """Remove the scratch memory of states."""
-
-    def of_kind(node: object) -> bool:
-        return isinstance(node, SCRATCH)
-
-    return jax.tree.map(lambda node: node._replace(slots=()) if of_kind(node) else node, tree, is_leaf=of_kind)
-
-
-def with_scratch(tree: PyTree, like: PyTree) -> PyTree:
-    """Put scratch memory back, as zeros of the shapes that another tree has."""
-
-    def put_back(node: PyTree, of_like: PyTree) -> PyTree:
-        if not isinstance(node, SCRATCH):
-            return node
-        return node._replace(slots=tuple(None if x is None else jnp.zeros(x.shape, x.dtype) for x in of_like.slots))
-
-    return jax.tree.map(put_back, tree, like, is_leaf=lambda node: isinstance(node, SCRATCH))
 
 
 def _takes_no_tables(call: str, names: list[str], seen: str) -> TypeError:
