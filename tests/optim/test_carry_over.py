@@ -158,10 +158,7 @@ def test_a_padding_row_that_changes():
 
 
 def collection_of(**rows):
-    tables = {
-        name: Table(WEIGHT[:number], padding_idx=0 if name == "genre" else None)
-        for name, number in rows.items()
-    }
+    tables = {name: Table(WEIGHT[:number], padding_idx=0 if name == "genre" else None) for name, number in rows.items()}
     tables["wide"] = Table(np.ones((2, 4), np.float32))  # in a stack of its own
     return {"rows": Collection(tables, [Feature("film", "film")])}
 
