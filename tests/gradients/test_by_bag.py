@@ -52,8 +52,13 @@ def by_rows(table, bags, weights=None, mode="mean"):
 
 def of(function):
     """The gradient of a function of the table, as rows and by JAX."""
-    rows = jax.jit(lambda table: inside(embax.grad(lambda table: function(table, embedding_bag))(table)))(TABLE)
-    return rows, jax.jit(jax.grad(lambda table: function(table, by_rows)))(TABLE).weight
+
+    @jax.jit
+    def both(table):
+        rows = embax.grad(lambda table: function(table, embedding_bag))(table)
+        return inside(rows), jax.grad(lambda table: function(table, by_rows))(table).weight
+
+    return both(TABLE)
 
 
 def inside(gradient):

@@ -321,8 +321,9 @@ def lose(number, end, call, text, *saved):
     assert not os.path.exists(output)
 
 
-def test_two_processes_continue_a_run_of_one_with_the_same_result(text, tmp_path):
+def test_two_processes_continue_a_run_of_one_with_the_same_result(text, tmp_path, monkeypatch, options_of_users):
     pytest.importorskip("orbax.checkpoint")
+    monkeypatch.setattr(_xla, "train", options_of_users)  # as in the other processes
     calls, options = [], OPTIONS | {"mesh": mesh()}
     saved = {"checkpoint": tmp_path / "saved", "checkpoint_every": 32}
     expected = train.skipgram(paragraphs(SHORT), **options, progress=calls.append)

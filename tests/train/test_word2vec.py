@@ -119,10 +119,10 @@ def test_skipgram_takes_a_corpus_of_one_word():
     assert np.isfinite(vectors.weight).all()
 
 
-def test_xla_trains_alike_without_the_options_for_a_cpu(monkeypatch):
+def test_xla_trains_alike_with_and_without_the_options_for_a_cpu(monkeypatch, options_of_users):
     options = {"dim": DIM, "epochs": 1, "engine": "xla"}
     expected = train.skipgram(topics_corpus(100), **options)
-    monkeypatch.setattr(_xla, "_is_on_cpu", lambda array: False)
+    monkeypatch.setattr(_xla, "train", options_of_users)
     vectors = train.skipgram(topics_corpus(100), **options)
     np.testing.assert_allclose(vectors.weight, expected.weight, rtol=1e-4, atol=1e-6)  # float32
 
