@@ -18,7 +18,7 @@ DIM = 3
 
 
 def weight(rows, dim=DIM, dtype="float32", seed=0):
-    return jnp.asarray(np.random.default_rng(seed + rows).normal(size=(rows, dim)), dtype)
+    return np.random.default_rng(seed + rows).normal(size=(rows, dim)).astype(jnp.dtype(dtype))
 
 
 # Like tables, of which some have padding, and tables that are like no other.

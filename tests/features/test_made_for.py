@@ -29,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 
 def of(rows=4, dim=3, **rules):
-    return Table(jnp.asarray(np.resize(WEIGHT, (rows, dim))), **rules)
+    return Table(np.resize(WEIGHT, (rows, dim)), **rules)
 
 
 def gradient_of(params):

@@ -15,7 +15,7 @@ from embax.optim import lift, rowwise_adagrad
 
 
 def weight(rows, dim=3):
-    return jnp.asarray(np.random.default_rng(rows).normal(size=(rows, dim)), "float32")
+    return np.random.default_rng(rows).normal(size=(rows, dim)).astype(np.float32)
 
 
 TABLES = {

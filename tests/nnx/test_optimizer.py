@@ -19,9 +19,9 @@ pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 class Model(nnx.Module):
     def __init__(self, rows=6, dim=2, **rules):
-        weight = jnp.asarray(np.resize(WEIGHT, (rows, dim)))
+        weight = np.resize(WEIGHT, (rows, dim))
         self.embedding = Embedding.from_pretrained(weight, **{"freeze": False, **rules})
-        self.scale = nnx.Param(jnp.asarray(np.linspace(1, 2, dim, dtype=np.float32)[None]))
+        self.scale = nnx.Param(jax.device_put(np.linspace(1, 2, dim, dtype=np.float32)[None]))
 
     def __call__(self, ids):
         return ((self.embedding(ids) * self.scale[...] - 0.5) ** 2).sum()

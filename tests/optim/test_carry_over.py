@@ -43,7 +43,7 @@ pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 def params_of(rows, **rules):
     rules = {"padding_idx": PADDING, **rules}
-    return {"words": Table(jnp.asarray(WEIGHT[:rows]), **rules), "bias": jnp.asarray(np.ones(2, np.float32))}
+    return {"words": Table(WEIGHT[:rows], **rules), "bias": jnp.asarray(np.ones(2, np.float32))}
 
 
 def gradient(step, rows):
@@ -125,7 +125,7 @@ def leaves_by_path(tree):
 
 def test_tables_that_are_frozen_and_unfrozen():
     def params(*frozen):
-        tables = {name: Table(jnp.asarray(WEIGHT), freeze=name in frozen) for name in "abc"}
+        tables = {name: Table(WEIGHT, freeze=name in frozen) for name in "abc"}
         return tables | {"bias": np.ones(2, np.float32)}
 
     txs = some("rowwise_adagrad", "chain")
@@ -158,10 +158,7 @@ def test_a_padding_row_that_changes():
 
 
 def collection_of(**rows):
-    tables = {
-        name: Table(jnp.asarray(WEIGHT[:number]), padding_idx=0 if name == "genre" else None)
-        for name, number in rows.items()
-    }
+    tables = {name: Table(WEIGHT[:number], padding_idx=0 if name == "genre" else None) for name, number in rows.items()}
     tables["wide"] = Table(np.ones((2, 4), np.float32))  # in a stack of its own
     return {"rows": Collection(tables, [Feature("film", "film")])}
 
@@ -213,7 +210,7 @@ def test_the_tables_of_a_collection_go_by_their_names():
 
 def test_tables_that_a_tree_gains_and_loses():
     tx = TXS["adamw"]
-    before = {"a": Table(jnp.asarray(WEIGHT)), "b": Table(jnp.asarray(WEIGHT))}
+    before = {"a": Table(WEIGHT), "b": Table(WEIGHT)}
     one = RowGrad([1, 2], WEIGHT[:2], rows=GROWN)
     _, state = jax.jit(lambda params: tx.update({"a": one, "b": one}, tx.init(params), params))(before)
     after = {"b": before["b"], "c": Table(np.ones((2, 2), np.float32))}
@@ -238,10 +235,10 @@ def keeps_rows_by_itself():
 
 
 def test_rows_of_a_state_outside_of_its_tables():
-    tx, params = keeps_rows_by_itself(), {"words": Table(jnp.asarray(WEIGHT[:ROWS]))}
+    tx, params = keeps_rows_by_itself(), {"words": Table(WEIGHT[:ROWS])}
     gradient = {"words": RowGrad([2], WEIGHT[:1], rows=ROWS)}
     _, state = jax.jit(lambda params: tx.update(gradient, tx.init(params), params))(params)
-    grown = carry_over(state, params, {"words": Table(jnp.asarray(WEIGHT))}, tx)
+    grown = carry_over(state, params, {"words": Table(WEIGHT)}, tx)
     np.testing.assert_array_equal(grown.inner["seen"][0], [1, 1, 2, 1, 1, 1, 1, 1])
     assert grown.inner["mean"][0].shape == ()
 

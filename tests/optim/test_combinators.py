@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("users_promotion")
 
 
 def weight(*shape, seed=0):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), "float32")
+    return jax.device_put(np.random.default_rng(seed).normal(size=shape).astype(np.float32))
 
 
 class Model(eqx.Module):

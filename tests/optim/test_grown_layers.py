@@ -42,7 +42,7 @@ def ones(_, shape, dtype):
 
 
 def table_of(rows, **rules):
-    return Table(jnp.asarray(WEIGHT[:rows]), **{"padding_idx": 1, **rules})
+    return Table(WEIGHT[:rows], **{"padding_idx": 1, **rules})
 
 
 @nnx.jit(donate_argnums=(0, 1))

@@ -42,7 +42,7 @@ def _as_optax_needs_it():
 
 
 def params_of(dtype="float32", **rules):
-    return {"table": embax.Table(jnp.asarray(WEIGHT, dtype), padding_idx=3, **rules), "scale": jnp.ones(6)}
+    return {"table": embax.Table(WEIGHT.astype(jnp.dtype(dtype)), padding_idx=3, **rules), "scale": jnp.ones(6)}
 
 
 def loss(params, ids):

@@ -13,6 +13,7 @@ import numpy as np
 from jax.extend.random import define_prng_impl
 from jaxtyping import Array, Int, Integer, Key, PyTree
 
+from .._base.arrays import as_jax
 from .._core import ids as _ids
 
 # This text is part of the dtype's name and of the type's, so JAX's own error shows it when optax computes with the ids.
@@ -35,15 +36,24 @@ KEYS = define_prng_impl(
 )
 
 
-@functools.partial(jax.jit, static_argnums=1, inline=True)
-def encode(ids: Integer[Array, "*length"], rows: int) -> Key[Array, "*length"]:
+def encode(ids: Integer[Array | np.ndarray, "*length"], rows: int) -> Key[Array, "*length"]:
     """Turn ids into keys; an id without a row becomes 0."""
-    ids = _ids.narrow(ids, rows, jnp)
+    if isinstance(ids, np.ndarray):  # NumPy needs no program for each length
+        return jax.random.wrap_key_data(as_jax(_words(ids, rows, np)), impl=KEYS)
+    return _encode(ids, rows)
+
+
+@functools.partial(jax.jit, static_argnums=1, inline=True)
+def _encode(ids: Integer[Array, "*length"], rows: int) -> Key[Array, "*length"]:
+    return jax.random.wrap_key_data(_words(ids, rows, jnp), impl=KEYS)
+
+
+def _words(ids: Any, rows: int, xp: Any) -> Any:
+    ids = _ids.narrow(ids, rows, xp)
     valid = (ids >= 0) & (ids < rows)
-    numbers = jnp.where(valid, ids, -1) + 1
-    high = jnp.zeros_like(ids) if numbers.dtype.itemsize <= 4 else numbers >> 32
-    words = jnp.stack([high.astype(jnp.uint32), numbers.astype(jnp.uint32)], axis=-1)
-    return jax.random.wrap_key_data(words, impl=KEYS)
+    numbers = xp.where(valid, ids, -1) + 1
+    high = xp.zeros_like(ids) if numbers.dtype.itemsize <= 4 else numbers >> 32
+    return xp.stack([high.astype(xp.uint32), numbers.astype(xp.uint32)], axis=-1)
 
 
 @functools.partial(jax.jit, static_argnums=1, inline=True)
