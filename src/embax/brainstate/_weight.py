@@ -9,7 +9,7 @@ import brainunit
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, ArrayLike, Int, PyTree, Shaped
+from jaxtyping import Array, Int, PyTree, Shaped
 from numpy.typing import ArrayLike
 
 from .._base.arrays import as_jax
@@ -129,5 +129,5 @@ def zero_row(weight: Weight, row: int) -> Weight:
 
 
 @jax.jit  # one program for an eager call
-def _with_zeros(rows: Shaped[Array, "rows *dim"], row: Int[ArrayLike, ""]) -> Shaped[Array, "rows *dim"]:
+def _with_zeros(rows: Shaped[Array, "rows *dim"], row: int | Int[Array, ""]) -> Shaped[Array, "rows *dim"]:
     return rows.at[row].set(0)
