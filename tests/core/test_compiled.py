@@ -39,7 +39,7 @@ def operations(program):
 def program_text(program):
     """The program without what only says where it came from."""
     text = program.as_text()
-    text = text[text.index("\n%") if "\n%" in text else 0 :]
+    text = text[re.search("^(%|ENTRY )", text, re.MULTILINE).start() :]
     return re.sub(r", metadata=\{[^}]*\}", "", text)
 
 
