@@ -121,6 +121,7 @@ def test_size_of_extracted_tar_files_is_limited(tmp_path, monkeypatch):
 @seeds
 @pytest.mark.parametrize("kind", ["tar", "tar and gzip"])
 @pytest.mark.filterwarnings("ignore::embax.files.DuplicateTokensWarning")
+@pytest.mark.filterwarnings("ignore::embax.files.UndecodedTokensWarning")
 def test_any_damage_of_an_archive_gives_vectors_or_a_format_error(tmp_path, kind, seed):
     for name, data in damages(PACKED[kind]({"LICENSE": b"", "v.txt": TEXT}), 60, seed, head=2000):
         (tmp_path / "v").write_bytes(data)
