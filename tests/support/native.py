@@ -13,6 +13,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from embax._kernels.words import Training, TrainingLoss
+
 embax_kernels = pytest.importorskip("embax_kernels", reason="the native kernels are not installed")
 
 LIBRARY = ctypes.CDLL(str(embax_kernels.library_path()))
@@ -77,21 +79,6 @@ def step(name, arrays, ids, values, scalars, length=1, bag_of=NOTHING, factors=N
     return function(*arrays, ids, values, bag_of, factors, scalars, **attributes)
 
 
-class _Training(ctypes.Structure):
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in "inputs outputs ids keep cut alias starts pieces".split()),
-        *((name, ctypes.c_int64) for name in "stride input_rows rows number number_of_pieces".split()),
-        *((name, ctypes.c_int64) for name in "window negative parts".split()),
-        ("seed", ctypes.c_uint64),
-        *((name, ctypes.c_float) for name in ("first_rate", "last_rate")),
-        ("cbow", ctypes.c_bool),
-    )
-
-
-class _Loss(ctypes.Structure):
-    _fields_ = (("sum", ctypes.c_double), ("pairs", ctypes.c_int64))
-
-
 def train_words(inputs, outputs, vocabulary, ids, rates, seed, window, negative, cbow, threads=1):
     """Train copies of the tables; the error is that of the library."""
     inputs, outputs = np.array(inputs), np.array(outputs)
@@ -99,8 +86,8 @@ def train_words(inputs, outputs, vocabulary, ids, rates, seed, window, negative,
     pointers = {name: array.ctypes.data if array.size else None for name, array in arrays.items()}
     sizes = (outputs.shape[1], len(inputs), len(outputs), len(ids), len(vocabulary.pieces))
     seed = int(seed[0]) << 32 | int(seed[1])
-    training = _Training(*pointers.values(), *sizes, window, negative, threads, seed, *map(float, rates), cbow)
-    loss, refused = _Loss(), ctypes.c_char_p()
+    training = Training(*pointers.values(), *sizes, window, negative, threads, seed, *map(float, rates), cbow)
+    loss, refused = TrainingLoss(), ctypes.c_char_p()
     failed = LIBRARY.embax_kernels_train_words(ctypes.byref(training), ctypes.byref(loss), ctypes.byref(refused))
     if failed:
         raise ValueError(refused.value.decode())

@@ -33,7 +33,7 @@ class Tables(NamedTuple):
     outputs: Float32[np.ndarray, "rows stride"]
 
 
-class _Training(ctypes.Structure):
+class Training(ctypes.Structure):
     """`Training` of the library's `kernels.h`."""
 
     _fields_ = (
@@ -46,7 +46,7 @@ class _Training(ctypes.Structure):
     )
 
 
-class _Loss(ctypes.Structure):
+class TrainingLoss(ctypes.Structure):
     """`TrainingLoss` of the library's `kernels.h`."""
 
     _fields_ = (("sum", ctypes.c_double), ("pairs", ctypes.c_int64))
@@ -103,7 +103,7 @@ def train_words(
     arrays = {name: _address(name, array, *shapes[name]) for name, array in words._asdict().items()}
     if not with_pieces:
         arrays |= {"starts": None, "pieces": None}
-    training = _Training(
+    training = Training(
         inputs=_address("inputs", tables.inputs, "f4", (len(tables.inputs) if with_pieces else rows, stride), True),
         outputs=_address("outputs", tables.outputs, "f4", (rows, stride), True),
         ids=_address("ids", ids, "i4", (ids.size,)),
@@ -121,7 +121,7 @@ def train_words(
         last_rate=rates[1],
         cbow=model == "cbow",
     )
-    loss, refused = _Loss(), ctypes.c_char_p()
+    loss, refused = TrainingLoss(), ctypes.c_char_p()
     failed = found.native.embax_kernels_train_words(ctypes.byref(training), ctypes.byref(loss), ctypes.byref(refused))
     if failed:
         raise MemoryError if refused.value is None else ValueError(refused.value.decode())
