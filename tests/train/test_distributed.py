@@ -254,10 +254,10 @@ PROGRAM = """
 import os, sys
 from embax import cli
 end, call = int(sys.argv.pop(1)), int(sys.argv.pop(1))
-def save_or_end(self, state, calls):
-    if calls == call:
+def save_or_end(self, state, at):
+    if at.calls == call:
         os.kill(os.getpid(), end)
-    save(self, state, calls)
+    save(self, state, at)
 if end and call:
     from embax.train import _resume
     save, _resume.Checkpoints.save = _resume.Checkpoints.save, save_or_end
@@ -385,8 +385,9 @@ def test_errors_of_jax_for_a_lost_process_are_recognised(monkeypatch, error, is_
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("number", [0, 1])
-def test_training_continues_after_the_loss_of_a_process(text, tmp_path, number):
+def test_training_continues_after_the_loss_of_a_process(text, tmp_path, number, monkeypatch, options_of_users):
     pytest.importorskip("orbax.checkpoint")
+    monkeypatch.setattr(_xla, "train", options_of_users)  # as in the other processes
     saved = {"checkpoint": str(tmp_path / "saved"), "checkpoint_every": 32}
     lose(number, signal.SIGKILL, 2, text, "--checkpoint", saved["checkpoint"], "--checkpoint-every", "32")
     assert [path.name for path in (tmp_path / "saved").iterdir()] == ["1"]
