@@ -213,12 +213,15 @@ void step(Case& c) {
   if (optimizer >= 1) out.push_back(&squares);
   std::vector<Array*> in = out;
   in.insert(in.end(), {&c.ids, &g.values, &g.bag_of, &g.factors, &scalars});
-  std::map<std::string, Attribute> attributes{{"decay", narrow(c.c.below(3))}, {"length", wide(g.length)}};
+  const int64_t wrap = c.c.below(2);
+  std::map<std::string, Attribute> attributes{
+      {"decay", narrow(c.c.below(3))}, {"length", wide(g.length)}, {"wrap", narrow(wrap)}};
   if (optimizer == 3) attributes["nesterov"] = narrow(nesterov);
   if (!c.run(handlers[optimizer], in, out, attributes) || !c.rows) return;
   std::vector<bool> touched(c.rows);
   for (int64_t i = 0; i < c.number; ++i) {
-    if (c.has_row(i)) touched[c.id(i)] = true;
+    const int64_t id = c.id(i), row = wrap && id < 0 ? id + c.rows : id;
+    if (row >= 0 && row < c.rows) touched[row] = true;
   }
   const int64_t bytes = table.bytes() / c.rows;
   for (int64_t r = 0; r < c.rows; ++r) {

@@ -13,7 +13,7 @@ struct Block {
   size_t size = 0;
 };
 
-thread_local Block blocks[2];
+thread_local Block blocks[3];
 
 #if defined(EMBAX_SANITIZE)
 // Of exactly the size, so that a sanitizer sees what goes beyond.

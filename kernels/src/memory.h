@@ -6,8 +6,8 @@
 
 namespace embax {
 
-// Who holds scratch memory: the call as a whole, or the part of it that a thread works on.
-enum class Holder : int { call, part };
+// Who holds scratch memory: the call as a whole, the part of it that a thread works on, or the ids of the call.
+enum class Holder : int { call, part, ids };
 
 // Memory of this thread, aligned to 64 bytes, valid until the next request for the same holder.
 char* scratch(Holder holder, size_t bytes);

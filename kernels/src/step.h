@@ -124,8 +124,22 @@ void step_of(const Pool& pool, const Step& step, const Table& table, const State
   });
 }
 
+// The ids with none that counts from the end: the same memory if there is none, else a copy.
+inline Ids counted_from_start(Ids ids) {
+  if (!ids.from_end) return ids;
+  bool any = false;
+  with_ids(ids, [&](auto* id) {
+    for (int64_t i = 0; i < ids.number; ++i) any |= id[i] < 0;
+  });
+  if (!any) return {ids.data, ids.number, ids.wide};
+  auto* copy = reinterpret_cast<int64_t*>(scratch(Holder::ids, static_cast<size_t>(ids.number) * sizeof(int64_t)));
+  for (int64_t i = 0; i < ids.number; ++i) copy[i] = ids[i];
+  return {copy, ids.number, true};
+}
+
 inline void step(const Pool& pool, const Step& step, Table table, State state, Ids ids, const Gradients& gradients) {
   if (table.width == 0) return;
+  ids = counted_from_start(ids);
   switch (step.optimizer) {
     case Optimizer::sgd: return step_of<Optimizer::sgd>(pool, step, table, state, ids, gradients);
     case Optimizer::adagrad: return step_of<Optimizer::adagrad>(pool, step, table, state, ids, gradients);

@@ -35,10 +35,12 @@ struct Rest {
   ffi::ThreadPool threads;
   ffi::AnyBuffer ids, values, bag_of, factors;
   int64_t length;
+  int32_t wrap;
 };
 
 void run(const Step& step, const Named& table, const Table& rows, const State& state, Rest& rest) {
-  const Ids ids = ids_of({"ids", rest.ids});
+  Ids ids = ids_of({"ids", rest.ids});
+  if (rest.wrap) ids.from_end = rows.rows;
   const Named values{"values", rest.values};
   expect_dtype(values, table.buffer.element_type());
   const Gradients gradients =
@@ -60,7 +62,7 @@ using In = ffi::AnyBuffer;
 using Out = ffi::Result<ffi::AnyBuffer>;
 
 ffi::Error sgd(ffi::ThreadPool threads, In table, In ids, In values, In bag_of, In factors, In scalars, Out out,
-               int64_t length, int32_t decay) {
+               int64_t length, int32_t decay, int32_t wrap) {
   return guarded([&] {
     const Named of_table{"table", table};
     const Table rows = table_of(of_table);
@@ -71,14 +73,14 @@ ffi::Error sgd(ffi::ThreadPool threads, In table, In ids, In values, In bag_of, 
     step.decay = decay_of(of_table, decay);
     step.rate = next.next();
     step.decay_by = next.next();
-    Rest rest{threads, ids, values, bag_of, factors, length};
+    Rest rest{threads, ids, values, bag_of, factors, length, wrap};
     run(step, of_table, rows, State{nullptr, rows.dtype, nullptr}, rest);
   });
 }
 
 template <Optimizer kOptimizer>
 ffi::Error adagrad(ffi::ThreadPool threads, In table, In sum, In ids, In values, In bag_of, In factors, In scalars,
-                   Out out, Out out_sum, int64_t length, int32_t decay) {
+                   Out out, Out out_sum, int64_t length, int32_t decay, int32_t wrap) {
   return guarded([&] {
     const Named of_table{"table", table}, of_sum{"sum", sum};
     const Table rows = table_of(of_table);
@@ -98,14 +100,14 @@ ffi::Error adagrad(ffi::ThreadPool threads, In table, In sum, In ids, In values,
     step.rate = next.next();
     step.decay_by = next.next();
     step.eps = next.next();
-    Rest rest{threads, ids, values, bag_of, factors, length};
+    Rest rest{threads, ids, values, bag_of, factors, length, wrap};
     run(step, of_table, rows, State{nullptr, rows.dtype, of_sum.data()}, rest);
   });
 }
 
 template <Optimizer kOptimizer>
 ffi::Error adam(ffi::ThreadPool threads, In table, In mu, In nu, In ids, In values, In bag_of, In factors, In scalars,
-                Out out, Out out_mu, Out out_nu, int64_t length, int32_t decay, int32_t nesterov) {
+                Out out, Out out_mu, Out out_nu, int64_t length, int32_t decay, int32_t wrap, int32_t nesterov) {
   return guarded([&] {
     constexpr bool by_row = kOptimizer == Optimizer::rowwise_adam;
     const Named of_table{"table", table}, of_mu{"mu", mu}, of_nu{"nu", nu};
@@ -138,15 +140,15 @@ ffi::Error adam(ffi::ThreadPool threads, In table, In mu, In nu, In ids, In valu
     step.mean_by = next.next();
     step.square_by = next.next();
     if (step.nesterov) step.gradient_by = next.next();
-    Rest rest{threads, ids, values, bag_of, factors, length};
+    Rest rest{threads, ids, values, bag_of, factors, length, wrap};
     run(step, of_table, rows, State{of_mu.data(), mean.dtype, of_nu.data()}, rest);
   });
 }
 
 ffi::Error rowwise_adam(ffi::ThreadPool threads, In table, In mu, In nu, In ids, In values, In bag_of, In factors,
-                        In scalars, Out out, Out out_mu, Out out_nu, int64_t length, int32_t decay) {
+                        In scalars, Out out, Out out_mu, Out out_nu, int64_t length, int32_t decay, int32_t wrap) {
   return adam<Optimizer::rowwise_adam>(threads, table, mu, nu, ids, values, bag_of, factors, scalars, out, out_mu,
-                                       out_nu, length, decay, 0);
+                                       out_nu, length, decay, wrap, 0);
 }
 
 namespace ffi = xla::ffi;
@@ -187,13 +189,13 @@ auto bind_adam() {
 }  // namespace embax
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(EmbaxStepSgd, embax::sgd,
-                              embax::bind_sgd().Attr<int64_t>("length").Attr<int32_t>("decay"));
+                              embax::bind_sgd().Attr<int64_t>("length").Attr<int32_t>("decay").Attr<int32_t>("wrap"));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(EmbaxStepAdagrad, embax::adagrad<embax::Optimizer::adagrad>,
-                              embax::bind_adagrad().Attr<int64_t>("length").Attr<int32_t>("decay"));
+                              embax::bind_adagrad().Attr<int64_t>("length").Attr<int32_t>("decay").Attr<int32_t>("wrap"));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(EmbaxStepRowwiseAdagrad, embax::adagrad<embax::Optimizer::rowwise_adagrad>,
-                              embax::bind_adagrad().Attr<int64_t>("length").Attr<int32_t>("decay"));
+                              embax::bind_adagrad().Attr<int64_t>("length").Attr<int32_t>("decay").Attr<int32_t>("wrap"));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
     EmbaxStepAdam, embax::adam<embax::Optimizer::adam>,
-    embax::bind_adam().Attr<int64_t>("length").Attr<int32_t>("decay").Attr<int32_t>("nesterov"));
+    embax::bind_adam().Attr<int64_t>("length").Attr<int32_t>("decay").Attr<int32_t>("wrap").Attr<int32_t>("nesterov"));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(EmbaxStepRowwiseAdam, embax::rowwise_adam,
-                              embax::bind_adam().Attr<int64_t>("length").Attr<int32_t>("decay"));
+                              embax::bind_adam().Attr<int64_t>("length").Attr<int32_t>("decay").Attr<int32_t>("wrap"));

@@ -120,6 +120,28 @@ def test_gradients_of_duplicates_and_bags_are_summed_first(name, dtype):
                 assert (error <= bound).all()
 
 
+@pytest.mark.parametrize("name", native.STEPS)
+def test_ids_count_from_the_end_where_they_are_asked_to(name):
+    rng = np.random.default_rng(0)
+    rows = np.array([ROWS - 1, 0, 7, -1, ROWS, 7, ROWS - 1, -1, -1, -1, ROWS // 2])  # -1 and ROWS are none
+    table, gradients = normal(rng, (ROWS, 5), np.float32), normal(rng, (len(rows), 5), np.float32)
+    arrays, scalars = [table, *native.state_of(name, table)], native.scalars_of(name)
+    more = {"nesterov": 0} if name == "Adam" else {}
+    for dtype in (np.int32, np.int64):
+        ends = np.iinfo(dtype)
+        ids = rows.astype(dtype)
+        ids[[0, 1, 5]] -= ROWS  # the last row, the first one, and one that occurs twice
+        ids[[3, 7, 8, 9]] = -ROWS - 1, ends.min, ends.min + 1, ends.max
+        with jax.enable_x64(dtype == np.int64):
+            want = native.step(name, arrays, rows.astype(dtype), gradients, scalars, **more)
+            for got, expected in zip(
+                native.step(name, arrays, ids, gradients, scalars, wrap=1, **more), want, strict=True
+            ):
+                np.testing.assert_array_equal(got, expected)
+            missing = native.step(name, arrays, np.full(len(rows), -1, dtype), gradients, scalars, **more)
+            np.testing.assert_array_equal(missing[0], table)
+
+
 def test_a_mean_may_have_another_dtype():
     rng = np.random.default_rng(0)
     ids = rng.integers(0, ROWS, 300).astype(np.int32)

@@ -1,6 +1,7 @@
 """One call for a step: the same as update and apply_updates, by one kernel where there is one."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -161,6 +162,50 @@ def test_a_step_is_one_kernel_behind_the_lookup(name):
     params = params_of()
     kernels = in_program(functools.partial(by_step, tx), params, tx.init(params), BATCHES[0])
     assert kernels == ["take", f"step_{name}"]
+
+
+def sum_of_reads(params, ids):
+    rows, bags = embax.lookup(params["rows"], ids), embax.embedding_bag(params["bags"], ids.reshape(6, 4), mode="mean")
+    return ((rows - 1) ** 2).sum() + (bags**3).sum()
+
+
+def test_a_step_for_ids_that_count_from_the_end_equals_one_for_row_numbers():
+    """Also where ids have no row, and in one program with the gradient or in one behind it."""
+    params = {name: embax.Table(jnp.asarray(WEIGHT), out_of_range="zero") for name in ("rows", "bags")}
+    numbers = np.stack([BATCHES[0], BATCHES[1]])
+    numbers[:, 5], ids = 40, np.where(numbers % 3, numbers, numbers - 40)
+    ids[:, 5:7], numbers[:, 6] = (77, -41), 40
+
+    def by_one_program(tx, params, state, ids):
+        return optim.step(tx, embax.grad(sum_of_reads)(params, ids), state, params)
+
+    def behind_a_program(tx, params, state, ids):
+        return optim.step(tx, jax.jit(embax.grad(sum_of_reads))(params, ids), state, params)
+
+    found, behind, expected = (
+        run(how, all_with(), params, batches)
+        for how, batches in ((by_one_program, ids), (behind_a_program, ids), (by_one_program, numbers))
+    )
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    jax.tree.map(np.testing.assert_array_equal, behind, expected)
+    table = found["adam"][0]["rows"].weight
+    untouched = np.setdiff1d(np.arange(40), numbers)
+    assert untouched.size
+    np.testing.assert_array_equal(table[untouched], WEIGHT[untouched])
+    assert (np.asarray(table)[np.setdiff1d(numbers, [40])] != WEIGHT[np.setdiff1d(numbers, [40])]).any(1).all()
+
+
+@pytest.mark.skipif(not has("step_adam"), reason="kernels are not installed, or switched off")
+def test_the_program_of_a_step_leaves_ids_to_the_kernels():
+    tx, params = optim.adagrad(0.1), {name: embax.Table(jnp.asarray(WEIGHT)) for name in ("rows", "bags")}
+
+    def train(params, state, ids):
+        return optim.step(tx, embax.grad(sum_of_reads)(params, ids), state, params)
+
+    compiled = jax.jit(train, donate_argnums=(0, 1)).lower(params, tx.init(params), BATCHES[0]).compile()
+    text = compiled.as_text()
+    made = set(re.findall(r"= s32\[\d[^ ]* (\w+)\(", text))
+    assert made <= {"parameter", "bitcast", "constant"}
 
 
 @pytest.mark.skipif(not has("step_adam"), reason="kernels are not installed, or switched off")

@@ -70,11 +70,11 @@ def pool(table, ids, bags, offsets=NOTHING, factors=NO_FACTORS, nan=0, wrap=0):
     return jax.ffi.ffi_call("raw_Pool", out)(table, ids, offsets, factors, **attributes)
 
 
-def step(name, arrays, ids, values, scalars, length=1, bag_of=NOTHING, factors=NO_FACTORS, decay=0, **more):
+def step(name, arrays, ids, values, scalars, length=1, bag_of=NOTHING, factors=NO_FACTORS, decay=0, wrap=0, **more):
     out = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in arrays]
     function = jax.ffi.ffi_call(f"raw_Step{name}", out, input_output_aliases={k: k for k in range(len(arrays))})
     scalars = jnp.asarray(scalars, accumulator(arrays[0].dtype))
-    attributes = {"length": np.int64(length), "decay": np.int32(decay)}
+    attributes = {"length": np.int64(length), "decay": np.int32(decay), "wrap": np.int32(wrap)}
     attributes |= {key: np.int32(value) for key, value in more.items()}
     return function(*arrays, ids, values, bag_of, factors, scalars, **attributes)
 

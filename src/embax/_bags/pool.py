@@ -29,7 +29,7 @@ from .._base.distinct import accumulator
 from .._base.tangents import with_tangent
 from .._core import ids as _ids
 from .._core.dense import DENSE
-from .._core.lookup import constant, read_of_tangent, read_resolved, rows_of_tangent
+from .._core.lookup import constant, ids_of_gradient, read_of_tangent, read_resolved, rows_of_tangent
 from .._core.read_bags import read_bags
 from .._core.storage import Storage
 from .._core.table import Table, with_weight
@@ -103,7 +103,7 @@ def _sum_of_rows(
     total = _held_sum(constant(table), ids, counted, held, offsets, shape, given)
     rules, of_ids = with_weight(table, None), {"ids": ids, "counted": counted, "offsets": offsets}
     if jnp.issubdtype(table.dtype, jnp.inexact) and not table.freeze:
-        function, others = _flat(_by_rows, of_ids | {"weights": weights}, rules=rules, shape=shape)
+        function, others = _flat(_by_rows, of_ids | {"weights": weights, "given": given}, rules=rules, shape=shape)
         total = with_tangent(function, total, [table.weight], others)
     if weights is not None:
         function, others = _flat(_by_weights, of_ids | {"table": table}, shape=shape)
@@ -118,20 +118,20 @@ def _flat(function: Callable[..., Array], others: Any, **static: Any) -> tuple[C
 
 
 def _by_rows(
-    tangent: Shaped[Array, "rows *dim"], ids: Any, counted: Any, weights: Any, offsets: Any, rules: Table, shape: Any
+    tangent: Array, ids: Any, counted: Any, weights: Any, offsets: Any, given: Any, rules: Table, shape: Any
 ) -> Float[Array, "*bags_dim"]:
     """The tangent of the sums for a tangent of the table's weight."""
     layout = BagLayout(shape, offsets)
     if _one_value_a_bag(rules, tangent, ids, weights, layout):
+        ids, from_end = ids_of_gradient(rules, ids, given)
         flat_ids, flat_counted = jnp.ravel(ids), jnp.ravel(counted)
-        wide, named = read_of_tangent(rules, tangent, flat_ids, flat_counted)
+        wide, named = read_of_tangent(rules, tangent, flat_ids, None if from_end else flat_counted)
         bag_of = None if offsets is None else _bag_of(offsets, ids.size)
         # Weights that do not count may be NaN.
         factors = None if weights is None else jnp.where(flat_counted, jnp.ravel(weights), jnp.zeros((), weights.dtype))
-        sums = read_bags(wide, named, math.prod(shape), bag_of, factors, rules.storage)
+        sums = read_bags(wide, named, math.prod(shape), bag_of, factors, rules.storage, from_end)
         return jnp.reshape(sums, (*shape, *sums.shape[1:]))
-    rows = rows_of_tangent(rules, tangent, ids, counted)
-    return _summed(_terms(rows, counted, weights), layout, rules.storage)
+    return _summed(_terms(rows_of_tangent(rules, tangent, ids, counted), counted, weights), layout, rules.storage)
 
 
 def _one_value_a_bag(rules: Table, tangent: Array, ids: Array, weights: Array | None, layout: BagLayout) -> bool:

@@ -124,7 +124,8 @@ def _gather(
     rows = table.storage.take(weight, _or_first(table, ids, counted), _fill_value(table), given=given)
     if table.freeze or not jnp.issubdtype(table.dtype, jnp.inexact):
         return rows
-    tangent = functools.partial(rows_of_tangent, with_weight(table, None))
+    ids, from_end = ids_of_gradient(table, ids, given)
+    tangent = functools.partial(rows_of_tangent, with_weight(table, None), from_end=from_end)
     return with_tangent(tangent, rows, [table.weight], [ids] if counted is None else [ids, counted])
 
 
@@ -133,6 +134,8 @@ def rows_of_tangent(
     tangent: Shaped[Array, "rows *dim"],
     ids: Int[Array, "*batch"],
     counted: Bool[Array, "*batch"] | None = None,
+    *,
+    from_end: bool = False,
 ) -> Shaped[Array, "*batch_dim"]:
     """Return the tangent of the rows that `read_resolved` reads.
 
@@ -141,13 +144,14 @@ def rows_of_tangent(
       tangent: The tangent of the weight.
       ids: The row numbers that were read.
       counted: Which of them count, as in `read`.
+      from_end: As `ids_of_gradient` returns it.
 
     Returns:
       The tangent of each row that was read.
     """
     table = with_weight(rules, tangent)
     wide, named = read_of_tangent(rules, tangent, ids, counted)
-    return gradient_rules(table, ids, read_rows(wide, named, table.storage)).astype(table.dtype)
+    return gradient_rules(table, ids, read_rows(wide, named, table.storage, from_end)).astype(table.dtype)
 
 
 def read_of_tangent(
@@ -160,6 +164,18 @@ def read_of_tangent(
     wide = tangent.astype(accumulator(table.dtype))
     named = _ids.trained(ids, table)
     return wide, named if counted is None else jnp.where(counted, named, table.rows)
+
+
+def ids_of_gradient(
+    table: Table, ids: Int[Array, "*batch"], given: Int[Array, "*batch"] | None
+) -> tuple[Int[Array, "*batch"], bool]:
+    """Return the ids that hold the gradient, and whether those in `[-rows, 0)` count from the end.
+
+    They are the given ones, if no rule drops or divides the gradient of any.
+    """
+    if given is None or table.padding_idx is not None or table.scale_grad_by_freq or not table.storage.is_local:
+        return ids, False
+    return given, True
 
 
 def _or_first(table: Table, ids: Int[Array, "*batch"], counted: Bool[Array, "*batch"] | None) -> Int[Array, "*batch"]:

@@ -160,10 +160,19 @@ class OneArray(Storage):
         return _added(self, leaf, ids, values)
 
     def step_by_kernel(
-        self, plain: Sequence[Array], arrays: Sequence[Array], ids: Array, values: Held, how: _step.Step
+        self,
+        plain: Sequence[Array],
+        arrays: Sequence[Array],
+        ids: Array,
+        values: Held,
+        how: _step.Step,
+        given: Any = None,
     ) -> list[Array]:
         """Run the kernel of the optimizer, on a CPU."""
-        return _step.step(plain, arrays, self.positions(ids, arrays[0].shape[0]), values, how)
+        places = self.positions(ids, arrays[0].shape[0])
+        if given is None or places is not ids:  # the kernel knows the order of ids only
+            return _step.step(plain, arrays, places, values, how)
+        return _step.step(plain, arrays, given.ids, values, how.after(given.zero), wrap=True)
 
     def laid_out(self, leaf: Array, dim: tuple[int, ...]) -> Array:
         """The leaf itself: its sharding is left to the user or XLA."""

@@ -46,6 +46,7 @@ def read_bags(
     bag_of: Int32[Array, " ids"] | None,
     factors: Float[Array, " ids"] | None,
     storage: Storage,
+    from_end: bool = False,
 ) -> Shaped[Array, "bags *dim"]:
     """Sum the rows of bags of a tangent.
 
@@ -56,13 +57,14 @@ def read_bags(
       bag_of: The bag of each id, in rising order; None for bags of one length.
       factors: The factor of each id, of the tangent's dtype; None for ones.
       storage: The table's storage.
+      from_end: As in `read_rows`.
 
     Returns:
       The sum of each bag.
     """
     others = [x for x in (bag_of, factors) if x is not None]
     tangent, ids, *others = varying_alike(tangent, ids, *others)
-    of_rows = Spec(jax.typeof(tangent), 0, storage)
+    of_rows = Spec(jax.typeof(tangent), 0, storage, from_end)
     spec = BagSpec(of_rows, bags, bag_of is not None, factors is not None)
     return read_bags_p.bind(tangent, ids, *others, spec=spec)
 
@@ -84,7 +86,7 @@ def _read(tangent: Array, ids: Array, *others: Array, spec: BagSpec) -> Array:
 
 def _add(values: Array, ids: Array, *others: Array, spec: BagSpec) -> Array:
     by_bag = ByBag(values, *spec.apart(others), spec.of_rows.weight.shape[0])
-    return add_rows_p.bind(by_bag.expanded(ids), ids, spec=spec.of_rows)
+    return add_rows_p.bind(by_bag.expanded(spec.of_rows.final(ids)), ids, spec=spec.of_rows)
 
 
 # ---- Shapes, derivatives, transposes and vmap.

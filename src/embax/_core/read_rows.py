@@ -2,7 +2,8 @@
 
 A gradient that is a sum of rows stays sparse only while the ids of these rows can be seen. The transpose of a gather
 hides them: padding is masked out of the values, and a sharded table exchanges rows between devices. So the derivative
-of a lookup binds primitives of its own, whose ids are final (`rows`, or any number outside, stands for no row):
+of a lookup binds primitives of its own. Their ids are final (`rows`, or any number outside, stands for no row), or, by
+`Spec.from_end`, those of a caller, of which negative ones count from the end:
 
     read_rows(tangent, [1, 3, 9]) of 5 rows    -> tangent[1], tangent[3], 0
     add_rows([u, v, w], [1, 3, 9]) to 5 rows   -> zeros, u added to row 1 and v to row 3
@@ -25,6 +26,7 @@ from jaxtyping import Array, Int, PyTree, Shaped
 
 from .._base.axes import is_explicit
 from .._base.loops import varying_alike, zeros_as
+from . import ids as _ids
 from .storage import Storage
 
 
@@ -34,6 +36,16 @@ class Spec(NamedTuple):
     weight: PyTree  # abstract value of the tangent, lanes first
     lanes: int  # how many leading axes of the tangent and of the ids are lanes
     storage: Storage
+    from_end: bool = False  # whether ids in [-rows, 0) count from the end
+
+    @property
+    def rows(self) -> int:
+        """The number of rows of the table."""
+        return self.storage.rows_of(self.weight.shape[self.lanes])
+
+    def final(self, ids: Int[Array, "*batch"]) -> Int[Array, "*batch"]:
+        """The ids as row numbers; one outside of `[0, rows)` stands for no row."""
+        return _ids.resolve(ids, self.rows, "error") if self.from_end else ids
 
     @property
     def dim(self) -> tuple[int, ...]:
@@ -42,7 +54,7 @@ class Spec(NamedTuple):
 
 
 def read_rows(
-    tangent: Shaped[Array, "rows *dim"], ids: Int[Array, "*batch"], storage: Storage
+    tangent: Shaped[Array, "rows *dim"], ids: Int[Array, "*batch"], storage: Storage, from_end: bool = False
 ) -> Shaped[Array, "*batch_dim"]:
     """Read the rows of a tangent.
 
@@ -50,13 +62,14 @@ def read_rows(
       tangent: The tangent of a weight, stored in the same way.
       ids: Row numbers; an id without a row reads zero.
       storage: The table's storage.
+      from_end: Whether ids in `[-rows, 0)` count from the end.
 
     Returns:
       The rows.
     """
     # As JAX does for its own operations: the transpose of this cast sums over the devices of a `shard_map`.
     tangent, ids = varying_alike(tangent, ids)
-    return read_rows_p.bind(tangent, ids, spec=Spec(jax.typeof(tangent), 0, storage))
+    return read_rows_p.bind(tangent, ids, spec=Spec(jax.typeof(tangent), 0, storage, from_end))
 
 
 read_rows_p, add_rows_p = Primitive("embax_read_rows"), Primitive("embax_add_rows")
@@ -66,7 +79,7 @@ read_rows_p, add_rows_p = Primitive("embax_read_rows"), Primitive("embax_add_row
 
 def _read(tangent: Array, ids: Array, *, spec: Spec) -> Array:
     def lane(tangent: Array, ids: Array) -> Array:
-        return spec.storage.take(tangent, ids, 0, linear=True)
+        return spec.storage.take(tangent, spec.final(ids), 0, linear=True)
 
     return _of_lanes(lane, spec)(tangent, ids)
 
@@ -78,7 +91,7 @@ def _add(values: Array, ids: Array, *, spec: Spec) -> Array:
         # Zeros that vary as the values do: JAX would else cast them, and the transpose of its cast sums over devices.
         zeros = zeros_as(values, weight.shape[spec.lanes :], values.dtype)
         values = jnp.reshape(values, (*ids.shape, *spec.dim))
-        return spec.storage.put(zeros, ids, values, "add")
+        return spec.storage.put(zeros, spec.final(ids), values, "add")
 
     if spec.storage.is_local and not is_explicit(weight.sharding.mesh):
         return _of_lanes(lane, spec)(values, ids)

@@ -224,11 +224,12 @@ class Storage(abc.ABC):
         ids: Int[Array, " ids"],
         values: Held,
         how: Any,
+        given: Any = None,
     ) -> list[Array]:
         """Run a step of an optimizer by a kernel; return the plain result if there is no kernel.
 
         The values are an array `(ids, *dim)`, or a `ByBag`. The arrays are the weight and the state of a table, and
-        `how` is a `_kernels.step.Step`.
+        `how` is a `_kernels.step.Step`. `given` is the `RowGrad.given` of the ids, or None.
         """
         return list(plain)
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, Int32, PyTree
 
 from .._base import by_bag
 from .._base.by_bag import ByBag, Held
@@ -230,9 +230,11 @@ def _of_terms(table: Table, value: Array, terms: Sequence[Term]) -> PyTree:
     """Make the gradient of a table from its terms: Rows, and arrays of all rows."""
     rows = [x for x in reversed(terms) if isinstance(x, Rows)]  # in the order of the lookups
     whole = [x for x in terms if not isinstance(x, Rows)]
-    ids = [after_loss(value, _ids.narrow(x.ids, table.rows, jnp)) for x in rows]
+    zero, ids = after_loss(value, [_ids.narrow(x.ids, table.rows, jnp) for x in rows])
     of_rows = gathered(table, ids, [x.held for x in rows])
     if not whole:
+        if len(rows) == 1 and rows[0].from_end is not None:
+            return of_rows.with_given(jnp.ravel(rows[0].given), zero)
         return of_rows
     total = with_weight(table, sum(whole[1:], start=whole[0]))
     return apply_updates(total, of_rows) if rows else total
@@ -286,12 +288,20 @@ def gathered(table: Table, ids: Sequence[Array], cotangents: Sequence[Held]) -> 
 
 
 @functools.partial(jax.jit, inline=True)  # one program for an eager call
-def after_loss(value: Array, ids: Array) -> Array:
+def after_loss(value: Array, ids: Sequence[Array]) -> tuple[Int32[Array, ""], list[Array]]:
     """Make ids depend on the loss, so that the loss reads a donated table before an update overwrites it.
 
     If the gradient does not depend on the rows, as for a plain sum, XLA may write first, and then copies the whole
     table to keep the old rows. An optimization_barrier does not help: XLA drops it before it decides. The term added
     below is always 0, as no 32-bit number has 64 bits set, but XLA does not know.
+
+    Args:
+      value: The loss.
+      ids: Arrays of ids.
+
+    Returns:
+      The zero that was added, and the ids.
     """
     bits = jax.lax.bitcast_convert_type(jnp.real(value).astype(jnp.float32), jnp.int32)
-    return ids + jax.lax.shift_right_logical(jax.lax.population_count(bits), jnp.int32(6)).astype(ids.dtype)
+    zero = jax.lax.shift_right_logical(jax.lax.population_count(bits), jnp.int32(6))
+    return zero, [x + zero.astype(x.dtype) for x in ids]

@@ -6,13 +6,13 @@ of rows is static. `row_keys` makes the keys, `row_arithmetic` has the operators
 """
 
 import dataclasses
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, Inexact, Int, PyTree
+from jaxtyping import Array, Inexact, Int, Int32, PyTree
 
 from .._base import check as _check
 from .._base.by_bag import ByBag, Held
@@ -21,6 +21,13 @@ from .._core.table import Table
 from . import row_checks, row_sums
 from .row_arithmetic import RowArithmetic
 from .row_keys import HINT, KEYS, decode, encode
+
+
+class Given(NamedTuple):
+    """Ids as the caller of a lookup gave them, for a kernel, which wraps them itself."""
+
+    ids: Int[Array, " length"]  # those in [-rows, 0) count from the end; others outside of [0, rows) have no row
+    zero: Int32[Array, ""]  # what computes with it waits for the loss
 
 
 class _KindOfRowGrad(type):
@@ -80,8 +87,9 @@ class RowGrad(RowArithmetic, metaclass=_KindOfRowGrad):
       (1000, 2)
     """
 
-    __slots__ = ("_expanded", "_held", "_keys", "at_owners", "rows")
+    __slots__ = ("_expanded", "_held", "_keys", "at_owners", "given", "rows")
     _expanded: Array | None  # the values once they were expanded, if they are concrete
+    given: Given | None  # the same ids as a kernel may take them, in the program that computes the gradient
     rows: int
 
     def __init__(self, ids: Any, values: PyTree, rows: int):
@@ -199,6 +207,12 @@ class RowGrad(RowArithmetic, metaclass=_KindOfRowGrad):
         _fill(other, keys, held, self.rows, at_owners)
         return other
 
+    def with_given(self, ids: Int[Array, " length"], zero: Int32[Array, ""]) -> Self:
+        """Return the same gradient, with the ids as its `given`."""
+        other = self._with(self._keys, self._held, self.at_owners)
+        other.given = Given(ids, zero)
+        return other
+
     def label(self) -> PyTree:
         """The label of the values, if the leaves are labels; else the node itself."""
         return self.values if is_label(self.values) and is_label(self._keys) else self
@@ -231,7 +245,7 @@ def no_rows(table: Table) -> RowGrad:
 
 def _fill(gradient: RowGrad, keys: Any, held: PyTree, rows: int, at_owners: bool = False) -> RowGrad:
     gradient._keys, gradient._held, gradient.rows, gradient.at_owners = keys, held, rows, at_owners
-    gradient._expanded = None
+    gradient._expanded, gradient.given = None, None
     return gradient
 
 

@@ -5,7 +5,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 from jax.extend.core import Primitive
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Int32
 
 from .._base.by_bag import Held, for_kernel
 from .._base.distinct import accumulator
@@ -22,6 +22,10 @@ class Step(NamedTuple):
     scalars: Float[Array, " scalars"]
     decays: bool  # whether there is a weight decay
 
+    def after(self, zero: Int32[Array, ""]) -> "Step":
+        """The same step, after what computes the zero."""
+        return self._replace(scalars=self.scalars + zero.astype(self.scalars.dtype))
+
 
 def step(
     plain: Sequence[Array],
@@ -29,6 +33,8 @@ def step(
     ids: Int[Array, " ids"],
     values: Held,
     how: Step,
+    *,
+    wrap: bool = False,
 ) -> list[Array]:
     """Sum the gradients of each row, and update the row and its state.
 
@@ -38,6 +44,7 @@ def step(
       ids: Row numbers; a number outside of `[0, rows)` stands for no row.
       values: The gradient of each id, or a `ByBag`, whose gradients the kernel reads once for each bag.
       how: The optimizer and its numbers.
+      wrap: Whether ids in `[-rows, 0)` count from the end.
 
     Returns:
       The arrays after the step, updated in place if the old ones are not used afterwards.
@@ -46,7 +53,8 @@ def step(
     if not _has_kernel(arrays, ids, of_ids[0], how):
         return list(plain)
     scalars = how.scalars.astype(accumulator(arrays[0].dtype))
-    return STEPS[how.optimizer].bind(*plain, *arrays, ids, *of_ids, scalars, length=length, decays=how.decays)
+    attributes = {"length": length, "decays": how.decays, "wrap": wrap}
+    return STEPS[how.optimizer].bind(*plain, *arrays, ids, *of_ids, scalars, **attributes)
 
 
 def _has_kernel(arrays: Sequence[Array], ids: Array, values: Array, how: Step) -> bool:
@@ -61,8 +69,8 @@ def _has_kernel(arrays: Sequence[Array], ids: Array, values: Array, how: Step) -
 
 
 def _primitive(name: Optimizer, arrays: int) -> Primitive:
-    def by_kernel(outs: Outs, *args: Array, length: int, decays: bool) -> list[Array]:
-        attributes = {"length": np.int64(length), "decay": np.int32(2 if decays else 0)}
+    def by_kernel(outs: Outs, *args: Array, length: int, decays: bool, wrap: bool) -> list[Array]:
+        attributes = {"length": np.int64(length), "decay": np.int32(2 if decays else 0), "wrap": np.int32(wrap)}
         if name == "step_adam":
             attributes["nesterov"] = np.int32(0)
         aliases = {i: i for i in range(arrays)}

@@ -162,7 +162,8 @@ def _by_kernels(
         plain = [updated[i].weight, *(rows[i].weight for rows in new_rows)]
         arrays = [table.weight, *(jnp.asarray(rows[i].weight) for rows in old_rows)]
         ids = _ids.trained(gradient.ids, table)
-        found = table.storage.step_by_kernel(plain, arrays, ids, gradient.held, how)
+        given = gradient.given if table.padding_idx is None else None
+        found = table.storage.step_by_kernel(plain, arrays, ids, gradient.held, how, given)
         updated[i] = with_weight(updated[i], found[0])
         for rows, array in zip(new_rows, found[1:], strict=True):
             rows[i] = with_weight(rows[i], array)

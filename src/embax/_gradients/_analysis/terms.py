@@ -22,7 +22,7 @@ from jaxtyping import Array, PyTree
 from ..._base.axes import explicit_sharding, is_explicit
 from ..._base.by_bag import ByBag
 from ..._core.read_bags import add_bags_p
-from ..._core.read_rows import add_rows_p
+from ..._core.read_rows import Spec, add_rows_p
 from .equations import shape_of
 from .opening import Opening
 from .parts import PARTS
@@ -167,11 +167,21 @@ def _terms_of_resharded(eqn: JaxprEqn, read: Any, terms: Any) -> list[Term]:
     ]
 
 
+def _terms_of_rows(eqn: JaxprEqn, read: Any, terms: Any) -> list[Term]:
+    values, ids = map(read, eqn.invars)
+    return [Rows(ids, values, from_end=_from_end(eqn.params["spec"]))]
+
+
 def _terms_of_bags(eqn: JaxprEqn, read: Any, terms: Any) -> list[Term]:
     values, ids, *others = map(read, eqn.invars)
     spec = eqn.params["spec"]
     bag_of, factors = spec.apart(others)
-    return [Rows(ids, ByBag(values, bag_of, factors, spec.of_rows.weight.shape[0]))]
+    held = ByBag(values, bag_of, factors, spec.of_rows.weight.shape[0])
+    return [Rows(ids, held, from_end=_from_end(spec.of_rows))]
+
+
+def _from_end(spec: Spec) -> int | None:
+    return spec.rows if spec.from_end else None
 
 
 _TERMS: dict[str, Callable[..., list[Term]]] = {
@@ -186,7 +196,7 @@ _TERMS: dict[str, Callable[..., list[Term]]] = {
     "neg": _terms_of_map,
     "select_n": _terms_of_selected,
     add_bags_p.name: _terms_of_bags,
-    add_rows_p.name: lambda eqn, read, terms: [Rows(read(eqn.invars[1]), read(eqn.invars[0]))],
+    add_rows_p.name: _terms_of_rows,
     "reduce_sum": _terms_of_joined,
     "psum_invariant": _terms_of_devices,
 }
