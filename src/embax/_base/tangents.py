@@ -24,6 +24,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array, PyTree, Shaped
 
+from .arrays import as_jax
 from .loops import varying_alike
 
 
@@ -62,8 +63,10 @@ def _jvp(primals: PyTree, tangents: PyTree, *, function: Callable[..., Array], s
     of_sources = of_operands[:sources]
     if all(isinstance(x, ad.Zero) for x in of_sources):
         return out, tangent
+    # A constant is a NumPy array here.
+    others = map(as_jax, operands[sources:])
     # In a `shard_map`, a source (a replicated table) may vary over fewer axes than the value (rows of split ids).
-    more, _ = varying_alike(function(*map(ad.instantiate_zeros, of_sources), *operands[sources:]), out)
+    more, _ = varying_alike(function(*map(ad.instantiate_zeros, of_sources), *others), out)
     return out, more if isinstance(tangent, ad.Zero) else ad.add_tangents(tangent, more)
 
 

@@ -115,7 +115,7 @@ def _jvp(primitive: Primitive, plain: Any, primals: PyTree, tangents: PyTree, *,
 
 
 def _transpose(
-    transposed: Primitive, cotangent: Any, values: PyTree, ids: Array, *others: Array, spec: BagSpec
+    transposed: Primitive, cotangent: Any, values: PyTree, ids: Any, *others: Array, spec: BagSpec
 ) -> list[Any]:
     none = [None] * (1 + len(others))
     if isinstance(cotangent, ad.Zero):

@@ -129,7 +129,7 @@ def _jvp(primitive: Primitive, tangent: Array, values: Array, ids: Array, *, spe
     return primitive.bind(tangent, ids, spec=spec)
 
 
-def _transpose(transposed: Primitive, cotangent: Any, values: PyTree, ids: Array, *, spec: Spec) -> tuple[Any, None]:
+def _transpose(transposed: Primitive, cotangent: Any, values: PyTree, ids: Any, *, spec: Spec) -> tuple[Any, None]:
     if isinstance(cotangent, ad.Zero):
         return None, None
     return transposed.bind(cotangent, ids, spec=spec), None
