@@ -39,7 +39,7 @@ def run_as_make_does(folder, *options):
 def test_a_process_that_dies_ends_the_run_with_the_name_of_its_test(what, tmp_path):
     (tmp_path / "test_bad.py").write_text(f"def test_{what}():\n    {BAD[what]}\n\n\ndef test_after():\n    pass\n")
     (tmp_path / "test_good.py").write_text("def test_good():\n    pass\n")
-    done = run_as_make_does(tmp_path, "-o", "faulthandler_timeout=3")
+    done = run_as_make_does(tmp_path, "-o", "faulthandler_timeout=1")
     assert done.returncode == 1
     assert re.search(rf"worker 'gw\d' crashed while running '.*::test_{what}'", done.stdout)
     assert "worker restarting disabled" in done.stdout

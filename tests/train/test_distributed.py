@@ -421,7 +421,7 @@ def test_train_reports_missing_processes(text, tmp_path):
     program = f"""
 import contextlib
 from embax.cli import _processes, main
-_processes._JOIN = 2
+_processes._JOIN = 1
 arguments = {["train", text, "-o", str(tmp_path / "v"), "--distributed"]}
 with contextlib.suppress(SystemExit):
     main(arguments)
@@ -430,7 +430,7 @@ main([*arguments, *{where}])
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=LIMIT)
     without_cluster, alone = found.stderr.splitlines(keepends=True)
     assert_one_line(found.returncode, found.stdout, without_cluster, "--distributed finds no cluster", "--process-id")
-    assert_one_line(found.returncode, found.stdout, alone, "the other processes have not come within 2 seconds")
+    assert_one_line(found.returncode, found.stdout, alone, "the other processes have not come within 1 seconds")
 
 
 def test_train_names_checkpoints_of_another_run(text, tmp_path):
