@@ -4,6 +4,7 @@ In a table of 5 rows: `[0, -1, 7]` is checked by `prepare` (7 is an IndexError, 
 `[0, 4, 5]` by `narrow` and `resolve`: -1 counts from the end, 5 stands for no row.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -93,6 +94,12 @@ def resolve(ids: Ids, rows: int, out_of_range: OutOfRange, wrap: bool = True) ->
     if out_of_range == "clip":
         return jnp.clip(numbers, 0, max(rows - 1, 0))
     return numbers if wrap else jnp.where(numbers < 0, rows, numbers)
+
+
+@functools.partial(jax.jit, static_argnums=1, inline=True)  # one program for an eager call
+def wrapped(ids: Int[Array, "*batch"], rows: int) -> Int[Array, "*batch"]:
+    """Resolve ids from `unwrapped`."""
+    return resolve(ids, rows, "error")
 
 
 def unwrapped(ids: Ids, table: Table) -> Int[Array, "*batch"] | None:

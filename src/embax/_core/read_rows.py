@@ -45,7 +45,7 @@ class Spec(NamedTuple):
 
     def final(self, ids: Int[Array, "*batch"]) -> Int[Array, "*batch"]:
         """The ids as row numbers; one outside of `[0, rows)` stands for no row."""
-        return _ids.resolve(ids, self.rows, "error") if self.from_end else ids
+        return _ids.wrapped(ids, self.rows) if self.from_end else ids
 
     @property
     def dim(self) -> tuple[int, ...]:
