@@ -62,17 +62,6 @@ def off_the_mesh(name):
     return everything(Table(WEIGHT, **RULES), X, LABELS, (name,))[name]
 
 
-def programs(layout, names):
-    """The names of the heads that one program holds.
-
-    A program that XLA reads from the compilation cache of a CPU no longer orders collectives inside of a loop beside
-    those outside of it, and hangs. Where devices share columns, the loop over blocks of rows is such a loop.
-    """
-    if "columns" in layout and set(names) > {"in blocks"}:
-        return [("in blocks",), tuple(name for name in names if name != "in blocks")]
-    return [names]
-
-
 def rest(*names):
     """A case of the exhaustive run."""
     return pytest.param(*names, marks=pytest.mark.exhaustive)
@@ -105,9 +94,7 @@ def test_heads_equal_those_without_a_mesh(layout, axes, batch, names):
     table = embax.shard(Table(WEIGHT, **RULES), mesh, **how)
     x, labels = put(mesh, X), put(mesh, LABELS)
     filled_up = [k for k in range(table.placement.stored_rows) if is_filled_up(table.placement, k)]
-    heads = {}
-    for together in programs(layout, names):
-        heads |= jax.block_until_ready(everything(table, x, labels, together))
+    heads = jax.block_until_ready(everything(table, x, labels, names))
     for name, (out, (of_table, of_x)) in heads.items():
         expected, (of_expected_table, of_expected_x) = off_the_mesh(name)
         assert_close_to_largest(out, expected, name)

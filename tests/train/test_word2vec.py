@@ -153,7 +153,8 @@ train.skipgram(corpus, dim=16, epochs=2, seed=7).save(sys.argv[1])
 """
 
 
-def test_skipgram_gives_the_same_bytes_in_every_process(tmp_path, monkeypatch):
+def test_skipgram_gives_the_same_bytes_in_every_process(tmp_path, monkeypatch, options_of_users):
+    monkeypatch.setattr(_xla, "train", options_of_users)  # as in the other process
     here, there = tmp_path / "here", tmp_path / "there"
     monkeypatch.setattr(sys, "argv", ["script", str(here)])
     exec(SCRIPT, {})
