@@ -394,7 +394,8 @@ def test_matrix_over_a_mesh(axes, modes):
 
 def test_eval_shape_needs_no_values():
     table = Table(jax.ShapeDtypeStruct((5, 2, 3), jnp.bfloat16), max_norm=1.0, padding_idx=(0, -1))
-    bags = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), Ragged(np.arange(5), [0, 2, 3, 5]))
+    bags = Ragged(np.arange(5, dtype=np.int32), [0, 2, 3, 5])
+    bags = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), bags)
     for mode in MODES:
         out = jax.eval_shape(functools.partial(embedding_bag, mode=mode), table, bags)
         assert (out.shape, out.dtype) == ((3, 2, 3), jnp.bfloat16)
