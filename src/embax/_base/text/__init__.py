@@ -1,0 +1,1 @@
+"""Text of files and tokens: arrays of strings, and bytes that are not UTF-8."""

@@ -1,0 +1,1 @@
+"""The engines of training: a native kernel and a program of XLA."""

@@ -1,0 +1,1 @@
+"""The input of training: texts and columns read, cut into words, counted and kept as ids."""
