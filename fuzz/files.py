@@ -10,7 +10,7 @@ from pathlib import Path
 import atheris
 import numpy as np
 
-with atheris.instrument_imports(include=["embax.files", "embax.vocabulary", "embax._base.strings"]):
+with atheris.instrument_imports(include=["embax.files", "embax.vocabulary", "embax._base.text.strings"]):
     import embax.files
     import embax.vocabulary
 

@@ -13,11 +13,11 @@ SOURCES = {
         "_core/lookup.py",
         "_core/dense.py",
         "_core/table.py",
-        "_core/write_back.py",
+        "_core/containers/write_back.py",
     ),
     "gradients": (
         "_base/distinct.py",
-        "_core/held_rows.py",
+        "_core/containers/held_rows.py",
         "_core/read_rows.py",
         "_gradients/*.py",
         "_gradients/_analysis/*.py",
@@ -28,7 +28,7 @@ SOURCES = {
     "optimizers": ("optim/*.py", "brainstate/_optimizer.py", "nnx/_optimizer.py"),
     "heads": ("_heads/*.py",),
     "sharding": ("_mesh/*.py", "checkpoint/*.py", "sharding/*.py"),
-    "files": ("_base/strings.py", "files/**/*.py", "vectors/_vectors.py", "vocabulary/*.py"),
+    "files": ("_base/text/strings.py", "files/**/*.py", "vectors/_vectors.py", "vocabulary/*.py"),
 }
 
 # Folders and files under tests.

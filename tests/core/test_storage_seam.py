@@ -54,7 +54,7 @@ KNOWN = {
     "train/_parts.py": {"self.mesh": "that over which `embax train` makes its tables"},
     "train/_arguments.py": {"given.mesh": "that over which `embax train` makes its tables"},
     "train/_word2vec.py": {"given.mesh": "that over which `embax train` makes its tables"},
-    "train/_xla.py": {"self._parts.mesh": "that over which `embax train` makes its tables"},
+    "train/_engines/xla.py": {"self._parts.mesh": "that over which `embax train` makes its tables"},
 }
 
 

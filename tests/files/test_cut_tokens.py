@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from embax import Vectors, Vocabulary, files
-from embax._base.escapes import rows_not_utf8
+from embax._base.text.escapes import rows_not_utf8
 from embax.files import FormatError, UndecodedTokensWarning
 from embax.vocabulary._vocabulary import printable, quoted
 
@@ -205,7 +205,7 @@ def escaped_alone(token):
 
 
 def test_tokens_far_into_a_vocabulary_are_checked(monkeypatch):
-    monkeypatch.setattr("embax._base.escapes._CHECKED", 3)
+    monkeypatch.setattr("embax._base.text.escapes._CHECKED", 3)
     tokens = [b"a", b"b", b"", "é".encode(), b"c\xc3", b"\xa9", b"", b"", b"\xff", b"d"]
     assert rows_not_utf8(np.frombuffer(b"".join(tokens), np.uint8), offsets(tokens)).tolist() == [4, 5, 8]
 

@@ -9,7 +9,7 @@ from damage import KINDS, damages, seeds, told
 from gensim.models.fasttext import load_facebook_model, load_facebook_vectors
 
 import embax
-from embax._base.strings import packed
+from embax._base.text.strings import packed
 from embax.files import Contents, DuplicateTokensWarning, FormatError, UndecodedTokensWarning
 from embax.files._formats.fasttext.file import FORMAT
 from embax.files._formats.fasttext.subwords import means_of, numbered

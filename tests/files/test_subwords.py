@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import embax
-from embax._base.strings import packed
+from embax._base.text.strings import packed
 from embax.files._formats.fasttext import ngrams as _ngrams
 from embax.files._formats.fasttext.subwords import Ngrams, Subwords, means_of, numbered
 

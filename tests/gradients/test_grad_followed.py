@@ -13,7 +13,7 @@ from jax.sharding import AxisType, PartitionSpec
 
 import embax
 from embax import RowGrad, Table, lookup, renormalize
-from embax._core.write_back import clipped_table
+from embax._core.containers.write_back import clipped_table
 
 # Enough rows that a scan of all ids stacks less than the whole gradient.
 ROWS = 40

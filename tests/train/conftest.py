@@ -2,7 +2,7 @@
 
 import pytest
 
-from embax.train import _xla
+from embax.train._engines import xla as _xla
 
 
 @pytest.fixture(autouse=True)

@@ -3,7 +3,7 @@ import time
 
 import pytest
 
-from embax.train._ahead import Ahead
+from embax.train._input.ahead import Ahead
 
 
 def test_ahead_yields_the_items_of_an_iterator():

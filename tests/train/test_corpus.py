@@ -5,8 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from embax import train
-from embax.train import _corpus
-from embax.train._corpus import BREAK, encode
+from embax.train._input import corpus as _corpus
+from embax.train._input.corpus import BREAK, encode
 from embax.train._parts import WHOLE, Parts
 
 

@@ -19,11 +19,14 @@ from corpora import ids_of
 from embax import train
 from embax.cli import _processes
 from embax.cli._common import UserError
-from embax.train import _corpus, _segments, _text, _xla
-from embax.train._corpus import BREAK, encode
-from embax.train._engine import Options
+from embax.train._engines import segments as _segments
+from embax.train._engines import xla as _xla
+from embax.train._engines.engine import Options
+from embax.train._engines.segments import Shape, batches
+from embax.train._input import corpus as _corpus
+from embax.train._input import text as _text
+from embax.train._input.corpus import BREAK, encode
 from embax.train._parts import WHOLE, Parts, parts_of
-from embax.train._segments import Shape, batches
 from embax.train._subwords import NgramOptions, pieces_of
 from embax.vectors import Vectors
 

@@ -4,8 +4,8 @@ from corpora import ids_of
 
 from embax import train
 from embax.train import _held_out
-from embax.train._corpus import BREAK, encode
 from embax.train._held_out import draw_held_out
+from embax.train._input.corpus import BREAK, encode
 from embax.train._parts import WHOLE, Parts
 
 

@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 
 from embax import train
-from embax.train import _native
-from embax.train._corpus import encode
+from embax.train._engines import native as _native
+from embax.train._input.corpus import encode
 from embax.train._parts import WHOLE
 from embax.vectors import Vectors
 

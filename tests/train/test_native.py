@@ -11,10 +11,11 @@ from corpora import half_is_one_item, nine_words
 
 from embax import train
 from embax._kernels import words as _kernel
-from embax.train import _loop, _native, _parts
-from embax.train._corpus import BREAK, encode
-from embax.train._engine import Known, Options
-from embax.train._native import Native, alias_tables
+from embax.train import _loop, _parts
+from embax.train._engines import native as _native
+from embax.train._engines.engine import Known, Options
+from embax.train._engines.native import Native, alias_tables
+from embax.train._input.corpus import BREAK, encode
 from embax.train._subwords import Pieces
 
 kernel = pytest.mark.skipif(

@@ -1,11 +1,12 @@
 import numpy as np
 import pytest
 
-from embax.train import _segments, _steps
-from embax.train._corpus import BREAK, encode
-from embax.train._engine import kept
+from embax.train._engines import segments as _segments
+from embax.train._engines import steps as _steps
+from embax.train._engines.engine import kept
+from embax.train._engines.segments import Shape, batches, segments, shape_of
+from embax.train._input.corpus import BREAK, encode
 from embax.train._parts import WHOLE
-from embax.train._segments import Shape, batches, segments, shape_of
 
 ALL = np.ones(100_000, np.float32)
 

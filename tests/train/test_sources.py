@@ -14,9 +14,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from embax import files, train
-from embax.train._corpus import BREAK, encode
+from embax.train._input.corpus import BREAK, encode
+from embax.train._input.sources import expanded
 from embax.train._parts import WHOLE
-from embax.train._sources import expanded
 
 TEXT = "To be,\nor not.\n\nThe King's\nend"
 
@@ -140,7 +140,7 @@ def test_expanded_leaves_plain_names(text):
 PEAK = """
 import re, sys
 from embax.train import read_sequences
-from embax.train._corpus import encode
+from embax.train._input.corpus import encode
 from embax.train._parts import WHOLE
 open("/proc/self/clear_refs", "w").write("5")  # the peak begins anew
 def kilobytes(what):

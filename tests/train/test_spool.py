@@ -6,7 +6,7 @@ import threading
 import numpy as np
 import pytest
 
-from embax.train._spool import Spool
+from embax.train._input.spool import Spool
 
 
 @pytest.mark.parametrize("in_memory", [1 << 20, 40])
@@ -45,7 +45,7 @@ def test_spool_is_read_by_several_threads():
 SCRIPT = """
 import resource, sys
 import numpy as np
-from embax.train._spool import Spool
+from embax.train._input.spool import Spool
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
 try:
     Spool(100).append(np.zeros(500, np.int32))

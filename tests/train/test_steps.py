@@ -5,9 +5,10 @@ import pytest
 from word2vec_reference import reference_steps
 
 from embax._heads.candidates import pieces
-from embax.train import _steps, _xla
-from embax.train._engine import noise_weights
-from embax.train._pool import on_device, scratch_of
+from embax.train._engines import steps as _steps
+from embax.train._engines import xla as _xla
+from embax.train._engines.engine import noise_weights
+from embax.train._input.pool import on_device, scratch_of
 from embax.train._subwords import Pieces
 
 ROWS, DIM = 12, 5

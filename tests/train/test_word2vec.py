@@ -8,8 +8,11 @@ import pytest
 from corpora import half_is_one_item, nine_words
 
 from embax import train
-from embax.train import _engine, _loop, _native, _parts, _xla
-from embax.train._corpus import encode
+from embax.train import _loop, _parts
+from embax.train._engines import engine as _engine
+from embax.train._engines import native as _native
+from embax.train._engines import xla as _xla
+from embax.train._input.corpus import encode
 
 kernel = pytest.mark.skipif(
     _native.lacking(None) is not None, reason="the native kernels are not installed, or switched off"

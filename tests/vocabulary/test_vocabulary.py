@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 import embax
 from embax import Vocabulary
-from embax._base import strings as _strings
+from embax._base.text import strings as _strings
 from embax.vocabulary import UnknownTokenError
 
 WORDS = [

@@ -24,8 +24,8 @@ from jaxtyping import Array, Bool, Float, Int, Int32, PyTree, Shaped
 
 from .._base.by_bag import Held
 from .._base.distinct import Distinct, Slots
+from .containers.stored_rows import StoredRows
 from .layout import Split
-from .stored_rows import StoredRows
 
 if TYPE_CHECKING:
     from .own_rows import OwnRows

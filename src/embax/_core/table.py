@@ -12,9 +12,9 @@ from jaxtyping import Array, DTypeLike, Key, PyTree, Shaped
 
 from .._base import check as _check
 from .._base.arrays import as_jax
-from . import flax_state as _flax
+from .containers import flax_state as _flax
+from .containers.held_rows import HeldRows, OfRows, is_label
 from .dense import DENSE
-from .held_rows import HeldRows, OfRows, is_label
 from .layout import Layout, Split
 from .storage import Storage, storage_on_mesh
 

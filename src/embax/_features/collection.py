@@ -19,8 +19,8 @@ from .._bags import embedding_bag as _bag
 from .._bags import pool as _pool
 from .._bags.ragged import Ragged
 from .._base import check as _check
-from .._core import flax_state as _flax
 from .._core import ids as _ids
+from .._core.containers import flax_state as _flax
 from .._core.dense import DENSE
 from .._core.lookup import read
 from .._core.table import Table, with_weight

@@ -14,8 +14,8 @@ from jaxtyping import Array, DTypeLike, Key, Shaped
 from numpy.typing import ArrayLike
 
 from .._base import check as _check
-from .._core import flax_state as _flax
 from .._core import ids as _ids
+from .._core.containers import flax_state as _flax
 from .._core.lookup import read
 from .._core.table import Initializer, OutOfRange, Table, with_weight
 

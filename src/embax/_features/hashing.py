@@ -10,7 +10,7 @@ from jaxtyping import Array, Int32, Integer, PyTree, Shaped, UInt32
 from numpy.typing import ArrayLike
 
 from .._base import check as _check
-from .._base.escapes import encoded
+from .._base.text.escapes import encoded
 
 _Words = UInt32[Array, "*batch"] | UInt32[np.ndarray, "*batch"]
 _Integers = Integer[Array, "*batch"] | Integer[np.ndarray, "*batch"]

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax
 from jaxtyping import PyTree
 
-from .._core import flax_state as _flax
+from .._core.containers import flax_state as _flax
 from .._core.storage import Storage
 from .._core.table import Table
 from .._gradients.row_grad import RowGrad, is_trained

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float32, PyTree
 
 from .._base import distinct as _dedupe
 from .._core import ids as _ids
-from .._core.held_rows import bare
+from .._core.containers.held_rows import bare
 from .._core.table import Table, has_weight, without_padding
 from .row_grad import RowGrad, is_trained
 

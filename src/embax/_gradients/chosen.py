@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.tree_util import keystr
 from jaxtyping import PyTree
 
-from .._core.held import held
+from .._core.containers.held import held
 from .._core.table import Table, is_table, with_weight
 
 # Called with the path of a leaf, as in `jax.tree_util.tree_map_with_path`, and the leaf.

@@ -18,7 +18,7 @@ from jaxtyping import Array, Key, PyTree
 
 from .._base import by_bag
 from .._base.by_bag import ByBag, Held
-from .._core.held_rows import HeldRows, bare
+from .._core.containers.held_rows import HeldRows, bare
 from . import row_checks, row_sums
 
 

@@ -16,7 +16,7 @@ from jaxtyping import Array, Inexact, Int, Int32, PyTree
 
 from .._base import check as _check
 from .._base.by_bag import ByBag, Held
-from .._core.held_rows import bare, is_label
+from .._core.containers.held_rows import bare, is_label
 from .._core.table import Table
 from . import row_checks, row_sums
 from .row_arithmetic import RowArithmetic

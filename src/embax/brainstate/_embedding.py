@@ -14,12 +14,12 @@ from numpy.typing import ArrayLike
 from .._base import check as _check
 from .._base.arrays import as_jax
 from .._core import ids as _ids
-from .._core.held import held, table_of
+from .._core.containers.held import held, table_of
+from .._core.containers.stored_rows import StoredRows
+from .._core.containers.write_back import clipped_table
 from .._core.lookup import read
 from .._core.resize import resize
-from .._core.stored_rows import StoredRows
 from .._core.table import Initializer, OutOfRange, Table, rules_of, with_weight
-from .._core.write_back import clipped_table
 from .._heads.attend import attend
 from .._layers.layer import TableLayer
 from ._layers import link

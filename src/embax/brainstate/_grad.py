@@ -17,7 +17,7 @@ from jaxtyping import PyTree
 
 from .._base import check as _check
 from .._base.typing import PyTreeDef
-from .._core.held import as_table
+from .._core.containers.held import as_table
 from .._core.table import Table, is_table
 from .._gradients.chosen import Chooser, checked, with_tables, without_tables
 from .._gradients.differentiate import Options, evaluate

@@ -3,7 +3,7 @@
 import brainstate
 from jaxtyping import PyTree
 
-from .._core.stored_rows import StoredRows
+from .._core.containers.stored_rows import StoredRows
 from ._embedding import Embedding
 from ._weight import split_unit
 

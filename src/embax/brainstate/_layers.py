@@ -5,7 +5,7 @@ from typing import Protocol, runtime_checkable
 
 import brainstate
 
-from .._core import held as _held
+from .._core.containers import held as _held
 from .._core.table import Table, shared_rules
 from ._weight import split_unit
 

@@ -5,9 +5,9 @@ from typing import Any
 import brainstate
 from jaxtyping import PyTree
 
-from .._core import modules as _modules
-from .._core.held import held, table_of
-from .._core.modules import OfTable, copied
+from .._core.containers import modules as _modules
+from .._core.containers.held import held, table_of
+from .._core.containers.modules import OfTable, copied
 from ._embedding import Embedding
 from ._optimizer import Optimizer
 from ._weight import split_unit

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import PyTree
 
-from .._core.held import as_table, held
+from .._core.containers.held import as_table, held
 from .._core.table import Table, is_table, with_weight
 from .._gradients.chosen import tables_at, without_tables
 from ..optim import carry_over

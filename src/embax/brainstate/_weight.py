@@ -13,8 +13,8 @@ from jaxtyping import Array, Int, PyTree, Shaped
 from numpy.typing import ArrayLike
 
 from .._base.arrays import as_jax
-from .._core.held import held, table_of
-from .._core.stored_rows import StoredRows
+from .._core.containers.held import held, table_of
+from .._core.containers.stored_rows import StoredRows
 from .._core.table import with_zero_padding
 
 Weight: TypeAlias = "jax.Array | brainunit.Quantity | StoredRows"  # StoredRows for a sharded table

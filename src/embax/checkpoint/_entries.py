@@ -14,8 +14,8 @@ import numpy as np
 from jax.tree_util import KeyPath
 from jaxtyping import PyTree
 
+from .._core.containers.stored_rows import StoredRows
 from .._core.scratch import Scratch
-from .._core.stored_rows import StoredRows
 from .._core.table import Table, has_weight
 from .._features.collection import Collection
 from .._features.made_for import MadeFor

@@ -14,9 +14,9 @@ from jaxtyping import PyTree
 from .._base import check as _check
 from .._base.arrays import as_jax
 from .._base.axes import laid_out
-from .._core.held import held, table_of
+from .._core.containers.held import held, table_of
+from .._core.containers.stored_rows import StoredRows
 from .._core.scratch import Scratch, with_scratch, without_scratch
-from .._core.stored_rows import StoredRows
 from .._core.table import Table, has_weight, with_weight
 from .._features.collection import Collection, restack
 from .._mesh import relayout as _moves

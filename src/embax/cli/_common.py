@@ -137,7 +137,7 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(item) for item in value]
     if isinstance(value, str) and not value.isascii():
-        from embax._base.escapes import spelled_out
+        from embax._base.text.escapes import spelled_out
 
         return spelled_out(value)
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -300,7 +300,7 @@ def _train(
     """Train; the first process also follows the run and writes the vectors."""
     import embax.files
     import embax.train
-    from embax.train._sources import expanded
+    from embax.train._input.sources import expanded
 
     (output, second), start = written, starts[0]
     with in_one_line(output):

@@ -9,7 +9,7 @@ from jaxtyping import Array, DTypeLike, Key, Shaped
 from numpy.typing import ArrayLike
 
 from .._base import check as _check
-from .._core.held import held
+from .._core.containers.held import held
 from .._core.lookup import lookup, renormalize
 from .._core.resize import resize
 from .._core.table import Initializer, Table, rules_of, with_zero_padding

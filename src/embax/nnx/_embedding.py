@@ -16,11 +16,11 @@ from numpy.typing import ArrayLike
 from .._base import check as _check
 from .._base.axes import laid_out
 from .._core import ids as _ids
-from .._core.held import held, table_of
+from .._core.containers.held import held, table_of
+from .._core.containers.write_back import clipped_table
 from .._core.lookup import read
 from .._core.resize import resize
 from .._core.table import RULES, Initializer, OutOfRange, PaddingRows, Table, rules_of, with_weight, with_zero_padding
-from .._core.write_back import clipped_table
 from .._heads.attend import attend
 from .._layers.layer import TableLayer
 

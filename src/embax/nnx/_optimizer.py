@@ -9,8 +9,8 @@ import optax
 from flax import nnx
 from jaxtyping import PyTree
 
-from .._core import modules as _modules
-from .._core.held import as_table, held
+from .._core.containers import modules as _modules
+from .._core.containers.held import as_table, held
 from .._core.scratch import Scratch, is_with_slots
 from .._core.table import Table, has_weight, is_table, with_weight
 from .._gradients.chosen import tables_at

@@ -5,9 +5,9 @@ from collections.abc import Callable, Mapping
 from flax import nnx
 from jaxtyping import PyTree
 
-from .._core import modules as _modules
-from .._core.held import as_table, held
-from .._core.modules import OfTable, copied
+from .._core.containers import modules as _modules
+from .._core.containers.held import as_table, held
+from .._core.containers.modules import OfTable, copied
 from .._core.table import Table, shared_rules
 from .._gradients.row_grad import RowGrad
 from ._embedding import Embedding

@@ -11,7 +11,7 @@ from jaxtyping import PyTree
 
 from .._base import check as _check
 from .._base import distinct as _dedupe
-from .._core.held_rows import around, bare
+from .._core.containers.held_rows import around, bare
 from .._core.scratch import has_slots
 from .._core.table import Table, is_table
 from .._features.made_for import MadeFor, check_made_for, made_for

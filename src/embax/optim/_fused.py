@@ -16,7 +16,7 @@ import optax
 from jaxtyping import PyTree
 
 from .._core import ids as _ids
-from .._core.held_rows import bare
+from .._core.containers.held_rows import bare
 from .._core.table import Table, is_table, with_weight
 from .._gradients.apply import apply_updates
 from .._gradients.row_grad import RowGrad, is_trained

@@ -14,7 +14,7 @@ from jaxtyping import Array, PyTree
 
 from .._base import distinct as _dedupe
 from .._core import ids as _ids
-from .._core.held_rows import around
+from .._core.containers.held_rows import around
 from .._core.scratch import has_slots
 from .._core.table import Table, is_table, with_weight
 from .._features.made_for import MadeFor, check_made_for, made_for

@@ -4,8 +4,8 @@ import jax
 import optax
 from jaxtyping import PyTree
 
-from .._core.held import as_table
-from .._core.held_rows import bare
+from .._core.containers.held import as_table
+from .._core.containers.held_rows import bare
 from .._core.table import Table, is_table, with_weight
 from .._gradients.chosen import tables_at
 from .._gradients.row_grad import RowGrad, is_trained, no_rows

@@ -1,7 +1,7 @@
 """Sharded tables: put tables on a device mesh, and plan what a layout will cost."""
 
+from .._core.containers.stored_rows import StoredRows as StoredRows
 from .._core.layout import Layout as Layout
-from .._core.stored_rows import StoredRows as StoredRows
 from .._mesh.placement import Placement as Placement
 from ._plan import plan as plan
 from ._results import Plan as Plan

@@ -11,12 +11,12 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Int32
 
 from .._core import ids as _ids
+from .._core.containers.held import held, table_of
+from .._core.containers.held_rows import HeldRows
+from .._core.containers.modules import is_module, with_tables
+from .._core.containers.stored_rows import StoredRows
 from .._core.dense import DENSE
-from .._core.held import held, table_of
-from .._core.held_rows import HeldRows
 from .._core.layout import Layout, Split
-from .._core.modules import is_module, with_tables
-from .._core.stored_rows import StoredRows
 from .._core.table import Table, has_weight, with_weight
 from .._features.made_for import MadeFor
 from .._mesh import sharded as _placed

@@ -10,8 +10,9 @@ from jax.sharding import Mesh
 from .._base import check as _check
 from ..files._formats.fasttext.model import LONGEST_NGRAM
 from ..vectors import Vectors
-from . import _initial, _native
-from ._engine import Model, Options
+from . import _initial
+from ._engines import native as _native
+from ._engines.engine import Model, Options
 from ._loop import Epoch, Progress
 
 EngineName = Literal["auto", "native", "xla"]

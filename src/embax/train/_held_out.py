@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float32, Float64, Int32, Int64
 
-from ._corpus import BREAK, Corpus
+from ._input.corpus import BREAK, Corpus
 
 # A twentieth of the text is held out.
 EVERY = 20

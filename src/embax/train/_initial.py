@@ -11,7 +11,7 @@ from jaxtyping import Float32, Int64
 
 from ..vectors import Vectors
 from ..vocabulary import Vocabulary
-from ._engine import Known
+from ._engines.engine import Known
 
 
 def checked(argument: str, initial: object, dim: int | None) -> int | None:

@@ -9,8 +9,8 @@ import jax
 import numpy as np
 
 from ..vectors import Vectors
-from ._ahead import Ahead
-from ._engine import Engine, Known, Learned
+from ._engines.engine import Engine, Known, Learned
+from ._input.ahead import Ahead
 from ._resume import Checkpoints, Position
 
 # The learning rate falls to this fraction of itself, as in word2vec.c.

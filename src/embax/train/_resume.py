@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import PyTree, UInt32
 
-from ._corpus import Corpus
+from ._input.corpus import Corpus
+from ._input.spool import is_full
 from ._parts import Parts
-from ._spool import is_full
 
 # The names of engines, as checkpoints number them.
 ENGINES = "native", "xla"

@@ -13,7 +13,7 @@ from jaxtyping import Float32, Int32, Int64
 from ..files._formats.fasttext.model import Arguments
 from ..files._formats.fasttext.subwords import Ngrams, Subwords, means_of, numbered
 from ..vocabulary import Vocabulary
-from ._engine import Model, Options
+from ._engines.engine import Model, Options
 
 
 class NgramOptions(NamedTuple):

@@ -11,17 +11,18 @@ from jaxtyping import Float32
 
 from .._base.limits import MAX_VOCABULARY
 from ..vectors import Vectors
-from . import _initial, _native
+from . import _initial
 from ._arguments import Arguments, EngineName, checked
-from ._corpus import Corpus, CorpusError, encode
-from ._engine import Engine, Learned, Model, Options, kept, noise_weights
+from ._engines import native as _native
+from ._engines.engine import Engine, Learned, Model, Options, kept, noise_weights
+from ._engines.xla import Xla
 from ._held_out import EVERY, HeldOut, draw_held_out
+from ._input.corpus import Corpus, CorpusError, encode
+from ._input.release import release_memory
 from ._loop import Epoch, Progress, Run, train
 from ._parts import Parts, parts_of
-from ._release import release_memory
 from ._resume import Checkpoints, fingerprint
 from ._subwords import NgramOptions, Pieces, finished, pieces_of
-from ._xla import Xla
 
 
 def skipgram(

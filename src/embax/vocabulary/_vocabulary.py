@@ -9,8 +9,8 @@ from jaxtyping import Bool, Int64, UInt8
 from numpy.typing import ArrayLike
 
 from .._base import check as _check
-from .._base import escapes as _escapes
-from .._base import strings as _strings
+from .._base.text import escapes as _escapes
+from .._base.text import strings as _strings
 
 # The first look-ups search the whole text. After about this many, making the index would have been cheaper.
 _SEARCHES = 8

@@ -41,7 +41,7 @@ def of_table(table: Any) -> dict[str, Any]:
 
 def to_table(table: Any, state: Any) -> Any:
     """A Table with the rows of a state, and the rules and storage of `table`."""
-    from .table import has_weight, with_weight
+    from ..table import has_weight, with_weight
 
     if not isinstance(state, dict) or set(state) != {"weight"}:
         raise ValueError(

@@ -4,10 +4,10 @@ from typing import Any
 
 from jaxtyping import PyTree
 
-from .dense import DENSE
+from ..dense import DENSE
+from ..table import Table, with_weight
 from .held_rows import HeldRows
 from .stored_rows import StoredRows
-from .table import Table, with_weight
 
 
 def held(table: Table) -> PyTree:

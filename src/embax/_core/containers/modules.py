@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
-from .table import Table
+from ..table import Table
 
 OfTable = Callable[[Table], Table]
 

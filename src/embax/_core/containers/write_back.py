@@ -6,10 +6,10 @@ import jax
 from jax.custom_batching import custom_vmap
 from jaxtyping import Array
 
-from .._base.tangents import straight_through
-from .ids import Ids
-from .lookup import constant, renormalize
-from .table import Table
+from ..._base.tangents import straight_through
+from ..ids import Ids
+from ..lookup import constant, renormalize
+from ..table import Table
 
 
 def clipped_table(table: Table, ids: Ids) -> Array:

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Int64
 
-from ..._base.escapes import encoded
-from ..._base.strings import offsets_of
+from ..._base.text.escapes import encoded
+from ..._base.text.strings import offsets_of
 from .._io.contents import Options
 from .._io.encodings import decoded, is_utf8
 from .._io.open import Source, opened

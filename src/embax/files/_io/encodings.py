@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int64
 
-from ..._base.escapes import respelled, rows_not_utf8
-from ..._base.strings import offsets_of
+from ..._base.text.escapes import respelled, rows_not_utf8
+from ..._base.text.strings import offsets_of
 from .open import Source
 
 # Python's error handlers for the values of `errors`. For "strict", the error is raised after the tokens are counted.

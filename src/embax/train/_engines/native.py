@@ -12,11 +12,11 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float32, Float64, Int32, UInt32
 
-from .._kernels import words as _kernel
-from ._corpus import BREAK, Corpus
-from ._engine import Known, Learned, Options, aligned_zeros, fill_inputs, fill_known, kept, noise_weights
-from ._segments import words_a_step
-from ._subwords import Pieces
+from ..._kernels import words as _kernel
+from .._input.corpus import BREAK, Corpus
+from .._subwords import Pieces
+from .engine import Known, Learned, Options, aligned_zeros, fill_inputs, fill_known, kept, noise_weights
+from .segments import words_a_step
 
 # Ids in a chunk: some 0.05 seconds of work.
 _CHUNK = 1 << 17

@@ -15,8 +15,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float32, Float64, Int32, Int64
 
-from ._corpus import BREAK, Corpus
-from ._parts import Parts
+from .._input.corpus import BREAK, Corpus
+from .._parts import Parts
 
 # Ids of a part that are subsampled and shuffled together.
 _BLOCK = 1 << 20

@@ -22,8 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float32, Int32, Key, UInt32
 
-from .._heads.candidates import draw_pieces
-from ._engine import Model
+from ..._heads.candidates import draw_pieces
+from .engine import Model
 
 # Keeps the logarithm of a loss finite.
 _TINY = np.float32(1e-30)

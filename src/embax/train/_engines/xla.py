@@ -12,19 +12,19 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float32, Int32, UInt32
 
-from .._core.table import Table, with_weight
-from .._gradients.apply import apply_updates
-from .._gradients.row_grad import row_grad
-from .._heads import candidates
-from ..sharding import shard, unshard
-from ._corpus import Corpus
-from ._engine import Known, Learned, Options, aligned_zeros, fill_inputs, fill_known, kept, noise_weights
-from ._parts import AXIS, Parts
-from ._pool import Pooling, moved, numbers, on_device, owners, padded, pooled, scratch_of
-from ._release import release_memory
-from ._segments import STEPS_A_CALL, batches, shape_of
-from ._steps import Drawn, Plan, draw, plan_of, terms
-from ._subwords import Pieces
+from ..._core.table import Table, with_weight
+from ..._gradients.apply import apply_updates
+from ..._gradients.row_grad import row_grad
+from ..._heads import candidates
+from ...sharding import shard, unshard
+from .._input.corpus import Corpus
+from .._input.pool import Pooling, moved, numbers, on_device, owners, padded, pooled, scratch_of
+from .._input.release import release_memory
+from .._parts import AXIS, Parts
+from .._subwords import Pieces
+from .engine import Known, Learned, Options, aligned_zeros, fill_inputs, fill_known, kept, noise_weights
+from .segments import STEPS_A_CALL, batches, shape_of
+from .steps import Drawn, Plan, draw, plan_of, terms
 
 # Gives the rate of rows from their curvatures.
 Limited = Callable[[Array], Array]

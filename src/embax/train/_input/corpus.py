@@ -20,13 +20,13 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int32, Int64
 
-from .._base.limits import MAX_VOCABULARY
-from ..vocabulary import Vocabulary
-from ._parts import Parts
-from ._sources import FileSequences
-from ._spool import IN_MEMORY, Spool
-from ._text import Paragraph
-from ._tokenizers import END
+from ..._base.limits import MAX_VOCABULARY
+from ...vocabulary import Vocabulary
+from .._parts import Parts
+from .sources import FileSequences
+from .spool import IN_MEMORY, Spool
+from .text import Paragraph
+from .tokenizers import END
 
 # Ends each sequence in the blocks of a corpus.
 BREAK = -1

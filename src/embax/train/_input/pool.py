@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float32, Int32
 
-from ._subwords import Pieces
+from .._subwords import Pieces
 
 
 class Pooling(NamedTuple):

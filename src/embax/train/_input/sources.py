@@ -7,11 +7,11 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, cast
 
-from ..files import is_stream, read_column, read_text
-from ..files._formats.sequences import has_columns
-from ._ahead import Ahead
-from ._text import Paragraph, blocks_of_text
-from ._tokenizers import END, Tokenizer, in_blocks, tokenizer_of
+from ...files import is_stream, read_column, read_text
+from ...files._formats.sequences import has_columns
+from .ahead import Ahead
+from .text import Paragraph, blocks_of_text
+from .tokenizers import END, Tokenizer, in_blocks, tokenizer_of
 
 # Characters, or items, that are cut at once: few enough to stay in the caches.
 _BLOCK = 1 << 17

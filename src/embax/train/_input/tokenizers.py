@@ -4,8 +4,8 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from ..files._io.error import FormatError
-from ._text import ascii_words, words_of
+from ...files._io.error import FormatError
+from .text import ascii_words, words_of
 
 # Stands after each sequence in a list of several. No word has this character.
 END = "\0"

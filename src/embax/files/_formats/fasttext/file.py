@@ -5,7 +5,7 @@ import struct
 import numpy as np
 from jaxtyping import Float, Float32, Int64
 
-from ...._base.strings import Strings, padded, taken
+from ...._base.text.strings import Strings, padded, taken
 from ....vocabulary import Vocabulary
 from ..._io.contents import Contents, Options, contents_of, make_room, resize
 from ..._io.encodings import decoded, is_utf8

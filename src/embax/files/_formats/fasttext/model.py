@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Int32, Int64, UInt8
 
-from ...._base.strings import Strings, padded
+from ...._base.text.strings import Strings, padded
 from ..._io.open import Source
 
 MAGIC = 793712314

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Int64, UInt8, UInt32
 
-from ...._base.strings import Strings, packed
+from ...._base.text.strings import Strings, packed
 
 # FNV-1a of 32 bits (Fowler, Noll and Vo, public domain).
 _BASIS, _PRIME = np.uint32(2166136261), np.uint32(16777619)

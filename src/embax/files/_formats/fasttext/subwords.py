@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, Protocol, final, runtime_checkable
 import numpy as np
 from jaxtyping import Bool, Float, Float32, Int32, Int64
 
-from ...._base import strings as _strings
+from ...._base.text import strings as _strings
 from ...._base.unit_rows import unit_rows
 from ....vocabulary import Vocabulary
 from . import ngrams as _ngrams

@@ -7,7 +7,7 @@ from typing import BinaryIO
 import numpy as np
 from jaxtyping import Int64
 
-from ...._base.strings import Strings, padded
+from ...._base.text.strings import Strings, padded
 from ....vocabulary import Vocabulary
 from ..._io.atomic import replacing
 from ..._io.contents import Contents
