@@ -109,6 +109,14 @@ def test_no_test_imports_another():
             assert not [name for name in names if name.split(".")[0] in tests | {"tests"}], path
 
 
+def test_packages_are_small():
+    """Of twelve modules at most, besides its packages; and of files at the top, only what is public."""
+    for folder in [ROOT / "src/embax", *(path for path in (ROOT / "src/embax").rglob("*") if path.is_dir())]:
+        modules = [path.name for path in folder.glob("*.py") if not path.name.startswith("__")]
+        assert len(modules) <= 12, folder
+    assert not [path.name for path in (ROOT / "src/embax").glob("_[!_]*.py")]
+
+
 def test_each_folder_of_tests_has_a_package():
     packages = {path.name.lstrip("_") for path in (ROOT / "src/embax").iterdir() if path.is_dir()}
     folders = {path.name for path in (ROOT / "tests").iterdir() if any(path.glob("test_*.py"))}

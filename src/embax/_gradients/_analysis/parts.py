@@ -25,7 +25,7 @@ from ..._base.axes import on_every_device
 from ..._base.dtypes import index_dtype
 from .equations import shape_of
 from .opening import FEW, Lanes, Opening, is_zero, rows_of_arrays
-from .rows import Rows, Term, replicated
+from .rows import Read, Rows, Term, Terms, replicated
 from .scattered import scattered_opening, scattered_terms
 
 
@@ -78,7 +78,7 @@ def _pad_opening(eqn: JaxprEqn, lanes: Lanes) -> Opening | None:
     return rows_of_arrays((0,), math.prod(shape_of(operand)[: leading + 1]), leading)
 
 
-def _pad_terms(eqn: JaxprEqn, j: int, opening: Opening, read: Any, terms: Any) -> list[Term]:
+def _pad_terms(eqn: JaxprEqn, j: int, opening: Opening, read: Read, terms: Terms) -> list[Term]:
     operand, _ = eqn.invars
     config = [tuple(x) for x in eqn.params["padding_config"]]
 
@@ -118,7 +118,7 @@ def _slice_opening(eqn: JaxprEqn, lanes: Lanes) -> Opening | None:
     return Opening({0: False}, by_place=True)
 
 
-def _slice_terms(eqn: JaxprEqn, j: int, opening: Opening, read: Any, terms: Any) -> list[Term]:
+def _slice_terms(eqn: JaxprEqn, j: int, opening: Opening, read: Read, terms: Terms) -> list[Term]:
     starts, limits = eqn.params["start_indices"], eqn.params["limit_indices"]
     return [_cut(eqn, 0, x, starts, limits, eqn.params["strides"]) for x in terms(eqn.invars[0])]
 
@@ -136,7 +136,7 @@ def _cut(eqn: JaxprEqn, j: int, rows: Rows, starts: Sequence[int], limits: Seque
     return _moved(rows, (before[k], after[k]), place, values)
 
 
-def _split_terms(eqn: JaxprEqn, j: int, opening: Opening, read: Any, terms: Any) -> list[Term]:
+def _split_terms(eqn: JaxprEqn, j: int, opening: Opening, read: Read, terms: Terms) -> list[Term]:
     axis, sizes = eqn.params["axis"], eqn.params["sizes"]
     limits = list(shape_of(eqn.invars[0]))
     starts = [0] * len(limits)
@@ -156,7 +156,7 @@ def _rev_opening(eqn: JaxprEqn, lanes: Lanes) -> Opening | None:
     )
 
 
-def _rev_terms(eqn: JaxprEqn, j: int, opening: Opening, read: Any, terms: Any) -> list[Term]:
+def _rev_terms(eqn: JaxprEqn, j: int, opening: Opening, read: Read, terms: Terms) -> list[Term]:
     shape, axes = shape_of(eqn.invars[0]), eqn.params["dimensions"]
 
     def moved(rows: Rows) -> Rows:
@@ -185,7 +185,7 @@ def _concatenate_opening(eqn: JaxprEqn, lanes: Lanes) -> Opening | None:
     return rows_of_arrays(arrays, rows, terms=sums, by_place=True)
 
 
-def _concatenate_terms(eqn: JaxprEqn, j: int, opening: Opening, read: Any, terms: Any) -> list[Term]:
+def _concatenate_terms(eqn: JaxprEqn, j: int, opening: Opening, read: Read, terms: Terms) -> list[Term]:
     axis, whole, before, found = eqn.params["dimension"], shape_of(eqn.outvars[0]), 0, []
     for k, v in enumerate(eqn.invars):
         size = shape_of(v)[axis]
@@ -223,7 +223,7 @@ def _reshape_opening(eqn: JaxprEqn, lanes: Lanes) -> Opening | None:
     return Opening({0: False}, by_place=True, times=after[leading] // before[leading])
 
 
-def _reshape_terms(eqn: JaxprEqn, j: int, opening: Opening, read: Any, terms: Any) -> list[Term]:
+def _reshape_terms(eqn: JaxprEqn, j: int, opening: Opening, read: Read, terms: Terms) -> list[Term]:
     before, after = shape_of(eqn.invars[0]), shape_of(eqn.outvars[0])
 
     def moved(rows: Rows) -> Rows:
@@ -257,7 +257,7 @@ def _update_opening(eqn: JaxprEqn, lanes: Lanes) -> Opening | None:
     return rows_of_arrays(range(1, 2 + len(starts)), rows, terms={0: False}, of_zeros=True)
 
 
-def _update_terms(eqn: JaxprEqn, j: int, opening: Opening, read: Any, terms: Any) -> list[Term]:
+def _update_terms(eqn: JaxprEqn, j: int, opening: Opening, read: Read, terms: Terms) -> list[Term]:
     operand, update, start, *others = eqn.invars
     values, (total, *dim) = on_every_device(read(update)), shape_of(operand)
     rows, index = values.shape[0], index_dtype(total)

@@ -54,6 +54,8 @@ class Rows:
 
 
 Term = Any  # Rows, or an array of all rows
+Read = Callable[[Any], Any]  # returns the value of a variable
+Terms = Callable[[Any], list[Term]]  # returns the terms of a variable
 
 
 def replicated(rows: Rows) -> Rows:

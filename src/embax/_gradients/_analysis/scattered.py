@@ -23,7 +23,7 @@ from ..._base.axes import on_every_device
 from ..._core import ids as _ids
 from .equations import shape_of
 from .opening import FEW, Lanes, Opening, rows_of_arrays
-from .rows import Rows, Term
+from .rows import Read, Rows, Term, Terms
 
 
 class _Scattered(NamedTuple):
@@ -69,7 +69,7 @@ def scattered_opening(eqn: JaxprEqn, lanes: Lanes) -> Opening | None:
     return rows_of_arrays((1, 2), ids, scattered.lanes, terms={0: True})
 
 
-def scattered_terms(eqn: JaxprEqn, j: int, opening: Opening, read: Any, terms: Any) -> list[Term]:
+def scattered_terms(eqn: JaxprEqn, j: int, opening: Opening, read: Read, terms: Terms) -> list[Term]:
     operand, indices, updates = eqn.invars
     scattered, shape = _Scattered.of(eqn), shape_of(operand)
     assert scattered is not None

@@ -26,12 +26,10 @@ from ..._core.read_rows import Spec, add_rows_p
 from .equations import shape_of
 from .opening import Opening
 from .parts import PARTS
-from .rows import Rows, Term
+from .rows import Read, Rows, Term, Terms
 
 
-def terms_of(
-    eqn: JaxprEqn, j: int, opening: Opening, read: Callable[[Any], Any], terms: Callable[[Any], list[Term]]
-) -> list[Term]:
+def terms_of(eqn: JaxprEqn, j: int, opening: Opening, read: Read, terms: Terms) -> list[Term]:
     """Compute the terms of an output.
 
     Args:
@@ -55,18 +53,18 @@ def _each(terms: Sequence[Term], function: Callable[[Any], Any]) -> list[Term]:
     return [term.mapped(function) if isinstance(term, Rows) else function(term) for term in terms]
 
 
-def _terms_of_sum(eqn: JaxprEqn, read: Any, terms: PyTree) -> list[Term]:
+def _terms_of_sum(eqn: JaxprEqn, read: Read, terms: Terms) -> list[Term]:
     a, b = (terms(x) for x in eqn.invars)
     return [*a, *(_each(b, jnp.negative) if eqn.primitive.name == "sub" else b)]
 
 
-def _terms_of_map(eqn: JaxprEqn, read: Any, terms: PyTree) -> list[Term]:
+def _terms_of_map(eqn: JaxprEqn, read: Read, terms: Terms) -> list[Term]:
     if eqn.primitive.name == "convert_element_type":
         return _each(terms(eqn.invars[0]), lambda x: x.astype(eqn.params["new_dtype"]))
     return _each(terms(eqn.invars[0]), jnp.negative)
 
 
-def _terms_of_scaled(eqn: JaxprEqn, read: Any, terms: PyTree, summed: int) -> list[Term]:
+def _terms_of_scaled(eqn: JaxprEqn, read: Read, terms: Terms, summed: int) -> list[Term]:
     factor = read(eqn.invars[1 - summed])
     apply = operator.truediv if eqn.primitive.name == "div" else operator.mul
 
@@ -96,7 +94,7 @@ def _at_rows(array: Any, eqn: JaxprEqn, rows: Rows) -> PyTree:
     return of_lane(array, rows.ids)
 
 
-def _terms_of_selected(eqn: JaxprEqn, read: Any, terms: PyTree) -> list[Term]:
+def _terms_of_selected(eqn: JaxprEqn, read: Read, terms: Terms) -> list[Term]:
     which, found = read(eqn.invars[0]), []
     for case, operand in enumerate(eqn.invars[1:]):
         for term in terms(operand):
@@ -108,7 +106,7 @@ def _terms_of_selected(eqn: JaxprEqn, read: Any, terms: PyTree) -> list[Term]:
     return found
 
 
-def _terms_of_repeated(eqn: JaxprEqn, read: Any, terms: Any) -> list[Term]:
+def _terms_of_repeated(eqn: JaxprEqn, read: Read, terms: Terms) -> list[Term]:
     if isinstance(eqn.invars[0], Literal):
         return []
     added = tuple(range(len(shape_of(eqn.outvars[0])) - len(shape_of(eqn.invars[0]))))
@@ -120,7 +118,7 @@ def _terms_of_repeated(eqn: JaxprEqn, read: Any, terms: Any) -> list[Term]:
     ]
 
 
-def _terms_of_joined(eqn: JaxprEqn, read: Any, terms: PyTree) -> list[Term]:
+def _terms_of_joined(eqn: JaxprEqn, read: Read, terms: Terms) -> list[Term]:
     axes = tuple(eqn.params["axes"])
 
     def joined(term: Term) -> Term:
@@ -134,7 +132,7 @@ def _terms_of_joined(eqn: JaxprEqn, read: Any, terms: PyTree) -> list[Term]:
     return [joined(term) for term in terms(eqn.invars[0])]
 
 
-def _terms_of_devices(eqn: JaxprEqn, read: Any, terms: PyTree) -> list[Term]:
+def _terms_of_devices(eqn: JaxprEqn, read: Read, terms: Terms) -> list[Term]:
     # Each device keeps its own rows; the sum is left to the caller, by `axes`.
     axes = frozenset(eqn.params["axes"])
     return [
@@ -145,11 +143,11 @@ def _terms_of_devices(eqn: JaxprEqn, read: Any, terms: PyTree) -> list[Term]:
     ]
 
 
-def _terms_of_operand(eqn: JaxprEqn, read: Any, terms: PyTree) -> list[Term]:
+def _terms_of_operand(eqn: JaxprEqn, read: Read, terms: Terms) -> list[Term]:
     return terms(eqn.invars[0])
 
 
-def _terms_of_resharded(eqn: JaxprEqn, read: Any, terms: Any) -> list[Term]:
+def _terms_of_resharded(eqn: JaxprEqn, read: Read, terms: Terms) -> list[Term]:
     """Reshard arrays as JAX does; rows are replicated if they leave or enter a mesh with explicit axes."""
     output: Any = eqn.outvars[0].aval
     whole = output.sharding
@@ -167,12 +165,12 @@ def _terms_of_resharded(eqn: JaxprEqn, read: Any, terms: Any) -> list[Term]:
     ]
 
 
-def _terms_of_rows(eqn: JaxprEqn, read: Any, terms: Any) -> list[Term]:
+def _terms_of_rows(eqn: JaxprEqn, read: Read, terms: Terms) -> list[Term]:
     values, ids = map(read, eqn.invars)
     return [Rows(ids, values, from_end=_from_end(eqn.params["spec"]))]
 
 
-def _terms_of_bags(eqn: JaxprEqn, read: Any, terms: Any) -> list[Term]:
+def _terms_of_bags(eqn: JaxprEqn, read: Read, terms: Terms) -> list[Term]:
     values, ids, *others = map(read, eqn.invars)
     spec = eqn.params["spec"]
     bag_of, factors = spec.apart(others)
