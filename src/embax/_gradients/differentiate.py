@@ -18,6 +18,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Int32, PyTree
 
 from .._base import by_bag
+from .._base.arrays import as_jax
 from .._base.by_bag import ByBag, Held
 from .._core import ids as _ids
 from .._core.table import Table, is_table, with_weight
@@ -234,7 +235,8 @@ def _of_terms(table: Table, value: Array, terms: Sequence[Term]) -> PyTree:
     of_rows = gathered(table, ids, [x.held for x in rows])
     if not whole:
         if len(rows) == 1 and rows[0].from_end is not None:
-            return of_rows.with_given(table.storage.flat(rows[0].given, (ids[0].size,)), zero)
+            given = as_jax(rows[0].given)  # a constant is a NumPy array
+            return of_rows.with_given(table.storage.flat(given, (given.size,)), zero)
         return of_rows
     total = with_weight(table, sum(whole[1:], start=whole[0]))
     return apply_updates(total, of_rows) if rows else total
