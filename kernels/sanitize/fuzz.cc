@@ -78,6 +78,8 @@ class Case {
 
   int64_t id(int64_t i) { return id_dtype == XLA_FFI_DataType_S64 ? ids.as<int64_t>()[i] : ids.as<int32_t>()[i]; }
   bool has_row(int64_t i) { return id(i) >= 0 && id(i) < rows; }
+  // The row that an id stands for, if negative ids count from the end, or if not; it may be outside of the table.
+  int64_t row_of(int64_t i, bool from_end) { return from_end && id(i) < 0 ? id(i) + rows : id(i); }
 
   // Calls a handler, and returns whether it took the arguments; a case that fits must be taken.
   bool run(XLA_FFI_Handler* handler, std::vector<Array*> in, std::vector<Array*> out,
@@ -131,7 +133,7 @@ void take(Case& c) {
   const int64_t bytes = out.bytes() / c.number;
   const std::string missing(bytes, '\0');
   for (int64_t i = 0; i < c.number; ++i) {
-    const int64_t id = c.id(i), row = wrap && id < 0 ? id + c.rows : id;
+    const int64_t row = c.row_of(i, wrap);
     const char* want = row >= 0 && row < c.rows ? table.data() + row * bytes : missing.data();
     if (std::memcmp(out.data() + i * bytes, want, bytes)) c.wrong("take");
   }
@@ -220,7 +222,7 @@ void step(Case& c) {
   if (!c.run(handlers[optimizer], in, out, attributes) || !c.rows) return;
   std::vector<bool> touched(c.rows);
   for (int64_t i = 0; i < c.number; ++i) {
-    const int64_t id = c.id(i), row = wrap && id < 0 ? id + c.rows : id;
+    const int64_t row = c.row_of(i, wrap);
     if (row >= 0 && row < c.rows) touched[row] = true;
   }
   const int64_t bytes = table.bytes() / c.rows;

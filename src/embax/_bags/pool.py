@@ -123,9 +123,9 @@ def _by_rows(
     """The tangent of the sums for a tangent of the table's weight."""
     layout = BagLayout(shape, offsets)
     if _one_value_a_bag(rules, tangent, ids, weights, layout):
-        ids, from_end = ids_of_gradient(rules, ids, given)
+        ids, from_end = ids_of_gradient(with_weight(rules, tangent), ids, given)
         flat_ids, flat_counted = jnp.ravel(ids), jnp.ravel(counted)
-        wide, named = read_of_tangent(rules, tangent, flat_ids, None if from_end else flat_counted)
+        wide, named = read_of_tangent(rules, tangent, flat_ids, flat_counted if from_end is None else None)
         bag_of = None if offsets is None else _bag_of(offsets, ids.size)
         # Weights that do not count may be NaN.
         factors = None if weights is None else jnp.where(flat_counted, jnp.ravel(weights), jnp.zeros((), weights.dtype))

@@ -96,9 +96,13 @@ def resolve(ids: Ids, rows: int, out_of_range: OutOfRange, wrap: bool = True) ->
     return numbers if wrap else jnp.where(numbers < 0, rows, numbers)
 
 
+def row_numbers(ids: Int[Array, "*batch"], from_end: int | None) -> Int[Array, "*batch"]:
+    """Resolve ids from `unwrapped`, if `from_end` is the number of rows; with None, ids are row numbers already."""
+    return ids if from_end is None else _wrapped(ids, from_end)
+
+
 @functools.partial(jax.jit, static_argnums=1, inline=True)  # one program for an eager call
-def wrapped(ids: Int[Array, "*batch"], rows: int) -> Int[Array, "*batch"]:
-    """Resolve ids from `unwrapped`."""
+def _wrapped(ids: Int[Array, "*batch"], rows: int) -> Int[Array, "*batch"]:
     return resolve(ids, rows, "error")
 
 

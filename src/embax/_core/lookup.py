@@ -135,7 +135,7 @@ def rows_of_tangent(
     ids: Int[Array, "*batch"],
     counted: Bool[Array, "*batch"] | None = None,
     *,
-    from_end: bool = False,
+    from_end: int | None = None,
 ) -> Shaped[Array, "*batch_dim"]:
     """Return the tangent of the rows that `read_resolved` reads.
 
@@ -168,14 +168,14 @@ def read_of_tangent(
 
 def ids_of_gradient(
     table: Table, ids: Int[Array, "*batch"], given: Int[Array, "*batch"] | None
-) -> tuple[Int[Array, "*batch"], bool]:
-    """Return the ids that hold the gradient, and whether those in `[-rows, 0)` count from the end.
+) -> tuple[Int[Array, "*batch"], int | None]:
+    """Return the ids that hold the gradient, and the number of rows, if those in `[-rows, 0)` count from the end.
 
     They are the given ones, if no rule drops or divides the gradient of any.
     """
     if given is None or table.padding_idx is not None or table.scale_grad_by_freq or not table.storage.is_local:
-        return ids, False
-    return given, True
+        return ids, None
+    return given, table.rows
 
 
 def _or_first(table: Table, ids: Int[Array, "*batch"], counted: Bool[Array, "*batch"] | None) -> Int[Array, "*batch"]:

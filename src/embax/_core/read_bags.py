@@ -46,7 +46,7 @@ def read_bags(
     bag_of: Int32[Array, " ids"] | None,
     factors: Float[Array, " ids"] | None,
     storage: Storage,
-    from_end: bool = False,
+    from_end: int | None = None,
 ) -> Shaped[Array, "bags *dim"]:
     """Sum the rows of bags of a tangent.
 
@@ -86,7 +86,7 @@ def _read(tangent: Array, ids: Array, *others: Array, spec: BagSpec) -> Array:
 
 def _add(values: Array, ids: Array, *others: Array, spec: BagSpec) -> Array:
     by_bag = ByBag(values, *spec.apart(others), spec.of_rows.weight.shape[0])
-    return add_rows_p.bind(by_bag.expanded(spec.of_rows.final(ids)), ids, spec=spec.of_rows)
+    return add_rows_p.bind(by_bag.expanded(spec.of_rows.row_numbers(ids)), ids, spec=spec.of_rows)
 
 
 # ---- Shapes, derivatives, transposes and vmap.

@@ -36,16 +36,11 @@ class Spec(NamedTuple):
     weight: PyTree  # abstract value of the tangent, lanes first
     lanes: int  # how many leading axes of the tangent and of the ids are lanes
     storage: Storage
-    from_end: bool = False  # whether ids in [-rows, 0) count from the end
+    from_end: int | None = None  # the number of rows, if ids in [-rows, 0) count from the end
 
-    @property
-    def rows(self) -> int:
-        """The number of rows of the table."""
-        return self.storage.rows_of(self.weight.shape[self.lanes])
-
-    def final(self, ids: Int[Array, "*batch"]) -> Int[Array, "*batch"]:
+    def row_numbers(self, ids: Int[Array, "*batch"]) -> Int[Array, "*batch"]:
         """The ids as row numbers; one outside of `[0, rows)` stands for no row."""
-        return _ids.wrapped(ids, self.rows) if self.from_end else ids
+        return _ids.row_numbers(ids, self.from_end)
 
     @property
     def dim(self) -> tuple[int, ...]:
@@ -54,7 +49,7 @@ class Spec(NamedTuple):
 
 
 def read_rows(
-    tangent: Shaped[Array, "rows *dim"], ids: Int[Array, "*batch"], storage: Storage, from_end: bool = False
+    tangent: Shaped[Array, "rows *dim"], ids: Int[Array, "*batch"], storage: Storage, from_end: int | None = None
 ) -> Shaped[Array, "*batch_dim"]:
     """Read the rows of a tangent.
 
@@ -62,7 +57,7 @@ def read_rows(
       tangent: The tangent of a weight, stored in the same way.
       ids: Row numbers; an id without a row reads zero.
       storage: The table's storage.
-      from_end: Whether ids in `[-rows, 0)` count from the end.
+      from_end: The number of rows, if ids in `[-rows, 0)` count from the end.
 
     Returns:
       The rows.
@@ -79,7 +74,7 @@ read_rows_p, add_rows_p = Primitive("embax_read_rows"), Primitive("embax_add_row
 
 def _read(tangent: Array, ids: Array, *, spec: Spec) -> Array:
     def lane(tangent: Array, ids: Array) -> Array:
-        return spec.storage.take(tangent, spec.final(ids), 0, linear=True)
+        return spec.storage.take(tangent, spec.row_numbers(ids), 0, linear=True)
 
     return _of_lanes(lane, spec)(tangent, ids)
 
@@ -91,7 +86,7 @@ def _add(values: Array, ids: Array, *, spec: Spec) -> Array:
         # Zeros that vary as the values do: JAX would else cast them, and the transpose of its cast sums over devices.
         zeros = zeros_as(values, weight.shape[spec.lanes :], values.dtype)
         values = jnp.reshape(values, (*ids.shape, *spec.dim))
-        return spec.storage.put(zeros, spec.final(ids), values, "add")
+        return spec.storage.put(zeros, spec.row_numbers(ids), values, "add")
 
     if spec.storage.is_local and not is_explicit(weight.sharding.mesh):
         return _of_lanes(lane, spec)(values, ids)

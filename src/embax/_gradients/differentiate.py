@@ -231,7 +231,7 @@ def _of_terms(table: Table, value: Array, terms: Sequence[Term]) -> PyTree:
     """Make the gradient of a table from its terms: Rows, and arrays of all rows."""
     rows = [x for x in reversed(terms) if isinstance(x, Rows)]  # in the order of the lookups
     whole = [x for x in terms if not isinstance(x, Rows)]
-    zero, ids = after_loss(value, [x.given for x in rows], tuple(x.from_end for x in rows), table.rows)
+    zero, ids = after_loss(value, rows, table.rows)
     of_rows = gathered(table, ids, [x.held for x in rows])
     if not whole:
         if len(rows) == 1 and rows[0].from_end is not None:
@@ -289,10 +289,8 @@ def gathered(table: Table, ids: Sequence[Array], cotangents: Sequence[Held]) -> 
     return row_grad(storage.joined(flat_ids, table.rows), held, table.rows)
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3), inline=True)  # one program for an eager call
-def after_loss(
-    value: Array, given: Sequence[Array], from_end: tuple[int | None, ...], rows: int
-) -> tuple[Int32[Array, ""], list[Array]]:
+@functools.partial(jax.jit, static_argnums=2, inline=True)  # one program for an eager call
+def after_loss(value: Array, rows: Sequence[Rows], number: int) -> tuple[Int32[Array, ""], list[Array]]:
     """Make ids depend on the loss, so that the loss reads a donated table before an update overwrites it.
 
     If the gradient does not depend on the rows, as for a plain sum, XLA may write first, and then copies the whole
@@ -301,15 +299,13 @@ def after_loss(
 
     Args:
       value: The loss.
-      given: The `given` of Rows.
-      from_end: Their `from_end`.
-      rows: The number of rows of the table.
+      rows: The rows of a gradient.
+      number: The number of rows of the table.
 
     Returns:
-      The zero that was added, and row numbers in the index dtype.
+      The zero that was added, and the row numbers of the rows in the index dtype.
     """
     bits = jax.lax.bitcast_convert_type(jnp.real(value).astype(jnp.float32), jnp.int32)
     zero = jax.lax.shift_right_logical(jax.lax.population_count(bits), jnp.int32(6))
-    ids = [x if number is None else _ids.wrapped(x, number) for x, number in zip(given, from_end, strict=True)]
-    ids = [_ids.narrow(x, rows, jnp) for x in ids]
+    ids = [_ids.narrow(x.ids, number, jnp) for x in rows]
     return zero, [x + zero.astype(x.dtype) for x in ids]

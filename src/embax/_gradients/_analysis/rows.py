@@ -30,7 +30,7 @@ class Rows:
     @property
     def ids(self) -> Any:
         """Row numbers, (*lanes, *batch); a number outside of the array stands for no row."""
-        return self.given if self.from_end is None else _ids.wrapped(self.given, self.from_end)
+        return _ids.row_numbers(self.given, self.from_end)
 
     @property
     def values(self) -> Any:

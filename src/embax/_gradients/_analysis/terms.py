@@ -22,7 +22,7 @@ from jaxtyping import Array, PyTree
 from ..._base.axes import explicit_sharding, is_explicit
 from ..._base.by_bag import ByBag
 from ..._core.read_bags import add_bags_p
-from ..._core.read_rows import Spec, add_rows_p
+from ..._core.read_rows import add_rows_p
 from .equations import shape_of
 from .opening import Opening
 from .parts import PARTS
@@ -167,7 +167,7 @@ def _terms_of_resharded(eqn: JaxprEqn, read: Read, terms: Terms) -> list[Term]:
 
 def _terms_of_rows(eqn: JaxprEqn, read: Read, terms: Terms) -> list[Term]:
     values, ids = map(read, eqn.invars)
-    return [Rows(ids, values, from_end=_from_end(eqn.params["spec"]))]
+    return [Rows(ids, values, from_end=eqn.params["spec"].from_end)]
 
 
 def _terms_of_bags(eqn: JaxprEqn, read: Read, terms: Terms) -> list[Term]:
@@ -175,11 +175,7 @@ def _terms_of_bags(eqn: JaxprEqn, read: Read, terms: Terms) -> list[Term]:
     spec = eqn.params["spec"]
     bag_of, factors = spec.apart(others)
     held = ByBag(values, bag_of, factors, spec.of_rows.weight.shape[0])
-    return [Rows(ids, held, from_end=_from_end(spec.of_rows))]
-
-
-def _from_end(spec: Spec) -> int | None:
-    return spec.rows if spec.from_end else None
+    return [Rows(ids, held, from_end=spec.of_rows.from_end)]
 
 
 _TERMS: dict[str, Callable[..., list[Term]]] = {
