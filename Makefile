@@ -26,7 +26,7 @@ films: $(VENV)/dev
 PYTEST := PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest --numprocesses auto --dist loadfile --max-worker-restart 0
 
 # The tests that run with the annotations of all functions checked at each call, besides the examples of the docstrings.
-# They run beside the others, so that no core waits while one of the two runs starts or ends.
+# They run beside the others, so that no core waits while one of the two runs starts or ends, and in one process.
 CHECKED := tests/project/test_annotations.py tests/bags/test_embedding_bag.py tests/gradients/test_rows.py \
   tests/heads/test_candidates.py
 
@@ -36,7 +36,7 @@ ifdef AREA
 	$(PYTEST) tests/$(AREA)
 else
 	@mkdir -p build
-	EMBAX_ANNOTATIONS=1 $(PYTEST) src $(CHECKED) >build/annotations.log 2>&1 & \
+	EMBAX_ANNOTATIONS=1 $(PYTEST) --numprocesses 0 src $(CHECKED) >build/annotations.log 2>&1 & \
 	  $(PYTEST) tests docs README.md $(CHECKED:%=--ignore=%); rest=$$?; \
 	  wait $$!; checked=$$?; cat build/annotations.log; exit $$((rest | checked))
 endif

@@ -90,7 +90,7 @@ gc.set_threshold(100_000, 50, 100)
 
 # How much memory a process may hold, in bytes, before it lets go of the programs that it has compiled. Those of the
 # whole suite would add up to many GB.
-_MOST = 1 << 31
+_MOST = 9 << 28
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -81,6 +81,7 @@ def test_functions_that_compile_while_timed_are_refused(script):
         turns.measure({"embax": Process()}, "lookup", [way, way._replace(name="other")], 0.0)
 
 
+@pytest.mark.exhaustive  # compiles C++ and starts two processes
 def test_ways_take_turns_in_processes(script):
     """Ours by XLA, and the memory's limit where there is a compiler."""
     processes, turns, workload = script("processes"), script("turns"), script("workload")

@@ -8,7 +8,7 @@ import pytest
 
 from examples import EXAMPLES, load_example
 
-FRAMEWORKS = ("jax", "brainstate", "nnx", "equinox")
+FRAMEWORKS = ("jax", "brainstate", *(pytest.param(name, marks=pytest.mark.exhaustive) for name in ("nnx", "equinox")))
 STEPS, PARAGRAPHS = 25, 150
 
 

@@ -1,5 +1,6 @@
 """The engine of the native library."""
 
+import itertools
 import os
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 from corpora import half_is_one_item, nine_words
+from meshes import usual_and_rest
 
 from embax import train
 from embax._kernels import words as _kernel
@@ -190,11 +192,20 @@ def test_native_is_refused_where_it_cannot_run(monkeypatch):
 
 
 @kernel
-@pytest.mark.parametrize(("window", "negative"), [(5, 5), (100, 20)])
-@pytest.mark.parametrize("model", ["skipgram", "cbow"])
-@pytest.mark.parametrize("text", [nine_words, half_is_one_item])
-@pytest.mark.parametrize("subwords", [False, True])
-def test_training_stays_bounded_on_few_words_at_a_high_rate(text, model, window, negative, subwords):
+@pytest.mark.parametrize(
+    ("model", "window", "negative", "text", "subwords"),
+    usual_and_rest(
+        [
+            ("skipgram", 5, 5, half_is_one_item, False),
+            ("skipgram", 100, 20, nine_words, True),
+            ("cbow", 5, 5, half_is_one_item, True),
+            ("cbow", 5, 5, nine_words, False),
+            ("cbow", 100, 20, nine_words, False),
+        ],
+        itertools.product(("skipgram", "cbow"), (5, 100), (5, 20), (nine_words, half_is_one_item), (False, True)),
+    ),
+)
+def test_training_stays_bounded_on_few_words_at_a_high_rate(model, window, negative, text, subwords):
     corpus = corpus_of(text())
     rows, reports = len(corpus.tokens), []
     pieces = None

@@ -1,3 +1,4 @@
+import itertools
 import os
 import subprocess
 import sys
@@ -6,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 from corpora import half_is_one_item, nine_words
+from meshes import usual_and_rest
 
 from embax import train
 from embax.train import _loop, _parts
@@ -46,13 +48,24 @@ def words_of_few_stems():
     return [[stems[i % 3] + ["s", "ed", "ing"][j] for j in rng.integers(0, 3, 10)] for i in range(400)]
 
 
-@pytest.mark.parametrize("learn", [train.skipgram, train.cbow])
+FEW_WORDS = nine_words, half_is_one_item, words_of_few_stems
+
+
 @pytest.mark.parametrize(
-    ("corpus", "more"), [(nine_words, {}), (half_is_one_item, {}), (words_of_few_stems, {"subwords": True})]
+    ("learn", "corpus"),
+    usual_and_rest(
+        [
+            (train.skipgram, half_is_one_item),
+            (train.skipgram, words_of_few_stems),
+            (train.cbow, nine_words),
+            (train.cbow, words_of_few_stems),
+        ],
+        itertools.product((train.skipgram, train.cbow), FEW_WORDS),
+    ),
 )
-def test_training_stays_bounded_on_few_words_at_a_high_rate(learn, corpus, more):
-    reports = []
-    options = more | {"dim": DIM, "epochs": 10, "sample": 0, "learning_rate": 0.1, "engine": "xla"}
+def test_training_stays_bounded_on_few_words_at_a_high_rate(learn, corpus):
+    reports, subwords = [], corpus is words_of_few_stems
+    options = {"dim": DIM, "epochs": 10, "sample": 0, "learning_rate": 0.1, "engine": "xla", "subwords": subwords}
     vectors = learn(corpus(), **options, progress=reports.append)
     # The text of nine words is learned by heart, so the vectors grow by the logarithm of the number of steps.
     assert np.linalg.norm(vectors.weight, axis=1).max() < 20
