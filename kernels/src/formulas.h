@@ -20,7 +20,20 @@ struct Numbers {
   bool nesterov;
 };
 
-// By 16 partial sums and a tree of them, for any width of vectors.
+// The sum of the numbers of a vector: its upper half is added to its lower one, until one number is left.
+template <typename A, int kBytes>
+inline A folded(A __attribute__((vector_size(kBytes))) x) {
+  if constexpr (kBytes == sizeof(A)) {
+    return x[0];
+  } else {
+    typedef A Half __attribute__((vector_size(kBytes / 2)));
+    Half halves[2];
+    std::memcpy(halves, &x, sizeof x);
+    return folded<A, kBytes / 2>(halves[0] + halves[1]);
+  }
+}
+
+// By 16 partial sums, of which the upper half is added to the lower one in turn, for any width of vectors.
 template <typename A>
 inline A mean_square(const A* row, int64_t width) {
   constexpr int kSums = 16;
@@ -33,13 +46,16 @@ inline A mean_square(const A* row, int64_t width) {
       sums[v] += x * x;
     }
   }
-  A lanes[kSums];
-  std::memcpy(lanes, sums, sizeof lanes);
-  for (int k = 0; j < width; ++j, ++k) lanes[k] += row[j] * row[j];
-  for (int half = kSums / 2; half > 0; half /= 2) {
-    for (int k = 0; k < half; ++k) lanes[k] += lanes[k + half];
+  if (j < width) {
+    A lanes[kSums];
+    std::memcpy(lanes, sums, sizeof lanes);
+    for (int k = 0; j < width; ++j, ++k) lanes[k] += row[j] * row[j];
+    std::memcpy(sums, lanes, sizeof lanes);
   }
-  return lanes[0] / static_cast<A>(width);
+  for (int half = kVectors / 2; half > 0; half /= 2) {
+    for (int v = 0; v < half; ++v) sums[v] += sums[v + half];
+  }
+  return folded<A, sizeof(Vector<A>)>(sums[0]) / static_cast<A>(width);
 }
 
 // Subtracts the update from numbers of a row.
