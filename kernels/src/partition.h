@@ -133,7 +133,7 @@ class Partition {
 // part, the hash table that groups them does not fit into the cache.
 template <typename F>
 inline void for_each_part(const Pool& pool, Ids ids, const Counted& counts, int64_t row_bytes, F&& body) {
-  const int64_t for_threads = pool.threads > 1 ? int64_t{2} * pool.threads : 1;
+  const int64_t for_threads = pool.threads > 1 ? int64_t{4} * pool.threads : 1;
   Partition partition(ids, row_bytes, smaller(Partition::kMost, larger(for_threads, ids.number / 16384)));
   Carver carver;
   partition.carve(carver);
