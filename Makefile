@@ -26,7 +26,8 @@ films: $(VENV)/dev
 PYTEST := PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest --numprocesses auto --dist loadfile --max-worker-restart 0
 
 # The tests that run with the annotations of all functions checked at each call, besides the examples of the docstrings.
-# They run beside the others, so that no core waits while one of the two runs starts or ends, and in one process.
+# They run beside the others, so that no core waits while one of the two runs starts or ends, and in one process, as each
+# imports all libraries.
 CHECKED := tests/project/test_annotations.py tests/bags/test_embedding_bag.py tests/gradients/test_rows.py \
   tests/heads/test_candidates.py
 

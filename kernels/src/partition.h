@@ -130,7 +130,8 @@ class Partition {
 
 // Calls body(partition, part) for each part of the ids, on any thread; for work in place, whose result does not show
 // the order of parts. With fewer parts, more values and gradients are read one after the other; with too many ids in a
-// part, the hash table that groups them does not fit into the cache.
+// part, the hash table that groups them does not fit into the cache. There are four parts for each thread, so that the
+// threads end nearly together though parts differ in their work.
 template <typename F>
 inline void for_each_part(const Pool& pool, Ids ids, const Counted& counts, int64_t row_bytes, F&& body) {
   const int64_t for_threads = pool.threads > 1 ? int64_t{4} * pool.threads : 1;
