@@ -327,7 +327,7 @@ def test_train_prints_json(text, tmp_path):
     assert found == expected | {"model": "skipgram", "interrupted": False}
 
 
-def test_train_writes_subwords_as_a_model_of_fasttext(text, tmp_path):
+def test_train_writes_subwords_and_continues_from_them(text, tmp_path):
     flags = ["--subwords", "--max-ngram", 4, "--buckets", 100, "--dim", 4, "--epochs", 1]
     assert run("train", text, "-o", tmp_path / "v.bin", *flags)[0] == 0
     vectors = Vectors.load(tmp_path / "v.bin")
@@ -335,7 +335,16 @@ def test_train_writes_subwords_as_a_model_of_fasttext(text, tmp_path):
     assert (ngrams.minimum, ngrams.maximum, ngrams.buckets) == (3, 4, 100)
     assert "kings" not in vectors
     assert np.abs(vectors["kings"]).max() > 0
-    assert_one_line(*run("train", text, "-o", tmp_path / "v", *flags), "v: --subwords needs a model of fastText.")
+    assert run("train", text, "-o", tmp_path / "v", *flags)[0] == 0
+    assert run("convert", tmp_path / "v", tmp_path / "w.bin", "--to", "fasttext")[0] == 0
+    assert (tmp_path / "w.bin").read_bytes() == (tmp_path / "v.bin").read_bytes()
+    status, out, _ = run("neighbors", tmp_path / "v", "kings", "--json")
+    assert (status, "kings" in out) == (0, True)
+    assert run("train", text, "-o", tmp_path / "u", *flags, "--from", tmp_path / "v.bin")[0] == 0
+    result = run("train", text, "-o", tmp_path / "u", *flags, "--buckets", 9, "--from", tmp_path / "v.bin")
+    assert_one_line(*result, "v.bin: must have n-grams as the arguments say, of 3 to 4 characters in 9 buckets, got")
+    result = run("train", text, "-o", tmp_path / "v.txt", *flags)
+    assert_one_line(*result, "v.txt: must be of safetensors or fasttext with --subwords, which word2vec does not keep.")
     assert_one_line(*run("train", text, "-o", tmp_path / "v.bin", *flags, "--min-ngram", 5), "the shorter first")
 
 

@@ -122,10 +122,13 @@ def test_convert_writes_the_format_asked_for(vectors, tmp_path):
 
 
 def test_convert_reports_dropped_sub_words(tmp_path):
-    status, _, err = run("convert", GENSIM / "lee_fasttext.bin", tmp_path / "o.safetensors")
+    status, _, err = run("convert", GENSIM / "lee_fasttext.bin", tmp_path / "o.txt")
     assert status == 0
-    assert "note: the sub-words are left out" in err.splitlines()[0]
-    assert len(Vectors.load(tmp_path / "o.safetensors")) == 1762
+    assert "note: the sub-words are left out, as only safetensors and fasttext keep them" in err.splitlines()[0]
+    assert len(Vectors.load(tmp_path / "o.txt")) == 1762
+    status, _, err = run("convert", GENSIM / "lee_fasttext.bin", tmp_path / "o.safetensors")
+    assert (status, "note" in err) == (0, False)
+    assert Vectors.load(tmp_path / "o.safetensors").subwords is not None
 
 
 def test_convert_reports_duplicates(tmp_path):

@@ -3,7 +3,7 @@ import pytest
 
 import embax
 from embax import train
-from embax.train._subwords import NgramOptions, OccurringRows, Pieces, pieces_of
+from embax.train._subwords import NgramOptions, pieces_of
 from embax.vocabulary import Vocabulary
 
 DIM = 16
@@ -31,24 +31,56 @@ def test_pieces_share_few_buckets():
     assert pieces.rows == 4
 
 
-def test_rows_of_buckets_that_do_not_occur_are_zeros():
-    pieces = Pieces(np.asarray([0, 2, 3]), np.asarray([0, 2, 1], np.int32), np.asarray([5, 9]))
-    rows = OccurringRows(np.arange(1, 5, dtype=np.float32)[:, None], pieces, 12)
-    assert rows.shape == (14, 1)
-    assert rows.take(np.arange(14), axis=0).ravel().tolist() == [1, 2, 0, 0, 0, 0, 0, 3, 0, 0, 0, 4, 0, 0]
-
-
 @pytest.mark.parametrize("learn", [train.skipgram, train.cbow])
-def test_training_with_subwords_answers_unknown_words_and_writes_fasttext(learn, tmp_path):
+def test_training_with_subwords_answers_unknown_words_and_writes_models(learn, tmp_path):
     vectors = learn(text(), dim=DIM, epochs=4, sample=0, learning_rate=0.1, subwords=True, buckets=4096)
     assert "walker" not in vectors
     assert {token for token, _ in vectors.most_similar("kingdoms", k=3)} == {"kings", "kingly", "kingdom"}
-    vectors.save(tmp_path / "model.bin", format="fasttext")
-    again = embax.Vectors.load(tmp_path / "model.bin")
-    assert again.vocabulary.tokens() == vectors.vocabulary.tokens()
-    np.testing.assert_array_equal(again.weight, vectors.weight)
-    np.testing.assert_array_equal(again["walker"], vectors["walker"])
-    np.testing.assert_array_equal(again.counts, vectors.counts)
+    vectors.save(tmp_path / "v.safetensors")
+    assert (tmp_path / "v.safetensors").stat().st_size < 4 * 4096 * DIM  # only the n-grams that occur
+    embax.Vectors.load(tmp_path / "v.safetensors").save(tmp_path / "model.bin", format="fasttext")
+    for name in ("v.safetensors", "model.bin"):
+        again = embax.Vectors.load(tmp_path / name)
+        assert again.vocabulary.tokens() == vectors.vocabulary.tokens()
+        np.testing.assert_array_equal(again.weight, vectors.weight)
+        np.testing.assert_array_equal(again["walker"], vectors["walker"])
+        np.testing.assert_array_equal(again.counts, vectors.counts)
+
+
+OPTIONS = {"dim": DIM, "sample": 0, "subwords": True, "ngram_lengths": (3, 4), "buckets": 4096, "min_count": 1}
+# So small that no vector moves.
+STILL = {"epochs": 1, "learning_rate": 1e-12}
+
+
+@pytest.mark.parametrize("format", [None, "fasttext", "safetensors"])
+def test_training_with_subwords_continues_from_a_model(format, tmp_path):
+    first = train.skipgram([*text(), ["sings", "singing"] * 2], epochs=2, **OPTIONS)
+    if format is not None:
+        first.save(tmp_path / "model", format=format)
+        first = embax.Vectors.load(tmp_path / "model")
+    epochs = []
+    more = [["walker", "walks", "zzz"]] * 40
+    options = OPTIONS | STILL | {"initial": first, "after_epoch": epochs.append, "held_out": True}
+    vectors = train.skipgram(more, **options)
+    assert set(vectors.vocabulary.tokens()) == {*first.vocabulary.tokens(), "walker", "zzz"}
+    kept = first.vocabulary.tokens()
+    # Words whose n-grams all occurred before are where they were; a mean is rounded in float32.
+    np.testing.assert_allclose(vectors.weight[vectors.vocabulary.ids(kept)], first.weight, rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(vectors["singly"], first["singly"], rtol=1e-5, atol=1e-7)
+    before, after = (x.counts[x.vocabulary.ids("walks")] for x in (first, vectors))
+    assert after == before + 38  # two sequences are held out
+    np.testing.assert_array_equal(epochs[0].vectors.weight, vectors.weight)
+    assert epochs[0].held_out > 0
+
+
+def test_known_ngrams_begin_at_their_vectors_in_new_words():
+    first = train.skipgram(text(), epochs=3, **OPTIONS)
+    vectors = train.skipgram([["walkk", "walks"]] * 9, initial=first, **OPTIONS | STILL)
+    old, new = (x.subwords.vectors(["walk"]) for x in (first, vectors))
+    grams = vectors.subwords.vectors(["walkk"])
+    assert np.abs(grams).max() > 0
+    # "walk" has the n-grams <wa wal alk lk> <wal walk alk>; "walkk" brings none of these back to a random vector.
+    np.testing.assert_allclose(new, old, rtol=1e-5, atol=1e-7)
 
 
 def test_training_with_subwords_reads_vectors_of_words_after_an_epoch():
@@ -69,9 +101,20 @@ def test_training_with_subwords_reads_vectors_of_words_after_an_epoch():
         ({"ngram_lengths": (3, 65)}, ValueError, "at most 64 characters"),
         ({"ngram_lengths": 3}, TypeError, "must be two lengths"),
         ({"buckets": 0}, ValueError, "buckets"),
-        ({"subwords": True, "initial": embax.Vectors(["a"], [[1.0]])}, ValueError, "vectors or sub-words, got both"),
+        (
+            {"subwords": True, "initial": embax.Vectors(["a"], [[1.0]])},
+            ValueError,
+            r"skipgram\(initial=..., subwords=True\)` must have sub-words that are complete and in UTF-8, got none",
+        ),
     ],
 )
 def test_skipgram_refuses_wrong_subword_arguments(arguments, error, match):
     with pytest.raises(error, match=match):
         train.skipgram([["a"]], **arguments)
+
+
+def test_skipgram_refuses_to_continue_with_other_ngrams():
+    first = train.skipgram(text()[:30], epochs=1, **OPTIONS)
+    match = "of 3 to 6 characters in 2,000,000 buckets, got 3 to 4 characters in 4,096 buckets"
+    with pytest.raises(ValueError, match=match):
+        train.skipgram([["a"]], initial=first, subwords=True)

@@ -83,6 +83,7 @@ def convert(
 ) -> None:
     """Write the vectors of a file in another format."""
     import embax.files
+    from embax.files._formats.registry import WITH_SUBWORDS
 
     with in_one_line(output):
         target = embax.files.format_to_write(output, to)
@@ -95,8 +96,8 @@ def convert(
             dtype=_dtype(dtype),
             **reading._asdict(),
         )
-    if contents.subwords is not None and target != "fasttext":
-        note(f"the sub-words are left out, as only the format fasttext keeps them; {target} has the rows.")
+    if contents.subwords is not None and target not in WITH_SUBWORDS:
+        note(f"the sub-words are left out, as only {' and '.join(WITH_SUBWORDS)} keep them; {target} has the rows.")
         contents = contents._replace(subwords=None)
     with in_one_line(output), waiting(f"writing {name_of(os.path.basename(output), 'standard output')}"):
         embax.files.save(output, contents, format=target)

@@ -75,8 +75,8 @@ def train(
         bool,
         typer.Option(
             "--subwords",
-            help="Learn vectors of n-grams of characters, too, so that unknown words get vectors. Writes a model of "
-            "fastText, .bin.",
+            help="Learn vectors of n-grams of characters, too, so that unknown words get vectors. A .bin is then a "
+            "model of fastText.",
         ),
     ] = False,
     min_ngram: Annotated[
@@ -87,7 +87,7 @@ def train(
     ] = 6,
     buckets: Annotated[
         int,
-        typer.Option(callback=at_least_one, help="With --subwords, the rows for n-grams, all of which the file has."),
+        typer.Option(callback=at_least_one, help="With --subwords, the rows for n-grams, all of which a .bin has."),
     ] = 2_000_000,
     max_vocabulary: Annotated[
         int,
@@ -300,6 +300,7 @@ def _train(
     """Train; the first process also follows the run and writes the vectors."""
     import embax.files
     import embax.train
+    from embax.files._formats.registry import WITH_SUBWORDS
     from embax.train._input.sources import expanded
 
     (output, second), start = written, starts[0]
@@ -307,8 +308,11 @@ def _train(
         format = embax.files.format_to_write(output, to)
     with in_one_line(second):
         format_of_second = None if second is None else embax.files.format_to_write(second)
-    if "subwords" in options and format != "fasttext":
-        raise UserError(f"{output}: --subwords needs a model of fastText. Name a file .bin, or add --to fasttext.")
+    if "subwords" in options and format not in WITH_SUBWORDS:
+        raise UserError(
+            f"{output}: must be of {' or '.join(WITH_SUBWORDS)} with --subwords, which {format} does not keep. Name a "
+            "file .safetensors or .bin."
+        )
     if is_first:
         for path in filter(None, written):
             embax.files.check_writable(path)

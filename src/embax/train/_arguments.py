@@ -14,6 +14,7 @@ from . import _initial
 from ._engines import native as _native
 from ._engines.engine import Model, Options
 from ._loop import Epoch, Progress
+from ._subwords import NgramOptions
 
 EngineName = Literal["auto", "native", "xla"]
 # The size of a vector, if nothing else is asked for.
@@ -58,11 +59,6 @@ def checked(call: str, model: Model, given: Arguments) -> tuple[Arguments, Optio
             "both."
         )
     _initial.checked(f"{call}(initial_second=...)", given.initial_second, dim)
-    if given.initial is not None and given.subwords:
-        raise ValueError(
-            f"`{call}(initial=..., subwords=...)` must be vectors or sub-words, got both: n-grams cannot continue from "
-            "vectors. Leave one out."
-        )
     names = "buckets", "window", "negative", "epochs", "min_count", "checkpoint_every", "threads", "max_vocabulary"
     sizes = {name: _at_least_one(f"{call}({name}=...)", getattr(given, name)) for name in names}
     given = given._replace(
@@ -76,6 +72,8 @@ def checked(call: str, model: Model, given: Arguments) -> tuple[Arguments, Optio
         ngram_lengths=_lengths(f"{call}(ngram_lengths=...)", given.ngram_lengths),
         engine=_check.choice(f"{call}(engine=...)", given.engine, ("auto", "native", "xla")),
     )
+    if given.initial is not None and given.subwords:
+        _initial.check_subwords(call, given.initial, NgramOptions(*given.ngram_lengths, given.buckets))
     if given.engine == "native" and (reason := _native.lacking(given.mesh)):
         raise ValueError(f"`{call}(engine=...)` must be 'auto' or 'xla' here, got 'native': {reason}. Leave it out.")
     if given.threads > 1 and (given.engine == "xla" or (given.engine == "auto" and not _native.is_best(given.mesh))):

@@ -2,18 +2,21 @@
 
 For instance, with n-grams of 3 characters, "cat" has the pieces `cat, <ca, cat, at>`: its own row, and a row for each
 n-gram. The vector of "cat" is their mean. Rows of words come first; behind them, training has rows only for the buckets
-of hashes that occur. A file has all buckets; the others are zeros.
+of hashes that occur.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float32, Int32, Int64
 
 from ..files._formats.fasttext.model import Arguments
+from ..files._formats.fasttext.occurring import OccurringRows
 from ..files._formats.fasttext.subwords import Ngrams, Subwords, means_of, numbered
 from ..vocabulary import Vocabulary
 from ._engines.engine import Model, Options
+
+_NO_BUCKETS = np.zeros(0, np.int64)
 
 
 class NgramOptions(NamedTuple):
@@ -42,30 +45,6 @@ class Pieces(NamedTuple):
         return self.words + len(self.used)
 
 
-class OccurringRows:
-    """The rows of words and of all buckets. Only the buckets that occur are stored; the rows of all others are zeros.
-
-    Args:
-      rows: The rows of words, then the rows of the buckets that occur.
-      pieces: Which buckets these are.
-      buckets: The number of all buckets.
-    """
-
-    def __init__(self, rows: Float32[np.ndarray, "rows dim"], pieces: Pieces, buckets: int):
-        self._rows, self._words, self._used = rows, pieces.words, pieces.used
-        self.shape = pieces.words + buckets, rows.shape[1]
-
-    def take(self, indices: Any, axis: int = 0) -> Float32[np.ndarray, "some dim"]:
-        """Return rows by their numbers."""
-        indices = np.asarray(indices, np.int64)
-        places = np.searchsorted(self._used, indices - self._words)
-        exists = np.append(self._used, -1)[places] == indices - self._words
-        rows = np.where(indices < self._words, indices, np.where(exists, self._words + places, 0))
-        found = self._rows[rows]
-        found[(indices >= self._words) & ~exists] = 0
-        return found
-
-
 def pieces_of(vocabulary: Vocabulary, options: NgramOptions) -> Pieces:
     """Cut words into n-grams, and number the rows of their hashes.
 
@@ -91,20 +70,25 @@ def pieces_of(vocabulary: Vocabulary, options: NgramOptions) -> Pieces:
     return Pieces(starts, ids, used)
 
 
+class InputRows(NamedTuple):
+    """The rows of an input table, with what they stand for."""
+
+    vocabulary: Vocabulary
+    counts: Int64[np.ndarray, " words"]
+    rows: Float32[np.ndarray, "rows dim"]  # of the words, then of the buckets
+    used: Int64[np.ndarray, " buckets"] = _NO_BUCKETS  # those that have rows, rising
+
+
 def finished(
-    vocabulary: Vocabulary,
-    pieces: Pieces,
-    rows: Float32[np.ndarray, "rows dim"],
-    ngram_options: NgramOptions,
-    options: Options,
+    trained: InputRows, ngram_options: NgramOptions, options: Options
 ) -> tuple[Float32[np.ndarray, "words dim"], Subwords]:
     """The vectors of all words, bit for bit as fastText computes them from the rows; and the sub-words."""
-    own = np.arange(len(vocabulary))
-    stored = OccurringRows(rows, pieces, ngram_options.buckets)
+    own = np.arange(len(trained.vocabulary))
+    stored = OccurringRows(trained.rows, trained.used, ngram_options.buckets)
     ngrams = Ngrams(stored, len(own), *ngram_options)
     arguments = Arguments(options.dim, options.window, neg=options.negative, model=_model(options.model))
-    subwords = Subwords(ngrams, vocabulary, own, arguments=tuple(arguments))
-    found = [mean for _, _, mean in means_of(ngrams, subwords.encoded(vocabulary), own)]
+    subwords = Subwords(ngrams, trained.vocabulary, own, arguments=tuple(arguments))
+    found = [mean for _, _, mean in means_of(ngrams, subwords.encoded(trained.vocabulary), own)]
     return np.concatenate(found), subwords
 
 

@@ -22,7 +22,7 @@ from ._input.release import release_memory
 from ._loop import Epoch, Progress, Run, train
 from ._parts import Parts, parts_of
 from ._resume import Checkpoints, fingerprint
-from ._subwords import NgramOptions, Pieces, finished, pieces_of
+from ._subwords import InputRows, NgramOptions, Pieces, finished, pieces_of
 
 
 def skipgram(
@@ -88,7 +88,8 @@ def skipgram(
       initial_second: With `initial`, the second table (the vectors `u`) of the run that made it, from `keep_second`.
         Default: the second table begins at zero, since files of vectors do not have it, and is learned anew first.
       subwords: Whether the vector of a word is the mean of a vector of its own and the vectors of its n-grams
-        (Bojanowski et al.). The result then has vectors for unknown words, too, and is saved as a model of fastText.
+        (Bojanowski et al.). The result then has vectors for unknown words, too; safetensors and models of fastText
+        keep them. With `initial`, that must have sub-words with the same options, and n-grams begin at their vectors.
       ngram_lengths: With `subwords`, the lengths of the shortest and the longest n-grams, in characters; "<" and ">"
         around a word count.
       buckets: With `subwords`, the number of rows for n-grams, which are chosen by hashes, as in fastText. Memory
@@ -305,26 +306,30 @@ def _learned(model: Model, sequences: Iterable[Iterable[str | int]], given: Argu
     def made(inputs: Float32[np.ndarray, "rows dim"]) -> Vectors:
         metadata = {"engine": engine.name, "model": model}
         if ngrams is None or pieces is None:
-            return _initial.joined(given.initial, vocabulary, inputs, counts, metadata)
-        weight, of_ngrams = finished(vocabulary, pieces, inputs, ngrams, options)
-        return Vectors(of_ngrams.vocabulary, weight, counts, of_ngrams, metadata)
+            return _initial.joined(given.initial, InputRows(vocabulary, counts, inputs), metadata)
+        trained = _initial.joined_pieces(given.initial, InputRows(vocabulary, counts, inputs, pieces.used))
+        weight, of_ngrams = finished(trained, ngrams, options)
+        return Vectors(trained.vocabulary, weight, trained.counts, of_ngrams, metadata)
 
     def after_epoch(call_back: Callable[[Epoch], object], number: int, learned: Learned) -> object:
         inputs = learned[0].view()
         inputs.flags.writeable = False  # those of the last epoch become the result
         of_words = made(inputs)
-        weight = inputs if pieces is None else of_words.weight
+        weight = inputs if pieces is None else of_words.weight[of_words.vocabulary.ids(vocabulary.tokens())]
         loss = None if held_out is None else held_out.loss(weight, learned[1])
         return call_back(Epoch(number, given.epochs, of_words, loss))
 
     call_back = None if given.after_epoch is None else functools.partial(after_epoch, given.after_epoch)
     run = Run(given.epochs, int(counts.sum()), given.learning_rate, given.progress, call_back)
-    known = _initial.known_of(given.initial, vocabulary), _initial.known_of(given.initial_second, vocabulary)
-    inputs, outputs = train(engine, run, known, saved)
+    if pieces is None:
+        known = _initial.known_of(given.initial, vocabulary)
+    else:
+        known = _initial.known_pieces(given.initial, vocabulary, pieces)
+    inputs, outputs = train(engine, run, (known, _initial.known_of(given.initial_second, vocabulary)), saved)
     if given.keep_second is not None:
         metadata = {"engine": engine.name, "model": model, "table": "second"}
-        second = np.ascontiguousarray(outputs)
-        given.keep_second(_initial.joined(given.initial_second, vocabulary, second, counts, metadata))
+        second = InputRows(vocabulary, counts, np.ascontiguousarray(outputs))
+        given.keep_second(_initial.joined(given.initial_second, second, metadata))
         del second
     del outputs
     return made(inputs)

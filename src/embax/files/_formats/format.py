@@ -23,3 +23,4 @@ class Format(NamedTuple):
     write: Callable[[str | os.PathLike[str], Contents], None]
     # Raises a ValueError if the format cannot be written to a path. Called before long work.
     check: Callable[[str | os.PathLike[str]], None] = lambda path: None
+    keeps_subwords: bool = False  # whether `write` keeps sub-words

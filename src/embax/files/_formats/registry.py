@@ -27,6 +27,8 @@ BY_NAME = {format.name: format for format in ALL}
 
 # The names of the formats.
 FORMATS: tuple[str, ...] = tuple(BY_NAME)
+# Those that keep sub-words.
+WITH_SUBWORDS = tuple(format.name for format in ALL if format.keeps_subwords)
 
 
 def recognised(source: Source) -> Format:

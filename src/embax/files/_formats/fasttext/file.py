@@ -188,4 +188,5 @@ FORMAT = Format(
     lambda source: starts_like_a_model(source.start),
     read_fasttext,
     write_fasttext,
+    keeps_subwords=True,
 )

@@ -12,6 +12,7 @@ from ....vocabulary import Vocabulary
 from ..._io.atomic import replacing
 from ..._io.contents import Contents
 from .model import BEHIND, LONGEST_WORD, MAGIC, SUPERVISED, VERSIONS, Arguments
+from .occurring import rows_of
 from .subwords import Subwords
 
 _ROWS = 1 << 14
@@ -53,10 +54,8 @@ def write_fasttext(path: str | os.PathLike[str], contents: Contents) -> None:
         else:
             for block in subwords.own_rows(vocabulary, weight):
                 file.write(_bytes_of(block))
-            first = subwords.ngrams.first
-            for start in range(0, buckets, _ROWS):
-                rows = np.arange(start, min(start + _ROWS, buckets)) + first
-                file.write(_bytes_of(subwords.ngrams.rows.take(rows, axis=0)))
+            for block in rows_of(subwords.ngrams, np.arange(buckets)):
+                file.write(_bytes_of(block))
         file.write(struct.pack("<?qq", False, words.number, dim))
         _write_zeros(file, 4 * words.number * dim)
 

@@ -12,13 +12,16 @@ from ..._io.contents import Contents, Options
 from ..._io.open import Source, opened
 from ..array import table_of
 from ..format import Format
-from .header import FLOATS, Tensor, is_safetensors, read_header
+from . import subwords as _subwords
+from .header import BITS, FLOATS, Tensor, is_safetensors, read_header
+from .written import Written
 
 _METADATA = {"format": "embax.vectors", "version": "1"}
 _SPECIAL = "special"
-# The NumPy dtype, safetensors dtype and number of axes of each tensor except `weight`. Wide dtypes come first, so that
-# each tensor is aligned to the size of its numbers.
+_OWN = (*_METADATA, _SPECIAL, _subwords.NAME)
+# The NumPy dtype, safetensors dtype and number of axes of each tensor except those of rows.
 _LAYOUT = {"counts": ("<i8", "I64", 1), "token_offsets": ("<i8", "I64", 1), "tokens": ("|u1", "U8", 1)}
+_LAYOUT |= _subwords.LAYOUT
 
 
 def write_safetensors(path: str | os.PathLike[str], contents: Contents) -> None:
@@ -27,15 +30,16 @@ def write_safetensors(path: str | os.PathLike[str], contents: Contents) -> None:
     The tensors are `weight` `(rows, dim)` in its own dtype of floats, `tokens` uint8 (the tokens in UTF-8, one after
     the other), `token_offsets` int64 `(rows + 1)` (the byte at which each token begins, and the end of the last one)
     and, if there are counts, `counts` int64 `(rows)`. The metadata are `format=embax.vectors`, `version=1`, if there
-    are special tokens, `special`, their row numbers as JSON, and those of the contents. Bytes of tokens that are not
-    UTF-8 become ``\xNN``. The same contents give the same bytes.
+    are special tokens, `special`, their row numbers as JSON, and those of the contents. Sub-words have a few tensors
+    more, only for those n-grams that occur: `subword_rows` float32 and `subword_buckets` int64. Bytes of tokens that
+    are not UTF-8 become ``\xNN``. The same contents give the same bytes.
 
     Args:
       path: The destination; an existing file is replaced.
       contents: One token and one vector for each row.
 
     Raises:
-      ValueError: If the contents have sub-words, the weight is not a table of floats with a row for each token, a
+      ValueError: If the weight is not a table of floats with a row for each token, the sub-words have another size, a
         token occurs twice, or the metadata have a name of the format's own.
       OSError: If the file cannot be written.
 
@@ -47,31 +51,38 @@ def write_safetensors(path: str | os.PathLike[str], contents: Contents) -> None:
       >>> embax.files.read_safetensors(path).vocabulary.tokens()
       ['a', 'b']
     """
-    contents = contents._replace(vocabulary=contents.vocabulary.escaped())
     dtype = _checked(contents)
-    text, offsets = contents.vocabulary.utf8
-    tensors = {"token_offsets": (np.asarray(offsets, "<i8"), "I64")}
+    vocabulary = contents.vocabulary.escaped()
+    text, offsets = vocabulary.utf8
+    tensors: dict[str, Written] = {}
     if contents.counts is not None:
-        tensors = {"counts": (np.asarray(contents.counts, "<i8"), "I64")} | tensors
-    tensors["weight"] = (np.asarray(contents.weight, FLOATS[dtype]), dtype)
-    tensors["tokens"] = (text, "U8")
+        tensors["counts"] = Written.of(np.asarray(contents.counts, "<i8"), "I64")
+    tensors["token_offsets"] = Written.of(np.asarray(offsets, "<i8"), "I64")
+    tensors["weight"] = Written.of(np.asarray(contents.weight, FLOATS[dtype]), dtype)
+    tensors["tokens"] = Written.of(text, "U8")
     metadata = dict(_METADATA)
-    if contents.vocabulary.special:
-        metadata[_SPECIAL] = json.dumps(contents.vocabulary.special, separators=(",", ":"))
+    if vocabulary.special:
+        metadata[_SPECIAL] = json.dumps(vocabulary.special, separators=(",", ":"))
+    if contents.subwords is not None:
+        of_subwords, metadata[_subwords.NAME] = _subwords.written(contents)
+        tensors |= of_subwords
     metadata |= sorted((contents.metadata or {}).items())
+    # Wide dtypes come first, so that each tensor is aligned to the size of its numbers.
+    tensors = dict(sorted(tensors.items(), key=lambda tensor: -BITS[tensor[1].dtype]))
     # Not by safetensors.numpy.save, which writes the metadata in another order in each call.
     header: dict[str, Any] = {"__metadata__": metadata}
     end = 0
-    for name, (tensor, kind) in tensors.items():
-        begin, end = end, end + tensor.nbytes
-        header[name] = {"dtype": kind, "shape": tensor.shape, "data_offsets": (begin, end)}
+    for name, tensor in tensors.items():
+        begin, end = end, end + tensor.size
+        header[name] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": (begin, end)}
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)
     with replacing(path) as file:
         file.write(len(encoded).to_bytes(8, "little") + encoded)
-        for tensor, _ in tensors.values():
-            # As bytes, because Python's buffers do not support bfloat16.
-            file.write(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data)
+        for tensor in tensors.values():
+            for block in tensor.blocks:
+                # As bytes, because Python's buffers do not support bfloat16.
+                file.write(np.ascontiguousarray(block).reshape(-1).view(np.uint8).data)
 
 
 def read_safetensors(path: str | os.PathLike[str]) -> Contents:
@@ -100,11 +111,6 @@ def read_safetensors(path: str | os.PathLike[str]) -> Contents:
 def _checked(contents: Contents) -> str:
     """Check the contents, and return the dtype of the weight as safetensors names it."""
     where = "embax.files.write_safetensors(contents=...)"
-    if contents.subwords is not None:
-        raise ValueError(
-            f"`{where}` must have no sub-words, got some. Only the .bin format of fastText keeps them: save as that, "
-            "or set subwords=None to leave them out."
-        )
     weight, rows = contents.weight, len(contents.vocabulary)
     written = weight.dtype.newbyteorder("<") if weight.dtype.kind == "f" else weight.dtype
     dtype = next((name for name, dtype in FLOATS.items() if dtype == written), None)
@@ -115,10 +121,10 @@ def _checked(contents: Contents) -> str:
             f"of {rows} tokens, got {weight.dtype} {weight.shape} and {counted} counts. Convert or cut them."
         )
     for name, value in (contents.metadata or {}).items():
-        if not isinstance(name, str) or not isinstance(value, str) or name in (*_METADATA, _SPECIAL):
+        if not isinstance(name, str) or not isinstance(value, str) or name in _OWN:
             raise ValueError(
-                f"`{where}` must have metadata that are strings, by names other than {', '.join(_METADATA)} and "
-                f"{_SPECIAL}, got {name!r}: {value!r}. Rename or convert it."
+                f"`{where}` must have metadata that are strings, by names other than {', '.join(_OWN[:-1])} and "
+                f"{_OWN[-1]}, got {name!r}: {value!r}. Rename or convert it."
             )
     repeated = contents.vocabulary.repeated()
     if repeated.any():
@@ -135,11 +141,15 @@ def _recognises(source: Source) -> bool:
 def _read(source: Source, options: Options) -> Contents:
     metadata, tensors = read_header(source)
     rows = _check_header(source, metadata, tensors)
+    of_subwords = _subwords.checked(source, metadata, tensors)
     found: dict[str, Any] = {}
     for name, tensor in tensors.items():  # in the order of the file, for compressed data
         if name == "weight":
             shape = (tensor.shape[0], tensor.shape[1])
             found[name] = table_of(source, options, FLOATS[tensor.dtype], shape, tensor.begin)
+        elif name == _subwords.ROWS and of_subwords is not None:
+            shape = (tensor.shape[0], tensor.shape[1])
+            found[name] = table_of(source, Options(mmap=options.mmap), FLOATS[tensor.dtype], shape, tensor.begin)
         elif name in _LAYOUT:
             source.skip_to(tensor.begin)
             data = source.read_exactly(tensor.end - tensor.begin, f"`{name}`")
@@ -161,8 +171,9 @@ def _read(source: Source, options: Options) -> Contents:
         vocabulary = Vocabulary.from_utf8(text, offsets, special=special)
     except ValueError as error:
         raise source.error(f"`tokens` must be UTF-8, cut between characters: {error}.") from None
-    others = {name: value for name, value in metadata.items() if name not in (*_METADATA, _SPECIAL)}
-    return Contents(vocabulary, found["weight"], counts, metadata=others or None)
+    subwords = None if of_subwords is None else _subwords.read(source, of_subwords, found, vocabulary)
+    others = {name: value for name, value in metadata.items() if name not in _OWN}
+    return Contents(vocabulary, found["weight"], counts, subwords, others or None)
 
 
 def _check_header(source: Source, metadata: dict[str, str], tensors: dict[str, Tensor]) -> int:
@@ -200,4 +211,4 @@ def _special(source: Source, metadata: dict[str, str], rows: int) -> dict[str, i
     return special
 
 
-FORMAT = Format("safetensors", (".safetensors",), _recognises, _read, write_safetensors)
+FORMAT = Format("safetensors", (".safetensors",), _recognises, _read, write_safetensors, keeps_subwords=True)

@@ -11,7 +11,8 @@ from ..._io.open import Source
 
 # The largest header; the safetensors library has the same limit.
 _MOST_BYTES = 100_000_000
-_BITS = {
+# The bits of a number of each dtype.
+BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "U32": 32, "I32": 32, "U64": 64, "I64": 64,
     "F16": 16, "BF16": 16, "F32": 32, "F64": 64, "C64": 64,
     "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
@@ -86,9 +87,9 @@ def _tensor(source: Source, name: str, entry: Any, begin: int) -> Tensor:
         raise _damaged(source, f"the entry of tensor {name!r} is not one") from None
     if any(type(number) is not int or number < 0 for number in numbers) or len(offsets) != 2 or len(entry) != 3:
         raise _damaged(source, f"the shape or the offsets of tensor {name!r} are not numbers from 0 on")
-    if not isinstance(dtype, str) or dtype not in _BITS:
+    if not isinstance(dtype, str) or dtype not in BITS:
         raise _damaged(source, f"tensor {name!r} is of the unknown dtype {dtype!r}")
-    bits = _BITS[dtype]
+    bits = BITS[dtype]
     for length in shape:
         bits *= length
         if bits > 1 << 64:  # stop early: a long shape would give enormous numbers
