@@ -185,7 +185,7 @@ void combine(Case& c) {
 void pool(Case& c) {
   const bool ragged = c.c.one_in(2);
   const int64_t bags = ragged ? c.c.below(80) : c.c.one_in(2) ? c.number : c.number ? 1 : 0;
-  Array table = c.numbers(c.dtype, c.shape(c.rows)), out(c.accumulator, c.shape(bags), c.offset);
+  Array table = c.numbers(c.dtype, c.shape(c.rows));
   Array offsets(XLA_FFI_DataType_S32, {ragged ? bags + 1 : 0}, c.offset);
   Array factors = c.numbers(c.accumulator, {c.c.one_in(2) ? 0 : c.number});
   int64_t at = 0;
@@ -194,8 +194,18 @@ void pool(Case& c) {
     at += c.c.below(2 * c.number / (bags + 1) + 2);
   }
   if (c.c.one_in(4)) c.fill_ids(offsets, c.number);
-  c.run(EmbaxPool, {&table, &c.ids, &offsets, &factors}, {&out},
-        {{"nan", narrow(c.c.below(2))}, {"wrap", narrow(c.c.below(2))}});
+  // One part of all bags, or two with a gap between them.
+  const int64_t first = c.c.one_in(2) ? 0 : c.c.below(bags + 1), second = first + c.c.below(bags - first + 1);
+  const int64_t parts = c.c.one_in(2) ? 1 : 2;
+  Array firsts(XLA_FFI_DataType_S32, {parts});
+  firsts.as<int32_t>()[0] = parts == 1 ? 0 : static_cast<int32_t>(first ? c.c.below(first) : 0);
+  if (parts == 2) firsts.as<int32_t>()[1] = static_cast<int32_t>(second);
+  Array out(c.accumulator, c.shape(parts == 1 ? bags : first - firsts.as<int32_t>()[0]), c.offset);
+  Array other(c.accumulator, c.shape(bags - second), c.offset);
+  std::vector<Array*> outs{&out};
+  if (parts == 2) outs.push_back(&other);
+  c.run(EmbaxPool, {&table, &c.ids, &offsets, &factors, &firsts}, outs,
+        {{"nan", narrow(c.c.below(2))}, {"number", wide(bags)}, {"wrap", narrow(c.c.below(2))}});
 }
 
 void step(Case& c) {

@@ -1,5 +1,6 @@
 // XLA's calls of the primitives.
 #include <limits>
+#include <vector>
 
 #include "arguments.h"
 #include "exports.h"
@@ -67,16 +68,16 @@ ffi::Error combine(ffi::ThreadPool threads, ffi::AnyBuffer ids, ffi::AnyBuffer v
 }
 
 ffi::Error pool(ffi::ThreadPool threads, ffi::AnyBuffer table, ffi::AnyBuffer ids, ffi::AnyBuffer offsets,
-                ffi::AnyBuffer factors, ffi::Result<ffi::AnyBuffer> out, int32_t nan, int32_t wrap) {
+                ffi::AnyBuffer factors, ffi::AnyBuffer firsts, ffi::RemainingRets outs, int64_t number, int32_t nan,
+                int32_t wrap) {
   return guarded([&] {
-    const Named of_table{"table", table}, of_ids{"ids", ids}, of_offsets{"offsets", offsets}, of_out{"out", *out};
+    const Named of_table{"table", table}, of_ids{"ids", ids};
+    const Named of_offsets{"offsets", offsets}, of_firsts{"firsts", firsts};
     const Table rows = table_of(of_table);
     Ids which = ids_of(of_ids);
     if (wrap) which.from_end = rows.rows;
-    if (of_out.rank() < 1) refuse(of_out, "of one axis or more");
-    Bags bags{of_out.axis(0), nullptr, factors_of({"factors", factors}, which.number)};
-    expect_dtype(of_out, accumulator_of(of_table));
-    expect_rows(of_out, of_table, bags.number);
+    if (number < 0 || number > std::numeric_limits<int32_t>::max()) refuse(of_ids, "of 0 to 2,147,483,647 bags");
+    Bags bags{number, nullptr, factors_of({"factors", factors}, which.number)};
     expect_dtype(of_offsets, ffi::S32);
     if (of_offsets.size() > 0) {
       expect_shape(of_offsets, {bags.number + 1});
@@ -84,10 +85,28 @@ ffi::Error pool(ffi::ThreadPool threads, ffi::AnyBuffer table, ffi::AnyBuffer id
     } else if (bags.number == 0 ? which.number != 0 : which.number % bags.number != 0) {
       refuse(of_ids, "as many ids for each of " + std::to_string(bags.number) + " bags");
     }
+    expect_dtype(of_firsts, ffi::S32);
+    expect_shape(of_firsts, {static_cast<int64_t>(outs.size())});
+    std::vector<void*> data;
+    std::vector<int64_t> sizes;
+    Parts parts{static_cast<int64_t>(outs.size()), nullptr, static_cast<const int32_t*>(of_firsts.data()), nullptr};
+    for (int64_t k = 0; k < parts.number; ++k) {
+      const Named out{"out", *outs.get<ffi::AnyBuffer>(k).value()};
+      if (out.rank() < 1) refuse(out, "of one axis or more");
+      expect_dtype(out, accumulator_of(of_table));
+      expect_rows(out, of_table, out.axis(0));
+      if (parts.firsts[k] < 0 || out.axis(0) > bags.number - parts.firsts[k]) {
+        refuse(out, "of bags below " + std::to_string(bags.number));
+      }
+      data.push_back(out.data());
+      sizes.push_back(out.axis(0));
+    }
+    parts.data = data.data();
+    parts.sizes = sizes.data();
     const std::string fill = fill_row(of_table, nan);
     Threads on(threads);
     request_large_pages(table);
-    kernels().pool(on.pool(), rows, which, bags, fill.data(), of_out.data());
+    kernels().pool(on.pool(), rows, which, bags, fill.data(), parts);
   });
 }
 
@@ -134,6 +153,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(EmbaxPool, embax::pool,
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
-                                  .Ret<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .RemainingRets()
+                                  .Attr<int64_t>("number")
                                   .Attr<int32_t>("nan")
                                   .Attr<int32_t>("wrap"));

@@ -65,6 +65,14 @@ struct Bags {
   Factors factors;
 };
 
+// Arrays that each hold the results of some bags: array k has `sizes[k]` of them, from bag `firsts[k]` on.
+struct Parts {
+  int64_t number;
+  void* const* data;
+  const int32_t* firsts;
+  const int64_t* sizes;
+};
+
 enum class Optimizer : int { sgd, adagrad, rowwise_adagrad, adam, rowwise_adam };
 
 // Weight decay: none, added to the gradient before all else, or to the update before the learning rate.
@@ -126,9 +134,9 @@ struct Kernels {
   // The sums of the gradients of each distinct id, and how many there are. Behind them, ids are `rows`, sums zero.
   int64_t (*combine)(const Pool&, int64_t rows, Ids, const Gradients&, void* out_ids, void* out_sums);
 
-  // out[b] = the sum of the rows of bag b times their factors. The smallest id counts not at all, unless ids count from
-  // the end; `fill` is one row.
-  void (*pool)(const Pool&, Table, Ids, const Bags&, const void* fill, void* out);
+  // The sum of the rows of each bag times their factors, for the bags in `out`. The smallest id counts not at all, unless
+  // ids count from the end; `fill` is one row.
+  void (*pool)(const Pool&, Table, Ids, const Bags&, const void* fill, const Parts& out);
 
   // One step of an optimizer on the rows with an id, in place.
   void (*step)(const Pool&, const Step&, Table, State, Ids, const Gradients&);

@@ -33,13 +33,14 @@ class BagSum {
     return bags_.offsets ? larger(0, smaller(bags_.offsets[bag], ids_.number)) : bag * length_;
   }
 
+  // Sums bags; the first one's is written to `out`, and the others behind it.
   void some(int64_t from, int64_t to, A* out, A* memory) const {
     const int64_t row_bytes = width_ * static_cast<int64_t>(sizeof(T)), ahead = distance(row_bytes);
     const int64_t last = start(to);
     for (int64_t i = start(from); i < smaller(start(from) + ahead, last); ++i) fetch_to_read(row(ids_[i]), row_bytes);
     for (int64_t bag = from; bag < to; ++bag) {
       const int64_t begin = start(bag), end = start(bag + 1);
-      A* sum = out + bag * width_;
+      A* sum = out + (bag - from) * width_;
       if (end - begin <= kChunk) {
         chunk(begin, end, last, sum);
         continue;
@@ -82,7 +83,7 @@ class BagSum {
   const T* fill_;
 };
 
-inline void pool(const Pool& threads, Table table, Ids ids, const Bags& bags, const void* fill, void* out) {
+inline void pool(const Pool& threads, Table table, Ids ids, const Bags& bags, const void* fill, const Parts& out) {
   with_dtype(table.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     using A = Accumulator<T>;
@@ -91,7 +92,12 @@ inline void pool(const Pool& threads, Table table, Ids ids, const Bags& bags, co
     in_pieces(threads, bags.number, ids_each * table.width * static_cast<int64_t>(sizeof(T)),
               [&](int64_t from, int64_t to) {
                 auto* memory = reinterpret_cast<A*>(scratch(Holder::part, sum.memory(table.width) * sizeof(A)));
-                sum.some(from, to, static_cast<A*>(out), memory);
+                for (int64_t k = 0; k < out.number; ++k) {
+                  const int64_t first = out.firsts[k];
+                  const int64_t begin = larger(from, first), end = smaller(to, first + out.sizes[k]);
+                  auto* own = static_cast<A*>(out.data[k]);
+                  if (begin < end) sum.some(begin, end, own + (begin - first) * table.width, memory);
+                }
               });
   });
 }

@@ -364,6 +364,21 @@ def test_stacked_tables_need_the_gathers_of_one(mode, length):
     assert gathers == of_one == (length if by_places else 1) + (mode == "max") * (of_one - 1)
 
 
+@pytest.mark.skipif(not has("pool"), reason="kernels are not installed, or switched off")
+@pytest.mark.parametrize("ragged", [False, True])
+def test_a_kernel_writes_each_feature_by_itself(ragged):
+    collection, batch = like_tables("sum", 3)
+    if ragged:
+        offsets = jax.ShapeDtypeStruct((17,), jnp.int32)
+        batch = {name: jax.eval_shape(Ragged, jax.ShapeDtypeStruct((48,), jnp.int32), offsets) for name in batch}
+    program = compiled_as_for_users(lambda c, b: c(b), collection, batch)
+    (call,) = (line for line in program.as_text().splitlines() if "embax_pool" in line)
+    assert call.split(" custom-call(")[0].count("f32[16,8]") == 6
+    # No array of all outputs, nor a mask of ids all of which count.
+    assert "f32[96,8]" not in program.as_text()
+    assert ragged or "pred[96" not in program.as_text()
+
+
 def test_a_step_has_one_scatter_into_the_stack_and_one_into_the_slots():
     collection, batch = like_tables("sum", 3)
     tx = embax.optim.lift(optax.sgd(0.1, momentum=0.9))

@@ -161,6 +161,19 @@ def test_rows_of_bags_are_summed(data):
                 assert (np.abs(np.asarray(got) - want) <= 64 * native.rounding(factors.dtype) * sizes).all()
 
 
+@pytest.mark.parametrize("is_ragged", [False, True])
+def test_sums_of_bags_are_written_to_several_arrays(is_ragged):
+    """Each bag to the array that has it; bags between the arrays, such as unused places, are left out."""
+    rng = np.random.default_rng(4)
+    table, ids = rng.normal(size=(50, 24)).astype(np.float32), rng.integers(0, 50, 9000).astype(np.int32)
+    offsets = np.linspace(0, 9000, 3001).astype(np.int32) if is_ragged else native.NOTHING
+    whole = np.asarray(native.pool(table, ids, 3000, offsets))
+    parts = [(0, 1), (1, 1500), (1502, 0), (1502, 1400), (2903, 97)]
+    for (first, size), got in zip(parts, native.pool_parts(table, ids, 3000, parts, offsets), strict=True):
+        assert got.shape == (size, 24)
+        np.testing.assert_array_equal(got, whole[first : first + size])
+
+
 def test_ids_count_from_the_end_where_they_are_asked_to():
     table = np.arange(1, 5, dtype=np.float32)[:, None]
     for dtype in (np.int32, np.int64):
@@ -221,6 +234,9 @@ INTEGERS = TABLE.astype(jnp.int32)
         (lambda: native.pool(TABLE, IDS, 4), "`ids` must be as many ids for each of 4 bags"),
         (lambda: native.pool(TABLE, IDS, 2, jnp.zeros(4, jnp.int32)), r"`offsets` must be of shape \(3,\)"),
         (lambda: native.pool(TABLE, IDS, 2, factors=IDS), "`factors` must be of dtype float32 or float64"),
+        (lambda: native.pool_parts(TABLE, IDS, 6, [(0, 3), (4, 3)]), "`out` must be of bags below 6"),
+        (lambda: native.pool_parts(TABLE, IDS, 6, [(-1, 3)]), "`out` must be of bags below 6"),
+        (lambda: native.pool_parts(TABLE, IDS[:0], -1, [(0, 1)]), "`ids` must be of 0 to 2,147,483,647 bags"),
         (lambda: native.step("Sgd", [TABLE], IDS, VALUES, [0.1]), r"`scalars` must be of shape \(2,\)"),
         (lambda: native.step("Sgd", [TABLE], IDS, VALUES, [0.1, 0], decay=3), "with a decay of 0, 1 or 2"),
         (

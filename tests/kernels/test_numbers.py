@@ -151,7 +151,7 @@ def test_pool(dtype, ragged):
         given = [jnp.reshape(jnp.asarray(x), shape or (-1,)) for x in (ids, counted, factors)]
         where = jnp.asarray(offsets, jnp.int32) if ragged else None
         return [
-            pool(plain, table, *given[:2], weights, where, nan=nan)
+            pool([plain], table, *given[:2], weights, where, nan=nan)[0]
             for weights in (None, given[2])
             for nan in (False, True)
         ]

@@ -65,9 +65,16 @@ def combine(ids, values, rows, length=1, bag_of=NOTHING, factors=NO_FACTORS):
 
 
 def pool(table, ids, bags, offsets=NOTHING, factors=NO_FACTORS, nan=0, wrap=0):
-    out = jax.ShapeDtypeStruct((bags, *table.shape[1:]), accumulator(table.dtype))
-    attributes = {"nan": np.int32(nan), "wrap": np.int32(wrap)}
-    return jax.ffi.ffi_call("raw_Pool", out)(table, ids, offsets, factors, **attributes)
+    (out,) = pool_parts(table, ids, bags, [(0, bags)], offsets, factors, nan, wrap)
+    return out
+
+
+def pool_parts(table, ids, bags, parts, offsets=NOTHING, factors=NO_FACTORS, nan=0, wrap=0):
+    """The sums of some bags in several arrays: the first bag of each, and how many it has."""
+    out = [jax.ShapeDtypeStruct((size, *table.shape[1:]), accumulator(table.dtype)) for _, size in parts]
+    firsts = np.asarray([first for first, _ in parts], np.int32)
+    attributes = {"number": np.int64(bags), "nan": np.int32(nan), "wrap": np.int32(wrap)}
+    return jax.ffi.ffi_call("raw_Pool", out)(table, ids, offsets, factors, firsts, **attributes)
 
 
 def step(name, arrays, ids, values, scalars, length=1, bag_of=NOTHING, factors=NO_FACTORS, decay=0, wrap=0, **more):

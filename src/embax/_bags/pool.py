@@ -225,7 +225,8 @@ def _held_sum(
         total = add(terms, start, inputs, counted, weights)
     else:
         total = _by_pieces(add, terms, start, inputs, counted, weights, offsets)
-    return table.storage.bags_by_kernel(total, table, ids, counted, weights, offsets, given)
+    (total,) = table.storage.bags_by_kernel([total], table, ids, counted, weights, offsets, given)
+    return total
 
 
 def _terms(

@@ -190,20 +190,22 @@ class OneArray(Storage):
 
     def bags_by_kernel(
         self,
-        plain: Array,
+        plain: Sequence[Array],
         table: Any,
         ids: Array,
         counted: Array,
         weights: Array | None,
         offsets: Array | None,
         given: Array | None = None,
-    ) -> Array:
+        firsts: Sequence[int] = (0,),
+    ) -> Sequence[Array]:
         """Sum by a kernel, on a CPU; tables with `max_norm` have no kernel."""
         if table.max_norm is not None:
             return plain
         places, nan = self.positions(ids, table.weight.shape[0]), table.out_of_range != "zero"
         given = given if places is ids else None
-        return _pool.pool(plain, table.weight, places, counted, weights, offsets, nan=nan, given=given)
+        how = {"nan": nan, "given": given, "firsts": firsts}
+        return _pool.pool(plain, table.weight, places, counted, weights, offsets, **how)
 
     def summed_by(self, bags: Array, terms: Array, number: int) -> Array:
         """Scatter-add the terms into zeros."""

@@ -264,15 +264,19 @@ class Storage(abc.ABC):
 
     def bags_by_kernel(
         self,
-        plain: Float[Array, "*bags_dim"],
+        plain: Sequence[Float[Array, "*bags_dim"]],
         table: Any,
         ids: Int[Array, "*batch"],
         counted: Bool[Array, "*batch"],
         weights: Float[Array, "*batch"] | None,
         offsets: Int32[Array, " bags_and_1"] | None,
         given: Int[Array, "*batch"] | None = None,
-    ) -> Float[Array, "*bags_dim"]:
-        """Sum the rows of bags by a kernel; return the plain sums if there is no kernel. `given` is as in `take`."""
+        firsts: Sequence[int] = (0,),
+    ) -> Sequence[Float[Array, "*bags_dim"]]:
+        """Sum the rows of bags by a kernel; return the plain sums if there is no kernel.
+
+        The sums are one array, or are cut into several: `firsts` is the first bag of each. `given` is as in `take`.
+        """
         return plain
 
     @abc.abstractmethod

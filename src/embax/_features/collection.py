@@ -62,6 +62,7 @@ class _Input(NamedTuple):
     stack: int
     ids: Int[Array, "*batch"]  # row numbers in the stack; its number of rows is the sentinel
     counted: Bool[Array, "*batch"]  # which ids count when they are pooled
+    all_count: bool  # whether all do, whatever they are
     weights: Float[Array, "*batch"] | None
     layout: _pool.BagLayout
 
@@ -214,12 +215,12 @@ class Collection:
             )
         rows = _ids.resolve(ids, member.rows, stack.out_of_range)
         counted = _pool.is_used(layout, ids) & ~_ids.is_padding(rows, member.padding_idx)
+        all_count = layout.offsets is None and member.padding_idx is None
         exists = (rows >= 0) & (rows < member.rows)
         if feature.mode is not None:
             exists &= counted
-        return _Input(
-            feature, member.stack, jnp.where(exists, rows + member.start, stack.rows), counted, checked, layout
-        )
+        rows = jnp.where(exists, rows + member.start, stack.rows)
+        return _Input(feature, member.stack, rows, counted, all_count, checked, layout)
 
     def _kind(self, part: _Input) -> tuple[PyTree, ...]:
         """A key that is equal for features that can be read together."""
@@ -340,15 +341,20 @@ def _read_together(table: Table, parts: Sequence[_Input]) -> list[Shaped[Array, 
     )
     if layout.offsets is None:
         layout = _pool.BagLayout(counted.shape[:1], None)
+    if all(part.all_count for part in parts):  # XLA would not find out from many parts
+        counted = jnp.ones(counted.shape, bool)
     mode = "max" if parts[0].feature.mode == "max" else "sum"
     total = _pool.pool_rows(table, ids, counted, weights, layout, mode)
     # A Ragged feature that is read by itself has no bags of other features, so there is nothing to split.
     alone = table.storage.pools_apart and layout.offsets is not None
     cut = [total] if alone else table.storage.parted(total, sizes)
+    cut = [own[: math.prod(part.layout.shape)] for own, part in zip(cut, parts, strict=True)]
+    if mode == "sum" and len(parts) > 1:  # a kernel writes each array by itself, and not all of them into one
+        firsts = [0, *itertools.accumulate(sizes)][:-1]
+        cut = table.storage.bags_by_kernel(cut, table, ids, counted, weights, layout.offsets, firsts=firsts)
     out = []
     for own, part in zip(cut, parts, strict=True):
-        bags = math.prod(part.layout.shape)
-        own = jnp.reshape(own[:bags], (*part.layout.shape, *table.dim))
+        own = jnp.reshape(own, (*part.layout.shape, *table.dim))
         own = _pool.divided(own, part.counted, part.weights, part.layout, part.feature.mode or "sum")
         out.append(own.astype(table.dtype))
     return out

@@ -20,7 +20,7 @@ is not known, the result is XLA's:
 
 import math
 from collections.abc import Callable, Hashable, Sequence
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -58,16 +58,16 @@ def primitive(
     by_kernel: Callable[..., list[Array]],
     batched: Batched | None = None,
     *,
-    results: int = 1,
+    results: int | str = 1,
     plain_derivative: bool = False,
 ) -> Primitive:
-    """Make a primitive. Its arguments are `results` plain results, and then the arguments of the kernel.
+    """Make a primitive. Its arguments are the plain results, and then the arguments of the kernel.
 
     Args:
       name: The name of the kernel in the library.
       by_kernel: Calls the kernel by `call`, given the types of the results and then the other arguments.
       batched: Computes lanes of vmap by the kernel. Default: the plain results are used under vmap.
-      results: The number of results.
+      results: The number of results, or the name of a parameter that is a tuple with an entry for each of them.
       plain_derivative: Whether the plain value is used when it is differentiated; needed if the kernel orders rows
         differently.
 
@@ -76,40 +76,44 @@ def primitive(
     """
     made = Primitive(f"embax_{name}")
     made.multiple_results = True
-    made.def_impl(lambda *args, **_: list(args[:results]))
-    made.def_abstract_eval(lambda *avals, **_: [aval.update(weak_type=False) for aval in avals[:results]])
+
+    def plain_of(args: Sequence[Any], params: dict[str, Any]) -> list[Any]:
+        return list(args[: results if isinstance(results, int) else len(params[results])])
+
+    made.def_impl(lambda *args, **params: plain_of(args, params))
+    made.def_abstract_eval(lambda *avals, **params: [aval.update(weak_type=False) for aval in plain_of(avals, params)])
 
     def jvp(primals: Sequence[Array], tangents: Sequence[PyTree], **params: Hashable) -> tuple[PyTree, PyTree]:
-        of_plain = list(tangents[:results])
+        of_plain = plain_of(tangents, params)
         moves = any(not isinstance(tangent, ad.Zero) for tangent in of_plain)
-        values = list(primals[:results]) if plain_derivative and moves else made.bind(*primals, **params)
+        values = plain_of(primals, params) if plain_derivative and moves else made.bind(*primals, **params)
         return values, of_plain
 
-    def transpose(cotangents: Sequence[PyTree], *args: PyTree, **_: Hashable) -> list[PyTree]:
-        return [*cotangents, *[None] * (len(args) - results)]
+    def transpose(cotangents: Sequence[PyTree], *args: PyTree, **params: Hashable) -> list[PyTree]:
+        return [*cotangents, *[None] * (len(args) - len(cotangents))]
 
     def batch(args: Sequence[Array], axes: Sequence[int | None], **params: Hashable) -> tuple[PyTree, PyTree]:
-        if batched is not None and axes[0] is not None:
+        if batched is not None and len(plain_of(args, params)) == 1 and axes[0] is not None:
             plain = jnp.moveaxis(args[0], axes[0], 0)
             out = batched(plain, args[1:], axes[1:], **params)
             if out is not None:
                 return [out], [0]
-        return list(args[:results]), list(axes[:results])
+        return plain_of(args, params), plain_of(axes, params)
 
     ad.primitive_jvps[made] = jvp
     ad.primitive_transposes[made] = transpose
     batching.primitive_batchers[made] = batch
 
     def called(*args: Array, **params: Hashable) -> list[Array]:
-        outs = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in args[:results]]
-        return by_kernel(outs, *args[results:], **params)
+        outs = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in plain_of(args, params)]
+        return by_kernel(outs, *args[len(outs) :], **params)
 
     kernel = mlir.lower_fun(called, multiple_results=True)
 
     def on_cpu(context: mlir.LoweringRuleContext, *args: PyTree, **params: Hashable) -> PyTree:
-        return kernel(context, *args, **params) if _is_whole(context) else args[:results]
+        return kernel(context, *args, **params) if _is_whole(context) else plain_of(args, params)
 
-    mlir.register_lowering(made, lambda context, *args, **_: args[:results])
+    mlir.register_lowering(made, lambda context, *args, **params: plain_of(args, params))
     mlir.register_lowering(made, on_cpu, platform="cpu")
     return made
 
