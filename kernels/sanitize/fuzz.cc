@@ -45,7 +45,7 @@ class Case {
     const int64_t width = c.one_in(4) ? c.below(300) : c.below(20);
     if (!c.one_in(6)) row.push_back(width);
     if (c.one_in(6)) row.push_back(1 + c.below(2));
-    fill_ids(ids, rows);
+    fill_ids(ids, rows, c.one_in(4));
   }
 
   std::vector<int64_t> shape(int64_t length) const {
@@ -65,9 +65,11 @@ class Case {
     return array;
   }
 
-  void fill_ids(Array& array, int64_t most) {
+  // `rising`: most ids are in the order of the rows, as those of many tables.
+  void fill_ids(Array& array, int64_t most, bool rising = false) {
     for (int64_t k = 0; k < array.size(); ++k) {
-      const int64_t id = any_id(most, array.dtype());
+      const bool in_order = rising && most && !c.one_in(20);
+      const int64_t id = in_order ? k * most / array.size() : any_id(most, array.dtype());
       if (array.dtype() == XLA_FFI_DataType_S64) {
         array.as<int64_t>()[k] = id;
       } else {

@@ -169,3 +169,36 @@ def test_no_gradient_no_division():
         np.testing.assert_array_equal(got[0], [1, 1])
         np.testing.assert_array_equal(got[2], [1, 1])
         assert np.isnan(got[1]).any()
+
+
+def rows_of_tables(rng, number, rows):
+    """The ids of ten tables one after the other."""
+    return np.arange(number) * 10 // number * (rows // 10) + rng.integers(0, rows // 10, number)
+
+
+IDS = {
+    "of tables": rows_of_tables,
+    "of tables, some without a row": lambda rng, number, rows: rows_of_tables(rng, number, rows) - 3,
+    "in order": lambda rng, number, rows: np.sort(rng.integers(0, rows, number)),
+    "mostly of few rows": lambda rng, number, rows: np.sort(np.minimum(rng.geometric(0.3, number), rows - 1)),
+    "one": lambda rng, number, rows: np.full(number, rows - 1),
+    "none": lambda rng, number, rows: np.full(number, rows),
+}
+
+
+@pytest.mark.parametrize("ids_of", IDS.values(), ids=IDS)
+def test_step_of_many_ids_in_ranges_is_exact_for_any_threads(ids_of):
+    """Numbers of few bits, whose sums are exact. Ranges of rows are for one thread each, if they have as many ids."""
+    rng = np.random.default_rng(5)
+    rows, number = 3000, 40_000
+    ids = ids_of(rng, number, rows).astype(np.int32)
+    table, gradient = (rng.integers(-8, 9, (n, 3)).astype(np.float32) / 4 for n in (rows, number))
+    expected, has_row = table.copy(), (ids >= 0) & (ids < rows)
+    np.subtract.at(expected, ids[has_row], gradient[has_row])
+    for threads in (1, 2, 8):
+        native.LIBRARY.embax_kernels_set_threads(threads)
+        try:
+            (found,) = native.step("Sgd", [table.copy()], ids, gradient, [1.0, 0.0])
+            np.testing.assert_array_equal(found, expected)
+        finally:
+            native.LIBRARY.embax_kernels_set_threads(0)
