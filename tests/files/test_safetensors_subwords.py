@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import real
 import safetensors
+from damage import damages, seeds, told
 from fasttext_models import model, quantized
 from safetensors.numpy import save_file
 
@@ -89,9 +90,13 @@ def test_read_returns_written_subwords(saved, used, dtype, mmap):
 
 
 @pytest.mark.parametrize("tokens", [(), ("",), ("a", "b" * 99)])
-def test_read_returns_any_tokens(saved, tokens):
-    expected = contents(tokens=tokens)
-    assert_same(files.load(saved(expected)), expected)
+@pytest.mark.parametrize("used", [(), (3, 4)])
+def test_read_returns_any_tokens(saved, tmp_path, tokens, used):
+    expected = contents(tokens=tokens, used=used)
+    found = files.load(saved(expected))
+    assert_same(found, expected)
+    files.save(tmp_path / "v.bin", found, format="fasttext")
+    assert_same(files.load(tmp_path / "v.bin")._replace(subwords=found.subwords), expected)
 
 
 def test_other_programs_read_the_tensors(saved):
@@ -195,3 +200,21 @@ def test_read_refuses_a_description_that_is_no_object(saved):
     path.write_bytes(path.read_bytes().replace(b'"subwords":"{', b'"subwords":"['))
     with pytest.raises(files.FormatError, match="`subwords` must describe n-grams"):
         files.load(path)
+
+
+@seeds
+@pytest.mark.filterwarnings("ignore::embax.files.DuplicateTokensWarning")
+def test_read_of_any_damage_gives_contents_or_a_format_error(saved, seed):
+    path = saved(contents(dtype=np.float16))
+    whole = path.read_bytes()
+    for name, data in damages(whole, 200, seed, head=1200, pieces=[b'"', b"{", b"0", b"9", b"null", b"true"]):
+        with told(name):
+            path.write_bytes(data)
+            try:
+                found = files.load(path)
+            except files.FormatError:
+                continue
+            if found.subwords is not None:
+                with np.errstate(all="ignore"):
+                    assert found.subwords.vectors(UNKNOWN).shape == (len(UNKNOWN), found.subwords.dim)
+                    own_rows(found)

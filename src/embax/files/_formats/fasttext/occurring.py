@@ -32,10 +32,10 @@ class OccurringRows:
         """Return rows by their numbers."""
         indices = np.asarray(indices, np.int64)
         places = np.searchsorted(self.used, indices - self._words)
-        exists = np.append(self.used, -1)[places] == indices - self._words
-        rows = np.where(indices < self._words, indices, np.where(exists, self._words + places, 0))
-        found = np.array(self.rows[rows])
-        found[(indices >= self._words) & ~exists] = 0
+        exists = (indices < self._words) | (np.append(self.used, -1)[places] == indices - self._words)
+        rows = np.where(indices < self._words, indices, self._words + places)
+        found = np.zeros((len(indices), self.shape[1]), np.float32)
+        found[exists] = self.rows[rows[exists]]
         return found
 
 
