@@ -129,15 +129,21 @@ Attribute narrow(int64_t value) { return {XLA_FFI_DataType_S32, value}; }
 Attribute wide(int64_t value) { return {XLA_FFI_DataType_S64, value}; }
 
 void take(Case& c) {
-  Array table = c.numbers(c.dtype, c.shape(c.rows)), out(c.dtype, c.shape(c.number), c.offset);
+  // The rows in one array or in two.
+  const int64_t first = c.c.one_in(2) ? c.number : c.c.below(c.number + 1);
+  Array table = c.numbers(c.dtype, c.shape(c.rows)), out(c.dtype, c.shape(first), c.offset);
+  Array other(c.dtype, c.shape(c.number - first), c.offset);
+  std::vector<Array*> outs{&out};
+  if (first < c.number || c.c.one_in(2)) outs.push_back(&other);
   const int64_t wrap = c.c.below(2);
-  if (!c.run(EmbaxTake, {&table, &c.ids}, {&out}, {{"nan", narrow(0)}, {"wrap", narrow(wrap)}}) || !c.number) return;
-  const int64_t bytes = out.bytes() / c.number;
+  if (!c.run(EmbaxTake, {&table, &c.ids}, outs, {{"nan", narrow(0)}, {"wrap", narrow(wrap)}}) || !c.number) return;
+  const int64_t bytes = (out.bytes() + other.bytes()) / c.number;
   const std::string missing(bytes, '\0');
   for (int64_t i = 0; i < c.number; ++i) {
     const int64_t row = c.row_of(i, wrap);
     const char* want = row >= 0 && row < c.rows ? table.data() + row * bytes : missing.data();
-    if (std::memcmp(out.data() + i * bytes, want, bytes)) c.wrong("take");
+    const char* found = i < first ? out.data() + i * bytes : other.data() + (i - first) * bytes;
+    if (std::memcmp(found, want, bytes)) c.wrong("take");
   }
 }
 

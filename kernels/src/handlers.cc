@@ -8,19 +8,58 @@
 namespace embax {
 namespace {
 
-ffi::Error take(ffi::ThreadPool threads, ffi::AnyBuffer table, ffi::AnyBuffer ids, ffi::Result<ffi::AnyBuffer> out,
-                int32_t nan, int32_t wrap) {
+// The arrays for the results of a kernel.
+class Results {
+ public:
+  // Each has rows like the table, in a dtype.
+  Results(const ffi::RemainingRets& outs, const Named& table, ffi::DataType dtype) {
+    for (size_t k = 0; k < outs.size(); ++k) {
+      const Named out{"out", *outs.get<ffi::AnyBuffer>(k).value()};
+      if (out.rank() < 1) refuse(out, "of one axis or more");
+      expect_dtype(out, dtype);
+      expect_rows(out, table, out.axis(0));
+      data_.push_back(out.data());
+      sizes_.push_back(out.axis(0));
+      firsts_.push_back(total_);
+      total_ += out.axis(0);
+    }
+  }
+
+  int64_t total() const { return total_; }
+
+  // By default, an array begins where the one before it ends.
+  void begin_at(const Named& firsts, int64_t number) {
+    expect_dtype(firsts, ffi::S32);
+    expect_shape(firsts, {static_cast<int64_t>(data_.size())});
+    for (size_t k = 0; k < data_.size(); ++k) {
+      firsts_[k] = static_cast<const int32_t*>(firsts.data())[k];
+      if (firsts_[k] < 0 || sizes_[k] > number - firsts_[k]) {
+        refuse(firsts, "of arrays that end at " + std::to_string(number) + " or before");
+      }
+    }
+  }
+
+  Parts parts() const { return {static_cast<int64_t>(data_.size()), data_.data(), firsts_.data(), sizes_.data()}; }
+
+ private:
+  std::vector<void*> data_;
+  std::vector<int64_t> firsts_, sizes_;
+  int64_t total_ = 0;
+};
+
+ffi::Error take(ffi::ThreadPool threads, ffi::AnyBuffer table, ffi::AnyBuffer ids, ffi::RemainingRets outs, int32_t nan,
+                int32_t wrap) {
   return guarded([&] {
-    const Named of_table{"table", table}, of_out{"out", *out};
+    const Named of_table{"table", table}, of_ids{"ids", ids};
     const int64_t row_bytes = row_bytes_of(of_table);
-    Ids which = ids_of({"ids", ids});
+    Ids which = ids_of(of_ids);
     if (wrap) which.from_end = of_table.axis(0);
-    expect_dtype(of_out, table.element_type());
-    expect_rows(of_out, of_table, which.number);
+    const Results results(outs, of_table, table.element_type());
+    if (results.total() != which.number) refuse(of_ids, "one for each row of the results");
     const std::string fill = fill_row(of_table, nan);
     Threads on(threads);
     request_large_pages(table);
-    kernels().take(on.pool(), of_table.data(), of_table.axis(0), row_bytes, which, fill.data(), of_out.data());
+    kernels().take(on.pool(), of_table.data(), of_table.axis(0), row_bytes, which, fill.data(), results.parts());
   });
 }
 
@@ -71,8 +110,7 @@ ffi::Error pool(ffi::ThreadPool threads, ffi::AnyBuffer table, ffi::AnyBuffer id
                 ffi::AnyBuffer factors, ffi::AnyBuffer firsts, ffi::RemainingRets outs, int64_t number, int32_t nan,
                 int32_t wrap) {
   return guarded([&] {
-    const Named of_table{"table", table}, of_ids{"ids", ids};
-    const Named of_offsets{"offsets", offsets}, of_firsts{"firsts", firsts};
+    const Named of_table{"table", table}, of_ids{"ids", ids}, of_offsets{"offsets", offsets};
     const Table rows = table_of(of_table);
     Ids which = ids_of(of_ids);
     if (wrap) which.from_end = rows.rows;
@@ -85,28 +123,12 @@ ffi::Error pool(ffi::ThreadPool threads, ffi::AnyBuffer table, ffi::AnyBuffer id
     } else if (bags.number == 0 ? which.number != 0 : which.number % bags.number != 0) {
       refuse(of_ids, "as many ids for each of " + std::to_string(bags.number) + " bags");
     }
-    expect_dtype(of_firsts, ffi::S32);
-    expect_shape(of_firsts, {static_cast<int64_t>(outs.size())});
-    std::vector<void*> data;
-    std::vector<int64_t> sizes;
-    Parts parts{static_cast<int64_t>(outs.size()), nullptr, static_cast<const int32_t*>(of_firsts.data()), nullptr};
-    for (int64_t k = 0; k < parts.number; ++k) {
-      const Named out{"out", *outs.get<ffi::AnyBuffer>(k).value()};
-      if (out.rank() < 1) refuse(out, "of one axis or more");
-      expect_dtype(out, accumulator_of(of_table));
-      expect_rows(out, of_table, out.axis(0));
-      if (parts.firsts[k] < 0 || out.axis(0) > bags.number - parts.firsts[k]) {
-        refuse(out, "of bags below " + std::to_string(bags.number));
-      }
-      data.push_back(out.data());
-      sizes.push_back(out.axis(0));
-    }
-    parts.data = data.data();
-    parts.sizes = sizes.data();
+    Results results(outs, of_table, accumulator_of(of_table));
+    results.begin_at({"firsts", firsts}, number);
     const std::string fill = fill_row(of_table, nan);
     Threads on(threads);
     request_large_pages(table);
-    kernels().pool(on.pool(), rows, which, bags, fill.data(), parts);
+    kernels().pool(on.pool(), rows, which, bags, fill.data(), results.parts());
   });
 }
 
@@ -120,7 +142,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(EmbaxTake, embax::take,
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
-                                  .Ret<ffi::AnyBuffer>()
+                                  .RemainingRets()
                                   .Attr<int32_t>("nan")
                                   .Attr<int32_t>("wrap"));
 

@@ -65,11 +65,11 @@ struct Bags {
   Factors factors;
 };
 
-// Arrays that each hold the results of some bags: array k has `sizes[k]` of them, from bag `firsts[k]` on.
+// Arrays that each hold some of the results: array k has `sizes[k]` of them, from number `firsts[k]` on.
 struct Parts {
   int64_t number;
   void* const* data;
-  const int32_t* firsts;
+  const int64_t* firsts;
   const int64_t* sizes;
 };
 
@@ -122,8 +122,8 @@ struct TrainingLoss {
 struct Kernels {
   const char* name;
 
-  // out[i] = table[ids[i]], or `fill`, one row of as many bytes.
-  void (*take)(const Pool&, const void* table, int64_t rows, int64_t row_bytes, Ids, const void* fill, void* out);
+  // The row of each id, or `fill`, one row of as many bytes.
+  void (*take)(const Pool&, const void* table, int64_t rows, int64_t row_bytes, Ids, const void* fill, const Parts&);
 
   // table[ids[i]] = values[i]; of duplicates, the last one.
   void (*set)(const Pool&, void* table, int64_t rows, int64_t row_bytes, Ids, const void* values);
@@ -134,9 +134,9 @@ struct Kernels {
   // The sums of the gradients of each distinct id, and how many there are. Behind them, ids are `rows`, sums zero.
   int64_t (*combine)(const Pool&, int64_t rows, Ids, const Gradients&, void* out_ids, void* out_sums);
 
-  // The sum of the rows of each bag times their factors, for the bags in `out`. The smallest id counts not at all, unless
-  // ids count from the end; `fill` is one row.
-  void (*pool)(const Pool&, Table, Ids, const Bags&, const void* fill, const Parts& out);
+  // The sum of the rows of each bag times their factors. The smallest id counts not at all, unless ids count from the
+  // end; `fill` is one row.
+  void (*pool)(const Pool&, Table, Ids, const Bags&, const void* fill, const Parts&);
 
   // One step of an optimizer on the rows with an id, in place.
   void (*step)(const Pool&, const Step&, Table, State, Ids, const Gradients&);

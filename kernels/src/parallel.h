@@ -38,6 +38,16 @@ inline void in_pieces(const Pool& pool, int64_t number, int64_t bytes_each, F&& 
   });
 }
 
+// Calls body(from, to, data, at) for the results that are in both [from, to) and an array; the first one is number `at`
+// of the array.
+template <typename F>
+inline void in_parts(const Parts& parts, int64_t from, int64_t to, F&& body) {
+  for (int64_t k = 0; k < parts.number; ++k) {
+    const int64_t begin = larger(from, parts.firsts[k]), end = smaller(to, parts.firsts[k] + parts.sizes[k]);
+    if (begin < end) body(begin, end, parts.data[k], begin - parts.firsts[k]);
+  }
+}
+
 // How many rows ahead to fetch: about as many as a processor core can have in flight.
 inline int64_t distance(int64_t row_bytes, int64_t budget = 4096) {
   return larger(2, smaller(64, budget / larger(row_bytes, 1)));

@@ -92,12 +92,9 @@ inline void pool(const Pool& threads, Table table, Ids ids, const Bags& bags, co
     in_pieces(threads, bags.number, ids_each * table.width * static_cast<int64_t>(sizeof(T)),
               [&](int64_t from, int64_t to) {
                 auto* memory = reinterpret_cast<A*>(scratch(Holder::part, sum.memory(table.width) * sizeof(A)));
-                for (int64_t k = 0; k < out.number; ++k) {
-                  const int64_t first = out.firsts[k];
-                  const int64_t begin = larger(from, first), end = smaller(to, first + out.sizes[k]);
-                  auto* own = static_cast<A*>(out.data[k]);
-                  if (begin < end) sum.some(begin, end, own + (begin - first) * table.width, memory);
-                }
+                in_parts(out, from, to, [&](int64_t begin, int64_t end, void* sums, int64_t at) {
+                  sum.some(begin, end, static_cast<A*>(sums) + at * table.width, memory);
+                });
               });
   });
 }

@@ -8,7 +8,8 @@
 
 namespace embax::EMBAX_ISA {
 
-// Copies rows of kRow bytes, or of any size if kRow is 0. A copy of constant size is compiled without a call.
+// Copies rows of kRow bytes, or of any size if kRow is 0: the first one to `out`, the others behind it. A copy of constant
+// size is compiled without a call.
 template <int kRow, typename Id>
 void take_some(const char* table, int64_t rows, int64_t row_bytes, const Id* ids, int64_t from_end, const char* fill,
                char* out, int64_t from, int64_t to) {
@@ -22,9 +23,9 @@ void take_some(const char* table, int64_t rows, int64_t row_bytes, const Id* ids
   int64_t i = from;
   for (; i + ahead < to; ++i) {
     fetch_to_read(row(i + ahead), bytes);
-    std::memcpy(out + i * bytes, row(i), bytes);
+    std::memcpy(out + (i - from) * bytes, row(i), bytes);
   }
-  for (; i < to; ++i) std::memcpy(out + i * bytes, row(i), bytes);
+  for (; i < to; ++i) std::memcpy(out + (i - from) * bytes, row(i), bytes);
 }
 
 template <typename Id>
@@ -48,12 +49,14 @@ void take_ids(const char* table, int64_t rows, int64_t row_bytes, const Id* ids,
 }
 
 inline void take(const Pool& pool, const void* table, int64_t rows, int64_t row_bytes, Ids ids, const void* fill,
-                 void* out) {
+                 const Parts& out) {
   if (row_bytes == 0) return;
   with_ids(ids, [&](auto* id) {
     in_pieces(pool, ids.number, row_bytes, [&](int64_t from, int64_t to) {
-      take_ids(static_cast<const char*>(table), rows, row_bytes, id, ids.from_end,
-               static_cast<const char*>(fill), static_cast<char*>(out), from, to);
+      in_parts(out, from, to, [&](int64_t begin, int64_t end, void* taken, int64_t at) {
+        take_ids(static_cast<const char*>(table), rows, row_bytes, id, ids.from_end,
+                 static_cast<const char*>(fill), static_cast<char*>(taken) + at * row_bytes, begin, end);
+      });
     });
   });
 }

@@ -365,18 +365,19 @@ def test_stacked_tables_need_the_gathers_of_one(mode, length):
 
 
 @pytest.mark.skipif(not has("pool"), reason="kernels are not installed, or switched off")
-@pytest.mark.parametrize("ragged", [False, True])
-def test_a_kernel_writes_each_feature_by_itself(ragged):
-    collection, batch = like_tables("sum", 3)
-    if ragged:
+@pytest.mark.parametrize("kind", ["rows", "bags", "ragged"])
+def test_a_kernel_writes_each_feature_by_itself(kind):
+    collection, batch = like_tables(None if kind == "rows" else "sum", 3)
+    if kind == "ragged":
         offsets = jax.ShapeDtypeStruct((17,), jnp.int32)
         batch = {name: jax.eval_shape(Ragged, jax.ShapeDtypeStruct((48,), jnp.int32), offsets) for name in batch}
     program = compiled_as_for_users(lambda c, b: c(b), collection, batch)
-    (call,) = (line for line in program.as_text().splitlines() if "embax_pool" in line)
-    assert call.split(" custom-call(")[0].count("f32[16,8]") == 6
-    # No array of all outputs, nor a mask of ids all of which count.
-    assert "f32[96,8]" not in program.as_text()
-    assert ragged or "pred[96" not in program.as_text()
+    (call,) = (line for line in program.as_text().splitlines() if 'custom_call_target="embax_' in line)
+    number = 48 if kind == "rows" else 16
+    assert call.split(" custom-call(")[0].count(f"f32[{number},8]") == 6
+    # No array of all results, nor a mask of ids all of which count.
+    assert f"f32[{6 * number},8]" not in program.as_text()
+    assert kind == "ragged" or "pred[96" not in program.as_text()
 
 
 def test_a_step_has_one_scatter_into_the_stack_and_one_into_the_slots():

@@ -161,6 +161,15 @@ def test_rows_of_bags_are_summed(data):
                 assert (np.abs(np.asarray(got) - want) <= 64 * native.rounding(factors.dtype) * sizes).all()
 
 
+def test_rows_are_written_to_several_arrays():
+    rng = np.random.default_rng(4)
+    table, ids = rng.normal(size=(50, 24)).astype(np.float32), rng.integers(-1, 51, 9000).astype(np.int32)
+    whole = np.asarray(native.take(table, ids))
+    sizes = [1, 4000, 0, 4999]
+    for got, want in zip(native.take_parts(table, ids, sizes), np.split(whole, np.cumsum(sizes)[:-1]), strict=True):
+        np.testing.assert_array_equal(got, want)
+
+
 @pytest.mark.parametrize("is_ragged", [False, True])
 def test_sums_of_bags_are_written_to_several_arrays(is_ragged):
     """Each bag to the array that has it; bags between the arrays, such as unused places, are left out."""
@@ -216,6 +225,7 @@ INTEGERS = TABLE.astype(jnp.int32)
         (lambda: native.take(TABLE, IDS.astype(jnp.int16)), "`ids` must be of dtype int32 or int64"),
         (lambda: native.take(TABLE.astype(jnp.complex64), IDS, 1), "`table` must be of dtype float32"),
         (lambda: native.take(INTEGERS, IDS, 1), "which have NaN"),
+        (lambda: native.take_parts(TABLE, IDS, [3, 2]), "`ids` must be one for each row of the results"),
         (lambda: native.put(TABLE, IDS, VALUES[:5]), r"`values` must be of shape \(6,3\)"),
         (lambda: native.put(TABLE, IDS, VALUES[:, :2]), r"`values` must be of shape \(6,3\)"),
         (lambda: native.put(TABLE, IDS, VALUES.astype(jnp.bfloat16)), "`values` must be of dtype F32"),
@@ -234,8 +244,11 @@ INTEGERS = TABLE.astype(jnp.int32)
         (lambda: native.pool(TABLE, IDS, 4), "`ids` must be as many ids for each of 4 bags"),
         (lambda: native.pool(TABLE, IDS, 2, jnp.zeros(4, jnp.int32)), r"`offsets` must be of shape \(3,\)"),
         (lambda: native.pool(TABLE, IDS, 2, factors=IDS), "`factors` must be of dtype float32 or float64"),
-        (lambda: native.pool_parts(TABLE, IDS, 6, [(0, 3), (4, 3)]), "`out` must be of bags below 6"),
-        (lambda: native.pool_parts(TABLE, IDS, 6, [(-1, 3)]), "`out` must be of bags below 6"),
+        (
+            lambda: native.pool_parts(TABLE, IDS, 6, [(0, 3), (4, 3)]),
+            "`firsts` must be of arrays that end at 6 or",
+        ),
+        (lambda: native.pool_parts(TABLE, IDS, 6, [(-1, 3)]), "`firsts` must be of arrays that end at 6 or"),
         (lambda: native.pool_parts(TABLE, IDS[:0], -1, [(0, 1)]), "`ids` must be of 0 to 2,147,483,647 bags"),
         (lambda: native.step("Sgd", [TABLE], IDS, VALUES, [0.1]), r"`scalars` must be of shape \(2,\)"),
         (lambda: native.step("Sgd", [TABLE], IDS, VALUES, [0.1, 0], decay=3), "with a decay of 0, 1 or 2"),

@@ -48,7 +48,13 @@ def rounding(dtype):
 
 
 def take(table, ids, nan=0, wrap=0):
-    out = jax.ShapeDtypeStruct((*ids.shape, *table.shape[1:]), table.dtype)
+    (out,) = take_parts(table, ids, ids.shape, nan, wrap)
+    return out
+
+
+def take_parts(table, ids, sizes, nan=0, wrap=0):
+    """The rows in several arrays of given sizes."""
+    out = [jax.ShapeDtypeStruct((size, *table.shape[1:]), table.dtype) for size in sizes]
     return jax.ffi.ffi_call("raw_Take", out)(table, ids, nan=np.int32(nan), wrap=np.int32(wrap))
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -101,6 +102,14 @@ def read(
     given = _ids.unwrapped(ids, table) if counted is None else None
     rows = read_resolved(table, _ids.resolve(ids, table.rows, table.out_of_range), counted, given)
     return rows if dtype is None else rows.astype(dtype)
+
+
+def read_parts(table: Table, ids: Int[Array, " all_ids"], sizes: Sequence[int]) -> Sequence[Shaped[Array, "ids *dim"]]:
+    """`read` of row numbers whose rows are wanted in several arrays of given sizes."""
+    plain = table.storage.parted(read(table, ids, None), sizes)
+    if len(sizes) == 1 or table.max_norm is not None:
+        return plain
+    return table.storage.take_parts(plain, table.weight, ids, _fill_value(table))
 
 
 @functools.partial(jax.jit, inline=True)

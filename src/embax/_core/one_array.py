@@ -77,6 +77,12 @@ class OneArray(Storage):
         given = given if places is ids else None  # the kernel knows the order of ids only
         return _take.take(leaf, places, fill_value, sharding, linear=linear, given=given)
 
+    def take_parts(self, plain: Sequence[Array], leaf: Array, ids: Array, fill_value: float) -> Sequence[Array]:
+        """Read by a kernel, on a CPU."""
+        if leaf.shape[0] == 0:
+            return plain
+        return _take.take_parts(plain, leaf, self.positions(ids, leaf.shape[0]), fill_value)
+
     def put(self, leaf: Array, ids: Array, values: Array, mode: WriteMode) -> Array:
         """Scatter the rows."""
         return _put.put(leaf, self.positions(ids, leaf.shape[0]), values, mode, explicit_sharding(leaf))

@@ -110,6 +110,12 @@ class Storage(abc.ABC):
         `given` are the ids as `_ids.unwrapped` returns them, which a kernel may read instead.
         """
 
+    def take_parts(
+        self, plain: Sequence[Shaped[Array, "ids *dim"]], leaf: Weight, ids: Int[Array, " all_ids"], fill_value: float
+    ) -> Sequence[Shaped[Array, "ids *dim"]]:
+        """Read rows by a kernel into several arrays; without one, return the plain ones: `take`, cut by `parted`."""
+        return plain
+
     @abc.abstractmethod
     def put(self, leaf: Weight, ids: Int[Array, " ids"], values: Shaped[Array, "ids *dim"], mode: WriteMode) -> Weight:
         """Set rows or add to rows; ids without a row are dropped. To set, values of equal ids must be equal."""

@@ -22,7 +22,7 @@ from .._base import check as _check
 from .._core import ids as _ids
 from .._core.containers import flax_state as _flax
 from .._core.dense import DENSE
-from .._core.lookup import read
+from .._core.lookup import read_parts
 from .._core.table import Table, with_weight
 from .stacks import Member, cut_out, members_of, stacks_of
 
@@ -329,8 +329,8 @@ _flax.register(Collection, _to_state_dict, _from_state_dict)
 def _read_together(table: Table, parts: Sequence[_Input]) -> list[Shaped[Array, "..."]]:
     """Read features with equal `_kind` in one lookup."""
     if parts[0].feature.mode is None:
-        rows = read(table, table.storage.joined([jnp.ravel(part.ids) for part in parts], table.rows), None)
-        cut = table.storage.parted(rows, [part.ids.size for part in parts])
+        ids = table.storage.joined([jnp.ravel(part.ids) for part in parts], table.rows)
+        cut = read_parts(table, ids, [part.ids.size for part in parts])
         return [jnp.reshape(own, (*part.ids.shape, *table.dim)) for own, part in zip(cut, parts, strict=True)]
     # `counted` and the ids already leave out padding, and `padding_idx` of the stack would name rows of others.
     table = dataclasses.replace(table, padding_idx=None)

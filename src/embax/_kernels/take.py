@@ -1,6 +1,7 @@
 """take: read rows of a table."""
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -42,8 +43,32 @@ def take(
         return rows
     # The table keeps its shape: inside a loop, XLA would copy the table to reshape it.
     plain = jnp.reshape(rows, (ids.size, *table.shape[1:]))
-    (taken,) = take_p.bind(plain, table, jnp.ravel(read), nan=fill_value != 0, wrap=wrap)
+    (taken,) = take_p.bind(plain, table, jnp.ravel(read), nan=fill_value != 0, wrap=wrap, parts=(ids.size,))
     return jnp.reshape(taken, rows.shape)
+
+
+def take_parts(
+    plain: Sequence[Shaped[Array, "ids *dim"]],
+    table: Shaped[Array, "rows *dim"],
+    ids: Int[Array, " all_ids"],
+    fill_value: float,
+) -> list[Shaped[Array, "ids *dim"]]:
+    """Read a row for each id into several arrays, so that there is no array of all rows.
+
+    Args:
+      plain: The rows that `take` reads, cut into several arrays.
+      table: The table.
+      ids: Row numbers, as in `take`.
+      fill_value: As in `take`.
+
+    Returns:
+      The same rows.
+    """
+    plain = list(plain)
+    if not (_has_kernel(table, ids, fill_value) and fits(*plain, ids=ids)):
+        return plain
+    parts = tuple(len(rows) for rows in plain)
+    return take_p.bind(*plain, table, ids, nan=fill_value != 0, wrap=False, parts=parts)
 
 
 def _has_kernel(table: Array, ids: Array, fill_value: float) -> bool:
@@ -52,19 +77,19 @@ def _has_kernel(table: Array, ids: Array, fill_value: float) -> bool:
     return table.dtype in FLOATS + INTEGERS if fill_value == 0 else np.isnan(fill_value) and table.dtype in FLOATS
 
 
-def _by_kernel(outs: Outs, table: Array, ids: Array, *, nan: bool, wrap: bool) -> list[Array]:
+def _by_kernel(outs: Outs, table: Array, ids: Array, *, nan: bool, wrap: bool, parts: tuple[int, ...]) -> list[Array]:
     return call("take", outs, table, ids, nan=np.int32(nan), wrap=np.int32(wrap))
 
 
 def _batched(
-    plain: Array, args: Sequence[Array], axes: Sequence[int | None], **params: Hashable
+    plain: Array, args: Sequence[Array], axes: Sequence[int | None], **params: Any
 ) -> Shaped[Array, "lanes ids *dim"] | None:
     (table, ids), (of_table, of_ids) = args, axes
     if of_table is not None or of_ids is None:
         return None
     flat = jnp.reshape(plain, (-1, *table.shape[1:])), table, jnp.ravel(jnp.moveaxis(ids, of_ids, 0))
-    (rows,) = take_p.bind(*flat, **params)
+    (rows,) = take_p.bind(*flat, **params | {"parts": (flat[0].shape[0],)})
     return jnp.reshape(rows, plain.shape)
 
 
-take_p = primitive("take", _by_kernel, _batched)
+take_p = primitive("take", _by_kernel, _batched, results="parts")
