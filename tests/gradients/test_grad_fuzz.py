@@ -17,7 +17,7 @@ from programs import DENSE, HEADS, ROWS, UNROLLED, built, leaves_of, nodes_of, o
 import embax
 from embax import RowGrad
 
-NUMBER = int(os.environ.get("PROGRAMS", "30"))
+NUMBER = int(os.environ.get("PROGRAMS", "20"))
 
 
 @settings(

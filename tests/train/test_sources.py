@@ -171,6 +171,7 @@ def test_memory_does_not_grow_with_the_text(tmp_path):
     assert peaks[20] - peaks[2] < 16_000, peaks  # kB; the ids of the longer text alone take 18 MB
 
 
+@pytest.mark.exhaustive
 @pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="needs Linux to measure memory")
 def test_memory_does_not_grow_with_columns(tmp_path):
     """A file of strings and one of lists, in pieces of 105,000 words, of which 5,000 occur in no other piece."""
