@@ -1,6 +1,6 @@
 """Random programs of nested transformations: value and gradients are those of JAX, and rows where nothing else is read.
 
-30 programs by `make test`, 1,000 by `make fuzz-programs`.
+20 programs by `make test`, 1,000 by `make fuzz-programs`.
 """
 
 import functools
