@@ -166,7 +166,7 @@ class Partition {
   int64_t* firsts_ = nullptr;
 };
 
-// From so many ids on, ranges of rows are worth a search for them.
+// From so many ids on, ranges of rows are worth a search for them; the random calls under sanitizers have fewer ids.
 #ifdef EMBAX_SANITIZE
 constexpr int64_t kManyIds = 256;
 #else
