@@ -19,7 +19,6 @@ from embax.files._io.open import opened
 
 DATA = real.GENSIM
 UNKNOWN = ["kingdoms", "не знаю", "", "a", "ab", "ñandú", "日本語", "x" * 50, "🙂🙂", "<>", "Größenwahn", "žluťoučký"]
-RNG = np.random.default_rng(0)
 
 
 def read(path, max_expansion=100.0, **options):

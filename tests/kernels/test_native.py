@@ -246,9 +246,9 @@ INTEGERS = TABLE.astype(jnp.int32)
         (lambda: native.pool(TABLE, IDS, 2, factors=IDS), "`factors` must be of dtype float32 or float64"),
         (
             lambda: native.pool_parts(TABLE, IDS, 6, [(0, 3), (4, 3)]),
-            "`firsts` must be of arrays that end at 6 or",
+            "`firsts` must be of arrays that end at 6 or before",
         ),
-        (lambda: native.pool_parts(TABLE, IDS, 6, [(-1, 3)]), "`firsts` must be of arrays that end at 6 or"),
+        (lambda: native.pool_parts(TABLE, IDS, 6, [(-1, 3)]), "`firsts` must be of arrays that end at 6 or before"),
         (lambda: native.pool_parts(TABLE, IDS[:0], -1, [(0, 1)]), "`ids` must be of 0 to 2,147,483,647 bags"),
         (lambda: native.step("Sgd", [TABLE], IDS, VALUES, [0.1]), r"`scalars` must be of shape \(2,\)"),
         (lambda: native.step("Sgd", [TABLE], IDS, VALUES, [0.1, 0], decay=3), "with a decay of 0, 1 or 2"),

@@ -225,8 +225,7 @@ def _held_sum(
         total = add(terms, start, inputs, counted, weights)
     else:
         total = _by_pieces(add, terms, start, inputs, counted, weights, offsets)
-    (total,) = table.storage.bags_by_kernel([total], table, ids, counted, weights, offsets, given)
-    return total
+    return table.storage.bags_by_kernel([total], table, ids, counted, weights, offsets, given)[0]
 
 
 def _terms(

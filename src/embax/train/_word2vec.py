@@ -315,8 +315,10 @@ def _learned(model: Model, sequences: Iterable[Iterable[str | int]], given: Argu
         inputs = learned[0].view()
         inputs.flags.writeable = False  # those of the last epoch become the result
         of_words = made(inputs)
-        weight = inputs if pieces is None else of_words.weight[of_words.vocabulary.ids(vocabulary.tokens())]
-        loss = None if held_out is None else held_out.loss(weight, learned[1])
+        loss = None
+        if held_out is not None:
+            weight = inputs if pieces is None else of_words.weight[of_words.vocabulary.ids(vocabulary.tokens())]
+            loss = held_out.loss(weight, learned[1])
         return call_back(Epoch(number, given.epochs, of_words, loss))
 
     call_back = None if given.after_epoch is None else functools.partial(after_epoch, given.after_epoch)
