@@ -21,13 +21,15 @@ movielens: $(VENV)/dev
 films: $(VENV)/dev
 	$(BIN)/python examples/films.py
 
-# A process that dies ends the run. Tests keep their compiled programs in build/compiled; JAX_COMPILATION_CACHE_DIR names
-# another folder. Python keeps its compiled modules, too, whatever the environment says.
-PYTEST := PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest --numprocesses auto --dist loadfile --max-worker-restart 0
+# A process that dies ends the run; conftest.py says which files come first. Tests keep their compiled programs in
+# build/compiled; JAX_COMPILATION_CACHE_DIR names another folder. Python keeps its compiled modules, too, whatever the
+# environment says.
+PYTEST := PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder \
+  --max-worker-restart 0
 
 # The tests that run with the annotations of all functions checked at each call, besides the examples of the docstrings.
-# They run beside the others, so that no core waits while one of the two runs starts or ends, and in one process, as each
-# imports all libraries.
+# They run in one process, as each imports all libraries, and beside the others by a low priority, in the time in which
+# these wait.
 CHECKED := tests/project/test_annotations.py tests/bags/test_embedding_bag.py tests/gradients/test_rows.py \
   tests/heads/test_candidates.py
 
@@ -37,7 +39,7 @@ ifdef AREA
 	$(PYTEST) tests/$(AREA)
 else
 	@mkdir -p build
-	EMBAX_ANNOTATIONS=1 $(PYTEST) --numprocesses 0 src $(CHECKED) >build/annotations.log 2>&1 & \
+	nice -n 10 env EMBAX_ANNOTATIONS=1 $(PYTEST) --numprocesses 0 src $(CHECKED) >build/annotations.log 2>&1 & \
 	  $(PYTEST) tests docs README.md $(CHECKED:%=--ignore=%); rest=$$?; \
 	  wait $$!; checked=$$?; cat build/annotations.log; exit $$((rest | checked))
 endif
@@ -110,7 +112,7 @@ fuzz: $(VENV)/dev
 	for reader in $(READERS); do $(BIN)/python fuzz/files.py $$reader -max_total_time=$(SECONDS) -rss_limit_mb=2048 \
 	  -timeout=20 -max_len=65536 -artifact_prefix=build/fuzz/$$reader- || exit 1; done
 
-# Losses that read tables inside of nested transformations, against JAX's gradients; `make test` draws 30.
+# Losses that read tables inside of nested transformations, against JAX's gradients; `make test` draws 20.
 PROGRAMS ?= 1000
 
 fuzz-programs: $(VENV)/dev

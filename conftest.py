@@ -1,5 +1,6 @@
 """Strict JAX settings for all tests, and the examples of docstrings and pages as tests."""
 
+import collections
 import ctypes
 import gc
 import os
@@ -93,9 +94,7 @@ gc.set_threshold(100_000, 50, 100)
 _MOST = 9 << 28
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _let_go_of_programs():
-    yield
+def pytest_runtest_logfinish():
     pages = Path("/proc/self/statm")
     if pages.exists() and int(pages.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") > _MOST:
         jax.clear_caches()
@@ -156,8 +155,37 @@ def _reason(table, item):
     return next((reason for start, reason in table.items() if item.nodeid.startswith(start)), None)
 
 
+# How long each file took in the last run that had it, in seconds. The longest come first, so that no process works on
+# alone at the end; a file that is new counts by its tests.
+_KEPT = "embax/seconds"
+_seconds = collections.Counter()
+
+
+def _file(nodeid):
+    return nodeid.partition("::")[0]
+
+
+def pytest_runtest_logreport(report):
+    _seconds[_file(report.nodeid)] += report.duration
+
+
+def _kept(config):
+    cache = getattr(config, "cache", None)  # there is none by `-p no:cacheprovider`
+    return cache.get(_KEPT, {}) if cache else {}
+
+
+def pytest_sessionfinish(session):
+    config = session.config
+    # A process that xdist starts sees a part alone.
+    if hasattr(config, "cache") and not hasattr(config, "workerinput"):
+        config.cache.set(_KEPT, _kept(config) | _seconds)
+
+
 @pytest.hookimpl(tryfirst=True)  # before pytest leaves out tests by their marks
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
+    seconds = collections.Counter(_file(item.nodeid) for item in items)
+    seconds = {file: 0.05 * tests for file, tests in seconds.items()} | _kept(config)
+    items.sort(key=lambda item: -seconds[_file(item.nodeid)])
     for item in items:
         is_example = not isinstance(item, pytest.Function)  # of a page or a docstring
         if reason := _reason(_VERSIONS, item) or (_EXAMPLES if is_example else None):

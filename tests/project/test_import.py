@@ -44,6 +44,19 @@ def test_lazy_names_load_their_library_and_no_other_framework(loaded):
     assert {"flax", "equinox"}.isdisjoint(loaded["layer"])  # though the layer can be converted to theirs
 
 
+def test_commands_about_files_load_no_jax(tmp_path):
+    (tmp_path / "v.txt").write_text("the 1 2\nking 3 4\n")
+    script = (
+        "import sys; from embax import cli\n"
+        "for arguments in (['convert', 'v.txt', 'v.safetensors'], ['info', 'v.safetensors']):\n"
+        "    try: cli.main(arguments)\n"
+        "    except SystemExit as done: assert not done.code\n"
+        "print(*sorted({'jax', 'ml_dtypes', 'scipy'} & set(sys.modules)))"
+    )
+    run = [sys.executable, "-c", script]
+    assert subprocess.run(run, cwd=tmp_path, capture_output=True, text=True, check=True).stdout.endswith("\n\n")
+
+
 def test_unknown_names_are_an_attribute_error():
     with pytest.raises(AttributeError, match="No embax attribute Embeding"):
         embax.Embeding  # noqa: B018

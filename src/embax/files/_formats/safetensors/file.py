@@ -13,7 +13,7 @@ from ..._io.open import Source, opened
 from ..array import table_of
 from ..format import Format
 from . import subwords as _subwords
-from .header import BITS, FLOATS, Tensor, is_safetensors, read_header
+from .header import BITS, FLOATS, Tensor, is_safetensors, numpy_dtype, read_header
 from .written import Written
 
 _METADATA = {"format": "embax.vectors", "version": "1"}
@@ -58,7 +58,7 @@ def write_safetensors(path: str | os.PathLike[str], contents: Contents) -> None:
     if contents.counts is not None:
         tensors["counts"] = Written.of(np.asarray(contents.counts, "<i8"), "I64")
     tensors["token_offsets"] = Written.of(np.asarray(offsets, "<i8"), "I64")
-    tensors["weight"] = Written.of(np.asarray(contents.weight, FLOATS[dtype]), dtype)
+    tensors["weight"] = Written.of(np.asarray(contents.weight, numpy_dtype(dtype)), dtype)
     tensors["tokens"] = Written.of(text, "U8")
     metadata = dict(_METADATA)
     if vocabulary.special:
@@ -112,8 +112,7 @@ def _checked(contents: Contents) -> str:
     """Check the contents, and return the dtype of the weight as safetensors names it."""
     where = "embax.files.write_safetensors(contents=...)"
     weight, rows = contents.weight, len(contents.vocabulary)
-    written = weight.dtype.newbyteorder("<") if weight.dtype.kind == "f" else weight.dtype
-    dtype = next((name for name, dtype in FLOATS.items() if dtype == written), None)
+    dtype = next((name for name, numpy_name in FLOATS.items() if numpy_name == weight.dtype.name), None)
     counted = rows if contents.counts is None else len(contents.counts)
     if dtype is None or weight.ndim != 2 or len(weight) != rows or counted != rows:
         raise ValueError(
@@ -146,10 +145,10 @@ def _read(source: Source, options: Options) -> Contents:
     for name, tensor in tensors.items():  # in the order of the file, for compressed data
         if name == "weight":
             shape = (tensor.shape[0], tensor.shape[1])
-            found[name] = table_of(source, options, FLOATS[tensor.dtype], shape, tensor.begin)
+            found[name] = table_of(source, options, numpy_dtype(tensor.dtype), shape, tensor.begin)
         elif name == _subwords.ROWS and of_subwords is not None:
             shape = (tensor.shape[0], tensor.shape[1])
-            found[name] = table_of(source, Options(mmap=options.mmap), FLOATS[tensor.dtype], shape, tensor.begin)
+            found[name] = table_of(source, Options(mmap=options.mmap), numpy_dtype(tensor.dtype), shape, tensor.begin)
         elif name in _LAYOUT:
             source.skip_to(tensor.begin)
             data = source.read_exactly(tensor.end - tensor.begin, f"`{name}`")

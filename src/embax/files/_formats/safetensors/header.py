@@ -3,7 +3,6 @@
 import json
 from typing import Any, NamedTuple
 
-import ml_dtypes
 import numpy as np
 
 from ..._io.error import FormatError
@@ -18,13 +17,9 @@ BITS = {
     "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
     "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4,
 }  # fmt: skip
-# The dtypes that a table of vectors may have.
-FLOATS = {
-    "F16": np.dtype("<f2"),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-    "F32": np.dtype("<f4"),
-    "F64": np.dtype("<f8"),
-}
+# The dtypes that a table of vectors may have, and those of its row numbers, with NumPy's names of them.
+FLOATS = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
+INTEGERS = {"I32": "int32", "I64": "int64", "U32": "uint32", "U16": "uint16"}
 
 
 class Tensor(NamedTuple):
@@ -34,6 +29,16 @@ class Tensor(NamedTuple):
     shape: tuple[int, ...]
     begin: int  # its first byte in the file
     end: int  # the byte after its last one
+
+
+def numpy_dtype(name: str) -> np.dtype:
+    """Return the dtype, in the byte order of the file, of "I8" or one of `FLOATS` and `INTEGERS`."""
+    if name == "BF16":
+        # Only here, as some versions take half a second to load, longer than the rest of a command.
+        import ml_dtypes
+
+        return np.dtype(ml_dtypes.bfloat16)
+    return np.dtype((FLOATS | INTEGERS | {"I8": "int8"})[name]).newbyteorder("<")
 
 
 def is_safetensors(source: Source) -> bool:

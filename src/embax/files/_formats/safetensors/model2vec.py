@@ -17,13 +17,12 @@ from jaxtyping import Float, Int64
 from ..._io.contents import Options
 from ..._io.open import Source
 from ..array import table_of
-from .header import FLOATS, Tensor
+from .header import FLOATS, INTEGERS, Tensor, numpy_dtype
 
 # The name of the table in model2vec's own files, and in those of sentence-transformers.
 _TABLES = ("embeddings", "embedding.weight")
 _MAPPING, _WEIGHTS = "mapping", "weights"
-_SMALL = {"I8": np.dtype("i1")}
-_INTEGERS = {"I32": np.dtype("<i4"), "I64": np.dtype("<i8"), "U32": np.dtype("<u4"), "U16": np.dtype("<u2")}
+_SMALL = "I8"
 _BLOCK = 1 << 20  # numbers that are computed at once
 
 
@@ -57,14 +56,14 @@ def parts_of(source: Source, tensors: dict[str, Tensor]) -> Parts | None:
     if name is None:
         return None
     table, mapping, weights = tensors[name], tensors.get(_MAPPING), tensors.get(_WEIGHTS)
-    if len(table.shape) != 2 or table.dtype not in (*FLOATS, *_SMALL):
+    if len(table.shape) != 2 or table.dtype not in (*FLOATS, _SMALL):
         return None
     # Ignored if they have other shapes: files of other kinds may use these names for matrices.
     mapping = mapping if mapping is not None and len(mapping.shape) == 1 else None
     weights = weights if weights is not None and weights.shape[1:] in ((), (1,)) else None
     rows = (table if mapping is None else mapping).shape[0]
-    if mapping is not None and mapping.dtype not in _INTEGERS:
-        raise source.error(f"`{_MAPPING}` must be {', '.join(_INTEGERS)}, got {mapping.dtype}.")
+    if mapping is not None and mapping.dtype not in INTEGERS:
+        raise source.error(f"`{_MAPPING}` must be {', '.join(INTEGERS)}, got {mapping.dtype}.")
     if weights is not None and (weights.dtype not in FLOATS or weights.shape[:1] != (rows,)):
         raise source.error(
             f"`{_WEIGHTS}` must be {', '.join(FLOATS)} with one for each of {rows:,} tokens, got {weights.dtype} "
@@ -98,14 +97,12 @@ def read(
     table, kept = np.zeros((0, 0)), {}
     for part in sorted(filter(None, parts), key=lambda tensor: tensor.begin):  # the order in which a stream has them
         if part is parts.embeddings:
-            dtype = FLOATS.get(part.dtype, _SMALL.get(part.dtype))
             shape = (part.shape[0], part.shape[1])
-            table = table_of(source, Options(), np.dtype(dtype), shape, part.begin)
+            table = table_of(source, Options(), numpy_dtype(part.dtype), shape, part.begin)
         else:
             source.skip_to(part.begin)
-            dtype = (FLOATS | _INTEGERS)[part.dtype]
             data = source.read_exactly(part.end - part.begin, "a tensor")
-            kept[part] = np.frombuffer(data, dtype)
+            kept[part] = np.frombuffer(data, numpy_dtype(part.dtype))
     rows, factors = ids, None
     if parts.mapping is not None:
         rows = kept[parts.mapping][ids].astype(np.int64)
@@ -115,7 +112,7 @@ def read(
             )
     if parts.weights is not None:
         factors = kept[parts.weights][ids]
-    is_product = factors is not None or parts.embeddings.dtype in _SMALL
+    is_product = factors is not None or parts.embeddings.dtype == _SMALL
     dtype = options.dtype or (np.result_type(np.float32, _wide(table.dtype)) if is_product else table.dtype)
     weight = np.empty((len(ids), table.shape[1]), dtype)
     step = max(1, _BLOCK // max(1, table.shape[1]))

@@ -13,7 +13,7 @@ from ..format import Format
 from ..vocabularies import TOKENIZERS, Listed, tokenizer_beside
 from . import model2vec as _model2vec
 from . import shards as _shards
-from .header import FLOATS, Tensor, is_safetensors, read_header
+from .header import FLOATS, Tensor, is_safetensors, numpy_dtype, read_header
 
 
 class UnnamedRowsWarning(UserWarning):
@@ -107,7 +107,7 @@ def _rows_of(source: Source, options: Options, found: Tensor | _model2vec.Parts,
         return _model2vec.read(source, options, found, listed.ids)
     number, end = len(listed.ids), _number(listed)
     shape = (found.shape[0], found.shape[1])
-    table = table_of(source, options._replace(limit=end), FLOATS[found.dtype], shape, found.begin)
+    table = table_of(source, options._replace(limit=end), numpy_dtype(found.dtype), shape, found.begin)
     return table if end == number else table[listed.ids]
 
 
