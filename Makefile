@@ -39,7 +39,7 @@ ifdef AREA
 	$(PYTEST) tests/$(AREA)
 else
 	@mkdir -p build
-	nice -n 10 env EMBAX_ANNOTATIONS=1 $(PYTEST) --numprocesses 0 src $(CHECKED) >build/annotations.log 2>&1 & \
+	nice -n 19 env EMBAX_ANNOTATIONS=1 $(PYTEST) --numprocesses 0 src $(CHECKED) >build/annotations.log 2>&1 & \
 	  $(PYTEST) tests docs README.md $(CHECKED:%=--ignore=%); rest=$$?; \
 	  wait $$!; checked=$$?; cat build/annotations.log; exit $$((rest | checked))
 endif
@@ -112,7 +112,7 @@ fuzz: $(VENV)/dev
 	for reader in $(READERS); do $(BIN)/python fuzz/files.py $$reader -max_total_time=$(SECONDS) -rss_limit_mb=2048 \
 	  -timeout=20 -max_len=65536 -artifact_prefix=build/fuzz/$$reader- || exit 1; done
 
-# Losses that read tables inside of nested transformations, against JAX's gradients; `make test` draws 20.
+# Losses that read tables inside of nested transformations, against JAX's gradients; `make test` draws 12.
 PROGRAMS ?= 1000
 
 fuzz-programs: $(VENV)/dev

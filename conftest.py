@@ -87,7 +87,12 @@ def users_promotion():
 
 
 # JAX keeps millions of objects that live long; to walk over all of them time and again took an eighth of a run.
-gc.set_threshold(100_000, 50, 100)
+gc.set_threshold(1_000_000, 20, 100)
+
+
+def pytest_collection_finish():
+    gc.freeze()  # what is imported lives to the end
+
 
 # How much memory a process may hold, 2.25 GiB, before it lets go of the programs that it has compiled. Those of the
 # whole suite would add up to many GB.

@@ -156,7 +156,7 @@ def test_read_of_glove():
         found.vocabulary.tokens() == pyarrow.parquet.read_table(GLOVE / "glove_6B_index.parquet")["index"].to_pylist()
     )
     assert found.weight.flags.c_contiguous  # the file is not, so that each row of it would be spread over all of it
-    np.testing.assert_array_equal(found.weight, np.load(GLOVE / "glove_6B_50d_emb.npy"))
+    assert np.array_equal(found.weight, np.load(GLOVE / "glove_6B_50d_emb.npy", mmap_mode="r"))
     np.testing.assert_array_equal(glove()["king"], found.weight[found.vocabulary.ids("king")])
 
 

@@ -1,6 +1,6 @@
 """Random programs of nested transformations: value and gradients are those of JAX, and rows where nothing else is read.
 
-20 programs by `make test`, 1,000 by `make fuzz-programs`.
+12 programs by `make test`, 1,000 by `make fuzz-programs`.
 """
 
 import functools
@@ -17,7 +17,7 @@ from programs import DENSE, HEADS, ROWS, UNROLLED, built, leaves_of, nodes_of, o
 import embax
 from embax import RowGrad
 
-NUMBER = int(os.environ.get("PROGRAMS", "20"))
+NUMBER = int(os.environ.get("PROGRAMS", "12"))
 
 
 @settings(
