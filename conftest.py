@@ -175,21 +175,20 @@ def pytest_runtest_logreport(report):
 
 
 def _kept(config):
-    cache = getattr(config, "cache", None)  # there is none by `-p no:cacheprovider`
-    return cache.get(_KEPT, {}) if cache else {}
+    return config.cache.get(_KEPT, {}) if hasattr(config, "cache") else {}  # there is none by `-p no:cacheprovider`
 
 
 def pytest_sessionfinish(session):
     config = session.config
     # A process that xdist starts sees a part alone.
     if hasattr(config, "cache") and not hasattr(config, "workerinput"):
-        config.cache.set(_KEPT, _kept(config) | _seconds)
+        config.cache.set(_KEPT, {**_kept(config), **_seconds})
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest leaves out tests by their marks
 def pytest_collection_modifyitems(config, items):
-    seconds = collections.Counter(_file(item.nodeid) for item in items)
-    seconds = {file: 0.05 * tests for file, tests in seconds.items()} | _kept(config)
+    tests = collections.Counter(_file(item.nodeid) for item in items)
+    seconds = {file: 0.05 * number for file, number in tests.items()} | _kept(config)
     items.sort(key=lambda item: -seconds[_file(item.nodeid)])
     for item in items:
         is_example = not isinstance(item, pytest.Function)  # of a page or a docstring
